@@ -1,0 +1,96 @@
+"""The data sets by name, and where their files are looked for.
+
+A data root is a folder in torchvision's own layout (`cifar-10-batches-py/`, `MNIST/raw/`, ...).
+"""
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from condzoo.data.arrays import ImageData, LabelledImages, channel_moments, crop_and_resize
+from condzoo.data.digits import load_digits
+from condzoo.data.torchvision_sets import load_torchvision
+
+DATA_ROOT_VARIABLE = "CONDZOO_DATA"
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What is known of a data set before it is read.
+
+    `mean` and `std` are the published constants a channel (0 to 255); None: those of the training
+    images as they are after cropping and resizing.
+    """
+
+    channels: int
+    size: int
+    num_classes: int = 10
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+# CIFAR's constants: the authors' code, from fb.resnet.torch.
+DATASETS = {
+    "digits": DataInfo(channels=1, size=8),
+    "mnist": DataInfo(channels=1, size=28),
+    "fashion_mnist": DataInfo(channels=1, size=28),
+    "cifar10": DataInfo(3, 32, mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7)),
+    "cifar100": DataInfo(3, 32, num_classes=100, mean=(129.3, 124.1, 112.4), std=(68.2, 65.4, 70.4)),
+}
+
+
+def data_info(name: str) -> DataInfo:
+    """The entry of a data set.
+
+    Raises:
+        ValueError: an unknown name; the closest is given.
+    """
+    if name not in DATASETS:
+        close = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"unknown data set {name!r}; {hint}one of: {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def data_roots(root: str | os.PathLike[str] | None = None) -> dict[str, Path]:
+    """Where data sets are looked for, in order: what names the folder -> the folder.
+
+    An explicit root stands alone; without one, CONDZOO_DATA where it is set, then the user's cache.
+    """
+    if root is not None:
+        return {"the given data root": Path(root).expanduser()}
+    roots = {}
+    if os.environ.get(DATA_ROOT_VARIABLE):
+        roots[DATA_ROOT_VARIABLE] = Path(os.environ[DATA_ROOT_VARIABLE]).expanduser()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return roots | {"the default": cache / "condzoo" / "data"}
+
+
+def load_data(
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    crop: int | None = None,
+    resize: int | None = None,
+    download: bool = False,
+) -> ImageData:
+    """Read a data set into memory.
+
+    Args:
+        name: one of `DATASETS`.
+        root: the data root; None looks in CONDZOO_DATA, then in the user's cache.
+        crop, resize: see `crop_and_resize`; the paper's 12x12 MNIST is crop=20, resize=12.
+        download: let torchvision fetch what is missing into the first data root.
+
+    Raises:
+        ValueError: an unknown name, a wrong size, or damaged files (with their path).
+        FileNotFoundError: not found; says where it looked and how to get it.
+    """
+    info = data_info(name)
+    train, test = load_digits() if name == "digits" else load_torchvision(name, data_roots(root), download)
+    train, test = (
+        LabelledImages(crop_and_resize(split.images, crop, resize), split.labels) for split in (train, test)
+    )
+    mean, std = (info.mean, info.std) if info.mean and info.std else channel_moments(train.images)
+    return ImageData(name, info.num_classes, train, test, mean, std)

@@ -1,0 +1,98 @@
+"""The last BN: one BatchNorm1d on the input of the last linear layer (arXiv:2002.10801).
+
+Every network that has one keeps it as `model.last_bn`, so its state dict is the plain network's plus `last_bn.*`.
+Shapes: B examples, D features.
+"""
+
+import difflib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GAMMA_INITS = ("ones", "uniform")
+
+
+def build_last_bn(num_features: int, init: str = "ones") -> nn.BatchNorm1d:
+    """The layer, with beta zero and gamma by name.
+
+    Args:
+        num_features: D, the classifier's input size.
+        init: gamma: "ones", or "uniform": U(0, 1), torch7's default, which the authors' code leaves in place.
+
+    Raises:
+        ValueError: an unknown `init`.
+    """
+    if init not in GAMMA_INITS:
+        close = difflib.get_close_matches(str(init), GAMMA_INITS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"unknown last_bn_init {init!r}; {hint}one of: {', '.join(GAMMA_INITS)}")
+    bn = nn.BatchNorm1d(num_features)
+    if init == "uniform":
+        nn.init.uniform_(bn.weight, 0.0, 1.0)
+    return bn
+
+
+def check_batch(x: Tensor, training: bool) -> None:
+    """Reject a batch that has no variance, in words that say what to do.
+
+    Args:
+        x: the last BN's input, [B, D].
+        training: whether the BN takes its statistics from the batch.
+
+    Raises:
+        ValueError: one example in training mode.
+    """
+    if training and x.shape[0] < 2:
+        raise ValueError(
+            f"the last BN needs at least 2 examples in training mode, got a batch of {x.shape[0]}; "
+            "call model.eval() or use a larger batch"
+        )
+
+
+def reset_to_identity_(bn: nn.BatchNorm1d) -> nn.BatchNorm1d:
+    """Make `bn` exactly the identity in eval mode: gamma 1, beta 0, mean 0, variance 1 - eps."""
+    with torch.no_grad():
+        for name, value in identity_state(bn, bn.weight.device).items():
+            getattr(bn, name).copy_(value)
+    return bn
+
+
+def identity_state(bn: nn.BatchNorm1d, device: torch.device) -> dict[str, Tensor]:
+    """The state dict that makes `bn` the identity in eval mode, on `device`."""
+    place = {"dtype": bn.weight.dtype, "device": device}
+    return {
+        "weight": torch.ones(bn.num_features, **place),
+        "bias": torch.zeros(bn.num_features, **place),
+        "running_mean": torch.zeros(bn.num_features, **place),
+        "running_var": torch.full((bn.num_features,), 1 - bn.eps, **place),
+        "num_batches_tracked": torch.tensor(0, device=device),
+    }
+
+
+def accept_plain_weights(model: nn.Module) -> None:
+    """Let `model.load_state_dict` take the state dict of the network without the last BN.
+
+    Where a state dict has all of the network but no `last_bn.*`, the last BN becomes the identity in eval mode:
+    the outputs are the plain network's. With strict=False the missing keys are reported all the same, and
+    a state dict that lacks other keys too leaves the last BN alone.
+    """
+    model.register_load_state_dict_pre_hook(fill_in_last_bn)
+
+
+def fill_in_last_bn(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict, strict: bool, *reports: list
+) -> None:
+    """The hook of `accept_plain_weights`: a module-level function, so that copy and pickle keep it."""
+    bn = getattr(model, "last_bn", None)
+    own = prefix + "last_bn."
+    if not isinstance(bn, nn.BatchNorm1d) or any(key.startswith(own) for key in state_dict):
+        return
+    body = [prefix + key for key in model.state_dict() if not key.startswith("last_bn.")]
+    if not all(key in state_dict for key in body):
+        return
+    if strict:
+        device = next((state_dict[key].device for key in body), bn.weight.device)
+        state_dict.update({own + name: value for name, value in identity_state(bn, device).items()})
+    else:
+        reset_to_identity_(bn)

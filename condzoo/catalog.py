@@ -1,0 +1,103 @@
+"""What the zoo holds, by name: read from the family tables, without torch, so that listing is instant."""
+
+import functools
+import tomllib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+TABLES = Path(__file__).parent / "models" / "tables"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model is, before it is built.
+
+    Attributes:
+        name: as `create_model` takes it.
+        family: the table it stands in, e.g. "cifar_resnet".
+        dataset: the data it is made for; `input_size` (C, H, W) and `num_classes` are that data's.
+        depth: weight layers, as the name counts them.
+        norm: "bn" or "none": normalization of the body.
+        last_bn: whether a BatchNorm stands before the last linear layer.
+        params: parameters; `macs`: multiply-adds of convolutions and linear layers for one image.
+        source: where the architecture is from.
+    """
+
+    name: str
+    family: str
+    dataset: str
+    depth: int
+    norm: str
+    last_bn: bool
+    input_size: tuple[int, int, int]
+    num_classes: int
+    params: int
+    macs: int
+    source: str
+
+
+@functools.cache
+def read_catalog() -> tuple[dict[str, ModelInfo], dict[str, ModelInfo]]:
+    """The zoo's models, and timm's own plain networks that the zoo's have as twins."""
+    ours: dict[str, ModelInfo] = {}
+    plain: dict[str, ModelInfo] = {}
+    for path in sorted(TABLES.glob("*.toml")):
+        table = tomllib.loads(path.read_text())
+        for rows, into in ((table["models"], ours), (table.get("plain", {}), plain)):
+            for name, row in rows.items():
+                into[name] = ModelInfo(
+                    name=name,
+                    family=path.stem,
+                    dataset=table["dataset"],
+                    depth=row["depth"],
+                    norm=row["norm"],
+                    last_bn=row["last_bn"],
+                    input_size=tuple(row.get("input_size", table["input_size"])),
+                    num_classes=table["num_classes"],
+                    params=row["params"],
+                    macs=row["macs"],
+                    source=table["source"],
+                )
+    return ours, plain
+
+
+def list_models(filter: str = "", *, family: str | None = None, pretrained: bool = False) -> list[str]:
+    """Names of the zoo's registered models, family by family, by depth.
+
+    Args:
+        filter: a wildcard pattern as timm's, e.g. "*resnet20*"; "" is all.
+        family: one family's only, e.g. "cifar_vgg".
+        pretrained: only those with a released checkpoint, as "arch.tag".
+
+    Raises:
+        ValueError: no such family.
+    """
+    ours, _ = read_catalog()
+    families = sorted({info.family for info in ours.values()})
+    if family is not None and family not in families:
+        raise ValueError(f"unknown family {family!r}; one of: {', '.join(families)}")
+    names = [n for n, info in ours.items() if family is None or info.family == family]
+    if pretrained:
+        from condzoo.checkpoints import released_names
+
+        names = [tagged for tagged in released_names() if tagged.split(".", 1)[0] in names]
+    return [n for n in names if not filter or fnmatchcase(n, filter)]
+
+
+def model_info(name: str) -> ModelInfo:
+    """What `create_model(name)` builds: family, sizes, cost, source.
+
+    Registered models answer from the tables; other sizes of the MLPs and CIFAR nets, and timm's own models, are
+    built on the meta device and counted.
+
+    Raises:
+        ValueError: an unknown name, with the closest ones.
+    """
+    arch = name.split(".", 1)[0]
+    ours, plain = read_catalog()
+    if arch in ours or arch in plain:
+        return ours.get(arch) or plain[arch]
+    from condzoo.models import describe
+
+    return ModelInfo(name=arch, **describe(arch))

@@ -1,0 +1,130 @@
+"""Rectifier MLPs: `mlp{layers}x{width}`, the networks of the paper's figures I-VII, XI and XIII.
+
+`layers` counts linear layers; the last is the classifier. `norm=True` puts BatchNorm between each hidden linear
+layer and its ReLU (the linear layer then has no bias, as BN's beta takes its place); `last_bn=True` puts one
+BatchNorm1d before the classifier.
+Parameters:  8x24 on 12x12 pixels: 7,330   20x256 on 28x28 pixels: 1.4M   100x256: 6.7M
+Shapes: B images, C channels, H x W pixels, D = width, K classes.
+"""
+
+import math
+from collections import OrderedDict
+
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+from condzoo.models.head import attach_head, check_sizes, forward_head, set_classifier
+from condzoo.models.initializers import init_weights
+from condzoo.models.registry import register_table
+
+
+def hidden_layer(d_in: int, d_out: int, norm: bool, bias: bool) -> nn.Sequential:
+    """Linear, BN where asked for, ReLU."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict(linear=nn.Linear(d_in, d_out, bias=bias and not norm))
+    if norm:
+        parts["bn"] = nn.BatchNorm1d(d_out)
+    parts["relu"] = nn.ReLU(inplace=True)
+    return nn.Sequential(parts)
+
+
+class MLP(nn.Module):
+    """A rectifier MLP on flattened images.
+
+    Args:
+        layers: linear layers, the classifier included; at least 2.
+        width: units of every hidden layer.
+        bias: False leaves out every bias, the classifier's too (Theorems 1 and 2).
+        input_size: (C, H, W) of the images; `in_chans`, where given, replaces its C.
+        norm, last_bn, num_classes, drop_rate, init, last_bn_init: as for `CifarResNet`. The family's own
+            initializer is `random`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases zero.
+
+    Raises:
+        ValueError: fewer than 2 layers, a width or an input size below 1, a `global_pool` (there is nothing to pool).
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        norm: bool = False,
+        last_bn: bool = False,
+        bias: bool = True,
+        input_size: tuple[int, int, int] = (1, 28, 28),
+        num_classes: int = 10,
+        in_chans: int | None = None,
+        global_pool: str = "",
+        drop_rate: float = 0.0,
+        init: str | None = None,
+        last_bn_init: str = "ones",
+    ) -> None:
+        super().__init__()
+        c, height, pixels = input_size
+        in_chans = c if in_chans is None else in_chans
+        check_sizes(num_classes, in_chans)
+        check_mlp(layers, width, input_size, global_pool)
+        self.in_chans, self.bias = in_chans, bias
+        self.input_size = (in_chans, height, pixels)
+        self.grad_checkpointing = False
+        self.flatten = nn.Flatten()
+        sizes = [math.prod(self.input_size)] + [width] * (layers - 1)
+        self.layers = nn.Sequential(
+            *(hidden_layer(i, o, norm, bias) for i, o in zip(sizes, sizes[1:], strict=False))
+        )
+        self.feature_info = [
+            dict(num_chs=width, reduction=1, module=f"layers.{i}") for i in range(layers - 1)
+        ]
+        attach_head(self, width, num_classes, "", drop_rate, last_bn, last_bn_init)
+        self._match_bias()
+        init_weights(self, "random" if init is None else init)
+
+    def _match_bias(self) -> None:
+        if not self.bias and isinstance(self.fc, nn.Linear):
+            self.fc.bias = None
+
+    def forward_features(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, D]
+        """The hidden layers."""
+        x = self.flatten(x)
+        if self.grad_checkpointing and self.training:
+            return checkpoint_seq(self.layers, x)
+        return self.layers(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # [B, D] -> [B, K]
+        """Last BN, dropout, classifier; `pre_logits` stops before the classifier."""
+        return forward_head(self, x, pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K]
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
+        """The last linear layer, or its name."""
+        return "fc" if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier; the last BN stays. ValueError for a `global_pool`: an MLP has nothing to pool."""
+        if global_pool:
+            raise ValueError(f"an MLP has nothing to pool, got global_pool={global_pool!r}; leave it out")
+        set_classifier(self, num_classes)
+        self._match_bias()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each hidden layer in backward instead of storing its activations."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """timm's parameter groups: the first layer, then each hidden layer."""
+        return dict(stem=r"^layers\.0\.", blocks=r"^layers\.(\d+)")
+
+
+def check_mlp(layers: int, width: int, input_size: tuple[int, int, int], global_pool: str) -> None:
+    """Reject sizes and options no MLP can have; each message says what is allowed."""
+    if layers < 2:
+        raise ValueError(f"layers counts linear layers, the classifier included, and must be at least 2, got {layers}")
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    if min(input_size) < 1:
+        raise ValueError(f"input_size must be (channels, height, width), each at least 1, got {tuple(input_size)}")
+    if global_pool:
+        raise ValueError(f"an MLP has nothing to pool, got global_pool={global_pool!r}; leave it out")
+
+
+register_table(__name__, "mlp", MLP, first_conv=None)

@@ -1,0 +1,231 @@
+"""The zoo in timm's registry, and `create_model`.
+
+Each family is one literal table, tables/<family>.toml, and one class. A row says what to build and how large it
+is; `register_table` makes a timm entry point of every row. Sizes that have no row (`mlp12x64_bn`,
+`cifar_resnet62`) are built by `create_model` from the row of a sibling, which differs only in its numbers.
+"""
+
+import contextlib
+import difflib
+import functools
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from condzoo.models.head import check_sizes
+from condzoo.models.initializers import init_weights
+
+TABLES = Path(__file__).parent / "tables"
+NUMBERS = re.compile(r"\d+")  # what siblings differ in
+
+
+@dataclass(frozen=True)
+class Family:
+    """One table: what its models share, and the class that builds them from a row's `args`."""
+
+    name: str
+    build: Callable[..., nn.Module]
+    shared: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    first_conv: str | None
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register_table(module: str, family: str, build: Callable[..., nn.Module], first_conv: str | None) -> None:
+    """Register every row of tables/<family>.toml with timm, as entry points of `module`.
+
+    Args:
+        module: the importing module's `__name__`; timm files models under its last component.
+        family: the table's name.
+        build: called with a row's `args` and the caller's keyword arguments.
+        first_conv: name of the layer that sees the image, for timm's adaption to other `in_chans`.
+
+    Raises:
+        ValueError: a name that timm already has: it is never overwritten.
+    """
+    shared = tomllib.loads((TABLES / f"{family}.toml").read_text())
+    rows = shared.pop("models")
+    FAMILIES[family] = table = Family(family, build, shared, rows, first_conv)
+    taken = [name for name in rows if is_model(name)]
+    if taken:
+        raise ValueError(f"timm already has {taken}; condzoo never overwrites a name of timm's")
+    mod = sys.modules[module]
+    configs = generate_default_cfgs({name: pretrained_config(table, name) for name in rows})
+    mod.__dict__.setdefault("default_cfgs", {}).update(configs)
+    for name, row in rows.items():
+        entry_point = functools.partial(build_network, table, name, row["args"])
+        entry_point.__name__ = entry_point.__qualname__ = name  # type: ignore[attr-defined]
+        entry_point.__module__ = module
+        entry_point.__doc__ = f"{name}: {shared['title']}."
+        setattr(mod, name, entry_point)
+        register_model(entry_point)
+
+
+def pretrained_config(family: Family, name: str) -> dict[str, Any]:
+    """timm's description of a model's input, head and normalization."""
+    shared = family.shared
+    row = family.rows.get(name, {})
+    return {
+        "input_size": tuple(row.get("input_size", shared["input_size"])),
+        "num_classes": shared["num_classes"],
+        "mean": tuple(shared["mean"]),
+        "std": tuple(shared["std"]),
+        "crop_pct": shared.get("crop_pct", 1.0),
+        "interpolation": shared.get("interpolation", "bilinear"),
+        "first_conv": family.first_conv,
+        "classifier": "fc",
+        "pool_size": tuple(shared["pool_size"]) if "pool_size" in shared else None,
+        "license": "apache-2.0",
+    }
+
+
+def build_network(
+    family: Family, name: str, args: dict[str, Any], pretrained: bool = False, **kwargs: Any
+) -> nn.Module:
+    """timm's entry point of one model: what timm.create_model calls."""
+    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
+    if "input_size" in kwargs:  # timm would fill in the table's in_chans
+        kwargs.setdefault("in_chans", kwargs["input_size"][0])
+    with torch.device(device) if device is not None else contextlib.nullcontext():
+        model = build_model_with_cfg(
+            family.build, name, pretrained, feature_cfg=feature_config(family, args), **{**args, **kwargs}
+        )
+    return model if dtype is None else model.to(dtype)
+
+
+def feature_config(family: Family, args: dict[str, Any]) -> dict[str, Any]:
+    """timm's `features_only` settings: one level a stage, or a hidden layer of an MLP."""
+    if "feature_levels" in family.shared:
+        return dict(out_indices=tuple(range(family.shared["feature_levels"])))
+    return dict(out_indices=tuple(range(args["layers"] - 1)), flatten_sequential=True)
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    num_classes: int | None = None,
+    init: str | None = None,
+    last_bn_init: str = "ones",
+    **model_kwargs: Any,
+) -> nn.Module:
+    """Build a network by its name: any model of the zoo, any other size of its MLPs and CIFAR nets, any of timm's.
+
+    The same network as timm.create_model builds, equal in values under one seed.
+
+    Args:
+        name: e.g. "resnet50_lastbn", "cifar_resnet20_lastbn", "mlp12x64_bn", "cifar_resnet20.authors" (a tag names
+            released weights).
+        pretrained: load released weights.
+        num_classes: outputs; 0 returns the classifier's input; None keeps the data set's.
+        init: a scheme of `init_weights` in place of the family's own.
+        last_bn_init: gamma of the last BN, "ones" or, as the authors' code has it, "uniform".
+        **model_kwargs: as timm's: in_chans, drop_rate, global_pool, features_only, out_indices ...
+
+    Raises:
+        ValueError: an unknown name (with the closest ones), depth, `init`, `last_bn_init` or size.
+    """
+    check_sizes(10 if num_classes is None else num_classes, model_kwargs.get("in_chans") or 1)
+    if model_kwargs.get("in_chans") is not None:
+        check_sizes(1, model_kwargs["in_chans"])
+    if num_classes is not None:
+        model_kwargs["num_classes"] = num_classes
+    arch = name.split(".", 1)[0]
+    ours = any(arch in family.rows for family in FAMILIES.values())
+    if is_model(arch) and not ours:
+        return create_timm_model(name, pretrained, init, last_bn_init, model_kwargs)
+    if init is not None:
+        model_kwargs["init"] = init
+    if last_bn_init != "ones":
+        model_kwargs["last_bn_init"] = last_bn_init
+    if ours:
+        return timm.create_model(name, pretrained=pretrained, **model_kwargs)
+    family, args = sibling(name)
+    if pretrained:
+        raise ValueError(f"no weights are released for {name!r}: it is not one of the registered models")
+    return build_network(family, name, args, pretrained_cfg=pretrained_config(family, name), **model_kwargs)
+
+
+def create_timm_model(
+    name: str, pretrained: bool, init: str | None, last_bn_init: str, model_kwargs: dict[str, Any]
+) -> nn.Module:
+    """A network of timm's own, delegated to timm; `init` is applied to it afterwards."""
+    if last_bn_init != "ones":
+        raise ValueError(f"last_bn_init is for networks with a last BN; {name!r} is timm's own and has none")
+    model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
+    return model if init is None else init_weights(model, init)
+
+
+def sibling(name: str) -> tuple[Family, dict[str, Any]]:
+    """The family and arguments of a name without a row, from the row that differs from it only in its numbers.
+
+    Raises:
+        ValueError: no such row; the message names the closest models.
+    """
+    shape = NUMBERS.sub("#", name)
+    numbers = [int(n) for n in NUMBERS.findall(name)]
+    for family in FAMILIES.values():
+        size = family.shared["size"]  # the arguments that the numbers of a name stand for, in their order
+        for row_name, row in family.rows.items():
+            if NUMBERS.sub("#", row_name) == shape and size and len(size) == len(numbers):
+                return family, {**row["args"], **dict(zip(size, numbers, strict=True))}
+    raise ValueError(unknown_model(name))
+
+
+def unknown_model(name: str) -> str:
+    """The error text for a name nobody has, with the closest ones."""
+    known = [*zoo_names(), *timm.list_models()]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "condzoo.list_models() lists them all"
+    return f"unknown model {name!r}; {hint}"
+
+
+def zoo_names() -> Iterator[str]:
+    """Every registered model of the zoo, family by family."""
+    for family in FAMILIES.values():
+        yield from family.rows
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Measure a model that has no row: build it on the meta device, count parameters and multiply-adds.
+
+    Returns:
+        The fields of a `ModelInfo` but its name. For timm's own models `depth` counts convolutions and linear
+        layers.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    with torch.device("meta"):
+        model = create_model(name).eval()
+    config = model.pretrained_cfg
+    input_size = tuple(getattr(model, "input_size", None) or config["input_size"])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, *input_size, device="meta"))
+    weighted = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
+    norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) and n != "last_bn"]
+    family, args = (None, {}) if is_model(name) else sibling(name)
+    return dict(
+        family=family.name if family else "timm",
+        dataset=family.shared["dataset"] if family else "imagenet",
+        depth=args.get("depth") or args.get("layers") or weighted,
+        norm="bn" if norms else "none",
+        last_bn=hasattr(model, "last_bn"),
+        input_size=input_size,
+        num_classes=config["num_classes"],
+        params=sum(p.numel() for p in model.parameters()),
+        macs=counter.get_total_flops() // 2,
+        source=family.shared["source"] if family else "timm",
+    )

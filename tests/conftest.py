@@ -1,0 +1,32 @@
+"""Fixtures for the whole suite: where real images are, and one thread count for all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Real images for development lie beside the repository, when they are there at all.
+SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without real images the tests that need them are skipped, and say so."""
+    if "CONDZOO_DATA" in os.environ or SHARED_DATA.is_dir():
+        return
+    skip = pytest.mark.skip(reason="no real images: set CONDZOO_DATA to a data root")
+    for item in items:
+        if "real_data" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with CIFAR-10 and MNIST in torchvision's layout, and imagenette10/{train,val}."""
+    if "CONDZOO_DATA" in os.environ:
+        return Path(os.environ["CONDZOO_DATA"])
+    root = tmp_path_factory.mktemp("data")
+    for name, folder in (("cifar10", root), ("mnist", root), ("imagenette10", root / "imagenette10")):
+        subprocess.run([sys.executable, str(SHARED_DATA / "unpack.py"), name, str(folder)], check=True)
+    return root

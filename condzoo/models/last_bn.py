@@ -1,6 +1,6 @@
 """The last BN: one BatchNorm1d on the input of the last linear layer (arXiv:2002.10801).
 
-Every network that has one keeps it as `model.last_bn`, so its state dict is the plain network's plus `last_bn.*`.
+A network that has one keeps it as `model.last_bn`: its state dict is the plain network's plus `last_bn.*`.
 Shapes: B examples, D features.
 """
 
@@ -60,12 +60,12 @@ def reset_to_identity_(bn: nn.BatchNorm1d) -> nn.BatchNorm1d:
 
 def identity_state(bn: nn.BatchNorm1d, device: torch.device) -> dict[str, Tensor]:
     """The state dict that makes `bn` the identity in eval mode, on `device`."""
-    place = {"dtype": bn.weight.dtype, "device": device}
+    d, dtype = bn.num_features, bn.weight.dtype
     return {
-        "weight": torch.ones(bn.num_features, **place),
-        "bias": torch.zeros(bn.num_features, **place),
-        "running_mean": torch.zeros(bn.num_features, **place),
-        "running_var": torch.full((bn.num_features,), 1 - bn.eps, **place),
+        "weight": torch.ones(d, dtype=dtype, device=device),
+        "bias": torch.zeros(d, dtype=dtype, device=device),
+        "running_mean": torch.zeros(d, dtype=dtype, device=device),
+        "running_var": torch.full((d,), 1 - bn.eps, dtype=dtype, device=device),
         "num_batches_tracked": torch.tensor(0, device=device),
     }
 
@@ -73,9 +73,9 @@ def identity_state(bn: nn.BatchNorm1d, device: torch.device) -> dict[str, Tensor
 def accept_plain_weights(model: nn.Module) -> None:
     """Let `model.load_state_dict` take the state dict of the network without the last BN.
 
-    Where a state dict has all of the network but no `last_bn.*`, the last BN becomes the identity in eval mode:
-    the outputs are the plain network's. With strict=False the missing keys are reported all the same, and
-    a state dict that lacks other keys too leaves the last BN alone.
+    Where a state dict has all of the network but no `last_bn.*`, the last BN becomes the identity in eval
+    mode: the outputs are the plain network's. With strict=False the missing keys are reported all the same,
+    and a state dict that lacks other keys too leaves the last BN alone.
     """
     model.register_load_state_dict_pre_hook(fill_in_last_bn)
 
@@ -89,6 +89,8 @@ def fill_in_last_bn(
     if not isinstance(bn, nn.BatchNorm1d) or any(key.startswith(own) for key in state_dict):
         return
     body = [prefix + key for key in model.state_dict() if not key.startswith("last_bn.")]
+    # BatchNorm itself does without this counter: older published weights lack it
+    body = [key for key in body if not key.endswith("num_batches_tracked")]
     if not all(key in state_dict for key in body):
         return
     if strict:

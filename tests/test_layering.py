@@ -32,7 +32,9 @@ def imports_of(source: str) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the direction"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "condzoo" else [node.module]
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "condzoo" else [node.module]
+            )
         else:
             continue
         found |= {name.split(".")[1] for name in names if name and name.startswith("condzoo.")}

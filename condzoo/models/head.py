@@ -6,6 +6,7 @@ Shapes: B examples, C channels, H x W positions, D features, K classes.
 """
 
 import math
+from typing import Any
 
 from timm.layers import create_classifier
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def check_sizes(num_classes: int, in_chans: int) -> None:
 
 
 def attach_head(
-    model: nn.Module,
+    model: Any,
     num_features: int,
     num_classes: int,
     global_pool: str,
@@ -37,7 +38,14 @@ def attach_head(
     """Give `model` its head: sets num_features, global_pool, last_bn (if asked for), head_drop and fc.
 
     `head_drop` is a module, not a function call, so that insert_last_bn can find what feeds the classifier.
+
+    Raises:
+        ValueError: an unknown `last_bn_init`, or one for a network that has no last BN.
     """
+    if not last_bn and last_bn_init != "ones":
+        raise ValueError(
+            f"last_bn_init={last_bn_init!r} needs a last BN, and this network has none; take its _lastbn twin"
+        )
     model.num_features = num_features
     model.has_last_bn = last_bn
     model.last_bn_init = last_bn_init
@@ -47,7 +55,7 @@ def attach_head(
         accept_plain_weights(model)
 
 
-def set_classifier(model: nn.Module, num_classes: int, global_pool: str | None = None) -> None:
+def set_classifier(model: Any, num_classes: int, global_pool: str | None = None) -> None:
     """Replace pooling and classifier, as timm's `reset_classifier`; None keeps the pooling.
 
     The last BN stays as it is unless the pooling changes the number of features it sees.
@@ -68,7 +76,7 @@ def set_classifier(model: nn.Module, num_classes: int, global_pool: str | None =
     match_placement(model)
 
 
-def match_placement(model: nn.Module) -> None:
+def match_placement(model: Any) -> None:
     """Put a new head where the body is: its device and dtype (not on the meta device), its train/eval mode."""
     body = next(model.parameters())
     for part in (model.global_pool, model.fc, getattr(model, "last_bn", None)):
@@ -85,7 +93,7 @@ def init_classifier(fc: nn.Linear) -> None:
     nn.init.zeros_(fc.bias)
 
 
-def forward_head(model: nn.Module, x: Tensor, pre_logits: bool = False) -> Tensor:  # [B, C, H, W] -> [B, K]
+def forward_head(model: Any, x: Tensor, pre_logits: bool = False) -> Tensor:  # [B, C, H, W] -> [B, K]
     """Pool, last BN, dropout, classify; `pre_logits` stops at what the classifier would see, [B, D].
 
     An unpooled map (global_pool="") passes the last BN by: it is defined on the pooled vector.

@@ -7,6 +7,7 @@ Parameters:  8x24 on 12x12 pixels: 7,330   20x256 on 28x28 pixels: 1.4M   100x25
 Shapes: B images, C channels, H x W pixels, D = width, K classes.
 """
 
+import itertools
 import math
 from collections import OrderedDict
 
@@ -67,12 +68,8 @@ class MLP(nn.Module):
         self.grad_checkpointing = False
         self.flatten = nn.Flatten()
         sizes = [math.prod(self.input_size)] + [width] * (layers - 1)
-        self.layers = nn.Sequential(
-            *(hidden_layer(i, o, norm, bias) for i, o in zip(sizes, sizes[1:], strict=False))
-        )
-        self.feature_info = [
-            dict(num_chs=width, reduction=1, module=f"layers.{i}") for i in range(layers - 1)
-        ]
+        self.layers = nn.Sequential(*(hidden_layer(i, o, norm, bias) for i, o in itertools.pairwise(sizes)))
+        self.feature_info = [dict(num_chs=width, reduction=1, module=f"layers.{i}") for i in range(layers - 1)]
         attach_head(self, width, num_classes, "", drop_rate, last_bn, last_bn_init)
         self._match_bias()
         init_weights(self, "random" if init is None else init)

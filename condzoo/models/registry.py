@@ -11,7 +11,7 @@ import functools
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,22 +180,18 @@ def sibling(name: str) -> tuple[Family, dict[str, Any]]:
         size = family.shared["size"]  # the arguments that the numbers of a name stand for, in their order
         for row_name, row in family.rows.items():
             if NUMBERS.sub("#", row_name) == shape and size and len(size) == len(numbers):
-                return family, {**row["args"], **dict(zip(size, numbers, strict=True))}
+                own = {k: v for k, v in row["args"].items() if k != "input_size"}  # a sibling has the family's
+                return family, {**own, **dict(zip(size, numbers, strict=True))}
     raise ValueError(unknown_model(name))
 
 
 def unknown_model(name: str) -> str:
     """The error text for a name nobody has, with the closest ones."""
-    known = [*zoo_names(), *timm.list_models()]
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "condzoo.list_models() lists them all"
+    score = {known: difflib.SequenceMatcher(None, name, known).ratio() for known in timm.list_models()}
+    best = max(score.values())
+    close = sorted((known for known in score if score[known] > best - 0.03), key=score.__getitem__, reverse=True)[:3]
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if best > 0.6 else "condzoo.list_models() lists them all"
     return f"unknown model {name!r}; {hint}"
-
-
-def zoo_names() -> Iterator[str]:
-    """Every registered model of the zoo, family by family."""
-    for family in FAMILIES.values():
-        yield from family.rows
 
 
 def describe(name: str) -> dict[str, Any]:

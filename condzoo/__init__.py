@@ -7,7 +7,8 @@ Names are imported when they are first used, so that `import condzoo` stays fast
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # as typing's, without the time that importing typing takes
 
 __version__ = "0.1.0"
 
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from condzoo.validation import Validation, validate
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _DEFINED_IN:
         raise AttributeError(f"module 'condzoo' has no attribute {name!r}")
     value = getattr(import_module(_DEFINED_IN[name]), name)

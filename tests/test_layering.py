@@ -18,7 +18,9 @@ ALLOWED = {
     "training": {"models", "data", "probe"},
     "checkpoints": {"models", "data", "probe", "catalog"},
     "validation": {"models", "data", "probe", "catalog", "checkpoints"},
-    "release": {"models", "data", "probe", "catalog", "checkpoints", "training"},
+    "probing": {"models", "data", "probe", "catalog", "training"},
+    "conversion": {"models", "data", "probe", "catalog", "checkpoints"},
+    "release": {"models", "data", "probe", "catalog", "checkpoints", "conversion", "training"},
     "experiments": {"models", "data", "probe", "catalog", "checkpoints", "training"},
 }
 TOP = {"cli", "display", "__main__", "__init__"}

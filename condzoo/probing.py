@@ -1,0 +1,86 @@
+"""Measuring a model of the zoo, or a run, on a data set by name: what `condzoo probe` does."""
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from condzoo.catalog import model_info
+from condzoo.data import BatchPlan, ImageData, load_data, train_batches
+from condzoo.models import create_model
+from condzoo.probe import Conditioning, measure
+from condzoo.training import load_run
+
+PAPER_CROP = 20  # pixels: the usual box of MNIST's digits, where the paper's 12x12 images leave the size open
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to measure, on what.
+
+    Attributes:
+        target: a model's name, or a run directory (its last weights, its own data).
+        data: the data set; None: the run's own, or the one the model is made for.
+        data_root: where the data set is; None: CONDZOO_DATA, then the cache.
+        batches, batch_size: how much of the training set, in a seeded order, without augmentation.
+        init: initializer, for a model by name.
+        eval_mode: running statistics in place of the batch's (the paper's curves are train mode).
+        seed: of the initialization, the order of the examples and the measurement.
+    """
+
+    target: str
+    data: str | None = None
+    data_root: Path | None = None
+    batches: int = 4
+    batch_size: int = 128
+    labels: str = "data"
+    conv: str = "channels"
+    precision: str = "auto"
+    init: str | None = None
+    eval_mode: bool = False
+    seed: int = 0
+    device: str | None = None
+
+
+def answer(question: Question) -> Conditioning:
+    """Build or load the network, read the data, measure.
+
+    Raises:
+        ValueError: an unknown model or data set, or data that does not fit the network.
+        FileNotFoundError: the data is not there; says where it looked.
+    """
+    model, images = network_and_data(question)
+    model.train(not question.eval_mode)
+    plan = BatchPlan(question.batch_size, seed=question.seed)
+    batches = islice(train_batches(images, plan, epoch=0), question.batches)
+    return measure(
+        model,
+        batches,
+        labels=question.labels,
+        conv=question.conv,
+        precision=question.precision,
+        device=question.device,
+        seed=question.seed,
+    )
+
+
+def network_and_data(question: Question) -> tuple[torch.nn.Module, ImageData]:
+    """The network, and the images it takes."""
+    if Path(question.target).is_dir():
+        run = load_run(question.target, data_root=question.data_root)
+        if question.data not in (None, run.recipe.data.name):
+            raise ValueError(f"the run was trained on {run.recipe.data.name}, got --data {question.data}; leave it out")
+        return run.model, run.data
+    info = model_info(question.target)
+    name = question.data or info.dataset
+    if name == "imagenet":
+        raise ValueError(f"{info.name} is made for ImageNet, which is not read yet; name a data set with --data")
+    size = info.input_size[1]
+    images = load_data(
+        name, question.data_root, crop=PAPER_CROP if (name, size) == ("mnist", 12) else None, resize=size
+    )
+    channels = images.image_shape[0]
+    arguments = dict(input_size=images.image_shape) if info.family == "mlp" else dict(in_chans=channels)
+    torch.manual_seed(question.seed)
+    return create_model(info.name, num_classes=images.num_classes, init=question.init, **arguments), images

@@ -36,7 +36,7 @@ class PreActBlock(nn.Module):
             self.conv2 = nn.Conv2d(c, c, 3, stride, padding=1, bias=False)
             self.bn3, self.relu3 = nn.BatchNorm2d(c), nn.ReLU(inplace=True)
             self.conv3 = nn.Conv2d(c, c_out, 1, bias=False)
-            self.branch = ("conv1", "bn2", "relu2", "conv2", "bn3", "relu3", "conv3")
+            self.branch: tuple[str, ...] = ("conv1", "bn2", "relu2", "conv2", "bn3", "relu3", "conv3")
         else:
             self.conv1 = nn.Conv2d(c_in, c, 3, stride, padding=1, bias=False)
             self.bn2, self.relu2 = nn.BatchNorm2d(c), nn.ReLU(inplace=True)
@@ -68,6 +68,8 @@ class PreResNet(nn.Module):
         final_norm: the BN after the last block; its ReLU stays in any case.
         last_bn, num_classes, in_chans, global_pool, drop_rate, init, last_bn_init: as for `CifarResNet`.
     """
+
+    fc: nn.Module
 
     def __init__(
         self,

@@ -79,6 +79,8 @@ class CifarResNet(nn.Module):
         ValueError: a depth that is not 6n + 2, `num_classes` below 0, `in_chans` below 1, an unknown `init`.
     """
 
+    fc: nn.Module
+
     def __init__(
         self,
         depth: int,
@@ -117,7 +119,8 @@ class CifarResNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 64, H/4, W/4]
         """The body: everything before pooling."""
         x = self.relu1(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3):
+        for name in ("layer1", "layer2", "layer3"):
+            stage = self.get_submodule(name)
             x = checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
         return x
 

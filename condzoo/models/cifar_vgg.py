@@ -34,6 +34,8 @@ class CifarVgg16(nn.Module):
     Args: as for `CifarResNet`. Inputs smaller than 32 x 32 are pooled away: the five max-poolings need 32 pixels.
     """
 
+    fc: nn.Module
+
     def __init__(
         self,
         last_bn: bool = False,
@@ -64,7 +66,8 @@ class CifarVgg16(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 512, H/32, W/32]
         """The five groups."""
-        for group in (self.group1, self.group2, self.group3, self.group4, self.group5):
+        for i in range(len(GROUP_WIDTHS)):
+            group = self.get_submodule(f"group{i + 1}")
             x = checkpoint(group, x) if self.grad_checkpointing and self.training else group(x)
         return x
 

@@ -7,6 +7,8 @@ Parameters, 1000 classes:  resnet18_lastbn: 11.7M   resnet50_lastbn: 25.6M
 Shapes: B images, C channels, H x W pixels, K classes.
 """
 
+from typing import Any
+
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -57,12 +59,12 @@ class ResNetLastBN(ResNet):
         zero_init_last: bool = False,
         init: str | None = None,
         last_bn_init: str = "ones",
-        **resnet_kwargs: object,
+        **resnet_kwargs: Any,
     ) -> None:
         check_sizes(num_classes, in_chans)
         check_depth(depth, tuple(BLOCKS))
         super().__init__(
-            Bottleneck if depth >= 50 else BasicBlock,
+            Bottleneck if depth >= 50 else BasicBlock,  # type: ignore[arg-type]  # timm means the class
             BLOCKS[depth],
             num_classes=num_classes,
             in_chans=in_chans,

@@ -43,6 +43,8 @@ class MLP(nn.Module):
         ValueError: fewer than 2 layers, a width or an input size below 1, a `global_pool` (there is nothing to pool).
     """
 
+    fc: nn.Module
+
     def __init__(
         self,
         layers: int,
@@ -76,7 +78,7 @@ class MLP(nn.Module):
 
     def _match_bias(self) -> None:
         if not self.bias and isinstance(self.fc, nn.Linear):
-            self.fc.bias = None
+            self.fc.register_parameter("bias", None)
 
     def forward_features(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, D]
         """The hidden layers."""

@@ -205,7 +205,7 @@ def describe(name: str) -> dict[str, Any]:
         ValueError: an unknown name.
     """
     with torch.device("meta"):
-        model = create_model(name).eval()
+        model: Any = create_model(name).eval()
     config = model.pretrained_cfg
     input_size = tuple(getattr(model, "input_size", None) or config["input_size"])
     with FlopCounterMode(display=False) as counter, torch.no_grad():

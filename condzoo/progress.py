@@ -1,0 +1,101 @@
+"""The progress of a training: a bar on a terminal, a line an epoch anywhere else."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from condzoo.training import EpochDone, Event, Finished, Notice, Started, StepDone
+
+SECONDS_BETWEEN_LINES = 30.0  # off a terminal, within an epoch
+
+
+class TrainingProgress:
+    """Shows the events of `condzoo.train`; used as a context manager, and as its `on_event`.
+
+    Several runs may follow each other (a sweep): each gets a bar, or lines, of its own.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.started: Started | None = None
+        self.last_line = 0.0
+        self.task = None
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "TrainingProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, Started):
+            self.start(event)
+        elif isinstance(event, StepDone):
+            self.step(event)
+        elif isinstance(event, EpochDone):
+            self.say(epoch_line(event, self.started))
+        elif isinstance(event, Notice):
+            self.say(Text(event.text, style="yellow"))
+        elif isinstance(event, Finished) and self.task is not None:
+            self.bar.stop_task(self.task)
+
+    def say(self, line: str | Text) -> None:
+        """A line above the bar, or a plain line."""
+        self.console.print(line, soft_wrap=True)
+        self.last_line = time.monotonic()
+
+    def start(self, event: Started) -> None:
+        """A new run: its name, where it trains, and where it goes on from."""
+        self.started = event
+        name = event.recipe.model.name
+        resumed = f", going on from step {event.start_step}" if event.start_step else ""
+        where = f"{event.parameters:,} parameters, {event.device} in {event.precision}, into {event.path}"
+        self.say(f"{name}: {where}{resumed}")
+        self.task = self.bar.add_task(name, total=event.last_step, completed=event.start_step, state="")
+
+    def step(self, event: StepDone) -> None:
+        """Loss, accuracy, speed, and the conditioning of the last layer's input when it was last probed."""
+        state = f"loss {event.loss:.3f}  acc {event.accuracy:.1%}  {event.images_per_second:,.0f} images/s"
+        if event.last_layer:
+            state += f"  last layer: {conditioning_text(event.last_layer)}"
+        if self.task is not None and not self.bar.disable:
+            self.bar.update(self.task, completed=event.step + 1, state=state)
+        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.say(f"step {event.step + 1}  {state}")
+
+
+def conditioning_text(last_layer: dict[str, float]) -> str:
+    """The last layer's input in two numbers."""
+    return "  ".join(f"{name} {value:.3g}" for name, value in last_layer.items())
+
+
+def epoch_line(event: EpochDone, started: Started | None) -> str:
+    """What an epoch came to, in one line."""
+    metrics = event.metrics
+    epochs = f"/{-(-started.total_steps // started.steps_per_epoch)}" if started else ""
+    parts = [f"epoch {event.epoch + 1}{epochs}"]
+    for key, label, form in (
+        ("train_loss", "loss", ".4f"),
+        ("train_accuracy", "train acc", ".2%"),
+        ("test_error", "test error", ".2%"),
+        ("images_per_second", "images/s", ",.0f"),
+    ):
+        if metrics.get(key) is not None:
+            parts.append(f"{label} {metrics[key]:{form}}")
+    return "  ".join(parts)

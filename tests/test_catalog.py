@@ -1,0 +1,73 @@
+"""The catalogue answers from the tables, without torch, and says what create_model builds."""
+
+import re
+
+import pytest
+
+from condzoo.catalog import list_models, model_info
+
+CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110, 230, 1202)
+
+
+def contract_names():
+    """Every name of the contract's table of models, spelled out independently of the zoo's own tables."""
+    for depth in CIFAR_DEPTHS:
+        for family in ("resnet", "vgg"):
+            for suffix in ("", "_nobn", "_lastbn", "_nobn_lastbn"):
+                yield f"cifar_{family}{depth}{suffix}"
+        for suffix in ("", "_nofinalbn", "_lastbn"):
+            yield f"cifar_preresnet{depth}{suffix}"
+    yield from ("cifar_vgg16", "cifar_vgg16_lastbn")
+    for depth in (18, 34, 50, 101, 152):
+        yield f"resnet{depth}_lastbn"
+    for depth in (18, 50):
+        yield from (f"preresnet{depth}", f"preresnet{depth}_lastbn")
+    for size in ("4x24", "4x36", "5x256", "8x24", "20x256", "100x256"):
+        for suffix in ("", "_bn", "_lastbn"):
+            yield f"mlp{size}{suffix}"
+
+
+def test_the_zoo_is_exactly_the_contracts_table():
+    assert sorted(list_models()) == sorted(contract_names())
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("cifar_resnet20", 269_722),
+        ("cifar_resnet56", 853_018),
+        ("cifar_resnet110", 1_727_962),
+        ("cifar_resnet1202", 19_421_274),
+        ("cifar_resnet20_lastbn", 269_722 + 128),
+        ("mlp8x24", 7_330),
+        ("resnet18", 11_689_512),
+        ("resnet50", 25_557_032),
+    ],
+)
+def test_recorded_sizes_are_the_published_ones(name, params):
+    assert model_info(name).params == params
+
+
+def test_filters_are_wildcards_and_families():
+    assert list_models("resnet??_lastbn") == ["resnet18_lastbn", "resnet34_lastbn", "resnet50_lastbn"]
+    assert list_models("cifar_resnet20") == ["cifar_resnet20"]
+    assert len(list_models(family="mlp")) == 18
+    assert list_models("*resnet*", family="mlp") == []
+    with pytest.raises(ValueError, match="unknown family 'mlps'; one of: cifar_preresnet, cifar_resnet"):
+        list_models(family="mlps")
+
+
+def test_info_of_a_model_without_a_row_is_counted():
+    info = model_info("mlp12x64_bn")
+    weights = 784 * 64 + 10 * 64 * 64 + 64 * 10
+    assert (info.family, info.depth, info.norm, info.last_bn) == ("mlp", 12, "bn", False)
+    assert info.macs == weights
+    assert info.params == weights + 10 + 11 * 2 * 64
+    assert model_info("cifar_resnet62_lastbn").params == 269_722 + 128 + 7 * 2 * 9 * (16**2 + 32**2 + 64**2) + (
+        7 * 2 * 2 * (16 + 32 + 64)
+    )
+
+
+def test_an_unknown_name_is_answered_with_the_closest():
+    with pytest.raises(ValueError, match=re.escape("unknown model 'resnet50_lastbm'; did you mean 'resnet50_lastbn'?")):
+        model_info("resnet50_lastbm")

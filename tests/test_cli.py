@@ -1,0 +1,103 @@
+"""The command line as a person meets it: what it prints, and how it fails."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from condzoo.cli import exit_code, main
+
+
+def run(capsys, *args):
+    """Call the command in this process; returns (exit code, stdout, stderr)."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+COMMANDS = ["list", "info", "recipes", "train", "sweep", "eval", "probe", "plot"]
+
+
+def test_help_names_every_command(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help_that_explains_its_options(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert len(out.splitlines()) > 5
+
+
+def test_list_as_json_is_strict_and_complete(capsys):
+    code, out, _ = run(capsys, "list", "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert len(rows) == 130
+    assert {"name", "family", "params", "macs"} <= set(rows[0])
+
+
+def test_info_prints_the_fields(capsys):
+    code, out, _ = run(capsys, "info", "cifar_resnet20_lastbn")
+    assert code == 0
+    assert "269,850" in out
+    assert "3 x 32 x 32" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("info", "resnet50_lastbm"), "error: unknown model 'resnet50_lastbm'; did you mean 'resnet50_lastbn'?"),
+        (("info", "cifar_resnet57"), "error: depth must be 6n + 2, got 57; nearest are 56 and 62"),
+        (("list", "nothing*"), "error: no model matches 'nothing*'"),
+        (("list", "--family", "vgg"), "error: unknown family 'vgg'; one of: "),
+        (("train", "no/such.toml"), "error: no recipe 'no/such.toml'"),
+        (("eval", "no/such/run"), "no/such/run"),
+        (("plot", "no/such/run"), "error: no conditioning records at no/such/run"),
+        (("probe", "cifar_resnet20", "--data", "cifar"), "unknown data set 'cifar'; did you mean 'cifar10'?"),
+        (("probe", "resnet18_lastbn"), "made for ImageNet"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, args, text):
+    code, _, err = run(capsys, *args)
+    assert code == 2
+    assert text in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_an_unforeseen_error_keeps_its_traceback():
+    assert exit_code(ZeroDivisionError()) is None
+    assert exit_code(ValueError("x")) == 2
+
+
+def test_probe_measures_a_model_on_digits(capsys, tmp_path):
+    out = tmp_path / "c.json"
+    args = (
+        "--data",
+        "digits",
+        "--batches",
+        "1",
+        "--batch-size",
+        "32",
+        "--out",
+        str(out),
+        "--plot",
+        str(tmp_path / "c.png"),
+    )
+    code, printed, err = run(capsys, "probe", "mlp4x24_bn", *args)
+    assert code == 0, err
+    assert "fc" in printed
+    assert "fc" in json.loads(out.read_text())["layers"]
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_python_dash_m_condzoo_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "condzoo", "info", "mlp8x24"], capture_output=True, text=True, check=True
+    )
+    assert "7,330" in done.stdout

@@ -1,0 +1,210 @@
+"""Insert a last BN into a network that has none: any timm or torchvision classifier with one linear head.
+
+The layer is `model.last_bn`, applied to the head's input by a forward pre-hook; the network's own modules and
+state-dict keys stay as they are.
+Shapes: B examples, D features, K classes, R rows.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condzoo.models.last_bn import accept_plain_weights, build_last_bn, check_batch, reset_to_identity_
+
+# where torchvision's models, and most others without timm's get_classifier, keep their head
+HEAD_NAMES = ("fc", "classifier", "heads", "head", "last_linear")
+
+
+def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = None) -> nn.Module:
+    """Put a BatchNorm1d before the last linear layer, in place, without changing the function in eval mode.
+
+    The head's input [B, ..., D] is normalized over its last dimension, before a dropout module that directly
+    feeds the head. timm's `get_classifier` and `reset_classifier` go on working (the last BN stays), and so
+    does loading the network's plain weights. A head put in by hand (`model.fc = ...`) does not get the last BN.
+
+    Args:
+        model: a classifier of timm or torchvision, or any other module whose last layer is an nn.Linear.
+        batches: calibration data: one tensor, or an iterable of x or (x, y). None makes the last BN the identity.
+            With it, the last BN takes mean and variance of the head's input over all batches (each example
+            weighs the same; the variance is the biased one) and the head's weight and bias absorb them: its
+            input is standardized and the logits are the same. A head without a bias gets one.
+
+    Returns:
+        `model`, with `model.last_bn`.
+
+    Raises:
+        ValueError: the model already has a last BN, has no single linear head, applies a functional dropout
+            before it, or is an nn.Sequential; fewer than 2 examples or features that are not finite.
+        TypeError: a batch that is not a floating-point tensor.
+
+    Source: arXiv:2002.10801, sec. 5.
+    """
+    if isinstance(getattr(model, "last_bn", None), nn.Module):
+        raise ValueError(f"this {type(model).__name__} already has a last BN, model.last_bn; it takes only one")
+    if isinstance(model, nn.Sequential | nn.ModuleList):
+        raise ValueError("an nn.Sequential would run model.last_bn as its last layer; wrap it in a module of its own")
+    head = find_head(model)
+    refuse_functional_dropout(model, head)
+    last_bn = reset_to_identity_(build_last_bn(head.in_features).to(head.weight))
+    if batches is not None:
+        mean, variance = input_statistics(model, head, batches)
+        standardize_(last_bn, head, mean, variance)
+    model.last_bn = last_bn.train(model.training)
+    attach(model, head)
+    accept_plain_weights(model)
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier = partial(reset_classifier, model)  # type: ignore[assignment]
+    return model
+
+
+def find_head(model: nn.Module) -> nn.Linear:
+    """The last linear layer of a classifier: by timm's get_classifier, torchvision's names, or as the last layer.
+
+    Raises:
+        ValueError: no head, more than one, or one that ends in another layer.
+    """
+    name, classifier = type(model).__name__, find_classifier(model)
+    if isinstance(classifier, tuple | list | nn.ModuleList):
+        raise ValueError(f"{name} has {len(classifier)} heads; a last BN needs one linear head")
+    layers = [m for m in classifier.modules() if any(True for _ in m.parameters(recurse=False))]
+    if not layers:
+        raise ValueError(f"{name} has no classifier (num_classes=0?); a last BN needs one linear head")
+    if not isinstance(layers[-1], nn.Linear):
+        raise ValueError(f"the head of {name} ends in {layers[-1]}; a last BN needs one linear head")
+    return layers[-1]
+
+
+def find_classifier(model: Any) -> Any:
+    """The module that holds the head, or timm's tuple of them; the model itself where nothing names it."""
+    if hasattr(model, "get_classifier"):
+        return model.get_classifier()
+    named = [getattr(model, name, None) for name in HEAD_NAMES]
+    return next((m for m in named if isinstance(m, nn.Module)), model)
+
+
+def feeding_dropout(model: nn.Module, head: nn.Module) -> nn.Module | None:
+    """The nn.Dropout that stands right before `head` in the module that holds both."""
+    for parent in model.modules():
+        for before, child in pairwise(parent.children()):
+            if child is head and isinstance(before, nn.Dropout):
+                return before
+    return None
+
+
+def refuse_functional_dropout(model: nn.Module, head: nn.Linear) -> None:
+    """Reject a timm model that drops features by a function call, which nothing can be put before.
+
+    Raises:
+        ValueError: `drop_rate` above 0 and no dropout module before the head.
+    """
+    rate = getattr(model, "drop_rate", 0.0)
+    if hasattr(model, "get_classifier") and rate and feeding_dropout(model, head) is None:
+        raise ValueError(
+            f"{type(model).__name__} applies its dropout (drop_rate={rate}) by a function call, so a last BN would "
+            "come after it; build it with drop_rate=0"
+        )
+
+
+def attach(model: Any, head: nn.Module) -> None:
+    """Hook `model.last_bn` before the head, or before the dropout that feeds it; `model.last_bn_hook` removes it."""
+    site = feeding_dropout(model, head) or head
+    # partial of a module-level function: copy and pickle carry it along with the copy's own last_bn
+    hook = partial(normalize_input, model.last_bn, isinstance(head, nn.Linear))
+    model.last_bn_hook = site.register_forward_pre_hook(hook)
+
+
+def normalize_input(last_bn: nn.BatchNorm1d, linear_head: bool, module: nn.Module, args: tuple) -> tuple | None:
+    """The hook: last BN over the last dimension of a layer's input [B, ..., D].
+
+    Without a linear head (`num_classes=0`) an unpooled map passes it by.
+    """
+    x, *rest = args
+    if not linear_head and x.ndim != 2:
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    check_batch(rows, last_bn.training)
+    return (last_bn(rows).reshape(x.shape), *rest)
+
+
+def reset_classifier(model: Any, num_classes: int, *args: Any, **kwargs: Any) -> None:
+    """timm's reset_classifier, after which the last BN stands before the new head (or none: num_classes=0)."""
+    type(model).reset_classifier(model, num_classes, *args, **kwargs)
+    head = find_head(model) if num_classes else model.get_classifier()
+    if isinstance(head, nn.Linear) and head.in_features != model.last_bn.num_features:
+        model.last_bn = reset_to_identity_(build_last_bn(head.in_features).to(head.weight)).train(model.training)
+    model.last_bn_hook.remove()
+    attach(model, head)
+
+
+def inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:
+    """x of every batch.
+
+    Raises:
+        TypeError: a batch that is not a floating-point tensor.
+    """
+    for i, batch in enumerate([batches] if isinstance(batches, Tensor) else batches):
+        x = batch[0] if isinstance(batch, tuple | list) else batch
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            came = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise TypeError(f"batch {i} is {came}; batches are one tensor, or an iterable of x or (x, y)")
+        yield x
+
+
+@torch.no_grad()
+def input_statistics(model: nn.Module, layer: nn.Linear, batches: Tensor | Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a layer's input over all rows of all batches, in eval mode.
+
+    Returns:
+        two float64 [D], accumulated batch by batch around the running mean, so that no digits cancel.
+
+    Raises:
+        ValueError: fewer than 2 rows, or features that are not finite.
+    """
+    count, mean, squares = 0, torch.zeros(1), torch.zeros(1)
+
+    def accumulate(module: nn.Module, args: tuple) -> None:
+        nonlocal count, mean, squares
+        rows = args[0].reshape(-1, args[0].shape[-1]).double()  # [R, D]
+        mean, squares = mean.to(rows), squares.to(rows)
+        shift, share = rows.mean(0) - mean, rows.shape[0] / (count + rows.shape[0])
+        squares = squares + (rows - rows.mean(0)).square().sum(0) + shift.square() * count * share
+        mean, count = mean + shift * share, count + rows.shape[0]
+
+    device = layer.weight.device
+    modes = {module: module.training for module in model.modules()}
+    handle = layer.register_forward_pre_hook(accumulate)
+    # a shuffling loader draws from the global generator
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            model.eval()
+            for x in inputs(batches):
+                model(x.to(device))
+        finally:
+            handle.remove()
+            for module, training in modes.items():
+                module.training = training
+    if count < 2:
+        raise ValueError(f"calibration needs at least 2 examples, got {count}; pass more batches, or None")
+    if not (mean.isfinite().all() and squares.isfinite().all()):
+        raise ValueError("the input of the head is not finite on these batches; check the data and the weights")
+    return mean, squares / count
+
+
+@torch.no_grad()
+def standardize_(last_bn: nn.BatchNorm1d, head: nn.Linear, mean: Tensor, variance: Tensor) -> None:
+    """Give the last BN these statistics and let the head absorb them: W x + b = (W sigma) y + (b + W mu)."""
+    last_bn.running_mean.copy_(mean)  # type: ignore[union-attr]
+    last_bn.running_var.copy_(variance)  # type: ignore[union-attr]
+    # from the rounded statistics: those are what the BN will divide by
+    mu, sigma = last_bn.running_mean.double(), (last_bn.running_var.double() + last_bn.eps).sqrt()  # type: ignore[union-attr]
+    weight = head.weight.double()
+    shift = weight @ mu
+    if head.bias is None:
+        head.bias = nn.Parameter(shift.to(head.weight))
+    else:
+        head.bias.copy_(head.bias.double() + shift)
+    head.weight.copy_(weight * sigma)

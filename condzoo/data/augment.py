@@ -76,9 +76,7 @@ def _reflect_pad(images: Shaped[Tensor, "n c h w"]) -> Shaped[Tensor, "n c h2 w2
     for dim in (2, 3):
         size = images.shape[dim]
         if size <= PADDING:
-            raise ValueError(
-                f"reflect padding by {PADDING} needs images over {PADDING} pixels wide, got {size}"
-            )
+            raise ValueError(f"reflect padding by {PADDING} needs images over {PADDING} pixels wide, got {size}")
         position = torch.arange(-PADDING, size + PADDING, device=images.device).abs()
         images = images.index_select(dim, (size - 1) - (size - 1 - position).abs())
     return images

@@ -89,8 +89,6 @@ def load_data(
     """
     info = data_info(name)
     train, test = load_digits() if name == "digits" else load_torchvision(name, data_roots(root), download)
-    train, test = (
-        LabelledImages(crop_and_resize(split.images, crop, resize), split.labels) for split in (train, test)
-    )
+    train, test = (LabelledImages(crop_and_resize(split.images, crop, resize), split.labels) for split in (train, test))
     mean, std = (info.mean, info.std) if info.mean and info.std else channel_moments(train.images)
     return ImageData(name, info.num_classes, train, test, mean, std)

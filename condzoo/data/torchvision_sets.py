@@ -76,9 +76,7 @@ def _check_files(name: str, folder: Path) -> None:
             if got == expected:
                 continue
             fault = f"has md5 {got}, expected {expected}"
-        raise ValueError(
-            f"data set {name!r} is damaged: {path} {fault}; delete {folder} and fetch the set again"
-        )
+        raise ValueError(f"data set {name!r} is damaged: {path} {fault}; delete {folder} and fetch the set again")
 
 
 def _not_found(name: str, roots: Mapping[str, Path]) -> str:

@@ -1,0 +1,42 @@
+"""Recipes, and the loop that trains them: resumable, seeded, probed."""
+
+from condzoo.training.evaluation import Evaluation, evaluate
+from condzoo.training.events import EpochDone, Event, Finished, Notice, Started, StepDone
+from condzoo.training.loop import train
+from condzoo.training.recipe import dump_recipe, load_recipe
+from condzoo.training.recipe_errors import RecipeError
+from condzoo.training.recipe_files import recipe_files
+from condzoo.training.resume import CheckpointError
+from condzoo.training.run_directory import RunDirectoryError
+from condzoo.training.runs import Diverged, Run, default_run_directory, evaluate_run, load_run
+from condzoo.training.schema import Recipe
+from condzoo.training.signals import Stopped
+from condzoo.training.sweep import parse_grid, parse_seeds, sweep
+
+__all__ = [
+    "CheckpointError",
+    "Diverged",
+    "EpochDone",
+    "Evaluation",
+    "Event",
+    "Finished",
+    "Notice",
+    "Recipe",
+    "RecipeError",
+    "Run",
+    "RunDirectoryError",
+    "Started",
+    "StepDone",
+    "Stopped",
+    "default_run_directory",
+    "dump_recipe",
+    "evaluate",
+    "evaluate_run",
+    "load_recipe",
+    "load_run",
+    "parse_grid",
+    "parse_seeds",
+    "recipe_files",
+    "sweep",
+    "train",
+]

@@ -1,0 +1,57 @@
+"""Error and loss over every image of a split."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from condzoo.data import BatchPlan, ImageData, ordered_batches
+from condzoo.training.precision import Numerics
+
+EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over a split: `loss` is the mean cross-entropy, without label smoothing."""
+
+    correct: int
+    total: int
+    loss: float
+
+    @property
+    def error(self) -> float:
+        """Share of the images classified wrongly."""
+        return (self.total - self.correct) / self.total
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images classified rightly."""
+        return self.correct / self.total
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: ImageData, numerics: Numerics, split: str = "test") -> Evaluation:
+    """Evaluate in eval mode, in the data set's order, every image once; the model's mode is restored.
+
+    Args:
+        model: [n, c, h, w] images to [n, classes] logits.
+        data: on the model's device.
+        numerics: autocast and memory format of the forward pass.
+        split: "test" or "train".
+    """
+    images = data.test if split == "test" else data.train
+    plan = BatchPlan(EVALUATION_BATCH, channels_last=numerics.channels_last)
+    correct = torch.zeros((), dtype=torch.int64, device=numerics.device)
+    loss = torch.zeros((), dtype=torch.float64, device=numerics.device)
+    was_training = model.training
+    model.eval()
+    try:
+        for x, y in ordered_batches(images, data, plan):
+            with numerics.autocast():
+                logits = model(x)
+            loss += nn.functional.cross_entropy(logits.float(), y, reduction="sum").double()
+            correct += (logits.argmax(1) == y).sum()
+    finally:
+        model.train(was_training)
+    return Evaluation(int(correct), len(images), float(loss) / len(images))

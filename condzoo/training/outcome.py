@@ -1,0 +1,59 @@
+"""How a run ends: finished, or diverged."""
+
+from pathlib import Path
+from typing import Any
+
+from condzoo.training.preparation import Training
+from condzoo.training.progress import Progress
+from condzoo.training.reports import record_epoch, write_results
+from condzoo.training.run_directory import METRICS, SUMMARY, read_json, read_records
+from condzoo.training.runs import Diverged, Run
+from condzoo.training.schema import Recipe
+from condzoo.training.steps import NonFinite
+
+
+def finished_at(path: Path, step: int) -> bool:
+    """Whether the run directory holds the results of a run that ended at `step`."""
+    summary = path / SUMMARY
+    return summary.exists() and read_json(summary)["steps"] == step
+
+
+def finish(training: Training, progress: Progress, path: Path) -> dict[str, Any]:
+    """Evaluate where the last step has not been, and write the results; returns the summary.
+
+    A run cut short by max_steps gets its evaluation as a line of kind "end", after its last
+    checkpoint: a longer call cuts the line off and goes on.
+    """
+    record = last_epoch(path)
+    if record.get("step") != progress.step or "test_error" not in record:
+        lr = training.optimizer.param_groups[0]["lr"]
+        record = record_epoch(training, progress, path, lr, kind="end")
+    return write_results(training, progress, path, record, {"status": "done"})
+
+
+def last_epoch(path: Path) -> dict[str, Any]:
+    """The newest line of metrics.jsonl that is an epoch's; empty where there is none."""
+    lines = (record for record in reversed(read_records(path / METRICS)) if record["kind"] != "step")
+    return next(lines, {})
+
+
+def record_divergence(training: Training, progress: Progress, path: Path, fault: NonFinite) -> dict[str, Any]:
+    """Write down where the run diverged; its weights are those before the step, which was not taken."""
+    status = {
+        "status": "diverged",
+        "diverged": {"step": fault.step, "what": fault.what, "where": fault.where, "text": str(fault)},
+    }
+    record = record_epoch(training, progress, path, training.optimizer.param_groups[0]["lr"], kind="end")
+    return write_results(training, progress, path, record, status)
+
+
+def end_diverged(path: Path, recipe: Recipe, summary: dict[str, Any]) -> Run:
+    """A diverged run as a result, where the recipe says that it is one.
+
+    Raises:
+        Diverged: it does not.
+    """
+    if recipe.on_divergence == "record":
+        return Run(path, recipe, summary)
+    text = summary["diverged"]["text"]
+    raise Diverged(f'diverged: {text}; lower optim.lr, or record it by on_divergence = "record" ({path})', summary)

@@ -1,0 +1,75 @@
+"""What `precision` and `channels_last` mean on a device, and what `auto` picks there."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from condzoo.training.schema import Recipe
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The arithmetic of a run: `precision` as resolved (fp32, bf16 or fp16), and the memory format."""
+
+    precision: str
+    channels_last: bool
+    device: torch.device
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context of forward passes; parameters and the loss stay in float32."""
+        dtype = DTYPES[self.precision]
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=dtype)
+
+
+def resolve_numerics(recipe: Recipe, model: nn.Module, device: torch.device) -> Numerics:
+    """Settle `auto`: bf16 for convolutions where the device has units for it, fp32 elsewhere.
+
+    bf16 convolutions on a CPU are fast in channels_last only (without it slower than fp32), so
+    they are picked only where channels_last is not switched off.
+
+    Raises:
+        ValueError: fp16 on a CPU.
+    """
+    convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    channels_last = convolutional if recipe.channels_last == "auto" else recipe.channels_last
+    precision = recipe.precision
+    if precision == "auto":
+        fast = convolutional and channels_last and has_bf16_units(device)
+        precision = "bf16" if fast else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision: fp16 needs a GPU; on a CPU use bf16, fp32 or auto")
+    return Numerics(precision, channels_last, device)
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware: AMX or AVX512-BF16, or a GPU that says so."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    # torch has no public name for these yet; a release that drops them reads as "no".
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; None and "auto" are a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} cannot be used here: {first}; try --device cpu") from error
+    return resolved

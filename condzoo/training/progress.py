@@ -1,0 +1,140 @@
+"""How far a run is, and its whole state as tensors and numbers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condzoo.training.environment import describe_environment
+from condzoo.training.events import Notice, OnEvent
+from condzoo.training.optimizers import load_optimizer_tensors, optimizer_tensors
+from condzoo.training.preparation import Training
+from condzoo.training.resume import Checkpoint, newest_checkpoint
+from condzoo.training.run_directory import (
+    CHECKPOINTS,
+    CONDITIONING,
+    ENVIRONMENT,
+    METRICS,
+    durable_size,
+    read_json,
+    truncate,
+    write_json,
+)
+from condzoo.training.steps import StepResult
+
+
+@dataclass
+class Progress:
+    """Steps done, and the sums over the current epoch.
+
+    `seconds` and `epoch_seconds` are time spent training, over all processes that worked on the run.
+    """
+
+    loss_sum: Tensor  # float64 []
+    correct: Tensor  # int64 []
+    images: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+
+    def add(self, result: StepResult, seconds: float) -> None:
+        """Count one step."""
+        self.loss_sum += result.loss_sum
+        self.correct += result.correct
+        self.images += result.images
+        self.step += 1
+        self.seconds += seconds
+        self.epoch_seconds += seconds
+
+    def end_epoch(self) -> None:
+        """Start the sums of the next epoch."""
+        self.loss_sum, self.correct = torch.zeros_like(self.loss_sum), torch.zeros_like(self.correct)
+        self.images, self.epoch_seconds = 0, 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss of the epoch so far."""
+        return float(self.loss_sum) / max(self.images, 1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers in the epoch so far, on the augmented images as trained."""
+        return int(self.correct) / max(self.images, 1)
+
+    @property
+    def images_per_second(self) -> float:
+        """Over the epoch so far, evaluation and checkpoints left out."""
+        return self.images / self.epoch_seconds if self.epoch_seconds else 0.0
+
+
+def start_of(training: Training) -> Progress:
+    """The progress of a run that has not begun."""
+    device = training.numerics.device
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    return Progress(loss_sum, torch.zeros((), dtype=torch.int64, device=device))
+
+
+def capture(training: Training, progress: Progress, path: Path) -> Checkpoint:
+    """The whole state between two steps. Data order and dropout need none: they follow from the step."""
+    tensors = {f"model.{key}": value for key, value in training.model.state_dict().items()}
+    tensors |= {f"optimizer.{key}": value for key, value in optimizer_tensors(training.optimizer).items()}
+    if training.average is not None:
+        tensors |= {f"average.{key}": value for key, value in training.average.state_dict().items()}
+    tensors |= {"progress.loss_sum": progress.loss_sum, "progress.correct": progress.correct}
+    numbers: dict[str, Any] = {
+        "step": progress.step,
+        "images": progress.images,
+        "seconds": progress.seconds,
+        "epoch_seconds": progress.epoch_seconds,
+        "scaler": training.scaler.state_dict(),
+        "threads": torch.get_num_threads(),
+        "bytes": {name: durable_size(path / name) for name in (METRICS, CONDITIONING)},
+    }
+    return Checkpoint(tensors, numbers)
+
+
+def restore(training: Training, checkpoint: Checkpoint) -> Progress:
+    """Put the captured state back into the parts of a run."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "average": {}, "progress": {}}
+    for key, value in checkpoint.tensors.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value
+    numbers, device = checkpoint.numbers, training.numerics.device
+    training.model.load_state_dict(parts["model"])
+    load_optimizer_tensors(training.optimizer, parts["optimizer"])
+    if training.average is not None:
+        training.average.load_state_dict(parts["average"])
+    training.scaler.load_state_dict(numbers["scaler"])
+    return Progress(
+        parts["progress"]["loss_sum"].to(device),
+        parts["progress"]["correct"].to(device),
+        numbers["images"],
+        numbers["step"],
+        numbers["seconds"],
+        numbers["epoch_seconds"],
+    )
+
+
+def go_on(training: Training, path: Path, notify: OnEvent) -> Progress:
+    """Restore the newest whole checkpoint, or start; records made after it are cut off, to be made again.
+
+    environment.json gets a line for every process that worked on the run.
+    """
+    checkpoint = newest_checkpoint(path / CHECKPOINTS, lambda text: notify(Notice(text)))
+    sizes = {METRICS: 0, CONDITIONING: 0}
+    progress = start_of(training)
+    if checkpoint is not None:
+        progress = restore(training, checkpoint)
+        sizes = checkpoint.numbers["bytes"]
+        if checkpoint.numbers["threads"] != torch.get_num_threads():
+            was, now = checkpoint.numbers["threads"], torch.get_num_threads()
+            notify(Notice(f"the run began with {was} threads and goes on with {now}: sums may round differently"))
+    for name, size in sizes.items():
+        if not truncate(path / name, size):
+            notify(Notice(f"{path / name} has lost records from before step {progress.step}"))
+    environment = path / ENVIRONMENT
+    earlier = read_json(environment) if environment.exists() else []
+    write_json(environment, [*earlier, {"start_step": progress.step, **describe_environment(training.numerics)}])
+    return progress

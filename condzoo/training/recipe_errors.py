@@ -1,0 +1,128 @@
+"""Faults of a recipe in words: the field's path, what came, what is allowed, the closest name."""
+
+import difflib
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from condzoo.training.schema import Recipe
+
+# pydantic's error type -> what is allowed, in a recipe's own words
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text in quotes",
+    "bool_type": "true or false",
+    "list_type": "a list [...]",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; one line a fault, each with its field."""
+
+
+def describe_errors(error: ValidationError, given: Mapping[str, Any]) -> list[str]:
+    """One line for each fault that pydantic found in `given`."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        path = _field_path(fault["loc"], given)
+        if fault["type"] == "union_tag_invalid":
+            path += ".name"
+        lines.append(f"{path}: {_in_words(fault, path)}")
+    return lines
+
+
+def field_paths(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(path, variant) of every field, e.g. ("optim.betas", "adam"); variant is "" outside optim and schedule."""
+    for name, field in model.model_fields.items():
+        sections = list(_sections_in(field.annotation))
+        if not sections:
+            yield prefix + name, ""
+        for section in sections:
+            variant = ""
+            if len(sections) > 1:
+                (variant,) = typing.get_args(section.model_fields["name"].annotation)
+            yield from ((path, variant) for path, _ in field_paths(section, f"{prefix}{name}."))
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The tables a field can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _sections_in(argument)
+
+
+def _field_path(loc: Iterable[str | int], given: Mapping[str, Any]) -> str:
+    """`optim.betas[1]` of pydantic's location, without the variant's and types' names it mixes in."""
+    path, at = "", given
+    tables = {"optim", "schedule"}
+    parts = list(loc)
+    for position, part in enumerate(parts):
+        if position == 1 and parts[0] in tables and isinstance(at, Mapping) and part == at.get("name"):
+            continue
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif isinstance(at, Mapping):
+            path += f".{part}" if path else part
+        else:
+            continue  # which type of a union was tried
+        if isinstance(at, Mapping):
+            at = at.get(part)  # type: ignore[assignment, arg-type]
+    return path
+
+
+def _in_words(fault: ErrorDetails, path: str) -> str:
+    kind, got, context = fault["type"], fault["input"], fault.get("ctx", {})
+    if kind == "extra_forbidden":
+        return "unknown field" + _closest_field(path)
+    if kind == "missing":
+        return "missing; it has no default"
+    if kind == "union_tag_not_found":
+        return "name is missing: it says which kind this is"
+    if kind == "union_tag_invalid":
+        allowed = context["expected_tags"].replace("'", "")
+        return _wrong_choice(context["tag"], allowed)
+    if kind == "literal_error":
+        allowed = context["expected"].replace("'", "").replace(" or ", ", ").replace("True, False", "true, false")
+        return _wrong_choice(got, allowed)
+    expected = _EXPECTED.get(kind)
+    if expected:
+        return f"got {_shown(got)}, must be {expected}"
+    message = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"got {_shown(got)}, must be {message}"
+
+
+def _wrong_choice(got: Any, allowed: str) -> str:
+    close = difflib.get_close_matches(str(got), allowed.split(", "), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"got {_shown(got)}, must be one of: {allowed}{hint}"
+
+
+def _closest_field(path: str) -> str:
+    """`; did you mean 'optim.lr'?`: the closest field of the same table, or of any."""
+    known = dict.fromkeys(known for known, _ in field_paths())
+    table, _, name = path.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == table}
+    if not table:
+        siblings |= {k.partition(".")[0]: k.partition(".")[0] for k in known}
+    anywhere = {k.rpartition(".")[2]: k for k in known}
+    owners = [variant for known_path, variant in field_paths() if known_path == path and variant]
+    if owners:
+        return f" of this kind; it belongs to: {', '.join(owners)}"
+    for names in (siblings, anywhere):
+        close = difflib.get_close_matches(name, names, n=1)
+        if close:
+            return f"; did you mean {names[close[0]]!r}?"
+    return f"; {table or 'a recipe'} has: {', '.join(siblings)}" if siblings else ""
+
+
+def _shown(value: Any) -> str:
+    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,123 @@
+"""What a run writes down of itself: lines of metrics, the summary, the picture, the weights."""
+
+import contextlib
+import datetime
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from condzoo.probe import Probe, plot_records
+from condzoo.training.evaluation import evaluate
+from condzoo.training.preparation import Training
+from condzoo.training.progress import Progress
+from condzoo.training.run_directory import (
+    CONDITIONING,
+    METRICS,
+    MODEL,
+    PICTURE,
+    SUMMARY,
+    append_record,
+    write_atomically,
+    write_json,
+)
+from condzoo.training.steps import StepResult
+
+
+def record_step(path: Path, step: int, epoch: int, result: StepResult) -> None:
+    """A line of metrics.jsonl for one step: `loss` is the mean over its images, before the update."""
+    record = {"kind": "step", "step": step, "epoch": epoch, "loss": float(result.loss_sum) / result.images}
+    append_record(path / METRICS, record | {"lr": result.lr, "grad_norm": result.grad_norm})
+
+
+def record_epoch(training: Training, progress: Progress, path: Path, lr: float, kind: str = "epoch") -> dict[str, Any]:
+    """A line of metrics.jsonl for the epoch that ended (or that a run stopped in: kind "end"), with its evaluation."""
+    record: dict[str, Any] = {
+        "kind": kind,
+        "epoch": (progress.step - 1) // training.steps_per_epoch,
+        "step": progress.step,
+        "lr": lr,
+        "train_loss": progress.loss,
+        "train_accuracy": progress.accuracy,
+        "images_per_second": progress.images_per_second,
+        "seconds": progress.epoch_seconds,
+    }
+    if kind == "end" or evaluation_due(training, progress.step):
+        record |= measure_test(training)
+    append_record(path / METRICS, record)
+    return record
+
+
+def evaluation_due(training: Training, step: int) -> bool:
+    """Whether the network is evaluated after `step` steps: every eval_every epochs and at the end."""
+    epochs, rest = divmod(step, training.steps_per_epoch)
+    return step == training.total_steps or (rest == 0 and epochs % training.recipe.eval_every == 0)
+
+
+def measure_test(training: Training) -> dict[str, Any]:
+    """Loss and error over every test image of the network as it is, and what measuring took."""
+    began = time.perf_counter()
+    test = evaluate(training.result, training.data, training.numerics)
+    return {
+        "test_loss": test.loss,
+        "test_error": test.error,
+        "test_accuracy": test.accuracy,
+        "test_correct": test.correct,
+        "test_images": test.total,
+        "test_seconds": time.perf_counter() - began,
+    }
+
+
+def write_results(
+    training: Training, progress: Progress, path: Path, record: dict[str, Any], status: dict[str, Any]
+) -> dict[str, Any]:
+    """Write model.safetensors, conditioning.png and, last, summary.json; returns the summary."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in training.result.state_dict().items()}
+    write_atomically(path / MODEL, save(tensors, metadata={"format": "pt"}))
+    if (path / CONDITIONING).exists():
+        plot_records(path / CONDITIONING, path / PICTURE)
+    summary = {
+        **status,
+        "model": training.recipe.model.name,
+        "data": training.recipe.data.name,
+        "seed": training.recipe.seed,
+        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "steps": progress.step,
+        "epochs": progress.step / training.steps_per_epoch,
+        **{key: value for key, value in record.items() if key.startswith(("train_", "test_"))},
+        "seconds": progress.seconds,
+        "device": str(training.numerics.device),
+        "precision": training.numerics.precision,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    write_json(path / SUMMARY, summary)
+    return summary
+
+
+@contextlib.contextmanager
+def opened_probe(training: Training, path: Path, start_step: int) -> Iterator[Probe | None]:
+    """The probe the recipe asks for, writing into the run directory; None where it asks for none."""
+    section = training.recipe.probe
+    if section.every == 0:
+        yield None
+        return
+    with Probe(
+        training.model,
+        every=section.every,
+        out=path,
+        layers=section.layers,
+        conv=section.conv,
+        precision=section.precision,
+        start_step=start_step,
+    ) as probe:
+        yield probe
+
+
+def last_layer(probe: Probe | None) -> dict[str, float] | None:
+    """lambda_max and kappa of the last layer's input when it was last measured."""
+    if probe is None or not probe.latest:
+        return None
+    spectrum = probe.latest[list(probe.latest)[-1]].input
+    return {"lambda_max": spectrum.lambda_max, "kappa": spectrum.condition_number()}

@@ -1,0 +1,104 @@
+"""Checkpoints of a run that can be killed at any moment, and the way back to the newest whole one.
+
+A checkpoint is two files: `step_0000000390.safetensors` with every tensor, then
+`step_0000000390.json` with every number and the SHA-256 of both. The second one makes it valid: it is
+written after the first is on the disk. The one before is kept.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from condzoo.training.run_directory import write_atomically
+
+KEPT = 2
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run before step `numbers["step"]`."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, read it back, and only then delete all but the newest two.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written to; the old checkpoints stand.
+        CheckpointError: what was written does not read back.
+    """
+    folder.mkdir(exist_ok=True)
+    stem = f"step_{checkpoint.numbers['step']:010d}"
+    content = save({key: t.detach().cpu().contiguous() for key, t in checkpoint.tensors.items()})
+    write_atomically(folder / f"{stem}.safetensors", content)
+    numbers = {"numbers": checkpoint.numbers, "tensors_sha256": hashlib.sha256(content).hexdigest()}
+    write_atomically(folder / f"{stem}.json", json.dumps(numbers | {"sha256": _digest(numbers)}).encode())
+    _read_valid(folder / f"{stem}.json")
+    _delete_old(folder)
+
+
+def newest_checkpoint(folder: Path, notify: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None where none was ever finished.
+
+    Args:
+        folder: of the checkpoints.
+        notify: told about each damaged one that is passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, and every one is damaged.
+    """
+    damaged = []
+    for path in sorted(folder.glob("step_*.json"), reverse=True):
+        try:
+            content, numbers = _read_valid(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        for fault in damaged:
+            notify(f"{fault}; going on from {path.name} instead")
+        return Checkpoint(load(content), numbers)
+    if damaged:
+        raise CheckpointError(
+            f"{'; '.join(damaged)}; no checkpoint is left to go on from: delete {folder} to start again"
+        )
+    return None
+
+
+def _read_valid(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """(the tensors' bytes, the numbers) of a checkpoint whose checksums hold."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        expected = stored.pop("sha256")
+        tensors = path.with_suffix(".safetensors").read_bytes()
+        whole = _digest(stored) == expected and hashlib.sha256(tensors).hexdigest() == stored["tensors_sha256"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+    if not whole:
+        raise CheckpointError(f"checkpoint {path} is damaged: a SHA-256 in it does not match")
+    return tensors, stored["numbers"]
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _delete_old(folder: Path) -> None:
+    """Delete all but the newest checkpoints, the part that makes one valid first."""
+    for path in sorted(folder.glob("step_*.json"), reverse=True)[KEPT:]:
+        path.unlink()
+    valid = {path.stem for path in folder.glob("step_*.json")}
+    for path in folder.glob("step_*.safetensors"):
+        if path.stem not in valid:
+            path.unlink()

@@ -1,0 +1,152 @@
+"""The files of a run: who may write to the folder, what goes into it, and how it gets there safely."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from condzoo.training.recipe import dump_recipe, load_recipe
+from condzoo.training.schema import Recipe
+
+RECIPE, METRICS, SUMMARY = "recipe.toml", "metrics.jsonl", "summary.json"
+ENVIRONMENT, MODEL, CHECKPOINTS = "environment.json", "model.safetensors", "checkpoints"
+CONDITIONING, PICTURE = "conditioning.jsonl", "conditioning.png"
+
+
+class RunDirectoryError(ValueError):
+    """A run directory that this run must not write to."""
+
+
+@contextlib.contextmanager
+def claimed(path: Path, recipe: Recipe) -> Iterator[None]:
+    """Hold the run directory for this process alone, for this recipe alone.
+
+    A new directory gets the recipe as resolved; an old one must hold an equal one.
+
+    Raises:
+        RunDirectoryError: it belongs to another recipe, or another process writes to it.
+        PermissionError, NotADirectoryError: it cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock", timeout=0)
+        with lock:
+            _check_recipe(path, recipe)
+            yield
+    except Timeout as error:
+        raise RunDirectoryError(f"{path} is in use by another run; wait for it, or use another --out") from error
+
+
+def _check_recipe(path: Path, recipe: Recipe) -> None:
+    stored = path / RECIPE
+    if not stored.exists():
+        strangers = sorted(p.name for p in path.iterdir() if p.name != ".lock")
+        if strangers:
+            raise RunDirectoryError(
+                f"{path} holds {strangers[0]!r} but no {RECIPE}: it is not a run directory; use another --out"
+            )
+        write_atomically(stored, dump_recipe(recipe).encode())
+        return
+    other = load_recipe(stored)
+    if other != recipe:
+        raise RunDirectoryError(
+            f"{path} belongs to another recipe: {_first_difference(other, recipe)}; use another --out"
+        )
+
+
+def _first_difference(there: Recipe, here: Recipe) -> str:
+    theirs, ours = _flat(there.model_dump()), _flat(here.model_dump())
+    field = next(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+    return f"{field} is {theirs.get(field)!r} there and {ours.get(field)!r} here"
+
+
+def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tables.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write under a temporary name, on the disk for certain, then rename: readers see the old or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system can (not on Windows)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def to_json(record: Any, indent: int | None = None) -> str:
+    """Strict JSON: a number that is not finite becomes null."""
+    return json.dumps(_finite(record), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write one JSON file atomically."""
+    write_atomically(path, (to_json(record, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Add one line to a .jsonl file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_json(record) + "\n")
+
+
+def durable_size(path: Path) -> int:
+    """Bytes of a file, on the disk for certain; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def truncate(path: Path, size: int) -> bool:
+    """Cut a file back to what it held at a checkpoint; False where it holds less than that."""
+    if not path.exists():
+        return size == 0
+    with path.open("r+b") as file:
+        held = file.seek(0, os.SEEK_END)
+        file.truncate(min(size, held))
+    return held >= size
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Every line of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

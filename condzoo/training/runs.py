@@ -1,0 +1,90 @@
+"""A finished run: its summary, its network, and its accuracy measured again."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from condzoo.data import data_info
+from condzoo.training.evaluation import Evaluation, evaluate
+from condzoo.training.networks import build_network
+from condzoo.training.precision import resolve_device, resolve_numerics
+from condzoo.training.preparation import place, read_data
+from condzoo.training.recipe import dump_recipe, load_recipe
+from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, read_json
+from condzoo.training.schema import Recipe
+
+EXIT_DIVERGED = 3
+
+
+class Diverged(RuntimeError):
+    """A run whose loss or gradient stopped being finite; `summary` says where."""
+
+    exit_code = EXIT_DIVERGED
+
+    def __init__(self, message: str, summary: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.summary = summary
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that came to its end.
+
+    `summary` is its summary.json; `test_error` is that of the last epoch, as a share of the test images, None
+    where the run diverged.
+    """
+
+    path: Path
+    recipe: Recipe
+    summary: dict[str, Any]
+
+    @property
+    def test_error(self) -> float | None:
+        """Share of the test images classified wrongly after the last step."""
+        return self.summary.get("test_error")
+
+    def load_model(self) -> nn.Module:
+        """The trained network, on the CPU, in eval mode."""
+        section = self.recipe.data
+        info = data_info(section.name)
+        size = section.resize or section.crop or info.size
+        model = build_network(self.recipe.model, (info.channels, size, size), info.num_classes)
+        model.load_state_dict(load_file(self.path / MODEL))
+        return model.eval()
+
+
+def load_run(path: str | Path) -> Run:
+    """The run in a run directory, or the one a file of it belongs to.
+
+    Raises:
+        FileNotFoundError: no finished run there.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    missing = [name for name in (RECIPE, SUMMARY, MODEL) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} holds no finished run: it has no {missing[0]}; finish it by `condzoo train`")
+    return Run(folder, load_recipe(folder / RECIPE), read_json(folder / SUMMARY))
+
+
+def evaluate_run(
+    path: str | Path, data_root: str | Path | None = None, device: str | None = None, split: str = "test"
+) -> Evaluation:
+    """Measure a finished run's accuracy again, in the arithmetic it was trained in.
+
+    On the device it was trained on, the result equals the recorded one to the last image.
+    """
+    run = load_run(path)
+    model = run.load_model()
+    numerics = resolve_numerics(run.recipe, model, resolve_device(device))
+    data = read_data(run.recipe, data_root).to(numerics.device)
+    return evaluate(place(model, numerics), data, numerics, split)
+
+
+def default_run_directory(recipe: Recipe) -> Path:
+    """runs/<data>-<model>-<six digits of the recipe's SHA-256>-seed<seed>, under the working directory."""
+    digest = hashlib.sha256(dump_recipe(recipe.model_copy(update={"seed": 0})).encode()).hexdigest()
+    return Path("runs") / f"{recipe.data.name}-{recipe.model.name}-{digest[:6]}-seed{recipe.seed}"

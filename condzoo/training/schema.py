@@ -1,0 +1,155 @@
+"""The fields of a recipe: strict, complete, and what `condzoo recipes --schema` documents.
+
+A recipe is data; this module holds what its fields are called, which values they take and what they
+mean. What must agree across fields is in `consistency.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A table of a recipe: unknown fields, other types and non-finite numbers are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The network; the number of classes and the images' shape follow the data."""
+
+    name: str = Field(description="any name that condzoo.create_model builds")
+    init: str | None = Field(None, description="initializer in place of the family's own (condzoo.init_weights)")
+    last_bn_init: str | None = Field(None, description="gamma of the last BN: ones or uniform")
+    drop_rate: float | None = Field(None, ge=0, lt=1, description="dropout before the classifier")
+    args: dict[str, Any] = Field(default_factory=dict, description="further arguments of the network")
+
+
+class DataSection(Section):
+    """The images, how they are prepared, and how batches are made of them."""
+
+    name: str = Field(description="digits, mnist, fashion_mnist, cifar10 or cifar100")
+    batch_size: int = Field(gt=0, description="images in a batch, over all processes")
+    augment: Literal["none", "paper", "standard"] = Field("none", description="see condzoo.data.augment")
+    drop_last: bool = Field(True, description="leave the last, incomplete training batch of an epoch out")
+    crop: int | None = Field(None, gt=0, description="centre crop to this many pixels a side")
+    resize: int | None = Field(None, gt=0, description="then resize to this many pixels a side, antialiased")
+    root: str | None = Field(None, description="the data root; default: CONDZOO_DATA, then the user's cache")
+    download: bool = Field(False, description="let torchvision fetch a missing set")
+
+
+class Sgd(Section):
+    """Stochastic gradient descent, as torch.optim.SGD."""
+
+    name: Literal["sgd"]
+    lr: float = Field(gt=0, description="learning rate, before the schedule")
+    momentum: float = Field(0.0, ge=0, lt=1, description="as torch.optim.SGD's, without dampening")
+    nesterov: bool = Field(False, description="Nesterov's momentum")
+    weight_decay: float = Field(0.0, ge=0, description="added to the gradient as weight_decay * weight")
+    decay_norm: bool = Field(True, description="false spares norms and biases (every 1-D parameter)")
+
+
+class FullBatch(Sgd):
+    """Gradient descent on the whole training set, a step an epoch, in chunks of data.batch_size."""
+
+    name: Literal["gd"]  # type: ignore[assignment]
+
+
+class Adam(Section):
+    """Adam, as torch.optim.Adam."""
+
+    name: Literal["adam"]
+    lr: float = Field(gt=0, description="learning rate, before the schedule")
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.999], description="decay of the first and second moment"
+    )
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="added to the gradient as weight_decay * weight")
+    decay_norm: bool = Field(True, description="false spares norms and biases (every 1-D parameter)")
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay, as torch.optim.AdamW."""
+
+    name: Literal["adamw"]  # type: ignore[assignment]
+    weight_decay: float = Field(0.0, ge=0, description="the weights shrink by lr * weight_decay a step")
+
+
+class Constant(Section):
+    """The learning rate stays, after a linear warm-up from 0."""
+
+    name: Literal["constant"] = "constant"
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up")
+
+
+class Step(Constant):
+    """The learning rate is multiplied by gamma at each milestone."""
+
+    name: Literal["step"]  # type: ignore[assignment]
+    milestones: list[Annotated[int, Field(gt=0)]] = Field(description="ascending, counted from 0")
+    unit: Literal["epoch", "iteration"] = Field("epoch", description="what the milestones count")
+    gamma: float = Field(0.1, gt=0, description="factor at each milestone")
+    reset_momentum: bool = Field(False, description="forget the optimizer's state at each milestone")
+
+
+class Cosine(Constant):
+    """Half a cosine from lr to min_lr over the run, after the warm-up."""
+
+    name: Literal["cosine"]  # type: ignore[assignment]
+    min_lr: float = Field(0.0, ge=0, description="the learning rate at the end")
+
+
+class OneCycle(Section):
+    """Up to lr and down again, as torch.optim.lr_scheduler.OneCycleLR without its momentum cycle."""
+
+    name: Literal["onecycle"]
+    pct_start: Share = Field(0.3, description="share of the run spent going up")
+    div_factor: float = Field(25.0, ge=1, description="the run starts at lr / div_factor")
+    final_div_factor: float = Field(1e4, ge=1, description="and ends at lr / div_factor / final_div_factor")
+    anneal: Literal["cos", "linear"] = Field("cos", description="shape of both ways")
+
+
+class LossSection(Section):
+    """Cross-entropy, computed in float32."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+
+
+class ProbeSection(Section):
+    """What the probe measures while the network trains (condzoo.Probe)."""
+
+    every: int = Field(0, ge=0, description="steps between measurements; 0 is off")
+    conv: Literal["channels", "patches"] = Field("channels", description="what a row of a convolution is")
+    layers: list[str] | None = Field(None, description="names or patterns of the layers; default: all")
+    precision: Literal["auto", "fast", "float64"] = Field("auto", description="of the moments' products")
+
+
+Optimizer = Annotated[Sgd | FullBatch | Adam | AdamW, Field(discriminator="name")]
+Schedule = Annotated[Constant | Step | Cosine | OneCycle, Field(discriminator="name")]
+
+
+class Recipe(Section):
+    """A training, complete: everything that decides its result but the data and the hardware."""
+
+    epochs: int | None = Field(None, gt=0, description="passes over the training set; or iterations")
+    iterations: int | None = Field(None, gt=0, description="optimizer steps; or epochs")
+    seed: int = Field(0, ge=0, lt=2**63, description="of initialization, order, augmentation and dropout")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of forward and backward")
+    channels_last: Literal[True, False, "auto"] = Field("auto", description="memory format; auto: for convolutions")
+    compile: bool = Field(False, description="torch.compile the network")
+    ema: Share | None = Field(None, description="decay of an average of the weights, which is evaluated")
+    grad_clip: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
+    accumulate: int = Field(1, gt=0, description="parts a batch is processed in, one after the other")
+    freeze: list[str] = Field([], description="patterns (fnmatch) of parameters that are not updated")
+    eval_every: int = Field(1, gt=0, description="epochs between evaluations; the last epoch always is")
+    save_every: float = Field(1.0, gt=0, description="epochs (or a part of one) between checkpoints")
+    log_every: int = Field(50, gt=0, description="steps between lines of metrics.jsonl")
+    on_divergence: Literal["stop", "record"] = Field("stop", description="record: diverging is a result")
+    model: ModelSection
+    data: DataSection
+    optim: Optimizer
+    schedule: Schedule = Constant()
+    loss: LossSection = LossSection()
+    probe: ProbeSection = ProbeSection()

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 TABLES = Path(__file__).parent / "models" / "tables"
+RELEASED = Path(__file__).parent / "models" / "released.toml"
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,9 @@ def list_models(filter: str = "", *, family: str | None = None, pretrained: bool
         raise ValueError(f"unknown family {family!r}; one of: {', '.join(families)}")
     names = [n for n, info in ours.items() if family is None or info.family == family]
     if pretrained:
-        from condzoo.checkpoints import released_names
-
-        names = [tagged for tagged in released_names() if tagged.split(".", 1)[0] in names]
-    return [n for n in names if not filter or fnmatchcase(n, filter)]
+        tagged = tomllib.loads(RELEASED.read_text(encoding="utf-8"))
+        names = [release for n in names for release in tagged if release.split(".", 1)[0] == n]
+    return [n for n in names if not filter or fnmatchcase(n, filter) or fnmatchcase(n.split(".", 1)[0], filter)]
 
 
 def model_info(name: str) -> ModelInfo:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from condzoo.models.head import check_sizes
 from condzoo.models.initializers import init_weights
+from condzoo.models.pretrained import chosen_release, fit_first_linear, released_weights, tagged_configs
 
 TABLES = Path(__file__).parent / "tables"
 NUMBERS = re.compile(r"\d+")  # what siblings differ in
@@ -62,7 +63,8 @@ def register_table(module: str, family: str, build: Callable[..., nn.Module], fi
     if taken:
         raise ValueError(f"timm already has {taken}; condzoo never overwrites a name of timm's")
     mod = sys.modules[module]
-    configs = generate_default_cfgs({name: pretrained_config(table, name) for name in rows})
+    tagged = [tagged_configs(name, pretrained_config(table, name)) for name in rows]
+    configs = generate_default_cfgs({key: config for configs in tagged for key, config in configs.items()})
     mod.__dict__.setdefault("default_cfgs", {}).update(configs)
     for name, row in rows.items():
         entry_point = functools.partial(build_network, table, name, row["args"])
@@ -98,10 +100,20 @@ def build_network(
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     if "input_size" in kwargs:  # timm would fill in the table's in_chans
         kwargs.setdefault("in_chans", kwargs["input_size"][0])
+    release = chosen_release(name, pretrained, kwargs)
+    if release is not None:  # what the index says, checked here, instead of a file that timm would read
+        state = released_weights(release, pretrained_config(family, name), family.build, args)
+        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": state}
     with torch.device(device) if device is not None else contextlib.nullcontext():
         model = build_model_with_cfg(
-            family.build, name, pretrained, feature_cfg=feature_config(family, args), **{**args, **kwargs}
+            family.build,
+            name,
+            pretrained,
+            feature_cfg=feature_config(family, args),
+            pretrained_filter_fn=fit_first_linear,
+            **{**args, **kwargs},
         )
+    model.pretrained_cfg.pop("state_dict", None)
     return model if dtype is None else model.to(dtype)
 
 

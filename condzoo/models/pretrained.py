@@ -1,0 +1,84 @@
+"""Released weights as timm's models take them: configs by tag, and state dicts checked before timm sees them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+
+from condzoo.models.released import Release, find_release, read_release, releases_of, weights_path
+from condzoo.models.weight_files import check_state
+
+SOURCES = ("file", "url", "state_dict", "hf_hub_id")  # where a timm config may take weights from
+
+
+def tagged_configs(arch: str, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A model's timm configs by key: arch.tag for each release, the default marked "*"; arch where there is none."""
+    return {
+        release.name + "*" * release.default: {**config, **release.input, "file": str(weights_path(release))}
+        for release in releases_of(arch)
+    } or {arch: config}
+
+
+def chosen_release(arch: str, pretrained: bool, given: dict[str, Any]) -> Release | None:
+    """The release that a call of timm's entry point asks for by its name; None where it asks for none.
+
+    Args:
+        arch: the model's name.
+        pretrained: whether weights are wanted.
+        given: the call's keyword arguments: timm's `pretrained_cfg` (a tag, or a config that says where weights
+            are) and `pretrained_cfg_overlay`.
+
+    Raises:
+        ValueError: no such release.
+    """
+    config, overlay = given.get("pretrained_cfg"), given.get("pretrained_cfg_overlay") or {}
+    if isinstance(config, dict | PretrainedCfg) or any(overlay.get(source) for source in SOURCES):
+        return None
+    release = find_release(arch, config) if pretrained or config else None
+    return release if pretrained else None
+
+
+def released_weights(
+    release: Release, config: dict[str, Any], build: Callable[..., nn.Module], args: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The weights of a release: read, hash-checked, and compared key by key with the network as it was released.
+
+    Raises:
+        ValueError: not the released file, or not this network's.
+        FileNotFoundError: the file is nowhere.
+    """
+    state = read_release(release)
+    sizes = {**config, **release.input}
+    with torch.device("meta"):
+        reference = build(**{**args, "num_classes": sizes["num_classes"], "in_chans": sizes["input_size"][0]})
+    check_state(state, reference.state_dict(), release.name)
+    return state
+
+
+def fit_first_linear(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Fit an MLP's first layer to another number of channels, as timm does it for first convolutions.
+
+    One channel takes the sum of the weights; more repeat them, scaled so that equal channels give the same output.
+
+    Raises:
+        ValueError: images of another height or width, for which an MLP's weights mean nothing.
+    """
+    key = "layers.0.linear.weight"
+    if key not in state or not hasattr(model, "input_size"):
+        return state
+    channels, height, width = model.input_size  # type: ignore[misc]
+    values = state[key].shape[1]
+    if values % (height * width):
+        raise ValueError(
+            f"these weights take images of {values} values, got input_size={(channels, height, width)}; "
+            "an MLP's weights fit one height and width"
+        )
+    weight = state[key].unflatten(1, (-1, height * width))  # [D, C, H * W]
+    base = weight.shape[1]
+    if channels == 1:
+        weight = weight.sum(1, keepdim=True)
+    elif channels != base:
+        weight = weight.repeat(1, -(-channels // base), 1)[:, :channels] * (base / channels)
+    return {**state, key: weight.flatten(1)}

@@ -1,0 +1,195 @@
+"""Which checkpoints are released, where they lie, and reading one by its name, checked.
+
+released.toml is the index: its hash decides what is loaded by a name, wherever the file was found.
+"""
+
+import contextlib
+import difflib
+import functools
+import os
+import shutil
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
+
+PACKAGE = Path(__file__).parents[1]
+INDEX = Path(__file__).with_name("released.toml")
+WEIGHTS = "model.safetensors"
+CACHE_VARIABLE = "CONDZOO_CACHE"
+HUB_OWNER = "condzoo"  # a checkpoint is the Hub's repository HUB_OWNER/arch.tag, laid out as timm's are
+
+
+@dataclass(frozen=True)
+class Release:
+    """One row of the index. `name` is arch.tag; `input` replaces fields of the model's input description."""
+
+    name: str
+    sha256: str
+    default: bool
+    input: dict[str, Any]
+
+    @property
+    def arch(self) -> str:
+        """The model's name."""
+        return self.name.split(".", 1)[0]
+
+    @property
+    def tag(self) -> str:
+        """What tells a model's releases apart."""
+        return self.name.split(".", 1)[1]
+
+
+def read_index() -> dict[str, Release]:
+    """Every release by its name, a model's default first among its own."""
+    return parse_index(INDEX.read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=4)
+def parse_index(text: str) -> dict[str, Release]:
+    """The rows of an index's text."""
+    releases = []
+    for name, row in tomllib.loads(text).items():
+        fields = dict(row)
+        releases.append(Release(name, fields.pop("sha256"), fields.pop("default", False), fields))
+    return {release.name: release for release in sorted(releases, key=lambda r: (r.arch, not r.default))}
+
+
+def releases_of(arch: str) -> list[Release]:
+    """A model's releases, the default first."""
+    return [release for release in read_index().values() if release.arch == arch]
+
+
+def find_release(arch: str, tag: str | None) -> Release:
+    """The release of a model by its tag; None or "" is the default.
+
+    Raises:
+        ValueError: no such release; says what there is, or what makes one.
+    """
+    known = releases_of(arch)
+    if not known:
+        raise ValueError(f"no weights are released for {arch} yet; {how_to_get(arch)}")
+    if not tag:
+        return known[0]
+    for release in known:
+        if release.tag == tag:
+            return release
+    close = difflib.get_close_matches(tag, [r.tag for r in known], n=1)
+    hint = f"did you mean {arch}.{close[0]}? " if close else ""
+    raise ValueError(f"unknown tag {tag!r} of {arch}; {hint}released: {', '.join(r.name for r in known)}")
+
+
+def how_to_get(arch: str) -> str:
+    """The commands that make weights for a model: its recipe, or one of its family; timm's own plus a last BN."""
+    ways = []
+    recipes = recipes_by_model()
+    if arch in recipes:
+        ways.append(f"`condzoo train {recipes[arch]}` trains it")
+    else:
+        related = next((recipes[model] for model in family_members(arch) if model in recipes), None)
+        if related:
+            ways.append(f"`condzoo train {related} --set model.name={arch}` trains it")
+    plain = arch.removesuffix("_lastbn")
+    if plain != arch and plain.startswith("resnet"):
+        ways.append(f"`condzoo convert --last-bn timm/{plain} --calibrate FOLDER` makes it from timm's {plain}")
+    return ", ".join(ways) if ways else "condzoo.list_models(pretrained=True) lists what is released"
+
+
+def recipes_by_model() -> dict[str, str]:
+    """Model -> the first recipe that trains it, by name."""
+    folder = PACKAGE / "_recipes" if (PACKAGE / "_recipes").is_dir() else PACKAGE.parent / "recipes"
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*.toml")):
+        with contextlib.suppress(tomllib.TOMLDecodeError):  # a broken recipe is no reason to say less here
+            model = tomllib.loads(path.read_text(encoding="utf-8")).get("model", {}).get("name")
+            found.setdefault(model, path.relative_to(folder).with_suffix("").as_posix())
+    return found
+
+
+def family_members(arch: str) -> list[str]:
+    """The models of the table that `arch` stands in."""
+    for path in sorted(INDEX.with_name("tables").glob("*.toml")):
+        members = list(tomllib.loads(path.read_text(encoding="utf-8"))["models"])
+        if arch in members:
+            return members
+    return []
+
+
+def checkpoint_folders() -> list[Path]:
+    """Where released checkpoints are looked for, in this order: the repository, the installed package, the cache."""
+    return [PACKAGE.parent / "checkpoints", PACKAGE / "_checkpoints", cache_folder()]
+
+
+def cache_folder() -> Path:
+    """CONDZOO_CACHE/checkpoints, else condzoo/checkpoints in the user's cache (XDG_CACHE_HOME, ~/.cache)."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE]).expanduser() / "checkpoints"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "condzoo" / "checkpoints"
+
+
+def find_folder(release: Release) -> Path | None:
+    """The folder that holds a release here, or None."""
+    for folder in checkpoint_folders():
+        if (folder / release.name / WEIGHTS).is_file():
+            return folder / release.name
+    return None
+
+
+def weights_path(release: Release) -> Path:
+    """The file of a release: where it is, or where it will be once fetched."""
+    return (find_folder(release) or cache_folder() / release.name) / WEIGHTS
+
+
+def read_release(release: Release) -> dict[str, Tensor]:
+    """The weights of a release, fetched from the Hub where they are nowhere here.
+
+    Raises:
+        FileNotFoundError: not here, and the Hub did not have it or could not be reached.
+        ValueError: not the file that was released (its SHA-256 differs from the index's).
+    """
+    folder = find_folder(release) or fetch(release)
+    content = read_plain_file(folder / WEIGHTS)
+    if sha256(content) != release.sha256:
+        raise ValueError(
+            f"{folder / WEIGHTS} is not the file released as {release.name}: its SHA-256 is "
+            f"{sha256(content)[:12]}..., released was {release.sha256[:12]}...; delete it and get it again"
+        )
+    return parse_weights(content, str(folder / WEIGHTS))
+
+
+def fetch(release: Release) -> Path:
+    """Download a release into the cache; it is put there under its name only once its hash is right.
+
+    Raises:
+        FileNotFoundError: huggingface_hub is not there, the Hub cannot be reached, or has no such file.
+        ValueError: the file's SHA-256 is not the index's.
+    """
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        try:
+            path = download(f"{HUB_OWNER}/{release.name}", WEIGHTS, Path(temporary))
+        except Exception as error:  # the Hub's client raises many kinds, its HTTP library's too
+            looked = ", ".join(str(folder) for folder in checkpoint_folders())
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FileNotFoundError(
+                f"{release.name} is in none of {looked}, and the Hub did not give it: {reason}"
+            ) from error
+        if sha256(read_plain_file(path)) != release.sha256:
+            raise ValueError(f"the Hub's {release.name} is not the released file: its SHA-256 differs; not kept")
+        target = cache / release.name
+        target.mkdir(exist_ok=True)
+        shutil.move(path, target / WEIGHTS)
+    return target
+
+
+def download(repository: str, filename: str, folder: Path) -> Path:
+    """One file of a repository of the Hub, into a folder. Tests put a stand-in in its place."""
+    from huggingface_hub import hf_hub_download  # the extra `hub`
+
+    return Path(hf_hub_download(repository, filename, local_dir=folder))

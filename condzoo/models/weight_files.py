@@ -1,0 +1,85 @@
+"""Reading weights from files that may be damaged or hostile: nothing is executed, nothing else is opened.
+
+A file is read once, as bytes; what is hashed, parsed and loaded are the same bytes.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # torch.save's zip, and its older plain pickle
+
+
+def read_plain_file(path: Path) -> bytes:
+    """The content of a regular file; a link, a folder or a device is not followed or waited for.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a regular file.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link; a checkpoint's files must be plain files")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    # the flags cover a link or a pipe that was put there since
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError(f"{path} is not a plain file")
+        return file.read()
+
+
+def sha256(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def parse_weights(content: bytes, source: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        content: the whole file.
+        source: what errors call it.
+
+    Raises:
+        ValueError: not a safetensors file (a pickle, truncated, an impossible header, overlapping or missing
+            bytes), or a value that is NaN or infinite.
+    """
+    if content.startswith(PICKLE_STARTS):
+        raise ValueError(f"{source} is a pickle, not safetensors; `condzoo convert` reads those without running them")
+    try:
+        state = load(content)
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{source} is not a readable safetensors file: {error}; get it again") from error
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value.float()).all():
+            raise ValueError(f"{source}: {key!r} has values that are not finite; these weights cannot be used")
+    return state
+
+
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """Check keys, shapes and dtypes against a network's own state dict (which may be on the meta device).
+
+    Raises:
+        ValueError: names the first key, in the network's order, that differs, and both shapes.
+    """
+    for key, wanted in expected.items():
+        if key not in state:
+            raise ValueError(f"{source}: {key!r} is missing; the network has it as {describe(wanted)}")
+        if state[key].shape != wanted.shape or state[key].dtype != wanted.dtype:
+            raise ValueError(f"{source}: {key!r} is {describe(state[key])}, the network's is {describe(wanted)}")
+    for key in state:
+        if key not in expected:
+            raise ValueError(f"{source}: {key!r} is {describe(state[key])}, and the network has no such key")
+
+
+def describe(value: Tensor) -> str:
+    """Shape and dtype for people: `[64, 10] float32`."""
+    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"

@@ -17,6 +17,7 @@ from condzoo.models.last_bn import accept_plain_weights, build_last_bn, check_ba
 
 # where torchvision's models, and most others without timm's get_classifier, keep their head
 HEAD_NAMES = ("fc", "classifier", "heads", "head", "last_linear")
+DROPOUT_NAMES = ("head_drop", "head_dropout", "drop", "dropout")
 
 
 def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = None) -> nn.Module:
@@ -73,6 +74,10 @@ def find_head(model: nn.Module) -> nn.Linear:
     layers = [m for m in classifier.modules() if any(True for _ in m.parameters(recurse=False))]
     if not layers:
         raise ValueError(f"{name} has no classifier (num_classes=0?); a last BN needs one linear head")
+    classes = getattr(model, "num_classes", None)
+    heads = [m for m in layers if isinstance(m, nn.Linear) and m.out_features == classes]
+    if len(heads) > 1 and classifier is not model:
+        raise ValueError(f"{name} has {len(heads)} heads; a last BN needs one linear head")
     if not isinstance(layers[-1], nn.Linear):
         raise ValueError(f"the head of {name} ends in {layers[-1]}; a last BN needs one linear head")
     return layers[-1]
@@ -87,11 +92,18 @@ def find_classifier(model: Any) -> Any:
 
 
 def feeding_dropout(model: nn.Module, head: nn.Module) -> nn.Module | None:
-    """The nn.Dropout that stands right before `head` in the module that holds both."""
+    """The nn.Dropout whose output `head` takes.
+
+    That is the module right before it among its siblings, or, in a timm model, the sibling with one of timm's
+    names for it.
+    """
     for parent in model.modules():
-        for before, child in pairwise(parent.children()):
-            if child is head and isinstance(before, nn.Dropout):
-                return before
+        siblings = list(parent.children())
+        if not any(child is head for child in siblings):
+            continue
+        before = next((a for a, b in pairwise(siblings) if b is head), None)
+        named = [getattr(parent, name, None) for name in DROPOUT_NAMES if hasattr(model, "get_classifier")]
+        return next((m for m in (before, *named) if isinstance(m, nn.Dropout)), None)
     return None
 
 

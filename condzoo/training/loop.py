@@ -62,7 +62,6 @@ def train(
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     path = Path(out) if out is not None else default_run_directory(recipe)
     notify = on_event or (lambda event: None)
-    notify = on_event or (lambda event: None)
     with (
         claimed(path, recipe),
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),

@@ -6,9 +6,19 @@ mean. What must agree across fields is in `consistency.py`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+
+def _no_number(value: Any) -> Any:
+    """A literal `true` would accept the number 1."""
+    if isinstance(value, bool | str):
+        return value
+    raise PydanticCustomError("literal_error", "wrong type", {"expected": "True, False or 'auto'"})
+
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+Switch = Annotated[Literal[True, False, "auto"], BeforeValidator(_no_number)]
 
 
 class Section(BaseModel):
@@ -137,7 +147,7 @@ class Recipe(Section):
     iterations: int | None = Field(None, gt=0, description="optimizer steps; or epochs")
     seed: int = Field(0, ge=0, lt=2**63, description="of initialization, order, augmentation and dropout")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of forward and backward")
-    channels_last: Literal[True, False, "auto"] = Field("auto", description="memory format; auto: for convolutions")
+    channels_last: Switch = Field("auto", description="memory format; auto: for convolutions")
     compile: bool = Field(False, description="torch.compile the network")
     ema: Share | None = Field(None, description="decay of an average of the weights, which is evaluated")
     grad_clip: float | None = Field(None, gt=0, description="largest norm of the whole gradient")

@@ -95,7 +95,7 @@ def parse_seeds(text: str) -> list[int]:
     Raises:
         RecipeError: neither.
     """
-    seeds = []
+    seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):

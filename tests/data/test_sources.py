@@ -1,0 +1,147 @@
+"""Data sets by name: what is read equals the files, and what is missing or damaged says where."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+from condzoo.data import DATASETS, data_info, load_data
+
+MakeSet = Callable[[str], dict[str, np.ndarray]]
+ON_DISK = [name for name in DATASETS if name != "digits"]
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_images_and_labels_equal_the_files(name: str, make_set: MakeSet, tmp_path: Path) -> None:
+    written = make_set(name)
+    data = load_data(name, tmp_path)
+    for split, loaded in (("train", data.train), ("test", data.test)):
+        images = written[split] if written[split].ndim == 4 else written[split][:, None]
+        assert loaded.images.dtype == torch.uint8
+        np.testing.assert_array_equal(loaded.images.numpy(), images)
+        np.testing.assert_array_equal(loaded.labels.numpy(), written[f"{split}_labels"])
+    assert data.num_classes == (100 if name == "cifar100" else 10)
+    assert data.image_shape == (DATASETS[name].channels, DATASETS[name].size, DATASETS[name].size)
+
+
+def test_cifar10_is_normalized_by_the_authors_constants(make_set: MakeSet, tmp_path: Path) -> None:
+    make_set("cifar10")
+    data = load_data("cifar10", tmp_path)
+    assert data.mean == (125.3, 123.0, 113.9)
+    assert data.std == (63.0, 62.1, 66.7)
+
+
+def test_sets_without_published_constants_use_their_prepared_training_images(make_set: MakeSet, tmp_path: Path) -> None:
+    make_set("mnist")
+    data = load_data("mnist", tmp_path, crop=20, resize=12)
+    images = data.train.images.double()
+    assert data.mean == pytest.approx((images.mean().item(),), rel=1e-12)
+    assert data.std == pytest.approx((images.std(correction=0).item(),), rel=1e-12)
+
+
+def test_the_papers_mnist_is_the_centre_resized_to_12x12(make_set: MakeSet, tmp_path: Path) -> None:
+    written = make_set("mnist")
+    data = load_data("mnist", tmp_path, crop=20, resize=12)
+    assert data.image_shape == (1, 12, 12)
+    centre = torch.from_numpy(written["train"])[:, None, 4:24, 4:24].float()
+    by_interpolate = torch.nn.functional.interpolate(centre, size=12, mode="bilinear", antialias=True)
+    assert (data.train.images.float() - by_interpolate).abs().max() <= 1  # rounding to bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"crop": 29}, r"crop must be at most the image's 28x28 pixels, got 29"),
+        ({"crop": 0}, r"crop must be at least 1 pixel, got 0"),
+        ({"resize": 0}, r"resize must be at least 1 pixel, got 0"),
+    ],
+)
+def test_impossible_sizes(arguments: dict[str, int], message: str, make_set: MakeSet, tmp_path: Path) -> None:
+    make_set("mnist")
+    with pytest.raises(ValueError, match=message):
+        load_data("mnist", tmp_path, **arguments)
+
+
+def test_unknown_set_names_the_closest() -> None:
+    with pytest.raises(ValueError, match=r"unknown data set 'cifar01'; did you mean 'cifar10'\? one of: digits, "):
+        data_info("cifar01")
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_missing_set_says_where_it_looked_and_how_to_get_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        load_data(name, tmp_path)
+    text = str(caught.value)
+    assert f"data set {name!r} was not found" in text
+    assert str(tmp_path) in text
+    for way in ("--data-root", "CONDZOO_DATA", "download = true", "torchvision"):
+        assert way in text
+
+
+def test_without_a_root_the_variable_and_then_the_cache_are_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_set: MakeSet
+) -> None:
+    monkeypatch.setenv("CONDZOO_DATA", str(tmp_path / "variable"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError) as caught:
+        load_data("mnist")
+    first, second = tmp_path / "variable/MNIST/raw", tmp_path / "cache/condzoo/data/MNIST/raw"
+    assert str(caught.value).index(str(first)) < str(caught.value).index(str(second))
+    make_set("mnist")
+    second.parent.parent.mkdir(parents=True)
+    (tmp_path / "MNIST").rename(second.parent)
+    assert len(load_data("mnist").train) == 20
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_a_changed_byte_is_an_error_with_the_files_path(name: str, make_set: MakeSet, tmp_path: Path) -> None:
+    make_set(name)
+    victim = sorted(p for p in tmp_path.rglob("*") if p.is_file())[-1]
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(ValueError, match=f"data set '{name}' is damaged: .*{victim.name} has md5") as caught:
+        load_data(name, tmp_path)
+    assert str(victim) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_missing_file_is_an_error_with_its_path(name: str, make_set: MakeSet, tmp_path: Path) -> None:
+    make_set(name)
+    victim = sorted(p for p in tmp_path.rglob("*") if p.is_file())[-1]
+    victim.unlink()
+    with pytest.raises(ValueError, match=f"{victim.name} is missing"):
+        load_data(name, tmp_path)
+
+
+def test_download_goes_through_torchvision_into_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_set: MakeSet
+) -> None:
+    made = tmp_path / "elsewhere"
+    make_set("mnist")
+    (tmp_path / "MNIST").rename(made)
+    asked = []
+
+    def download(self: datasets.MNIST) -> None:
+        asked.append(self.root)
+        made.rename(Path(self.root) / "MNIST")
+
+    monkeypatch.setattr(datasets.MNIST, "download", download)
+    root = tmp_path / "new" / "root"
+    assert len(load_data("mnist", root, download=True).test) == 10
+    assert asked == [str(root)]
+
+
+@pytest.mark.real_data
+def test_real_cifar10_and_mnist(data_root: Path) -> None:
+    cifar, mnist = load_data("cifar10", data_root), load_data("mnist", data_root)
+    assert [len(s) for s in (cifar.train, cifar.test, mnist.train, mnist.test)] == [50000, 10000, 60000, 10000]
+    assert cifar.train.labels.bincount().tolist() == [5000] * 10
+    # Published: CIFAR-10's channel means are 125.3 123.0 113.9; MNIST's mean and std are 0.1307 and 0.3081.
+    means = cifar.train.images.double().mean((0, 2, 3)).tolist()
+    assert means == pytest.approx([125.3, 123.0, 113.9], abs=0.06)
+    assert mnist.mean[0] / 255 == pytest.approx(0.1307, abs=1e-4)
+    assert mnist.std[0] / 255 == pytest.approx(0.3081, abs=1e-4)

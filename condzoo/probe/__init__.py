@@ -1,0 +1,29 @@
+"""The probe: each layer's conditioning, measured in any PyTorch network, at rest or while it trains."""
+
+from condzoo.probe.conditioning import Conditioning, LayerConditioning
+from condzoo.probe.kronecker import KroneckerSpectrum
+from condzoo.probe.measuring import measure
+from condzoo.probe.moments import input_moment, output_grad_moment
+from condzoo.probe.neurons import Neurons
+from condzoo.probe.plots import plot_comparison, plot_records
+from condzoo.probe.records import read_records, record_columns
+from condzoo.probe.spectra import Spectrum, condition_number, spectrum
+from condzoo.probe.training_probe import Probe
+
+__all__ = [
+    "Conditioning",
+    "KroneckerSpectrum",
+    "LayerConditioning",
+    "Neurons",
+    "Probe",
+    "Spectrum",
+    "condition_number",
+    "input_moment",
+    "measure",
+    "output_grad_moment",
+    "plot_comparison",
+    "plot_records",
+    "read_records",
+    "record_columns",
+    "spectrum",
+]

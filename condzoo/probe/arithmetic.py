@@ -1,0 +1,86 @@
+"""Products of data columns with themselves, and how much noise their arithmetic leaves.
+
+`fast` multiplies in float32 piece by piece and adds the pieces in float64; `float64` multiplies in
+float64. The constants are calibrated so that an eigenvalue above the floor is right to 5 %
+(tests/probe/test_known_kappa.py holds them to it).
+Shapes: b pieces, g groups, d coordinates, k rows a piece.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Precision = Literal["auto", "float64", "fast"]
+PRECISIONS = ("auto", "float64", "fast")
+
+FLOAT32_PRODUCT = 100 * 2.0**-24  # 20 * the 5 u ||M|| / sqrt(b) seen at most over shapes 16..1024
+FLOAT64_PRODUCT = 100 * 2.0**-53  # times sqrt(d) * lambda_max: the product and eigvalsh together
+DATA_ROUNDINGS = 2.0  # roundings that a value of the data has behind it, at least
+SLICE = 1 << 19  # elements converted to float64 at a time: 4 MB stay in the cache
+
+
+@contextmanager
+def plain_products(device_type: str) -> Iterator[None]:
+    """Matrix products in the dtype of their operands: no autocast, no TF32 or bf16 inside float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False), torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
+    """sum over pieces and rows of x x^T: float32 within a piece, float64 over pieces."""
+    b, g, d, k = columns.shape
+    step = max(1, (1 << 23) // (g * d * d))
+    total = columns.new_zeros((g, d, d), dtype=torch.float64)
+    for start in range(0, b, step):
+        piece = columns[start : start + step].reshape(-1, d, k).float()
+        total += torch.bmm(piece, piece.mT).reshape(-1, g, d, d).sum(0, dtype=torch.float64)
+    return total
+
+
+def gram_float64(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
+    """sum over pieces and rows of x x^T, all in float64, a slice at a time."""
+    b, g, d, k = columns.shape
+    step = max(1, SLICE // (g * d * k))
+    total = columns.new_zeros((g, d, d), dtype=torch.float64)
+    for start in range(0, b, step):
+        piece = columns[start : start + step].reshape(-1, d, k).double()
+        total += torch.bmm(piece, piece.mT).reshape(-1, g, d, d).sum(0)
+    return total
+
+
+def float32_noise(total: Float[Tensor, "g d d"], pieces: int) -> float:
+    """Floor that float32 products leave in a sum of `pieces` of them, in the sum's units."""
+    return FLOAT32_PRODUCT * float(torch.linalg.matrix_norm(total).max()) / math.sqrt(pieces)
+
+
+def reaches_under(total: Float[Tensor, "g d d"], floor: float) -> bool:
+    """Whether an eigenvalue may lie under the floor: one Cholesky of total - floor * I.
+
+    Coordinates that are exactly zero on every row are nulls in any arithmetic and do not count.
+    """
+    diagonal = total.diagonal(dim1=-2, dim2=-1)
+    shift = torch.where(diagonal > 0, -floor, 1.0)
+    return bool(torch.linalg.cholesky_ex(total + torch.diag_embed(shift)).info.any())
+
+
+def data_noise(dtype: torch.dtype, largest_diagonal: float) -> float:
+    """Floor that the rounding of the data itself leaves: 20 * (2 u)^2 / 3 * max_i E[x_i^2]."""
+    roundoff = DATA_ROUNDINGS * torch.finfo(dtype).eps / 2
+    return 20 * roundoff**2 / 3 * largest_diagonal
+
+
+def float64_noise(dim: int, lambda_max: float) -> float:
+    """Floor that float64 products and the eigenvalue solver leave."""
+    return FLOAT64_PRODUCT * math.sqrt(dim) * lambda_max

@@ -1,0 +1,135 @@
+"""Hooks that read each layer's input and output gradient from a forward and backward pass as it runs.
+
+A forward hook sees the input, `register_hook` on the output its gradient: unlike full backward hooks
+this works before an in-place ReLU. Nothing is kept but running sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from condzoo.probe.arithmetic import Precision, plain_products
+from condzoo.probe.layers import CONVOLUTIONS, TRANSPOSED, Conv, input_columns, output_columns
+from condzoo.probe.moments import RunningMoment
+from condzoo.probe.neurons import RELUS, RunningNeurons
+
+
+@dataclass(eq=False)
+class LayerSums:
+    """What one layer has shown so far."""
+
+    input: RunningMoment = field(default_factory=RunningMoment)
+    output_grad: RunningMoment = field(default_factory=RunningMoment)
+    samples: int = 0
+
+
+@dataclass(eq=False)
+class Capture:
+    """Running sums of the chosen layers of one model; attached by `attach`, freed by `detach`.
+
+    Attributes:
+        layers: layers to read, by name.
+        relus: ReLUs to count, by name.
+        recording: read forwards at all.
+        gradients: read the gradients of the backwards that follow.
+        further: the gradient is one more class of rows already counted.
+        batch: samples of the current batch.
+        scale: what an output gradient is multiplied by: the batch, for a loss that is its mean.
+        sums: by layer name, in the order of their first call.
+        neurons: by ReLU name.
+        dtypes: of the layers' outputs.
+    """
+
+    layers: dict[str, nn.Module]
+    relus: dict[str, nn.Module]
+    conv: Conv = "channels"
+    precision: Precision = "auto"
+    bias: bool = False
+    recording: bool = True
+    gradients: bool = True
+    further: bool = False
+    batch: int = 0
+    scale: float = 1.0
+    sums: dict[str, LayerSums] = field(default_factory=dict)
+    neurons: dict[str, RunningNeurons] = field(default_factory=dict)
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    _handles: list[RemovableHandle] = field(default_factory=list)
+    _forward_seen: set[str] = field(default_factory=set)
+    _channels_first: bool = False
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+        for name, module in self.layers.items():
+            self._handles.append(module.register_forward_hook(partial(self._on_layer, name), with_kwargs=True))
+        for name, module in self.relus.items():
+            self._handles.append(module.register_forward_hook(partial(self._on_relu, name)))
+
+    def detach(self) -> None:
+        """Take the hooks off; those of graphs still alive no longer record."""
+        self.recording = self.gradients = False
+        while self._handles:
+            self._handles.pop().remove()
+
+    def clear(self) -> None:
+        """Forget everything seen, for the next measurement."""
+        self.sums, self.neurons, self.dtypes = {}, {}, set()
+        self._forward_seen = set()
+
+    def _on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> None:
+        if not self.recording or not torch.is_grad_enabled() or self._recomputed(name):
+            return
+        x = args[0] if args else kwargs["input"]
+        sums = self.sums.setdefault(name, LayerSums())
+        sums.samples += self.batch
+        self.dtypes.add(h.dtype)
+        self._channels_first = isinstance(module, CONVOLUTIONS + TRANSPOSED)
+        with plain_products(x.device.type):
+            for columns in input_columns(module, x.detach(), self.conv):
+                sums.input.add(with_constant(columns) if self._adds_bias(module) else columns, self.precision)
+        if h.requires_grad:
+            h.register_hook(partial(self._on_gradient, module, sums.output_grad, self.scale))
+
+    def _on_gradient(self, module: nn.Module, moment: RunningMoment, scale: float, grad_h: Tensor) -> None:
+        if not self.gradients:
+            return
+        with plain_products(grad_h.device.type):
+            for columns in output_columns(module, grad_h.detach()):
+                moment.add(columns, self.precision, scale, new_rows=not self.further)
+
+    def _on_relu(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if not self.recording or not torch.is_grad_enabled() or self._recomputed(name) or output.ndim < 2:
+            return
+        first = output.ndim > 3 or (output.ndim == 3 and self._channels_first)
+        with torch.no_grad():
+            self.neurons.setdefault(name, RunningNeurons()).add(output, channels_first=first or output.ndim == 2)
+
+    def _adds_bias(self, module: nn.Module) -> bool:
+        return self.bias and getattr(module, "bias", None) is not None
+
+    def _recomputed(self, name: str) -> bool:
+        """Whether this forward only repeats one already seen, for activation checkpointing.
+
+        With use_reentrant=True the first forward runs without gradients and was not seen.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            self._forward_seen.add(name)
+            return False
+        return name in self._forward_seen
+
+
+def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k]
+    """The columns with a constant 1 below: the bias seen as one more input."""
+    return torch.cat([columns, columns.new_ones((*columns.shape[:2], 1, columns.shape[3]))], dim=2)
+
+
+def relus_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's ReLU modules by name; functional ones cannot be seen."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RELUS)}
+
+

@@ -1,0 +1,137 @@
+"""What a measurement returns: plain data, layer by layer, in the order of the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from condzoo.probe.kronecker import KroneckerSpectrum
+from condzoo.probe.neurons import Neurons
+from condzoo.probe.spectra import Spectrum
+
+
+@dataclass(frozen=True, eq=False)
+class LayerConditioning:
+    """One layer's conditioning.
+
+    Attributes:
+        kind: "Linear", "Conv2d", "depthwise Conv2d", ...
+        input: spectrum of Sigma_x = E[x x^T].
+        output_grad: spectrum of Sigma_grad_h = E[g g^T], g = B * dL/dh.
+        weight: sigma_max(W); None where the weight is computed by a parametrization.
+        weight_grad: sigma_max(dL/dW) for the mean loss; None where there is no such gradient.
+        samples: examples seen (a layer called twice in a forward pass sees each twice).
+        positions: rows of the input an example, on average (1 for [n, d], h * w for a convolution).
+    """
+
+    kind: str
+    input: Spectrum
+    output_grad: Spectrum
+    weight: float | None
+    weight_grad: float | None
+    samples: int
+    positions: int
+
+    @cached_property
+    def fisher(self) -> KroneckerSpectrum:
+        """Spectrum of Sigma_x (x) Sigma_grad_h, the layer's Kronecker-factored Fisher."""
+        return KroneckerSpectrum(self.input, self.output_grad)
+
+    @property
+    def weight_domination(self) -> float | None:
+        """sigma_max(dL/dW) / sigma_max(W); small where the weight dwarfs its gradient."""
+        return None if self.weight is None or self.weight_grad is None else self.weight_grad / self.weight
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning(Mapping[str, LayerConditioning]):
+    """The conditioning of a network: a mapping from layer name to `LayerConditioning`.
+
+    Attributes:
+        layers: in the order of the first call in the forward pass.
+        neurons: dying and full units of each ReLU module, by its name.
+        skipped: every layer that was not measured, with the reason.
+        mode: "train" (batch statistics) or "eval", of the model as it was measured.
+        dtype: the coarsest dtype of the layers' outputs, for example "float32".
+        labels: "data" (M's factor), "model" (F's, exact) or "sample" (F's, one draw).
+        loss: the batch-mean loss over all samples; None in a `Probe`, which does not see it.
+        loss_name: which loss.
+        conv: "channels" or "patches"; bias: whether a constant 1 was added to the inputs.
+        precision: as asked for; each spectrum's `arithmetic` says what was used.
+        samples: examples; batches: batches; step: training step of a `Probe`, else None.
+        first_nonfinite: the layer where NaN or Inf appears first, by direction.
+        seed: what dropout and label draws were seeded with, None in a `Probe`.
+    """
+
+    layers: dict[str, LayerConditioning]
+    neurons: dict[str, Neurons] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    mode: str = "train"
+    dtype: str = "float32"
+    labels: str = "data"
+    loss: float | None = None
+    loss_name: str = ""
+    conv: str = "channels"
+    bias: bool = False
+    precision: str = "auto"
+    samples: int = 0
+    batches: int = 0
+    step: int | None = None
+    seed: int | None = None
+    first_nonfinite: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> LayerConditioning:
+        """One layer; a KeyError says why it was skipped, or the closest name."""
+        if name in self.layers:
+            return self.layers[name]
+        if name in self.skipped:
+            raise KeyError(f"layer {name!r} was not measured: {self.skipped[name]}")
+        raise KeyError(f"no layer {name!r}; measured: {', '.join(self.layers) or 'none'}")
+
+    def __iter__(self) -> Iterator[str]:
+        """Layer names in forward order."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """Number of measured layers."""
+        return len(self.layers)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the layer was measured."""
+        return name in self.layers
+
+    def table(self, p: float = 0.5) -> str:
+        """The measurement as text: one line a layer, magnitudes and condition numbers.
+
+        Args:
+            p: fraction of the spectrum of the second condition number shown beside kappa at p = 1.
+        """
+        from condzoo.probe.tables import conditioning_table
+
+        return conditioning_table(self, p)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write everything, exactly, to a JSON file (schema: docs/probe.md)."""
+        from condzoo.probe.serialization import write_json
+
+        write_json(self, Path(path))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Conditioning:
+        """Read what `to_json` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is not a conditioning record of a known schema.
+        """
+        from condzoo.probe.serialization import read_json
+
+        return read_json(Path(path))
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the layers' magnitudes, condition numbers and spectra into a PNG, PDF or SVG file."""
+        from condzoo.probe.plots import plot_conditioning
+
+        plot_conditioning(self, Path(path))

@@ -1,0 +1,108 @@
+"""From running sums to spectra: eigenvalues batched by size, noise floors, nulls, and what was skipped."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from condzoo.probe.arithmetic import data_noise, float64_noise
+from condzoo.probe.capture import Capture, LayerSums
+from condzoo.probe.conditioning import LayerConditioning
+from condzoo.probe.layers import kind
+from condzoo.probe.moments import RunningMoment
+from condzoo.probe.nulls import structural_nulls, zero_coordinates
+from condzoo.probe.spectra import Spectrum, from_blocks
+
+NOT_CALLED = "not called in the forward pass"
+NO_GRADIENT = "no gradient reaches its output: the loss does not depend on it, or all before it is frozen"
+
+
+def finish(
+    capture: Capture, weights: Mapping[str, float], weight_grads: Mapping[str, float]
+) -> tuple[dict[str, LayerConditioning], dict[str, str], dict[str, str]]:
+    """What the capture has seen.
+
+    Args:
+        capture: after its forward and backward passes.
+        weights, weight_grads: sigma_max of W and of dL/dW by layer name, where known.
+
+    Returns:
+        Layers in forward order, the skipped with their reasons, and the first layer with NaN or Inf
+        by direction ("forward", "backward").
+    """
+    skipped = {name: NOT_CALLED for name in capture.layers if name not in capture.sums}
+    good: dict[str, LayerSums] = {}
+    for name, sums in capture.sums.items():
+        why = _unusable(sums)
+        if why is None:
+            good[name] = sums
+        else:
+            skipped[name] = why
+    spectra = spectra_of([m for sums in good.values() for m in (sums.input, sums.output_grad)])
+    layers = {
+        name: LayerConditioning(
+            kind=kind(capture.layers[name]),
+            input=spectra[2 * i],
+            output_grad=spectra[2 * i + 1],
+            weight=weights.get(name),
+            weight_grad=weight_grads.get(name),
+            samples=sums.samples,
+            positions=sums.input.rows // max(1, sums.samples),
+        )
+        for i, (name, sums) in enumerate(good.items())
+    }
+    return layers, skipped, _first_nonfinite(capture)
+
+
+def spectra_of(moments: list[RunningMoment]) -> list[Spectrum]:
+    """The spectra of input and output-gradient moments in turn, all of one size decomposed at once."""
+    matrices = [moment.decomposable() for moment in moments]
+    by_size: dict[tuple[int, torch.device], list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        by_size[matrix.shape[-1], matrix.device].append(i)
+    values: dict[int, Tensor] = {}
+    for members in by_size.values():
+        found = torch.linalg.eigvalsh(torch.cat([matrices[i] for i in members])).cpu()
+        for i, part in zip(members, found.split([matrices[i].shape[0] for i in members]), strict=True):
+            values[i] = part
+    return [_spectrum(m, matrices[i], values[i], gradient=i % 2 == 1) for i, m in enumerate(moments)]
+
+
+def _spectrum(moment: RunningMoment, matrix: Tensor, values: Tensor, *, gradient: bool) -> Spectrum:
+    """values: [g, m] with m = d, or the number of vectors where that is smaller."""
+    dim, largest = moment.dim, max(0.0, float(values.max()))
+    padded = torch.cat([values, values.new_zeros((values.shape[0], dim - values.shape[1]))], dim=1)
+    of_data = data_noise(moment.dtype, float(moment.diagonal().max()))
+    floor = of_data + moment.noise / max(1, moment.rows) + float64_noise(dim, largest)
+    how = f"{'float32' if moment.fast else 'float64'} products of {str(moment.dtype).removeprefix('torch.')} data"
+    plain = from_blocks(padded, floor, moment.vectors, arithmetic=how)
+    if plain.rank >= plain.reachable:
+        return plain
+    if moment.total is None:
+        nulls, why = zero_coordinates(moment.diagonal())
+    else:
+        nulls, why = structural_nulls(matrix, floor, gradient=gradient)
+    nulls = min(nulls, plain.dim - plain.rank)
+    return from_blocks(padded, floor, moment.vectors, nulls=nulls, null_reason=why, arithmetic=how)
+
+
+def _unusable(sums: LayerSums) -> str | None:
+    if not sums.input.finite:
+        return "its input holds NaN or Inf"
+    if not sums.output_grad.vectors:
+        return NO_GRADIENT
+    if not sums.output_grad.finite:
+        return "the gradient of its output holds NaN or Inf"
+    return None
+
+
+def _first_nonfinite(capture: Capture) -> dict[str, str]:
+    """The first layer in the order of each pass; backward runs from the last layer to the first."""
+    forward = [name for name, sums in capture.sums.items() if not sums.input.finite]
+    backward = [name for name, sums in reversed(capture.sums.items()) if not sums.output_grad.finite]
+    found = {"forward": forward[:1], "backward": backward[:1]}
+    return {direction: names[0] for direction, names in found.items() if names}
+

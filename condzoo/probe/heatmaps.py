@@ -1,0 +1,96 @@
+"""Layer-by-iteration heat maps of log10 lambda_max and log10 kappa."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Normalize
+
+from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.spectra import Spectrum
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+NAMES = 14  # layer names written at an axis at most
+UNKNOWN = "0.82"  # grey
+
+QUANTITIES = (
+    ("input", None, r"$\log_{10}\,\lambda_{max}$ of the inputs"),
+    ("input", 0.5, r"$\log_{10}\,\kappa_{50\%}$ of the inputs"),
+    ("output_grad", None, r"$\log_{10}\,\lambda_{max}$ of the gradients"),
+    ("output_grad", 0.5, r"$\log_{10}\,\kappa_{50\%}$ of the gradients"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One heat map: values [layers, records], NaN where not known."""
+
+    quantity: str
+    layers: list[str]
+    steps: list[int]
+    values: np.ndarray
+
+
+def panels(records: Sequence[Conditioning]) -> list[Panel]:
+    """The four heat maps of a run: magnitude and condition of inputs and of output gradients."""
+    layers = list(dict.fromkeys(name for record in records for name in record))
+    steps = [record.step or 0 for record in records]
+    found = []
+    for side, p, quantity in QUANTITIES:
+        values = np.full((len(layers), len(records)), np.nan)
+        for j, record in enumerate(records):
+            for i, name in enumerate(layers):
+                if name in record:
+                    values[i, j] = _log10(getattr(record[name], side), p)
+        found.append(Panel(quantity, layers, steps, values))
+    return found
+
+
+def _log10(s: Spectrum, p: float | None) -> float:
+    value = s.lambda_max if p is None else s.condition_number(p)
+    return math.log10(value) if 0 < value < math.inf else math.nan
+
+
+def value_range(same: Sequence[Panel]) -> tuple[float, float]:
+    """The common colour range of one quantity over runs: all that is known, at least one decade."""
+    known = np.concatenate([panel.values[np.isfinite(panel.values)] for panel in same])
+    if not known.size:
+        return 0.0, 1.0
+    low, high = float(known.min()), float(known.max())
+    return (low, high) if high - low >= 1 else ((low + high - 1) / 2, (low + high + 1) / 2)
+
+
+def draw_heatmap(ax: Axes, panel: Panel, norm: Normalize, *, names: bool) -> QuadMesh:
+    """Draw one panel: layers downwards from the first, iterations to the right."""
+    count = len(panel.layers)
+    mesh = ax.pcolormesh(
+        _edges(panel.steps), np.arange(count + 1) - 0.5, np.ma.masked_invalid(panel.values), cmap="viridis", norm=norm
+    )
+    ax.set_facecolor(UNKNOWN)
+    ax.invert_yaxis()
+    ax.axhline(count - 1.5, color="white", lw=1.2)  # the last layer stands apart
+    shown = sorted({round(i) for i in np.linspace(0, count - 1, min(count, NAMES))})
+    ax.set_yticks(shown, [panel.layers[i] or "(model)" for i in shown] if names else [str(i) for i in shown])
+    ax.tick_params(labelsize=7.5)
+    note = "  (grey: not known)" if np.isnan(panel.values).any() else ""
+    ax.set_title(_plain(panel.quantity) + note, fontsize=9, loc="left")
+    return mesh
+
+
+def _plain(quantity: str) -> str:
+    return quantity.replace(r"\log_{10}\,", "")
+
+
+def _edges(steps: Sequence[int]) -> np.ndarray:
+    """Cell borders midway between the steps measured."""
+    middle = np.asarray(steps, dtype=float)
+    if middle.size == 1:
+        return np.array([middle[0] - 0.5, middle[0] + 0.5])
+    inner = (middle[1:] + middle[:-1]) / 2
+    return np.concatenate([[2 * middle[0] - inner[0]], inner, [2 * middle[-1] - inner[-1]]])

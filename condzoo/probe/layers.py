@@ -1,0 +1,133 @@
+"""Which modules are layers with an input and an output moment, and what their rows are.
+
+A linear layer's input [n, ..., d] gives one row per leading index. A convolution's [n, c, h, w] gives
+n * h * w rows of c (`conv="channels"`) or one row of c * kh * kw an output position (`"patches"`).
+Grouped convolutions give one block a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from condzoo.probe.patches import unfolded
+
+Conv = Literal["channels", "patches"]
+CONVS = ("channels", "patches")
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+MEASURED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+
+ROWS_A_PIECE = 64  # rows of a linear layer multiplied together before float64 takes over
+
+REASONS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.Embedding, nn.EmbeddingBag), "its input is indices, which have no second moment"),
+    (nn.RNNBase, "a recurrent layer runs its matrices inside one kernel; their inputs are not visible"),
+    (nn.Bilinear, "its output is bilinear in two inputs, not linear in one"),
+    (nn.MultiheadAttention, "its projections run inside one function; their inputs are not visible"),
+)
+
+
+def kind(module: nn.Module) -> str:
+    """How a layer is named in a record: "Linear", "Conv2d", "depthwise Conv2d", "grouped Conv2d", ..."""
+    name = next(base.__name__ for base in MEASURED if isinstance(module, base))
+    groups = getattr(module, "groups", 1)
+    if groups == 1:
+        return name
+    return ("depthwise " if groups == module.in_channels else "grouped ") + name
+
+
+def choose(
+    model: nn.Module, names: Sequence[str] | None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers to measure, by name, and those that cannot be, with the reason.
+
+    Args:
+        model: any module.
+        names: layer names or shell patterns ("stage1.*"); None takes all.
+
+    Raises:
+        ValueError: a name that matches no layer; says the closest.
+    """
+    found: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if (why := _reason(module)) is not None:
+            skipped[name] = why
+        elif isinstance(module, MEASURED):
+            found[name] = module
+    if names is None:
+        return found, skipped
+    chosen = {n: m for n, m in found.items() if any(fnmatchcase(n, pattern) for pattern in names)}
+    for pattern in names:
+        if not any(fnmatchcase(n, pattern) for n in found):
+            raise ValueError(_no_layer(pattern, list(found), skipped))
+    return chosen, {n: why for n, why in skipped.items() if any(fnmatchcase(n, p) for p in names)}
+
+
+def _no_layer(pattern: str, names: list[str], skipped: dict[str, str]) -> str:
+    if pattern in skipped:
+        return f"layer {pattern!r} cannot be measured: {skipped[pattern]}"
+    close = get_close_matches(pattern, names, n=1, cutoff=0.0)
+    hint = f"did you mean {close[0]!r}?" if close else "the model has no linear or convolution layer"
+    return f"no layer matches {pattern!r}; {hint}"
+
+
+def _reason(module: nn.Module) -> str | None:
+    own = list(module.parameters(recurse=False))
+    if any(isinstance(p, UninitializedParameter) for p in own):
+        return "not initialized yet (lazy); run one batch through the model first"
+    for classes, why in REASONS:
+        if isinstance(module, classes):
+            return f"{type(module).__name__}: {why}"
+    if isinstance(module, MEASURED) or any(True for _ in module.children()):
+        return None
+    if any(p.ndim >= 2 for p in own):
+        return f"{type(module).__name__} is not a linear or convolution layer"
+    return None
+
+
+def input_columns(module: nn.Module, x: Tensor, conv: Conv) -> Iterator[Float[Tensor, "b g d k"]]:
+    """A layer's input as pieces [b, groups, d, k] of k rows of d coordinates each."""
+    if isinstance(module, nn.Linear):
+        return _rows(x.flatten(0, -2) if x.ndim > 1 else x[None])
+    x = x[None] if x.ndim == _spatial(module) + 1 else x
+    if conv == "patches" and isinstance(module, CONVOLUTIONS):
+        return unfolded(x, module)
+    return _positions(x, module.groups)
+
+
+def output_columns(module: nn.Module, grad_h: Tensor) -> Iterator[Float[Tensor, "b g d k"]]:
+    """A layer's output gradient as pieces [b, groups, d, k]."""
+    if isinstance(module, nn.Linear):
+        return _rows(grad_h.flatten(0, -2) if grad_h.ndim > 1 else grad_h[None])
+    grad_h = grad_h[None] if grad_h.ndim == _spatial(module) + 1 else grad_h
+    return _positions(grad_h, module.groups)
+
+
+def _spatial(module: nn.Module) -> int:
+    return len(module.kernel_size)
+
+
+def _rows(x: Float[Tensor, "r d"]) -> Iterator[Float[Tensor, "b g d k"]]:
+    whole = x.shape[0] // ROWS_A_PIECE * ROWS_A_PIECE
+    if whole:
+        yield x[:whole].reshape(-1, ROWS_A_PIECE, x.shape[1]).mT[:, None]
+    if whole < x.shape[0]:
+        yield x[whole:].mT[None, None]
+
+
+def _positions(x: Float[Tensor, "n c *hw"], groups: int) -> Iterator[Float[Tensor, "b g d k"]]:
+    flat = x.flatten(2)
+    channels = flat.shape[1]
+    if groups == 1 and channels > flat.shape[2]:  # many channels, few positions: rows are cheaper
+        yield from _rows(flat.mT.flatten(0, 1))
+    else:
+        yield flat.reshape(flat.shape[0], groups, channels // groups, flat.shape[2])

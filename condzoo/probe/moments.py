@@ -1,0 +1,158 @@
+"""Second moments, summed over batches of any number and size in memory that does not grow.
+
+Not centred: Sigma = (1 / R) sum_r x_r x_r^T over R rows. While there are fewer rows than coordinates
+the rows themselves are kept, and the smaller Gram side is decomposed.
+Shapes: b pieces, g groups, d coordinates a group, k rows a piece.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from condzoo.probe import arithmetic
+from condzoo.probe.arithmetic import Precision
+
+
+def input_moment(x: Float[Tensor, "n d *hw"]) -> Float[Tensor, "d d"]:
+    """Input second moment Sigma_x = E[x x^T], not centred, in float64.
+
+    Args:
+        x: layer inputs: [n, d] (Linear) or [n, c, h, w] (Conv2d, every position is a row).
+
+    Returns:
+        [d, d], in units of the input squared: the mean over n (times h * w) rows.
+
+    Raises:
+        ValueError: no rows.
+
+    Source: arXiv:2002.10801, sec. 3.
+    """
+    if not x.numel():
+        raise ValueError(f"x has no rows: shape {list(x.shape)}")
+    columns = x.detach().flatten(2) if x.ndim > 2 else x.detach()[:, :, None]
+    with arithmetic.plain_products(x.device.type):
+        return arithmetic.gram_float64(columns[:, None])[0] / (columns.shape[0] * columns.shape[2])
+
+
+def output_grad_moment(grad_h: Float[Tensor, "n d *hw"]) -> Float[Tensor, "d d"]:
+    """Output-gradient second moment Sigma_grad_h = E[g g^T], g = n * dL/dh, in float64.
+
+    Args:
+        grad_h: gradient of the batch-*mean* loss w.r.t. the layer output, as autograd gives
+            it: [n, d] (Linear) or [n, c, h, w] (Conv2d).
+
+    Returns:
+        [d, d], in (loss / output)^2. Autograd's factor 1/n is undone, so the value does not
+        shrink as the batch grows; for Conv2d it is the mean over all n*h*w positions.
+
+    Raises:
+        ValueError: fewer than two samples.
+
+    With BatchNorm in training mode samples interact: row i is n * dL/dh_i, which is not the
+    gradient of sample i's own loss.
+
+    Source: arXiv:2002.10801. For Conv2d the authors' code is larger by (h*w)^2: it multiplies
+    by n*h*w where this divides. Condition numbers agree.
+    """
+    samples = grad_h.shape[0]
+    if samples < 2:
+        raise ValueError(f"an output-gradient moment needs two samples or more, got {samples}")
+    return input_moment(grad_h) * samples**2
+
+
+@dataclass(eq=False)
+class RunningMoment:
+    """Sum of x x^T over the rows seen so far.
+
+    Attributes:
+        total: [g, d, d] float64 sum, None until there are as many vectors as coordinates.
+        pending: the vectors themselves ([g, d, k], scaled) while there are fewer.
+        rows: what the sum is divided by; vectors: how many it has (more, if classes are summed).
+        noise: floor of the sum from float32 products; dtype: the coarsest dtype of the data.
+        finite: False once NaN or Inf was seen; what follows is then ignored.
+    """
+
+    total: Tensor | None = None
+    pending: list[Tensor] = field(default_factory=list)
+    rows: int = 0
+    vectors: int = 0
+    noise: float = 0.0
+    dtype: torch.dtype = torch.float64
+    finite: bool = True
+    fast: bool = False
+
+    def add(
+        self, columns: Float[Tensor, "b g d k"], precision: Precision, scale: float = 1.0, *, new_rows: bool = True
+    ) -> None:
+        """Add b * k rows, each multiplied by `scale`.
+
+        Args:
+            columns: the data; read at once, never kept by reference.
+            precision: how to multiply; float64 data is always multiplied in float64.
+            scale: for gradients, the number of samples of the batch.
+            new_rows: False for a further class of rows already counted.
+        """
+        pieces, _, dim, width = columns.shape
+        self.rows += pieces * width if new_rows else 0
+        self.vectors += pieces * width
+        self.dtype = max((self.dtype, columns.dtype), key=lambda d: torch.finfo(d).eps)
+        if self.total is None and self.vectors < dim:
+            kept = columns.permute(1, 2, 0, 3).flatten(2).to(torch.float64) * scale
+            self.finite = self.finite and bool(torch.isfinite(kept).all())
+            self.pending.append(kept)
+            return
+        self.spill()
+        product, noise = self._product(columns, precision)
+        product, noise = product * scale**2, noise * scale**2
+        self.total = product if self.total is None else self.total + product
+        self.noise += noise
+
+    def spill(self) -> None:
+        """Turn the vectors kept so far into their sum."""
+        if self.pending:
+            rows = torch.cat(self.pending, dim=2)
+            self.total = rows @ rows.mT
+            self.pending.clear()
+
+    def rescale(self, factor: float) -> None:
+        """Multiply every vector seen so far by the factor, to undo a loss scale."""
+        self.noise *= factor**2
+        self.total = None if self.total is None else self.total * factor**2
+        self.pending = [vectors * factor for vectors in self.pending]
+
+    def _product(self, columns: Tensor, precision: Precision) -> tuple[Tensor, float]:
+        if precision == "float64" or columns.dtype == torch.float64:
+            product = arithmetic.gram_float64(columns)
+            self.finite = self.finite and bool(torch.isfinite(product.diagonal(dim1=-2, dim2=-1)).all())
+            return product, 0.0
+        product = arithmetic.gram_float32(columns)
+        self.finite = self.finite and bool(torch.isfinite(product.diagonal(dim1=-2, dim2=-1)).all())
+        if not self.finite:
+            return product, 0.0
+        noise = arithmetic.float32_noise(product, columns.shape[0])
+        if precision == "auto" and arithmetic.reaches_under(product, noise):
+            return arithmetic.gram_float64(columns), 0.0
+        self.fast = True
+        return product, noise
+
+    def decomposable(self) -> Float[Tensor, "g m m"]:
+        """The moment, or the Gram matrix with the same nonzero eigenvalues where that is smaller."""
+        if self.total is not None:
+            return self.total / max(1, self.rows)
+        rows = torch.cat(self.pending, dim=2)
+        return rows.mT @ rows / max(1, self.rows)
+
+    @property
+    def dim(self) -> int:
+        """d, coordinates a group."""
+        return (self.total if self.total is not None else self.pending[0]).shape[1]
+
+    def diagonal(self) -> Float[Tensor, "g d"]:
+        """E[x_i^2], of each coordinate."""
+        if self.total is not None:
+            return self.total.diagonal(dim1=-2, dim2=-1) / max(1, self.rows)
+        return torch.cat(self.pending, dim=2).square().sum(2) / max(1, self.rows)

@@ -1,0 +1,47 @@
+"""Leave a model and the random streams bitwise as they were, whatever happens in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def preserved(model: nn.Module, seed: int) -> Iterator[None]:
+    """Inside, the random streams start from `seed` and every parameter asks for gradients.
+
+    Afterwards, also after an exception: buffers (BatchNorm's statistics and counters), requires_grad and
+    the CPU's and the model's devices' random streams are as before. Parameters, .grad and modes are for
+    the caller to leave alone.
+    """
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
+    buffers = [
+        (module, name, buffer, buffer.clone(), buffer._version)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            for module, name, buffer, values, version in buffers:
+                _restore(module, name, buffer, values, version)
+
+
+def _restore(module: nn.Module, name: str, buffer: Tensor, values: Tensor, version: int) -> None:
+    module._buffers[name] = buffer
+    if buffer._version != version:
+        with torch.no_grad():
+            buffer.copy_(values)

@@ -1,0 +1,97 @@
+"""`conditioning.jsonl`: one measurement a line, written so that a crash costs at most the last one.
+
+The file is a log: a record at step s takes the place of all earlier lines with a step >= s, as after a
+run went on from an older checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.serialization import dumps, from_record
+
+FILE_NAME = "conditioning.jsonl"
+
+Column = np.ndarray
+
+
+def append_record(path: str | Path, conditioning: Conditioning) -> None:
+    """Append one measurement and wait until it is on the disk."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(dumps(conditioning) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def drop_torn_line(path: str | Path) -> None:
+    """Cut off a last line that a crash left without its end, so that appending is safe."""
+    path = Path(path)
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        data = file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            file.truncate(whole)
+
+
+def read_records(path: str | Path) -> list[Conditioning]:
+    """The measurements of a run, by increasing step.
+
+    Args:
+        path: a `conditioning.jsonl`, or the run directory that holds it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a line that is not a record; names file and line. A torn last line only warns.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"no conditioning records at {path}; was the run probed (probe.every > 0)?")
+    records: list[Conditioning] = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = from_record(json.loads(line))
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                warnings.warn(f"{path}:{number}: skipped a torn last line", stacklevel=2)
+                break
+            raise ValueError(f"{path}:{number}: {error}") from None
+        while records and record.step is not None and (records[-1].step or 0) >= record.step:
+            records.pop()
+        records.append(record)
+    return records
+
+
+def record_columns(records: Iterable[Conditioning], p: tuple[float, ...] = (0.5, 1.0)) -> dict[str, Column]:
+    """Measurements as columns: one entry a step and layer, ready for numpy or `pandas.DataFrame`.
+
+    Columns: step, layer, depth (the layer's place in the forward pass), kind, samples; for `input` and
+    `output_grad` {..}_lambda_max, {..}_rank, {..}_dim, and for each p {..}_kappa{100 p} with
+    {..}_status{100 p}; weight, weight_grad (NaN where there is none).
+    """
+    rows: list[dict[str, object]] = []
+    for record in records:
+        for depth, (name, layer) in enumerate(record.items()):
+            row: dict[str, object] = {"step": -1 if record.step is None else record.step, "layer": name}
+            row |= {"depth": depth, "kind": layer.kind, "samples": layer.samples}
+            for side in ("input", "output_grad"):
+                s = getattr(layer, side)
+                row |= {f"{side}_lambda_max": s.lambda_max, f"{side}_rank": s.rank, f"{side}_dim": s.dim}
+                for q in p:
+                    row[f"{side}_kappa{100 * q:g}"] = s.condition_number(q)
+                    row[f"{side}_status{100 * q:g}"] = s.status(q)
+            for value in ("weight", "weight_grad"):
+                number = getattr(layer, value)
+                row[value] = np.nan if number is None else number
+            rows.append(row)
+    return {key: np.array([row[key] for row in rows]) for key in (rows[0] if rows else {})}

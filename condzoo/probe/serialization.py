@@ -1,0 +1,92 @@
+"""Measurements as JSON and back, exactly: Python writes a float64 so that it reads back as the same one.
+
+Schema (version 1) in docs/probe.md. Strict JSON: there is no NaN or Infinity in it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condzoo.probe.conditioning import Conditioning, LayerConditioning
+from condzoo.probe.neurons import Neurons
+from condzoo.probe.spectra import Spectrum
+
+SCHEMA = "condzoo.conditioning/1"
+
+_PLAIN = [f.name for f in fields(Conditioning) if f.name not in ("layers", "neurons")]
+
+
+def to_record(conditioning: Conditioning) -> dict[str, Any]:
+    """A measurement as a dict of JSON types."""
+    record: dict[str, Any] = {"schema": SCHEMA}
+    record |= {name: getattr(conditioning, name) for name in _PLAIN}
+    record["layers"] = {name: _layer_record(layer) for name, layer in conditioning.items()}
+    record["neurons"] = {name: vars(n) for name, n in conditioning.neurons.items()}
+    return record
+
+
+def from_record(record: dict[str, Any]) -> Conditioning:
+    """The measurement that `to_record` wrote.
+
+    Raises:
+        ValueError: not such a record, or of a schema that this version does not know.
+    """
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"not a conditioning record: expected schema {SCHEMA!r}, got {found!r}")
+    try:
+        return Conditioning(
+            layers={name: _layer(entry) for name, entry in record["layers"].items()},
+            neurons={name: Neurons(**entry) for name, entry in record["neurons"].items()},
+            **{name: record[name] for name in _PLAIN},
+        )
+    except KeyError as missing:
+        raise ValueError(f"conditioning record lacks the field {missing}; was the file edited?") from None
+
+
+def dumps(conditioning: Conditioning) -> str:
+    """A measurement as one line of JSON."""
+    return json.dumps(to_record(conditioning), allow_nan=False, separators=(",", ":"))
+
+
+def write_json(conditioning: Conditioning, path: Path) -> None:
+    """Write a measurement to a file of its own."""
+    path.write_text(dumps(conditioning) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Conditioning:
+    """Read a measurement from a file of its own; errors name the file."""
+    try:
+        return from_record(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _layer_record(layer: LayerConditioning) -> dict[str, Any]:
+    record: dict[str, Any] = {f.name: getattr(layer, f.name) for f in fields(LayerConditioning)}
+    record["input"] = _spectrum_record(layer.input)
+    record["output_grad"] = _spectrum_record(layer.output_grad)
+    return record
+
+
+def _layer(record: dict[str, Any]) -> LayerConditioning:
+    spectra = {name: _spectrum(record[name]) for name in ("input", "output_grad")}
+    return LayerConditioning(**{**record, **spectra})
+
+
+def _spectrum_record(s: Spectrum) -> dict[str, Any]:
+    values = s.eigenvalues if s.blocks is None else s.blocks
+    record = {"eigenvalues": values.tolist(), "noise_floor": s.noise_floor, "rows": s.rows}
+    return record | {"nulls": s.nulls, "null_reason": s.null_reason, "arithmetic": s.arithmetic}
+
+
+def _spectrum(record: dict[str, Any]) -> Spectrum:
+    values = torch.tensor(record["eigenvalues"], dtype=torch.float64)
+    grouped = values.ndim == 2
+    eigenvalues = values.flatten().sort(descending=True).values if grouped else values
+    return Spectrum(**{**record, "eigenvalues": eigenvalues, "blocks": values if grouped else None})

@@ -1,0 +1,61 @@
+"""A measurement as text that reads at a glance."""
+
+from __future__ import annotations
+
+from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.spectra import Spectrum
+
+LEGEND = """\
+lmax: largest eigenvalue of the second moment of the layer's inputs x and output gradients g
+k50, k: condition numbers over half and all of the spectrum; >: at least this much (the rest is noise);
+  0!: structural zero, rows!: fewer rows than dimensions (k of the rest stands behind)
+dW/W: largest singular value of the weight's gradient over the weight's"""
+
+
+def shown(spectrum: Spectrum, p: float) -> str:
+    """kappa_p as text: "3.1e+04", ">1e+12", "0! 7.1", "rows! 2.0e+03"."""
+    status = spectrum.status(p)
+    if status == "ok":
+        return f"{spectrum.condition_number(p):.2g}"
+    if status == "bound":
+        return f">{spectrum.at_least(p):.0e}"
+    rest = spectrum.complement_condition_number(p)
+    return ("0! " if status == "structural null" else "rows! ") + f"{rest:.2g}"
+
+
+def conditioning_table(conditioning: Conditioning, p: float = 0.5) -> str:
+    """One line a layer, a header that says what was measured, and what was skipped."""
+    head = ["layer", "kind", "d(x)", "lmax(x)", f"k{100 * p:g}(x)", "k(x)", "d(g)", "lmax(g)"]
+    rows = [[*head, f"k{100 * p:g}(g)", "k(g)", "dW/W"]]
+    for name, layer in conditioning.items():
+        rows.append([name or "(model)", layer.kind])
+        for s in (layer.input, layer.output_grad):
+            rows[-1] += [str(s.dim), f"{s.lambda_max:.3g}", shown(s, p), shown(s, 1.0)]
+        ratio = layer.weight_domination
+        rows[-1].append("-" if ratio is None else f"{ratio:.2g}")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    legend = LEGEND.replace("k50", f"k{100 * p:g}").replace("half", f"{100 * p:g} %")
+    return "\n".join([_title(conditioning), *lines, *_below(conditioning), legend])
+
+
+def _title(c: Conditioning) -> str:
+    loss = "" if c.loss is None else f", loss {c.loss:.4g}"
+    step = "" if c.step is None else f"step {c.step}: "
+    return (
+        f"{step}{len(c)} layers, {c.mode} mode, {c.samples} samples, labels from the {c.labels}{loss}, "
+        f"{c.dtype} pass, conv={c.conv}, precision={c.precision}"
+    )
+
+
+def _below(c: Conditioning) -> list[str]:
+    lines = [f"first {what} with NaN or Inf: {name}" for what, name in c.first_nonfinite.items()]
+    dying = sum(n.dying for n in c.neurons.values())
+    full = sum(n.full for n in c.neurons.values())
+    units = sum(n.units for n in c.neurons.values())
+    if units:
+        lines.append(f"ReLU units: {units}, dying {dying / units:.1%}, full {full / units:.1%}")
+    return lines + [f"skipped {name}: {why}" for name, why in c.skipped.items()]

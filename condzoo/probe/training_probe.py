@@ -1,0 +1,191 @@
+"""`Probe`: measure a network inside its own training loop, from the steps it takes anyway."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from condzoo.probe.arithmetic import PRECISIONS, Precision
+from condzoo.probe.capture import Capture, relus_of
+from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.finishing import finish
+from condzoo.probe.layers import CONVS, Conv, choose
+from condzoo.probe.measuring import batch_size, check_option, coarsest
+from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
+from condzoo.probe.weights import largest_singular_values, own_weight
+
+
+class Probe:
+    """Measures a model every so many training steps from the step's own forward and backward pass.
+
+        with Probe(model, every=100, out="runs/x") as probe:
+            for x, y in batches:
+                optimizer.zero_grad()
+                loss_function(model(x), y).backward()
+                optimizer.step()
+                probe.step()
+
+    The weights that come out are bitwise those of training without it. Hooks are on the model only in
+    the steps that are due, and read forwards in train mode with gradients enabled: evaluation between
+    steps is not recorded. Backward passes within a step add up (gradient accumulation).
+
+    Args:
+        model: the module that trains.
+        every: steps 0, every, 2 * every, ... are measured; 0 measures none.
+        out: folder for `conditioning.jsonl`, one line a measurement; made if need be, appended to if
+            there. None writes nothing: see `latest`.
+        layers, conv, precision, bias: as in `measure`.
+        start_step: the number of the next step, where a run goes on.
+        reduction: whether the loss is the "mean" or the "sum" over the batch.
+        loss_scale: what the loss was multiplied by before backward, for example
+            `scaler.get_scale()`, or 1 / n for n accumulated batches; may be set anew each step,
+            at any time before `step()`.
+
+    Attributes:
+        latest: the last `Conditioning`, None before the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 100,
+        *,
+        out: str | Path | None = None,
+        layers: Sequence[str] | None = None,
+        conv: Conv = "channels",
+        precision: Precision = "auto",
+        bias: bool = False,
+        start_step: int = 0,
+        reduction: str = "mean",
+        loss_scale: float = 1.0,
+    ) -> None:
+        if every < 0 or start_step < 0:
+            raise ValueError(f"every and start_step must be 0 or more, got {every} and {start_step}")
+        check_option("conv", conv, CONVS)
+        check_option("precision", precision, PRECISIONS)
+        check_option("reduction", reduction, ("mean", "sum"))
+        self.model, self.every, self.reduction, self.loss_scale = model, every, reduction, loss_scale
+        self.path = None if out is None else Path(out) / FILE_NAME
+        self.latest: Conditioning | None = None
+        chosen, self._unmeasurable = choose(model, layers)
+        self._capture = Capture(chosen, relus_of(model), conv=conv, precision=precision, bias=bias)
+        self._weights = {n: w for n, m in chosen.items() if (w := own_weight(m)) is not None}
+        self._step = start_step
+        self._handles: list[RemovableHandle] = []
+        self._samples = self._forwards = 0
+        self._tops: dict[str, float] = {}
+        self._grads: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Probe:
+        """Ready for the first step: the output folder exists, and the hooks are on if it is due."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            drop_torn_line(self.path)
+        self._attach_if_due()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take every hook off, also after an exception."""
+        self._detach()
+
+    @property
+    def due(self) -> bool:
+        """Whether the step now being taken is measured."""
+        return self.every > 0 and self._step % self.every == 0
+
+    def step(self) -> None:
+        """Say that a training step is over; measures it if it was due."""
+        if self.due:
+            self._detach()
+            if self._forwards:
+                self._record()
+            else:
+                warnings.warn(
+                    f"step {self._step} was due, but no forward pass in train mode with gradients was seen; "
+                    "is this the model that trains, and is the loop inside `with Probe(...)`?",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        self._step += 1
+        self._attach_if_due()
+
+    def _attach_if_due(self) -> None:
+        if not self.due:
+            return
+        self._samples = self._forwards = 0
+        self._grads.clear()
+        self._capture.clear()
+        self._capture.recording, self._capture.gradients = False, True
+        self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        for name, weight in self._weights.items():
+            if weight.requires_grad:
+                self._handles.append(weight.register_post_accumulate_grad_hook(self._keeper(name)))
+        self._capture.attach()
+
+    def _detach(self) -> None:
+        self._capture.detach()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _keeper(self, name: str) -> Any:
+        def keep(weight: Tensor) -> None:
+            if weight.grad is not None:
+                self._grads[name] = weight.grad.detach().clone()
+
+        return keep
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        self._capture.recording = module.training and torch.is_grad_enabled()
+        if not self._capture.recording or in_backward:
+            return
+        self._capture.batch = batch_size([*args, *kwargs.values()])
+        self._capture.scale = float(self._capture.batch) if self.reduction == "mean" else 1.0
+        self._samples += self._capture.batch
+        if not self._forwards:
+            self._tops = largest_singular_values(self._capture.layers, self._weights)
+        self._forwards += 1
+
+    def _record(self) -> None:
+        capture, scale = self._capture, self._scale()
+        for sums in capture.sums.values():
+            sums.output_grad.rescale(1 / scale)
+        with torch.no_grad():
+            grads = {n: g / self.loss_scale for n, g in self._grads.items()}
+            if self.reduction == "sum":
+                grads = {n: g / self._samples for n, g in grads.items()}
+            tops = largest_singular_values(capture.layers, grads)
+            layers, unseen, nonfinite = finish(capture, self._tops, tops)
+        self.latest = Conditioning(
+            layers=layers,
+            neurons={name: n.count() for name, n in capture.neurons.items()},
+            skipped={**self._unmeasurable, **unseen},
+            mode="train",
+            dtype=coarsest(capture.dtypes) if capture.dtypes else "",
+            labels="data",
+            conv=capture.conv,
+            bias=capture.bias,
+            precision=capture.precision,
+            samples=self._samples,
+            batches=self._forwards,
+            step=self._step,
+            first_nonfinite=nonfinite,
+        )
+        self._grads.clear()
+        capture.clear()
+        if self.path is not None:
+            append_record(self.path, self.latest)
+
+    def _scale(self) -> float:
+        if not self.loss_scale > 0:
+            raise ValueError(f"probe.loss_scale must be above 0, got {self.loss_scale}")
+        return float(self.loss_scale)

@@ -20,7 +20,8 @@ from torch import Tensor
 Precision = Literal["auto", "float64", "fast"]
 PRECISIONS = ("auto", "float64", "fast")
 
-FLOAT32_PRODUCT = 100 * 2.0**-24  # 20 * the 5 u ||M|| / sqrt(b) seen at most over shapes 16..1024
+SAFETY = 20  # an eigenvalue this many times its noise is right to 5 %
+FLOAT32_PRODUCT = 100 * 2.0**-24  # SAFETY * the 5 u ||M|| / sqrt(b) seen at most over shapes 16..1024
 FLOAT64_PRODUCT = 100 * 2.0**-53  # times sqrt(d) * lambda_max: the product and eigvalsh together
 DATA_ROUNDINGS = 2.0  # roundings that a value of the data has behind it, at least
 SLICE = 1 << 19  # elements converted to float64 at a time: 4 MB stay in the cache
@@ -78,7 +79,7 @@ def reaches_under(total: Float[Tensor, "g d d"], floor: float) -> bool:
 def data_noise(dtype: torch.dtype, largest_diagonal: float) -> float:
     """Floor that the rounding of the data itself leaves: 20 * (2 u)^2 / 3 * max_i E[x_i^2]."""
     roundoff = DATA_ROUNDINGS * torch.finfo(dtype).eps / 2
-    return 20 * roundoff**2 / 3 * largest_diagonal
+    return SAFETY * roundoff**2 / 3 * largest_diagonal
 
 
 def float64_noise(dim: int, lambda_max: float) -> float:

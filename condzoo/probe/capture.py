@@ -131,5 +131,3 @@ def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k
 def relus_of(model: nn.Module) -> dict[str, nn.Module]:
     """The model's ReLU modules by name; functional ones cannot be seen."""
     return {name: module for name, module in model.named_modules() if isinstance(module, RELUS)}
-
-

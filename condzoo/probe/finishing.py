@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from condzoo.probe.arithmetic import data_noise, float64_noise
+from condzoo.probe.arithmetic import SAFETY, data_noise, float64_noise
 from condzoo.probe.capture import Capture, LayerSums
 from condzoo.probe.conditioning import LayerConditioning
 from condzoo.probe.layers import kind
 from condzoo.probe.moments import RunningMoment
-from condzoo.probe.nulls import structural_nulls, zero_coordinates
+from condzoo.probe.nulls import structural_nulls, zero_coordinates, zero_sum_remainder
 from condzoo.probe.spectra import Spectrum, from_blocks
 
 NOT_CALLED = "not called in the forward pass"
@@ -68,14 +68,28 @@ def spectra_of(moments: list[RunningMoment]) -> list[Spectrum]:
         found = torch.linalg.eigvalsh(torch.cat([matrices[i] for i in members])).cpu()
         for i, part in zip(members, found.split([matrices[i].shape[0] for i in members]), strict=True):
             values[i] = part
-    return [_spectrum(m, matrices[i], values[i], gradient=i % 2 == 1) for i, m in enumerate(moments)]
+    noise = max((_softmax_noise(m, matrices[i]) for i, m in enumerate(moments) if i % 2), default=0.0)
+    return [_spectrum(m, matrices[i], values[i], noise if i % 2 else None) for i, m in enumerate(moments)]
 
 
-def _spectrum(moment: RunningMoment, matrix: Tensor, values: Tensor, *, gradient: bool) -> Spectrum:
+def _softmax_noise(moment: RunningMoment, matrix: Tensor) -> float:
+    """What the pass itself left of an exact zero, over E[g_i^2]: 0.0 where rows do not sum to zero.
+
+    The gradient p - y of a softmax cross-entropy loses digits where p is close to y. How far its rows
+    are from a sum of zero shows that noise, and every layer before has it too.
+    """
+    if moment.total is None:
+        return 0.0
+    remainder = zero_sum_remainder(matrix, moment.dtype)
+    return 0.0 if remainder is None else remainder / float(moment.diagonal().max())
+
+
+def _spectrum(moment: RunningMoment, matrix: Tensor, values: Tensor, gradient_noise: float | None) -> Spectrum:
     """values: [g, m] with m = d, or the number of vectors where that is smaller."""
     dim, largest = moment.dim, max(0.0, float(values.max()))
     padded = torch.cat([values, values.new_zeros((values.shape[0], dim - values.shape[1]))], dim=1)
-    of_data = data_noise(moment.dtype, float(moment.diagonal().max()))
+    diagonal = float(moment.diagonal().max())
+    of_data = max(data_noise(moment.dtype, diagonal), SAFETY * (gradient_noise or 0.0) * diagonal)
     floor = of_data + moment.noise / max(1, moment.rows) + float64_noise(dim, largest)
     how = f"{'float32' if moment.fast else 'float64'} products of {str(moment.dtype).removeprefix('torch.')} data"
     plain = from_blocks(padded, floor, moment.vectors, arithmetic=how)
@@ -84,7 +98,7 @@ def _spectrum(moment: RunningMoment, matrix: Tensor, values: Tensor, *, gradient
     if moment.total is None:
         nulls, why = zero_coordinates(moment.diagonal())
     else:
-        nulls, why = structural_nulls(matrix, floor, gradient=gradient)
+        nulls, why = structural_nulls(matrix, moment.dtype, gradient=gradient_noise is not None)
     nulls = min(nulls, plain.dim - plain.rank)
     return from_blocks(padded, floor, moment.vectors, nulls=nulls, null_reason=why, arithmetic=how)
 
@@ -105,4 +119,3 @@ def _first_nonfinite(capture: Capture) -> dict[str, str]:
     backward = [name for name, sums in reversed(capture.sums.items()) if not sums.output_grad.finite]
     found = {"forward": forward[:1], "backward": backward[:1]}
     return {direction: names[0] for direction, names in found.items() if names}
-

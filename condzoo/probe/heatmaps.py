@@ -16,7 +16,7 @@ from condzoo.probe.spectra import Spectrum
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-NAMES = 14  # layer names written at an axis at most
+NAMES = 10  # layer names written at an axis at most
 UNKNOWN = "0.82"  # grey
 
 QUANTITIES = (
@@ -75,7 +75,7 @@ def draw_heatmap(ax: Axes, panel: Panel, norm: Normalize, *, names: bool) -> Qua
     ax.set_facecolor(UNKNOWN)
     ax.invert_yaxis()
     ax.axhline(count - 1.5, color="white", lw=1.2)  # the last layer stands apart
-    shown = sorted({round(i) for i in np.linspace(0, count - 1, min(count, NAMES))})
+    shown = list(range(count - 1, -1, -math.ceil(count / NAMES)))  # evenly, the last layer always
     ax.set_yticks(shown, [panel.layers[i] or "(model)" for i in shown] if names else [str(i) for i in shown])
     ax.tick_params(labelsize=7.5)
     note = "  (grey: not known)" if np.isnan(panel.values).any() else ""

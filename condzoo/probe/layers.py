@@ -44,9 +44,7 @@ def kind(module: nn.Module) -> str:
     return ("depthwise " if groups == module.in_channels else "grouped ") + name
 
 
-def choose(
-    model: nn.Module, names: Sequence[str] | None
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def choose(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers to measure, by name, and those that cannot be, with the reason.
 
     Args:
@@ -101,7 +99,7 @@ def input_columns(module: nn.Module, x: Tensor, conv: Conv) -> Iterator[Float[Te
     x = x[None] if x.ndim == _spatial(module) + 1 else x
     if conv == "patches" and isinstance(module, CONVOLUTIONS):
         return unfolded(x, module)
-    return _positions(x, module.groups)
+    return _positions(x, _groups(module))
 
 
 def output_columns(module: nn.Module, grad_h: Tensor) -> Iterator[Float[Tensor, "b g d k"]]:
@@ -109,11 +107,16 @@ def output_columns(module: nn.Module, grad_h: Tensor) -> Iterator[Float[Tensor, 
     if isinstance(module, nn.Linear):
         return _rows(grad_h.flatten(0, -2) if grad_h.ndim > 1 else grad_h[None])
     grad_h = grad_h[None] if grad_h.ndim == _spatial(module) + 1 else grad_h
-    return _positions(grad_h, module.groups)
+    return _positions(grad_h, _groups(module))
 
 
 def _spatial(module: nn.Module) -> int:
-    return len(module.kernel_size)
+    return next(d for d in (1, 2, 3) if isinstance(module, (CONVOLUTIONS[d - 1], TRANSPOSED[d - 1])))
+
+
+def _groups(module: nn.Module) -> int:
+    assert isinstance(module, CONVOLUTIONS + TRANSPOSED)
+    return module.groups
 
 
 def _rows(x: Float[Tensor, "r d"]) -> Iterator[Float[Tensor, "b g d k"]]:

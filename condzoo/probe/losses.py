@@ -51,9 +51,7 @@ def mean_loss(loss: Loss | None, output: Any, target: Any, batch: int) -> Tensor
     return value / batch if getattr(loss, "reduction", "mean") == "sum" else value
 
 
-def class_gradients(
-    logits: Float[Tensor, "n k"], generator: torch.Generator
-) -> Iterator[Float[Tensor, "n k"]]:
+def class_gradients(logits: Float[Tensor, "n k"], generator: torch.Generator) -> Iterator[Float[Tensor, "n k"]]:
     """For each class c, sqrt(p_c) * d(-log p_c)/dlogits / n: their outer products sum to the expectation.
 
     E over y ~ softmax of g g^T = sum_c p_c g_c g_c^T. Each sample's vector has a random sign: without

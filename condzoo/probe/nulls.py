@@ -14,26 +14,37 @@ from torch import Tensor
 PARALLEL = 1e-12  # how far |correlation| of two multiples of each other may be from 1 in float64
 
 
-def structural_nulls(
-    moment: Float[Tensor, "g d d"], noise_floor: float, *, gradient: bool
-) -> tuple[int, str]:
+def structural_nulls(moment: Float[Tensor, "g d d"], dtype: torch.dtype, *, gradient: bool) -> tuple[int, str]:
     """How many eigenvalues are exactly zero by structure, and the reasons in words.
 
     Args:
         moment: [g, d, d] second moments, float64 products.
-        noise_floor: in the moment's units; a sum over a row under it is zero.
+        dtype: of the data behind them.
         gradient: whether rows that sum to zero are to be expected.
     """
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     alive = diagonal > 0
     found = [(int((~alive).sum()), "coordinates always 0")]
     found.append((sum(_parallel(m, a) for m, a in zip(moment, alive, strict=True)), "coordinates that copy another"))
-    if gradient:
-        total = moment.sum(dim=(1, 2)) / alive.sum(dim=1).clamp(min=1)
-        zero_sums = (total.abs() <= noise_floor) & (alive.sum(dim=1) > 2)
-        found.append((int(zero_sums.sum()), "rows sum to 0 (softmax)"))
+    if gradient and zero_sum_remainder(moment, dtype) is not None:
+        found.append((1, "rows sum to 0 (softmax)"))
     present = [(count, why) for count, why in found if count]
     return sum(count for count, _ in present), ", ".join(f"{count}: {why}" for count, why in present)
+
+
+def zero_sum_remainder(moment: Float[Tensor, "g d d"], dtype: torch.dtype) -> float | None:
+    """E[(sum_i g_i)^2] / d where it is zero but for the rounding of the data, else None.
+
+    Zero means under 1e-6 (20 u^2, for coarser data) of the mean E[g_i^2]: a sum so close to zero in
+    exactly this direction does not come about by chance.
+    """
+    if moment.shape[0] > 1 or moment.shape[1] < 3:
+        return None
+    dim = moment.shape[1]
+    remainder = max(0.0, float(moment.sum()) / dim)
+    trace = float(moment.diagonal(dim1=-2, dim2=-1).sum())
+    limit = max(1e-6, 20 * (torch.finfo(dtype).eps / 2) ** 2)
+    return remainder if trace > 0 and remainder <= limit * trace / dim else None
 
 
 def zero_coordinates(diagonal: Float[Tensor, "g d"]) -> tuple[int, str]:

@@ -48,6 +48,5 @@ def unfolded(x: Float[Tensor, "n c *hw"], conv: Convolution) -> Iterator[Float[T
 def _window(shift: tuple[int, ...], sizes: list[int], conv: Convolution) -> tuple[slice, ...]:
     starts = [s * d for s, d in zip(shift, conv.dilation, strict=True)]
     return tuple(
-        slice(a, a + (n - 1) * stride + 1, stride)
-        for a, n, stride in zip(starts, sizes, conv.stride, strict=True)
+        slice(a, a + (n - 1) * stride + 1, stride) for a, n, stride in zip(starts, sizes, conv.stride, strict=True)
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -61,7 +62,7 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, fontsize=14)
-    maps, lines = figure.subfigures(2, 1, height_ratios=[3.2, 1.15])
+    maps, lines = np.ravel(figure.subfigures(2, 1, height_ratios=[3.2, 1.15]))
     axes = maps.subplots(4, columns, squeeze=False, sharex="col")
     drawn = {label: panels(records) for label, records in runs.items()}
     for row in range(4):
@@ -84,11 +85,18 @@ def _last_layers(axes: Sequence[Axes], runs: dict[str, list[Conditioning]]) -> N
     for i, (label, records) in enumerate(runs.items()):
         spectra = [list(r.values())[-1].input for r in records if len(r)]
         steps = [r.step or 0 for r in records if len(r)]
-        style = {"color": OKABE_ITO[i % len(OKABE_ITO)], "marker": "osD^v<>"[i % 7], "markersize": 4, "label": label}
+        style: dict[str, Any] = {
+            "color": OKABE_ITO[i % len(OKABE_ITO)],
+            "marker": "osD^v<>"[i % 7],
+            "markersize": 4,
+            "label": label,
+        }
         axes[0].plot(steps, [s.lambda_max for s in spectra], **style)
         kappas = np.array([s.condition_number(0.5) for s in spectra])
         axes[1].plot(steps, np.where(np.isfinite(kappas), kappas, np.nan), **style)
-    for ax, what in zip(axes, (r"largest eigenvalue $\lambda_{max}$", r"condition number $\kappa_{50\%}$"), strict=True):
+    for ax, what in zip(
+        axes, (r"largest eigenvalue $\lambda_{max}$", r"condition number $\kappa_{50\%}$"), strict=True
+    ):
         ax.set_yscale("log")
         ax.set_title(f"Input of the last layer: {what}", fontsize=10)
         ax.set_xlabel("iteration")

@@ -137,9 +137,7 @@ def spectrum(moment: Float[Tensor, "*shape"], *, rows: int | None = None) -> Spe
         values = torch.linalg.eigvalsh(moment.double()).reshape(-1, dim)
         rounding = 100 * math.sqrt(dim) * _unit_roundoff(moment.dtype)
     else:
-        raise ValueError(
-            f"moment must be [d, d], [groups, d, d] or eigenvalues [d], got shape {list(moment.shape)}"
-        )
+        raise ValueError(f"moment must be [d, d], [groups, d, d] or eigenvalues [d], got shape {list(moment.shape)}")
     return from_blocks(values, rounding * max(0.0, float(values.max())), rows, arithmetic=str(moment.dtype)[6:])
 
 
@@ -165,9 +163,7 @@ def from_blocks(
     )
 
 
-def condition_number(
-    eigenvalues: Tensor | np.ndarray | Sequence[float] | Spectrum, p: float = 1.0
-) -> float:
+def condition_number(eigenvalues: Tensor | np.ndarray | Sequence[float] | Spectrum, p: float = 1.0) -> float:
     """kappa_p = lambda_max / lambda_j with lambda_j the ceil(p * d)-th largest of d eigenvalues.
 
     Args:

@@ -34,12 +34,13 @@ def conditioning_table(conditioning: Conditioning, p: float = 0.5) -> str:
         ratio = layer.weight_domination
         rows[-1].append("-" if ratio is None else f"{ratio:.2g}")
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
+    lines = ["  ".join(map(_aligned, range(len(row)), row, widths)) for row in rows]
     legend = LEGEND.replace("k50", f"k{100 * p:g}").replace("half", f"{100 * p:g} %")
     return "\n".join([_title(conditioning), *lines, *_below(conditioning), legend])
+
+
+def _aligned(column: int, cell: str, width: int) -> str:
+    return cell.ljust(width) if column < 2 else cell.rjust(width)
 
 
 def _title(c: Conditioning) -> str:

@@ -33,9 +33,7 @@ def weight_matrices(module: nn.Module, weight: Tensor) -> Float[Tensor, "g out i
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
-def largest_singular_values(
-    layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
-) -> dict[str, float]:
+def largest_singular_values(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """sigma_max of weights, or of their gradients, by layer name, in their units.
 
     Exact (from the smaller Gram side, in float64, all of one size at once) up to 1,024; beyond, subspace

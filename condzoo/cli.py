@@ -77,27 +77,28 @@ def train(
     recipe: RecipeArg,
     set_: Set = None,
     seed: Annotated[int | None, typer.Option(help="In place of the recipe's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/RECIPE/seedN.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/DATA-MODEL-HASH-seedN.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps, and evaluate.")] = None,
     device: Device = None,
     data_root: DataRoot = None,
 ) -> None:
     """Train a network by a recipe, probing it as it learns; the same command again goes on where it stopped."""
     from condzoo import display
+    from condzoo.progress import TrainingProgress
     from condzoo.training import load_recipe
     from condzoo.training import train as run_training
 
-    with display.TrainingProgress() as progress:
+    with TrainingProgress(display.console) as progress:
         run = run_training(
             load_recipe(recipe, set_ or ()),
-            out=out or display.default_out(recipe, seed),
+            out=out,
             seed=seed,
             device=device,
             max_steps=max_steps,
             data_root=data_root,
             on_event=progress,
         )
-    display.print_run(run)
+    display.print_runs([run], picture=run.path / "conditioning.png")
 
 
 @app.command()
@@ -109,7 +110,7 @@ def sweep(
     ] = None,
     set_: Set = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 1-5 or 1,3. Default: the recipe's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/RECIPE.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs, one folder each in it.")] = Path("runs/sweep"),
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop each run after this many steps.")] = None,
     device: Device = None,
     data_root: DataRoot = None,
@@ -119,22 +120,29 @@ def sweep(
     A finished run is not trained again; a run that diverges is recorded and the others go on.
     """
     from condzoo import display
+    from condzoo.probe import plot_comparison
+    from condzoo.progress import TrainingProgress
     from condzoo.training import load_recipe, parse_grid, parse_seeds
     from condzoo.training import sweep as run_sweep
 
-    folder = out or display.default_out(recipe)
-    with display.TrainingProgress() as progress:
+    with TrainingProgress(display.console) as progress:
         runs = run_sweep(
             load_recipe(recipe, set_ or ()),
             parse_grid(grid or ()),
             parse_seeds(seeds) if seeds else None,
-            out=folder,
+            out=out,
             max_steps=max_steps,
             device=device,
             data_root=data_root,
             on_event=progress,
         )
-    display.print_comparison(runs, folder)
+    picture = out / "conditioning.png"
+    probed = {run.path.name: run.path for run in runs if (run.path / "conditioning.jsonl").exists()}
+    if probed:
+        plot_comparison(probed, picture)
+    display.print_runs(runs, picture)
+    if any(run.summary["status"] == "failed" for run in runs):
+        raise typer.Exit(EXIT_CHECK_FAILED)
 
 
 @app.command("eval")
@@ -191,17 +199,20 @@ def plot_command(
     """Draw the conditioning of one run, or compare several side by side."""
     from condzoo.probe import plot_comparison, plot_records
 
-    records = [run / "conditioning.jsonl" if run.is_dir() else run for run in runs]
-    for path in records:
-        if not path.is_file():
-            raise FileNotFoundError(f"no conditioning records at {path}: give a run directory of `condzoo train`")
-    if len(records) == 1:
-        target = out or records[0].with_name("conditioning.png")
-        plot_records(records[0], target)
+    if len(runs) == 1:
+        folder = runs[0] if runs[0].is_dir() else runs[0].parent
+        target = out or folder / "conditioning.png"
+        plot_records(runs[0], target)
     else:
         target = out or Path("comparison.png")
-        plot_comparison({path.parent.name: path for path in records}, target)
+        plot_comparison({run_label(run, runs): run for run in runs}, target)
     typer.echo(f"wrote {target}")
+
+
+def run_label(run: Path, runs: list[Path]) -> str:
+    """A run's folder name; its whole path where two have the same."""
+    name = (run if run.is_dir() else run.parent).name
+    return str(run) if sum((r if r.is_dir() else r.parent).name == name for r in runs) > 1 else name
 
 
 def main(args: list[str] | None = None) -> None:

@@ -5,13 +5,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from condzoo.catalog import ModelInfo
+
+if TYPE_CHECKING:  # these import torch, and listing models does not need it
+    from condzoo.training import Evaluation, Run
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
@@ -77,3 +80,57 @@ def print_recipes(files: Mapping[str, Path], as_json: bool) -> None:
     for name, head in heads.items():
         table.add_row(name, head)
     console.print(table)
+
+
+def print_runs(runs: "Sequence[Run]", picture: Path) -> None:
+    """What each run came to: accuracy, and the conditioning of the last layer's input; then the picture's path."""
+    table = plain_table("", "run", "test error", "train loss", "lambda_max", "kappa 50%", "minutes")
+    for run in runs:
+        summary = run.summary
+        if summary["status"] == "failed":
+            table.add_row(run.path.name, "failed")
+            continue
+        error = f"{summary['test_error']:.2%}" if summary["status"] == "done" else summary["status"]
+        magnitude, kappa = last_layer_texts(run)
+        loss = summary.get("train_loss")
+        table.add_row(
+            summary["model"] if len(runs) == 1 else run.path.name,
+            error,
+            "" if loss is None else f"{loss:.4f}",
+            magnitude,
+            kappa,
+            f"{summary['seconds'] / 60:.1f}",
+        )
+    console.print(table)
+    if picture.exists():
+        console.print(
+            "lambda_max and kappa are of the last linear layer's input, first -> last measurement: how large its\n"
+            "largest direction is, and how many times larger than the median one. Smaller is easier to train."
+        )
+        console.print(f"picture: {picture}", soft_wrap=True)
+    console.print(f"runs:    {runs[0].path if len(runs) == 1 else runs[0].path.parent}", soft_wrap=True)
+
+
+def last_layer_texts(run: "Run") -> tuple[str, str]:
+    """lambda_max and kappa at p = 0.5 of the last layer's input, first and last measurement."""
+    if not (run.path / "conditioning.jsonl").exists():
+        return "", ""
+    from condzoo.probe import read_records
+
+    records = read_records(run.path)
+    spectra = [list(record.values())[-1].input for record in (records[0], records[-1])]
+    return (
+        " -> ".join(f"{spectrum.lambda_max:.3g}" for spectrum in spectra),
+        " -> ".join(f"{spectrum.condition_number(0.5):.3g}" for spectrum in spectra),
+    )
+
+
+def print_evaluation(evaluation: "Evaluation", as_json: bool) -> None:
+    """Error, accuracy and loss over every image."""
+    if as_json:
+        print_json({**asdict(evaluation), "error": evaluation.error, "accuracy": evaluation.accuracy})
+        return
+    wrong = evaluation.total - evaluation.correct
+    console.print(
+        f"test error {evaluation.error:.2%} ({wrong} of {evaluation.total} wrong), loss {evaluation.loss:.4f}"
+    )

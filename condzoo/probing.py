@@ -10,7 +10,7 @@ from condzoo.catalog import model_info
 from condzoo.data import BatchPlan, ImageData, load_data, train_batches
 from condzoo.models import create_model
 from condzoo.probe import Conditioning, measure
-from condzoo.training import load_run
+from condzoo.training import load_run, read_data
 
 PAPER_CROP = 20  # pixels: the usual box of MNIST's digits, where the paper's 12x12 images leave the size open
 
@@ -68,10 +68,10 @@ def answer(question: Question) -> Conditioning:
 def network_and_data(question: Question) -> tuple[torch.nn.Module, ImageData]:
     """The network, and the images it takes."""
     if Path(question.target).is_dir():
-        run = load_run(question.target, data_root=question.data_root)
+        run = load_run(question.target)
         if question.data not in (None, run.recipe.data.name):
             raise ValueError(f"the run was trained on {run.recipe.data.name}, got --data {question.data}; leave it out")
-        return run.model, run.data
+        return run.load_model(), read_data(run.recipe, question.data_root)
     info = model_info(question.target)
     name = question.data or info.dataset
     if name == "imagenet":

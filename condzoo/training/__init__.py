@@ -3,6 +3,7 @@
 from condzoo.training.evaluation import Evaluation, evaluate
 from condzoo.training.events import EpochDone, Event, Finished, Notice, Started, StepDone
 from condzoo.training.loop import train
+from condzoo.training.preparation import read_data
 from condzoo.training.recipe import dump_recipe, load_recipe
 from condzoo.training.recipe_errors import RecipeError
 from condzoo.training.recipe_files import recipe_files
@@ -36,6 +37,7 @@ __all__ = [
     "load_run",
     "parse_grid",
     "parse_seeds",
+    "read_data",
     "recipe_files",
     "sweep",
     "train",

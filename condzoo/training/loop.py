@@ -113,9 +113,7 @@ def fit(training: Training, progress: Progress, path: Path, last: int, request: 
     with opened_probe(training, path, progress.step) as probe:
         began = time.perf_counter()
         for batch in training_steps(training, progress.step, last):
-            result = take_step(training, batch)
-            if probe is not None:
-                probe.step()
+            result = take_step(training, batch, probe)
             progress.add(result, time.perf_counter() - began)
             report_step(training, progress, path, result, probe, notify)
             if progress.step % per_epoch == 0:

@@ -98,7 +98,11 @@ def write_results(
 
 @contextlib.contextmanager
 def opened_probe(training: Training, path: Path, start_step: int) -> Iterator[Probe | None]:
-    """The probe the recipe asks for, writing into the run directory; None where it asks for none."""
+    """The probe the recipe asks for, writing into the run directory; None where it asks for none.
+
+    It takes the loss as a sum over images with a scale, which is exact for chunks of any sizes; the
+    scale is set with each step.
+    """
     section = training.recipe.probe
     if section.every == 0:
         yield None
@@ -111,6 +115,7 @@ def opened_probe(training: Training, path: Path, start_step: int) -> Iterator[Pr
         conv=section.conv,
         precision=section.precision,
         start_step=start_step,
+        reduction="sum",
     ) as probe:
         yield probe
 

@@ -1,11 +1,13 @@
 """One optimizer step, and what is watched while it is taken."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from condzoo.data import derived_seed
+from condzoo.probe import Probe
 from condzoo.training.optimizers import set_learning_rate
 from condzoo.training.preparation import StepBatch, Training
 from condzoo.training.schedules import learning_rate, resets_momentum
@@ -30,8 +32,8 @@ class StepResult:
     grad_norm: float
 
 
-def take_step(training: Training, batch: StepBatch) -> StepResult:
-    """Forward, backward and update for one step.
+def take_step(training: Training, batch: StepBatch, probe: Probe | None = None) -> StepResult:
+    """Forward, backward and update for one step, which the probe watches.
 
     The random numbers of a step (dropout) are seeded by the step, so they are the same in a run that
     was resumed.
@@ -52,18 +54,26 @@ def take_step(training: Training, batch: StepBatch) -> StepResult:
     )
     set_learning_rate(optimizer, lr)
     optimizer.zero_grad()
-    loss_sum, correct = accumulate_gradient(training, batch)
+    # A compiled network runs past the probe's hooks: the steps that are measured use the network itself.
+    forward = training.model if probe is not None and probe.due else training.forward
+    loss_sum, correct = accumulate_gradient(training, batch, forward)
     if not torch.isfinite(loss_sum):
         raise NonFinite("loss", step, "the output")
     grad_norm = clip_gradient(training, step)
+    if probe is not None:
+        probe.loss_scale = training.scaler.get_scale() / batch.images
     training.scaler.step(optimizer)
     training.scaler.update()
+    if probe is not None:
+        probe.step()
     if training.average is not None:
         training.average.update_parameters(training.model)
     return StepResult(loss_sum, correct, batch.images, lr, grad_norm)
 
 
-def accumulate_gradient(training: Training, batch: StepBatch) -> tuple[Tensor, Tensor]:
+def accumulate_gradient(
+    training: Training, batch: StepBatch, forward: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Gradients of the mean loss over the batch into .grad; returns (sum of losses, right answers)."""
     device = training.numerics.device
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -71,7 +81,7 @@ def accumulate_gradient(training: Training, batch: StepBatch) -> tuple[Tensor, T
     smoothing = training.recipe.loss.label_smoothing
     for x, y in batch.chunks:
         with training.numerics.autocast():
-            logits = training.forward(x)
+            logits = forward(x)
         loss = nn.functional.cross_entropy(logits.float(), y, label_smoothing=smoothing)
         share = len(y) / batch.images
         training.scaler.scale(loss * share if share != 1 else loss).backward()

@@ -74,15 +74,13 @@ def accept_plain_weights(model: nn.Module) -> None:
     """Let `model.load_state_dict` take the state dict of the network without the last BN.
 
     Where a state dict has all of the network but no `last_bn.*`, the last BN becomes the identity in eval
-    mode: the outputs are the plain network's. With strict=False the missing keys are reported all the same,
-    and a state dict that lacks other keys too leaves the last BN alone.
+    mode: the outputs are the plain network's, and no key counts as missing. A state dict that lacks other keys
+    too leaves the last BN alone.
     """
     model.register_load_state_dict_pre_hook(fill_in_last_bn)
 
 
-def fill_in_last_bn(
-    model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict, strict: bool, *reports: list
-) -> None:
+def fill_in_last_bn(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """The hook of `accept_plain_weights`: a module-level function, so that copy and pickle keep it."""
     bn = getattr(model, "last_bn", None)
     own = prefix + "last_bn."
@@ -91,10 +89,6 @@ def fill_in_last_bn(
     body = [prefix + key for key in model.state_dict() if not key.startswith("last_bn.")]
     # BatchNorm itself does without this counter: older published weights lack it
     body = [key for key in body if not key.endswith("num_batches_tracked")]
-    if not all(key in state_dict for key in body):
-        return
-    if strict:
+    if all(key in state_dict for key in body):
         device = next((state_dict[key].device for key in body), bn.weight.device)
         state_dict.update({own + name: value for name, value in identity_state(bn, device).items()})
-    else:
-        reset_to_identity_(bn)

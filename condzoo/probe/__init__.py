@@ -1,6 +1,7 @@
 """The probe: each layer's conditioning, measured in any PyTorch network, at rest or while it trains."""
 
 from condzoo.probe.conditioning import Conditioning, LayerConditioning
+from condzoo.probe.exact import curvature
 from condzoo.probe.kronecker import KroneckerSpectrum
 from condzoo.probe.measuring import measure
 from condzoo.probe.moments import input_moment, output_grad_moment
@@ -18,6 +19,7 @@ __all__ = [
     "Probe",
     "Spectrum",
     "condition_number",
+    "curvature",
     "input_moment",
     "measure",
     "output_grad_moment",

@@ -58,11 +58,17 @@ def class_gradients(logits: Float[Tensor, "n k"], generator: torch.Generator) ->
     effect where samples do not interact, and under batch statistics it makes the cross terms between
     samples, which independent labels do not have, zero in expectation.
     """
+    for weighted in weighted_class_gradients(logits):
+        signs = torch.randint(0, 2, (weighted.shape[0], 1), generator=generator).to(weighted) * 2 - 1
+        yield signs * weighted
+
+
+def weighted_class_gradients(logits: Float[Tensor, "n k"]) -> Iterator[Float[Tensor, "n k"]]:
+    """For each class c, sqrt(p_c) * (p - e_c) / n."""
     p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
     for c in range(p.shape[1]):
-        signs = torch.randint(0, 2, (p.shape[0], 1), generator=generator).to(p) * 2 - 1
         one_hot = F.one_hot(torch.tensor(c, device=p.device), p.shape[1]).to(p)
-        yield (signs * p[:, c : c + 1].sqrt() * (p - one_hot) / p.shape[0]).to(logits.dtype)
+        yield (p[:, c : c + 1].sqrt() * (p - one_hot) / p.shape[0]).to(logits.dtype)
 
 
 def drawn_labels(logits: Float[Tensor, "n k"], generator: torch.Generator) -> Tensor:

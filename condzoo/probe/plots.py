@@ -62,7 +62,8 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, fontsize=14)
-    maps, lines = np.ravel(figure.subfigures(2, 1, height_ratios=[3.2, 1.15]))
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.2, 1.15])
+    maps, lines = parts
     axes = maps.subplots(4, columns, squeeze=False, sharex="col")
     drawn = {label: panels(records) for label, records in runs.items()}
     for row in range(4):

@@ -149,9 +149,14 @@ def from_blocks(
     nulls: int = 0,
     null_reason: str = "",
     arithmetic: str = "",
+    signed: bool = False,
 ) -> Spectrum:
-    """A Spectrum from eigenvalues [groups, d] in any order; what round-off made negative becomes 0."""
-    blocks = values.detach().cpu().double().clamp(min=0).sort(dim=1, descending=True).values
+    """A Spectrum from eigenvalues [groups, d] in any order; what round-off made negative becomes 0.
+
+    `signed` keeps negative ones (a Hessian's), which count as not above the noise floor.
+    """
+    blocks = values.detach().cpu().double()
+    blocks = (blocks if signed else blocks.clamp(min=0)).sort(dim=1, descending=True).values
     return Spectrum(
         eigenvalues=blocks.flatten().sort(descending=True).values,
         noise_floor=noise_floor,

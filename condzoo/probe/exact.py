@@ -1,0 +1,129 @@
+"""Exact curvature matrices of a network, or of one layer's block, and their full spectra in float64.
+
+    M = (1/N) sum_n g_n g_n^T                 g_n: sample n's gradient, label from the data
+    F = (1/N) sum_n E_{y ~ p(y|x_n)} g g^T    labels from the model's softmax
+    G = (1/N) sum_n J_n^T H_n J_n             J_n: Jacobian of the logits, H_n: of the loss in them
+    H = d^2 L / dw^2                          L: the batch-mean loss
+
+over the weights and biases of all linear and convolution layers. With BatchNorm in train mode a sample's
+gradient is defined layer by layer as g_i x_i^T, concatenated (arXiv:2002.10801, appendix); H and G are
+those of the batch as one function. M and F are decomposed on their smaller Gram side.
+Shapes: N samples, K classes, P parameters, T positions of a layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from condzoo.probe.arithmetic import float64_noise
+from condzoo.probe.gradient_rows import LayerRows, gradient_rows
+from condzoo.probe.layers import choose
+from condzoo.probe.losses import Loss, check_categorical, logits_of, mean_loss
+from condzoo.probe.measuring import batch_size, check_option
+from condzoo.probe.preserving import preserved
+from condzoo.probe.second_derivatives import ggn_matrix, hessian_matrix
+from condzoo.probe.spectra import Spectrum, from_blocks
+
+Matrix = Literal["fisher", "grad_moment", "hessian", "ggn"]
+MATRICES = ("fisher", "grad_moment", "hessian", "ggn")
+
+LARGEST = 20_000  # side of the matrix decomposed, at most: 3.2 GB and about ten minutes
+
+
+def curvature(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None,
+    matrix: Matrix = "fisher",
+    block: str | None = None,
+    *,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> Spectrum:
+    """Full spectrum of an exact curvature matrix, by a float64 copy of the model in the mode it is in.
+
+    Args:
+        model: any module whose parameters of interest are in linear and convolution layers.
+        x: [N, ...] inputs.
+        y: [N] targets; may be None for "fisher" and "ggn", which do not look at them.
+        matrix: "fisher" F, "grad_moment" M, "hessian" H or "ggn" G.
+        block: a layer's name for its diagonal block alone, None for the whole network.
+        loss: as in `measure`; F and G need the cross-entropy.
+        seed: of dropout.
+
+    Returns:
+        P eigenvalues, in loss / parameter^2. Those that N samples cannot reach are exactly 0. A Hessian's
+        may be negative.
+
+    Raises:
+        ValueError: an unknown matrix or block, a missing y, or a matrix too large to decompose.
+
+    Source: arXiv:2002.10801, appendix, Figs. I-IV.
+    """
+    check_option("matrix", matrix, MATRICES)
+    if y is None and matrix in ("grad_moment", "hessian"):
+        raise ValueError(f"matrix={matrix!r} needs targets y; only 'fisher' and 'ggn' do without")
+    model = copy.deepcopy(model).double()
+    layers, _ = choose(model, None if block is None else [block])
+    x = x.double() if x.is_floating_point() else x
+    with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
+        if matrix == "hessian":
+            return _hessian(model, layers, x, y, loss)
+        if matrix == "ggn" and _samples_interact(model):
+            return _interacting_ggn(model, layers, x, loss)
+        rows, parameters = gradient_rows(model, layers, x, y if matrix == "grad_moment" else None, loss)
+    return _from_rows(rows, batch_size(x), parameters)
+
+
+def _from_rows(rows: list[LayerRows], samples: int, parameters: int) -> Spectrum:
+    """The spectrum of (1/N) R^T R, R: [N * K, P], without forming R where N * K is the smaller side."""
+    vectors = rows[0].vectors
+    side = min(vectors, parameters)
+    _check_size(side)
+    small = torch.zeros((side, side), dtype=torch.float64)
+    if vectors <= parameters:
+        for layer in rows:
+            small += layer.gram()
+    else:
+        for start in range(0, vectors, 512):
+            part = torch.cat([layer.dense(slice(start, start + 512)) for layer in rows], dim=1)
+            small.addmm_(part.T, part)
+    values = torch.linalg.eigvalsh(small / samples)
+    padded = torch.cat([values, values.new_zeros(parameters - side)])
+    floor = float64_noise(side, max(0.0, float(values.max())))
+    return from_blocks(padded[None], floor, vectors, arithmetic="exact, float64")
+
+
+def _hessian(model: nn.Module, layers: dict[str, nn.Module], x: Tensor, y: Any, loss: Loss | None) -> Spectrum:
+    parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
+    _check_size(sum(p.numel() for p in parameters))
+    values = torch.linalg.eigvalsh(hessian_matrix(mean_loss(loss, model(x), y, batch_size(x)), parameters))
+    floor = float64_noise(values.numel(), float(values.abs().max()))
+    return from_blocks(values[None], floor, None, arithmetic="exact, float64", signed=True)
+
+
+def _interacting_ggn(model: nn.Module, layers: dict[str, nn.Module], x: Tensor, loss: Loss | None) -> Spectrum:
+    parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
+    _check_size(sum(p.numel() for p in parameters))
+    logits = logits_of(model(x))
+    check_categorical(loss, logits, "model")
+    values = torch.linalg.eigvalsh(ggn_matrix(logits, parameters))
+    floor = float64_noise(values.numel(), max(0.0, float(values.max())))
+    return from_blocks(values[None], floor, logits.numel(), arithmetic="exact, float64")
+
+
+def _samples_interact(model: nn.Module) -> bool:
+    return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
+
+
+def _check_size(side: int) -> None:
+    if side > LARGEST:
+        raise ValueError(
+            f"the matrix to decompose has side {side:,}, at most {LARGEST:,} is possible; pass fewer samples, "
+            "or block='<layer>' for one layer's block"
+        )

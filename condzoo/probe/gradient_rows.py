@@ -1,0 +1,146 @@
+"""Per-sample gradients of every layer as factors: rows x and g at each position, never a P-vector a sample.
+
+A layer's gradient for sample n is sum_t g_nt x_nt^T over its positions t (and sum_t g_nt for its bias).
+Shapes: N samples, K label draws a sample (1 with labels from the data), T positions, V = K * N vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from condzoo.probe.layers import CONVOLUTIONS
+from condzoo.probe.losses import Loss, check_categorical, logits_of, mean_loss, weighted_class_gradients
+from condzoo.probe.measuring import batch_size
+from condzoo.probe.patches import unfolded
+
+SAMPLES = 64  # samples whose gradients are formed at a time
+
+
+@dataclass(eq=False)
+class LayerRows:
+    """One layer's factors.
+
+    Attributes:
+        bias: whether the layer has one.
+        inputs: a tensor [N, groups, T, d_in / groups] for each call of the layer.
+        grads: for each label draw, a tensor [N, groups, T, d_out / groups] a call.
+        samples: N.
+    """
+
+    bias: bool
+    samples: int
+    inputs: list[Tensor] = field(default_factory=list)
+    grads: list[list[Tensor]] = field(default_factory=list)
+
+    @property
+    def vectors(self) -> int:
+        """V, per-sample gradients in all."""
+        return len(self.grads) * self.samples
+
+    def dense(self, which: slice) -> Float[Tensor, "v p"]:
+        """The gradients themselves, of vectors `which` in the order draw by draw: weight, then bias."""
+        x = torch.cat(self.inputs, dim=2)
+        parts = []
+        for draw, indices in self._within(which):
+            g = torch.cat(self.grads[draw], dim=2)[indices]
+            weight = torch.einsum("ngto,ngti->ngoi", g, x[indices]).flatten(1)
+            parts.append(torch.cat([weight, g.sum(2).flatten(1)], dim=1) if self.bias else weight)
+        return torch.cat(parts)
+
+    def gram(self) -> Float[Tensor, "v v"]:
+        """All inner products of the gradients: with one position, (X X^T + 1) o (G G^T)."""
+        x = torch.cat(self.inputs, dim=2)
+        if x.shape[1] > 1 or x.shape[2] > 1:
+            return _product_in_parts(self)
+        g = torch.cat([torch.cat(grads, dim=2)[:, 0, 0] for grads in self.grads])
+        x = x[:, 0, 0]
+        inputs = x @ x.T + (1.0 if self.bias else 0.0)
+        return g @ g.T * inputs.repeat(len(self.grads), len(self.grads))
+
+    def _within(self, which: slice) -> Iterator[tuple[int, slice]]:
+        for draw in range(len(self.grads)):
+            start = max(which.start, draw * self.samples) - draw * self.samples
+            stop = min(which.stop, (draw + 1) * self.samples) - draw * self.samples
+            if start < stop:
+                yield draw, slice(start, stop)
+
+
+def _product_in_parts(layer: LayerRows) -> Float[Tensor, "v v"]:
+    total = torch.zeros((layer.vectors, layer.vectors), dtype=torch.float64)
+    dense = torch.cat([layer.dense(slice(i, i + SAMPLES)) for i in range(0, layer.vectors, SAMPLES)])
+    return total.addmm_(dense, dense.T)
+
+
+def gradient_rows(
+    model: nn.Module, layers: dict[str, nn.Module], x: Tensor, y: Any, loss: Loss | None
+) -> tuple[list[LayerRows], int]:
+    """The layers' factors with labels y, or for y = None for every class weighted by sqrt(p_c); and P.
+
+    Raises:
+        ValueError: a layer whose gradient is not of this form (transposed convolutions).
+    """
+    count = batch_size(x)
+    rows = {n: LayerRows(bias=getattr(m, "bias", None) is not None, samples=count) for n, m in layers.items()}
+    handles = [m.register_forward_hook(_listener(n, rows[n])) for n, m in layers.items()]
+    try:
+        output = model(x)
+        weights = [m.weight for m in layers.values()]
+        if y is not None:
+            _backward(mean_loss(loss, output, y, count), weights, rows, None)
+        else:
+            logits = logits_of(output)
+            check_categorical(loss, logits, "model")
+            for signal in weighted_class_gradients(logits):
+                _backward(logits, weights, rows, signal)
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = sum(p.numel() for m in layers.values() for p in m.parameters(recurse=False))
+    return [layer for layer in rows.values() if layer.inputs], total
+
+
+def _backward(value: Tensor, weights: list[Any], rows: dict[str, LayerRows], signal: Tensor | None) -> None:
+    for layer in rows.values():
+        layer.grads.append([torch.empty(0)] * len(layer.inputs))
+    torch.autograd.grad(value, weights, signal, retain_graph=True, allow_unused=True)
+    for layer in rows.values():
+        for call, grad in enumerate(layer.grads[-1]):
+            if not grad.numel():  # no gradient reaches this call
+                shape = layer.inputs[call].shape
+                layer.grads[-1][call] = layer.inputs[call].new_zeros((*shape[:3], 1))
+
+
+def _listener(name: str, rows: LayerRows) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> None:
+        if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+            raise ValueError(
+                f"layer {name!r} is a {type(module).__name__}, whose exact curvature is not available; "
+                "pass block='<a linear or convolution layer>'"
+            )
+        call = len(rows.inputs)
+        rows.inputs.append(_positions_of_input(module, args[0].detach()))
+        groups = rows.inputs[-1].shape[1]
+
+        def keep(grad_h: Tensor) -> None:
+            per_sample = grad_h.detach() * rows.samples
+            if isinstance(module, nn.Linear):
+                rows.grads[-1][call] = per_sample.reshape(rows.samples, 1, -1, module.out_features)
+            else:
+                rows.grads[-1][call] = per_sample.reshape(rows.samples, groups, -1, grad_h[0, 0].numel()).mT
+
+        h.register_hook(keep)
+
+    return hook
+
+
+def _positions_of_input(module: nn.Module, x: Tensor) -> Float[Tensor, "n g t d"]:
+    if isinstance(module, nn.Linear):
+        return x.reshape(x.shape[0], 1, -1, x.shape[-1])
+    assert isinstance(module, CONVOLUTIONS)
+    return torch.cat([part.mT for part in unfolded(x, module)])

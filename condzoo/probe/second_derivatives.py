@@ -1,0 +1,59 @@
+"""Dense Hessian and generalized Gauss-Newton matrices by reverse mode, a block of rows at a time.
+
+Shapes: P parameters, N samples, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+ROWS = 128  # vectors pulled back at once
+
+
+def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor]) -> Float[Tensor, "p p"]:
+    """d^2 loss / dw^2, symmetrized against round-off."""
+    first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    gradient = torch.cat([g.flatten() for g in first])
+    hessian = _pulled_back(gradient, parameters, torch.eye(gradient.numel(), dtype=gradient.dtype))
+    return (hessian + hessian.T) / 2
+
+
+def ggn_matrix(logits: Float[Tensor, "n k"], parameters: Sequence[Tensor]) -> Float[Tensor, "p p"]:
+    """(1/N) J^T H J for softmax cross-entropy, J the Jacobian of all logits as one function of the batch.
+
+    H = diag(p) - p p^T = S S^T with S = diag(sqrt p) - p sqrt(p)^T, so it is a sum of outer products of
+    the gradients of S's columns.
+    """
+    samples, classes = logits.shape
+    p = logits.detach().softmax(dim=1)
+    factors = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :]  # [n, k, column]
+    total = torch.zeros((sum(w.numel() for w in parameters),) * 2, dtype=torch.float64)
+    for sample in range(0, samples, max(1, ROWS // classes)):
+        chosen = range(sample, min(samples, sample + max(1, ROWS // classes)))
+        signals = logits.new_zeros((len(chosen), classes, samples, classes))
+        for i, n in enumerate(chosen):
+            signals[i, :, n] = factors[n].T
+        rows = _pulled_back(logits, parameters, signals.flatten(0, 1))
+        total.addmm_(rows.T, rows)
+    return total / samples
+
+
+def _pulled_back(
+    outputs: Tensor, parameters: Sequence[Tensor], signals: Float[Tensor, m * shape]
+) -> Float[Tensor, "m p"]:
+    parts = []
+    for start in range(0, signals.shape[0], ROWS):
+        grads = torch.autograd.grad(
+            outputs,
+            parameters,
+            signals[start : start + ROWS],
+            retain_graph=True,
+            is_grads_batched=True,
+            materialize_grads=True,
+        )
+        parts.append(torch.cat([g.flatten(1) for g in grads], dim=1))
+    return torch.cat(parts)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Weighted = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Factors = float | int | Sequence[float | int]
 Groups = Float[Tensor, "groups out fan_in"]
 
 
@@ -83,7 +84,7 @@ def init_weights(
     scheme: str,
     *,
     seed: int | None = None,
-    factors: float | Sequence[float] | None = None,
+    factors: Factors | None = None,
 ) -> nn.Module:
     """Initialize every linear layer and convolution of `model`, in place.
 
@@ -176,7 +177,7 @@ def generator_on(
     return generators[device]
 
 
-def parse_factors(written: str, factors: float | Sequence[float] | None, layers: int) -> list[float]:
+def parse_factors(written: str, factors: Factors | None, layers: int) -> list[float]:
     """One factor a layer, from "0.5,1,2" or from `factors`.
 
     Raises:

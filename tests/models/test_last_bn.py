@@ -52,7 +52,7 @@ def test_builds_on_meta():
 
 def test_an_unknown_gamma_names_the_closest():
     with pytest.raises(
-        ValueError, match="unknown last_bn_init 'unifrom'; did you mean 'uniform'. one of: ones, uniform"
+        ValueError, match=r"unknown last_bn_init 'unifrom'; did you mean 'uniform'\? one of: ones, uniform"
     ):
         build_last_bn(4, "unifrom")
 

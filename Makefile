@@ -14,7 +14,7 @@ install: .venv/.installed
 	touch $@
 
 demo: .venv/.installed
-	$(PY) -m condzoo sweep digits/resnet_nobn_lastbn --grid model.name=cifar_resnet20_nobn_lastbn,cifar_resnet20_nobn --out $(DEMO)
+	$(PY) -m condzoo sweep digits/resnet20_nobn_lastbn --grid model.name=cifar_resnet20_nobn_lastbn,cifar_resnet20_nobn --out $(DEMO)
 
 test: .venv/.installed check
 	$(PY) -W error::SyntaxWarning -m pytest

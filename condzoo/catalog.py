@@ -101,3 +101,22 @@ def model_info(name: str) -> ModelInfo:
     from condzoo.models import describe
 
     return ModelInfo(name=arch, **describe(arch))
+
+
+def markdown_table() -> str:
+    """The README's table of models: a row a depth or size, the variants beside it."""
+    lines = ["| model | variants | data | parameters | multiply-adds |", "|---|---|---|---|---|"]
+    names = list_models()
+    for name in names:
+        info = model_info(name)
+        base = next((b for b in names if b != name and name.startswith(f"{b}_")), None)
+        if base is not None:
+            continue
+        variants = [f"`{n.removeprefix(name)}`" for n in names if n.startswith(f"{name}_")]
+        cells = (f"`{name}`", " ".join(variants), info.dataset, f"{info.params:,}", f"{info.macs:,}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

@@ -4,7 +4,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from condzoo.training import EpochDone, Event, Finished, Notice, Started, StepDone
@@ -22,7 +22,7 @@ class TrainingProgress:
         self.console = console
         self.started: Started | None = None
         self.last_line = 0.0
-        self.task = None
+        self.task: TaskID | None = None
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

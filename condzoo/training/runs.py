@@ -63,7 +63,7 @@ def load_run(path: str | Path) -> Run:
     Raises:
         FileNotFoundError: no finished run there.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
     missing = [name for name in (RECIPE, SUMMARY, MODEL) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no finished run: it has no {missing[0]}; finish it by `condzoo train`")

@@ -113,7 +113,7 @@ def build_network(
             pretrained_filter_fn=fit_first_linear,
             **{**args, **kwargs},
         )
-    model.pretrained_cfg.pop("state_dict", None)
+    model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
     return model if dtype is None else model.to(dtype)
 
 

@@ -1,0 +1,128 @@
+"""The folder of a checkpoint, `arch.tag/`: which files, how they are summed, and reading them safely.
+
+Every file is read once, checked against SHA256SUMS, and used from memory. Nothing outside the folder is read.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
+
+WEIGHTS, CONFIG, EXPECTED, SUMS, CARD = "model.safetensors", "config.json", "expected.json", "SHA256SUMS", "README.md"
+RECIPE, METRICS, CONDITIONING, PICTURE = "recipe.toml", "metrics.json", "conditioning.json", "conditioning.png"
+CONVERSION = "conversion.json"
+
+ALWAYS = (WEIGHTS, CONFIG, EXPECTED, CARD)
+TRAINED = (RECIPE, METRICS, CONDITIONING, PICTURE)  # what a training leaves, in place of conversion.json
+SUM_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A checkpoint's files in memory, as they were when their sums were checked."""
+
+    path: Path
+    files: dict[str, bytes]
+
+    @property
+    def trained(self) -> bool:
+        """Whether it comes from a run (with recipe and metrics), not from a conversion."""
+        return METRICS in self.files
+
+    def source(self, name: str) -> str:
+        """What errors call one of the files."""
+        return str(self.path / name)
+
+    def text(self, name: str) -> str:
+        """A text file.
+
+        Raises:
+            ValueError: not there, or not UTF-8.
+        """
+        if name not in self.files:
+            raise ValueError(f"{self.path} lacks {name}; a checkpoint has {', '.join((*ALWAYS, SUMS))}")
+        try:
+            return self.files[name].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.source(name)} is not UTF-8 text: {error}") from error
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors; ValueError where the file is damaged or holds values that are not finite."""
+        return parse_weights(self.files[WEIGHTS], self.source(WEIGHTS))
+
+
+def read_folder(path: Path) -> CheckpointFolder:
+    """Read a checkpoint's folder, or the one that a path to its model.safetensors lies in.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: files that are missing, not listed in SHA256SUMS, changed, or not plain files.
+    """
+    folder = path.parent if path.name == WEIGHTS else path
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint at {path}: it must be a folder with {', '.join(ALWAYS)} and {SUMS}")
+    if not (folder / SUMS).exists() and (folder / "summary.json").exists():
+        raise ValueError(f"{folder} is a run directory; `condzoo release {folder} --tag TAG` makes a checkpoint of it")
+    sums = read_sums(folder)
+    present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}  # hidden: never read
+    for name in sorted(present - sums.keys() - {SUMS}):
+        raise ValueError(f"{folder / name} is not listed in {SUMS}; a checkpoint holds nothing else")
+    files = {}
+    for name, wanted in sums.items():
+        files[name] = read_plain_file(folder / name)
+        if sha256(files[name]) != wanted:
+            raise ValueError(f"{folder / name} is not as it was summed: SHA-256 differs from {SUMS}; get it again")
+    return check_complete(CheckpointFolder(folder, files))
+
+
+def check_complete(folder: CheckpointFolder) -> CheckpointFolder:
+    """ValueError for a folder without the files that a checkpoint of its kind must have."""
+    wanted = (*ALWAYS, CONVERSION) if CONVERSION in folder.files else (*ALWAYS, *TRAINED)
+    for name in wanted:
+        folder.text(name) if name not in (WEIGHTS, PICTURE) else require(folder, name)
+    return folder
+
+
+def require(folder: CheckpointFolder, name: str) -> bytes:
+    """The content of a file that must be there; ValueError where it is not."""
+    if name not in folder.files:
+        raise ValueError(f"{folder.path} lacks {name}; it is no complete checkpoint")
+    return folder.files[name]
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """The sums by file name, as `sha256sum` writes them.
+
+    Raises:
+        ValueError: no such file, or a line that is not a sum and a plain name (no `/`, no `..`).
+    """
+    if not (folder / SUMS).exists():
+        raise ValueError(f"{folder} has no {SUMS}; it is no checkpoint")
+    try:
+        lines = read_plain_file(folder / SUMS).decode("ascii").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / SUMS} is not plain text: {error}") from error
+    sums: dict[str, str] = {}
+    for line in lines:
+        match = SUM_LINE.fullmatch(line)
+        if match is None or match[2] in sums or match[2] == SUMS:
+            raise ValueError(f"{folder / SUMS} has a line that is not one sum and one plain file name: {line[:80]!r}")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS over every other file of the folder."""
+    names = sorted(p.name for p in folder.iterdir() if p.name != SUMS and not p.name.startswith("."))
+    lines = [f"{sha256(read_plain_file(folder / name))}  {name}\n" for name in names]
+    (folder / SUMS).write_text("".join(lines), encoding="ascii")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON, two spaces an indent, a newline at the end."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

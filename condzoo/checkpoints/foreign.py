@@ -1,0 +1,123 @@
+"""State dicts of other projects: read without running code, unwrapped, and brought to condzoo's keys and channels.
+
+Shapes: C channels of a stage, K classes.
+"""
+
+import io
+import itertools
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from condzoo.models.weight_files import check_state, parse_weights, read_plain_file
+
+# where training scripts put the weights among other things, the average first
+NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+PROJECTIONS = (".downsample.", ".shortcut.")  # option-B shortcuts have weights under these
+
+
+def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor]]:
+    """A file's content, and the state dict in it, out of what it is nested in and without wrapper prefixes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no state dict, or a pickle that needs code to be run.
+    """
+    content = read_plain_file(path)
+    if path.suffix == ".safetensors":
+        return content, strip_prefixes(parse_weights(content, str(path)))
+    try:
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is no state dict that can be read without running code: {reason}") from error
+    for key in NESTED:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()) or not loaded:
+        raise ValueError(f"{path} holds no state dict: it is a {type(loaded).__name__} of other things than tensors")
+    for key, value in loaded.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{path}: {key!r} has values that are not finite; these weights cannot be used")
+    return content, strip_prefixes(loaded)
+
+
+def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what every key starts with because of a wrapper (DataParallel, torch.compile, Lightning)."""
+    stripped = dict(state)
+    for _ in PREFIXES:
+        for prefix in PREFIXES:
+            if all(key.startswith(prefix) for key in stripped):
+                stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
+    return stripped
+
+
+def translate(state: Mapping[str, Tensor], network: nn.Module, source: str) -> tuple[dict[str, Tensor], str]:
+    """(a state dict that loads into the network, what was done to it, in words).
+
+    A last BN that the weights do not have is left to the network; so are BatchNorm's batch counters, which old files
+    lack.
+
+    Raises:
+        ValueError: weights of another network; names the first key that differs, or says that its shortcuts have
+            weights of their own.
+    """
+    cifar = type(network).__name__ == "CifarResNet"
+    projected = next((key for key in state if cifar and any(part in key for part in PROJECTIONS)), None)
+    if projected is not None:
+        raise ValueError(
+            f"{source}: {projected!r} is a shortcut with weights of its own (option B, as chenyaofo's networks have "
+            "it); condzoo's CIFAR ResNets have option A's, which have none: none of them is the same function"
+        )
+    state, note = dict(state), "Keys and values as they were."
+    if cifar and "linear.weight" in state:
+        state, note = from_akamaster(state), "Channels of the second and third stage put in condzoo's order."
+    expected = network.state_dict()
+    for key, value in expected.items():
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, torch.zeros_like(value))
+        elif key in state and state[key].is_floating_point():
+            state[key] = state[key].to(value.dtype)
+    if not any(key.startswith("last_bn.") and not key.endswith("_tracked") for key in state):
+        expected = {key: value for key, value in expected.items() if not key.startswith("last_bn.")}
+        state = {key: value for key, value in state.items() if not key.startswith("last_bn.")}
+        note += " The last BN is the identity." if hasattr(network, "last_bn") else ""
+    check_state(state, expected, source)
+    return state, note
+
+
+def from_akamaster(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of akamaster/pytorch_resnet_cifar10: the classifier's name, and the order of channels.
+
+    Its option-A shortcut puts half of the new, empty channels before the old ones and half after them; condzoo's puts
+    all after. Renumbering the channels of each stage's stream makes the two the same function; channels inside a
+    block (between its two convolutions) are free and stay.
+    """
+    widths = [state[f"layer{stage}.0.conv2.weight"].shape[0] for stage in (1, 2, 3)]
+    order = torch.arange(widths[0])  # their channel at each of condzoo's places
+    orders = [order]
+    for c_in, c in itertools.pairwise(widths):
+        before = (c - c_in) // 2
+        order = torch.cat([order + before, torch.arange(before), torch.arange(c_in + before, c)])
+        orders.append(order)
+    renumbered = {}
+    for key, value in state.items():
+        stage, _, rest = key.removeprefix("layer").partition(".")
+        if key.startswith("linear."):
+            renumbered["fc." + rest] = value[:, orders[2]] if rest == "weight" else value
+        elif not key.startswith("layer"):
+            renumbered[key] = value
+        else:
+            block, name = rest.split(".", 1)
+            into, out = orders[int(stage) - 1 - (block == "0" and stage != "1")], orders[int(stage) - 1]
+            if name == "conv1.weight":
+                value = value[:, into]
+            elif (name == "conv2.weight" or name.startswith("bn2.")) and value.ndim:
+                value = value[out]
+            renumbered[key] = value
+    return renumbered

@@ -1,0 +1,231 @@
+"""README.md of a checkpoint and of the folder of all: made from the checkpoints' own files, never written by hand."""
+
+import functools
+import json
+import statistics
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from condzoo.checkpoints.folder import CONDITIONING, CONFIG, CONVERSION, METRICS, CheckpointFolder, read_folder
+from condzoo.checkpoints.loading import read_recipe
+from condzoo.checkpoints.records import Config, Conversion, Metrics, read_record
+from condzoo.probe import Conditioning, Spectrum
+from condzoo.probe.serialization import from_record
+
+PUBLISHED = Path(__file__).with_name("published.toml")
+
+
+def model_card(folder: CheckpointFolder) -> str:
+    """The checkpoint's README.md, with the Hub's front matter.
+
+    Raises:
+        ValueError: a file it is made from is missing or wrong.
+    """
+    config = read_record(folder, CONFIG, Config)
+    name = f"{config.architecture}.{config.pretrained_cfg.tag}"
+    record: Metrics | Conversion
+    if folder.trained:
+        record = read_record(folder, METRICS, Metrics)
+        dataset, license = str(record.data["name"]), "apache-2.0"
+        parts = [results(record), conditioning_section(folder), training(folder, record)]
+    else:
+        record = read_record(folder, CONVERSION, Conversion)
+        dataset, license = "", record.license
+        parts = [f"## Origin\nMade from {record.origin}{origin_sum(record)}. {record.note}"]
+    head = [front_matter(license, dataset), f"# {name}", opening(config, record.parameters, dataset)]
+    return "\n\n".join([*head, usage(name, config), preprocessing(config, record), *parts]) + "\n"
+
+
+def front_matter(license: str, dataset: str) -> str:
+    """What the Hub reads of a model card."""
+    lines = ["library_name: timm", f"license: {license}", "pipeline_tag: image-classification"]
+    lines += [f"datasets:\n- {dataset}"] if dataset else []
+    return "\n".join(["---", *lines, "tags:\n- condzoo\n- timm", "---"])
+
+
+def opening(config: Config, parameters: int, dataset: str) -> str:
+    """One sentence: what it is."""
+    c, h, w = config.pretrained_cfg.input_size
+    trained = f", trained on {dataset}" if dataset else ""
+    inserted = " with a BatchNorm before its last linear layer" if config.insert_last_bn else ""
+    return (
+        f"`{config.architecture}`{inserted}{trained}: {parameters:,} parameters, images of {c} x {h} x {w}, "
+        f"{config.num_classes} classes. All numbers here can be measured again: `condzoo verify`."
+    )
+
+
+def usage(name: str, config: Config) -> str:
+    """How to load it."""
+    lines = ["import condzoo", "", f'model = condzoo.load_checkpoint("checkpoints/{name}")  # in eval mode']
+    if not config.insert_last_bn:
+        lines += ["", "import timm, condzoo.models", f'model = timm.create_model("local-dir:checkpoints/{name}")']
+    return "\n".join(["## Use", "```python", *lines, "```"])
+
+
+def preprocessing(config: Config, record: Metrics | Conversion) -> str:
+    """How images become the network's input."""
+    cfg = config.pretrained_cfg
+    steps = []
+    if isinstance(record, Metrics):
+        steps += [f"centre crop to {record.data['crop']} pixels"] if record.data["crop"] else []
+        steps += [f"resize to {record.data['resize']} (bilinear, antialiased)"] if record.data["resize"] else []
+    mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (cfg.mean, cfg.std))
+    steps.append(f"scale to [0, 1], subtract {mean}, divide by {std}")
+    return "## Preprocessing\n" + "; ".join(steps).capitalize() + "."
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with two digits."""
+    return f"{100 * share:.2f}"
+
+
+def error_of(metrics: Metrics) -> str:
+    """Test error in % over the seeds: one value, or mean +- standard deviation; how many diverged."""
+    errors = [100 * seed.test_error for seed in metrics.seeds if seed.test_error is not None]
+    if not errors:
+        return "all diverged"
+    spread = f" +- {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
+    lost = len(metrics.seeds) - len(errors)
+    return f"{statistics.mean(errors):.2f}{spread}" + (f" ({lost} diverged)" if lost else "")
+
+
+def results(metrics: Metrics) -> str:
+    """Test error of every seed, of the released weights, and what was published."""
+    released = percent(1 - metrics.test_correct / metrics.test_images)
+    lines = [
+        "## Results",
+        f"Test error {error_of(metrics)} % (n = {len(metrics.seeds)}, last epoch). The released weights, seed "
+        f"{metrics.released_seed} ({metrics.rule}), measured in float32: {metrics.test_correct:,} of "
+        f"{metrics.test_images:,} images right, {released} % error.",
+        "",
+        "| seed | test error, % | training loss | epochs | precision | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for s in metrics.seeds:
+        error = s.status if s.test_error is None else percent(s.test_error)
+        loss = "-" if s.train_loss is None else f"{s.train_loss:.4f}"
+        lines.append(f"| {s.seed} | {error} | {loss} | {s.epochs:g} | {s.precision} | {s.seconds / 60:.1f} |")
+    published = published_errors(str(metrics.data["name"]), metrics.model)
+    beside = "; ".join(f"{source}: {error}" for source, error in published.items())
+    lines += [
+        "",
+        f"Published, %: {beside}." if beside else "No published error for this network and data is known to us.",
+    ]
+    return "\n".join(lines)
+
+
+@functools.cache
+def read_published() -> dict[str, dict[str, dict[str, str]]]:
+    """Published errors by data set and model."""
+    return tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))
+
+
+def published_errors(dataset: str, model: str) -> dict[str, str]:
+    """Source -> published test error in %, of a model on a data set."""
+    return read_published().get(dataset, {}).get(model, {})
+
+
+def read_conditioning(folder: CheckpointFolder) -> dict[str, Conditioning]:
+    """The records at initialization (`at_init`) and at the end (`at_end`).
+
+    Raises:
+        ValueError: the file is not such a pair.
+    """
+    try:
+        records = json.loads(folder.text(CONDITIONING))
+        return {when: from_record(records[when]) for when in ("at_init", "at_end")}
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder.source(CONDITIONING)} lacks a record: {error}") from error
+
+
+def last_input(conditioning: Conditioning) -> Spectrum:
+    """Spectrum of the input of the last layer in forward order."""
+    return conditioning[list(conditioning)[-1]].input
+
+
+def kappa(s: Spectrum, p: float) -> str:
+    """A condition number for a table; with its status where it is not a plain number."""
+    value, status = s.condition_number(p), s.status(p)
+    return f"{value:.3g}" if status == "ok" else f"{value:.3g} ({status})"
+
+
+def conditioning_section(folder: CheckpointFolder) -> str:
+    """The last layer's input, at initialization and at the end."""
+    records = read_conditioning(folder)
+    end = records["at_end"]
+    lines = [
+        "## Conditioning",
+        f"Input of the last layer, measured on {end.samples:,} training images in {end.mode} mode, {end.dtype} "
+        "(every layer: conditioning.json):",
+        "",
+        "| | lambda_max | kappa at p = 0.5 | kappa at p = 1 |",
+        "|---|---|---|---|",
+    ]
+    for when, record in (("at initialization", records["at_init"]), ("at the end", end)):
+        s = last_input(record)
+        lines.append(f"| {when} | {s.lambda_max:.4g} | {kappa(s, 0.5)} | {kappa(s, 1.0)} |")
+    return "\n".join([*lines, "", "![conditioning of every layer while training](conditioning.png)"])
+
+
+def training(folder: CheckpointFolder, metrics: Metrics) -> str:
+    """Recipe, source, departures, hardware, time, date."""
+    hours = sum(seed.seconds for seed in metrics.seeds) / 3600
+    versions = ", ".join(f"{name} {version}" for name, version in metrics.packages.items() if version)
+    command = f"`condzoo train {metrics.recipe}`" if metrics.recipe else "`condzoo train recipe.toml`"
+    optim = read_recipe(folder).get("optim", {})
+    lines = [
+        "## Training",
+        f"{command} (recipe.toml is the recipe as resolved; {optim.get('name')}, lr {optim.get('lr')}).",
+        f"- Source: {metrics.source}",
+        f"- Departs: {metrics.departs}",
+        f"- Hardware: {metrics.hardware}; {hours:.2f} hours for all seeds; finished {metrics.date}",
+        f"- Software: {versions}" + (f"; commit {metrics.commit}" if metrics.commit else ""),
+    ]
+    return "\n".join(lines)
+
+
+def origin_sum(conversion: Conversion) -> str:
+    """The origin's SHA-256, where it was a file."""
+    return f" (SHA-256 {conversion.origin_sha256})" if conversion.origin_sha256 else ""
+
+
+def checkpoints_table(folders: Iterable[Path]) -> str:
+    """README.md of the folder of all checkpoints: errors, and the last layer's input beside its plain twin's.
+
+    Raises:
+        ValueError: a folder that is no checkpoint.
+    """
+    rows = sorted((row_of(read_folder(folder)) for folder in folders), key=lambda row: row["order"])
+    columns = ("checkpoint", "data", "test error, %", "seeds", "lambda_max", "kappa p = 0.5", "kappa p = 1")
+    lines = [
+        "# Released checkpoints",
+        "",
+        "Made by `condzoo release`; `condzoo verify --all` measures all of it again. Test error: mean over all seeds "
+        "trained, +- their standard deviation. lambda_max and kappa: of the last layer's input, of the released "
+        "weights, in train mode on training images; a network with a last BN stands below its plain twin.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row[column] for column in columns) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def row_of(folder: CheckpointFolder) -> dict[str, Any]:
+    """One row of the table of all."""
+    config = read_record(folder, CONFIG, Config)
+    name = f"{config.architecture}.{config.pretrained_cfg.tag}"
+    row: dict[str, Any] = {"checkpoint": f"[{name}]({name}/README.md)", "order": (config.architecture, name)}
+    if not folder.trained:
+        origin = read_record(folder, CONVERSION, Conversion).origin
+        return (
+            row
+            | {"data": f"from {origin}", "test error, %": "-", "seeds": "-"}
+            | dict.fromkeys(("lambda_max", "kappa p = 0.5", "kappa p = 1"), "-")
+        )
+    metrics = read_record(folder, METRICS, Metrics)
+    s = last_input(read_conditioning(folder)["at_end"])
+    row |= {"data": str(metrics.data["name"]), "test error, %": error_of(metrics), "seeds": str(len(metrics.seeds))}
+    return row | {"lambda_max": f"{s.lambda_max:.4g}", "kappa p = 0.5": kappa(s, 0.5), "kappa p = 1": kappa(s, 1.0)}

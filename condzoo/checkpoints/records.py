@@ -1,0 +1,124 @@
+"""What a checkpoint's JSON files hold, as strict schemas: a wrong type or value is an error that names its field."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from condzoo.checkpoints.folder import CheckpointFolder
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+# arguments a config may pass to a model: sizes and switches, never something that names a file
+Argument = Literal[
+    "num_classes", "in_chans", "input_size", "img_size", "global_pool", "drop_rate", "bias", "norm", "last_bn_init"
+]
+
+
+class Record(BaseModel):
+    """Strict: no conversion between types, no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class InputConfig(BaseModel):
+    """timm's `pretrained_cfg`: how images are prepared. Fields of timm's that are not used here may stand beside."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    tag: str
+    input_size: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[Finite, ...]
+    std: tuple[Finite, ...]
+    crop_pct: Finite
+    interpolation: str
+
+
+class Config(BaseModel):
+    """config.json, in timm's layout. `insert_last_bn`: the network is timm's own with a last BN put in."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    architecture: str = Field(pattern=r"^[A-Za-z0-9_]+$")
+    num_classes: int = Field(ge=1)
+    model_args: dict[Argument, Any] = {}
+    insert_last_bn: bool = False
+    pretrained_cfg: InputConfig
+
+
+class Expected(Record):
+    """expected.json: logits of the input that `fixed_input` makes."""
+
+    shape: tuple[int, int, int, int]
+    logits: list[list[Finite]]
+
+
+class SeedResult(Record):
+    """One training: its last epoch. `test_error` is a share of the test images, None where it diverged."""
+
+    seed: int
+    status: str
+    test_error: Finite | None
+    train_loss: Finite | None
+    epochs: Finite
+    steps: int
+    seconds: Finite
+    precision: str
+
+
+class Metrics(Record):
+    """metrics.json: every seed trained, and the released weights evaluated in float32.
+
+    Attributes:
+        sha256: of model.safetensors. rule: how `released_seed` was chosen.
+        recipe: the repository's recipe by name, None for another; `source` and `departs` are from its header.
+        data: data set, and how its images were prepared.
+        commit: of the source (each, where the run went on at another); None for an installed package.
+    """
+
+    model: str
+    tag: str
+    sha256: str
+    parameters: int
+    released_seed: int
+    rule: str
+    test_correct: int
+    test_images: int
+    seeds: list[SeedResult]
+    recipe: str | None
+    source: str
+    departs: str
+    data: dict[str, str | int | None]
+    hardware: str
+    packages: dict[str, str | None]
+    commit: str | None
+    date: str
+
+
+class Conversion(Record):
+    """conversion.json: what the weights were made from. `note`: what was done to them."""
+
+    model: str
+    tag: str
+    sha256: str
+    parameters: int
+    origin: str
+    origin_sha256: str | None
+    note: str
+    license: str
+
+
+AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
+
+
+def read_record(folder: CheckpointFolder, name: str, schema: type[AnyRecord]) -> AnyRecord:
+    """One of the folder's JSON files.
+
+    Raises:
+        ValueError: not there, not JSON, or a field that is wrong; names the file and the field.
+    """
+    try:
+        return schema.model_validate_json(folder.text(name), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{folder.source(name)}: {field}: {first['msg']}") from error

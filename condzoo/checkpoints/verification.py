@@ -1,0 +1,169 @@
+"""`verify_checkpoint`: everything a checkpoint claims, checked again, one row a claim."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from condzoo.checkpoints.folder import CARD, CONDITIONING, EXPECTED, METRICS, SUMS, CheckpointFolder, read_folder
+from condzoo.checkpoints.loading import check_agreement, is_path, load_folder, read_recipe
+from condzoo.checkpoints.model_card import model_card
+from condzoo.checkpoints.records import Expected, Metrics, read_record
+from condzoo.checkpoints.remeasuring import (
+    count_correct,
+    largest_difference,
+    logits_of,
+    measure_conditioning,
+    read_images,
+)
+from condzoo.data import ImageData
+from condzoo.models.released import Release, fetch, find_folder, find_release, read_index
+from condzoo.models.weight_files import sha256
+from condzoo.probe.serialization import from_record
+
+LOGITS_TOLERANCE = 1e-4  # of the largest logit: what other hardware's order of summation may move
+CONDITIONING_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim: `ok` is None where it was not checked; `detail` says what was found."""
+
+    check: str
+    ok: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The checks of one checkpoint, in the order they were made; the first that fails may be the last."""
+
+    name: str
+    path: Path
+    rows: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return all(row.ok is not False for row in self.rows)
+
+
+def verify_checkpoint(path: str | Path, data_root: str | Path | None = None) -> Verification:
+    """Check a checkpoint: sums, the index's hash, keys, logits, model card; with its data, accuracy and conditioning.
+
+    Args:
+        path: a checkpoint's folder, or a released name ("arch.tag", or "arch" for its default).
+        data_root: where its data set is; None looks where `load_data` does, and leaves out what needs it
+            where it is not found.
+
+    Raises:
+        ValueError, FileNotFoundError: no such checkpoint, or no data under an explicit `data_root`. A file that is
+            wrong is a row that failed, not an exception.
+    """
+    if is_path(path):
+        place = Path(path)
+        release = read_index().get(place.name)
+        if not place.is_dir():
+            raise FileNotFoundError(f"no checkpoint at {place}")
+    else:
+        arch, _, tag = str(path).partition(".")
+        release = find_release(arch, tag)
+        place = find_folder(release) or fetch(release)
+    rows = tuple(checks(place, release, data_root))
+    return Verification(release.name if release else place.name, place, rows)
+
+
+def checks(place: Path, release: Release | None, data_root: str | Path | None) -> Iterator[Check]:
+    """The rows; stops after a failure that leaves nothing to check further."""
+    try:
+        folder = read_folder(place)
+        check_agreement(folder)
+        model = load_folder(folder)
+    except (ValueError, FileNotFoundError) as error:
+        yield Check("files", False, str(error))
+        return
+    weights = sum(p.numel() for p in model.parameters())
+    yield Check("files", True, f"{len(folder.files)} files as in {SUMS}; {weights:,} parameters fit, all finite")
+    yield check_index(folder, release)
+    yield attempt("logits", check_logits, folder, model)
+    yield attempt("model card", check_card, folder)
+    if folder.trained:
+        yield from check_on_data(folder, model, data_root)
+
+
+def attempt(check: str, function: Callable[..., tuple[bool, str]], *arguments: Any) -> Check:
+    """One row; a file that cannot be read is a failed check."""
+    try:
+        return Check(check, *function(*arguments))
+    except ValueError as error:
+        return Check(check, False, str(error))
+
+
+def check_index(folder: CheckpointFolder, release: Release | None) -> Check:
+    """The weights' SHA-256 against the package's index."""
+    if release is None:
+        return Check("index", None, f"{folder.path.name} is not a released name; its own sums hold")
+    here = sha256(folder.files["model.safetensors"])
+    detail = (
+        f"SHA-256 {here[:12]}..."
+        if here == release.sha256
+        else f"{here[:12]}..., the index has {release.sha256[:12]}..."
+    )
+    return Check("index", here == release.sha256, detail)
+
+
+def check_logits(folder: CheckpointFolder, model: nn.Module) -> tuple[bool, str]:
+    """The logits on the fixed synthetic input."""
+    expected = read_record(folder, EXPECTED, Expected)
+    logits = logits_of(model, expected.shape)
+    wanted = logits.new_tensor(expected.logits)
+    if wanted.shape != logits.shape:
+        return False, f"recorded {list(wanted.shape)}, the network gives {list(logits.shape)}"
+    difference = float((logits - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+    return difference <= LOGITS_TOLERANCE, f"largest difference {difference:.1e} of the largest logit"
+
+
+def check_card(folder: CheckpointFolder) -> tuple[bool, str]:
+    """README.md is what `model_card` makes of the other files."""
+    same = folder.text(CARD) == model_card(folder)
+    return same, "README.md is up to date" if same else "README.md is not what the other files say; release it again"
+
+
+def check_on_data(folder: CheckpointFolder, model: nn.Module, data_root: str | Path | None) -> Iterator[Check]:
+    """Accuracy to the last image, and the conditioning record."""
+    recipe = read_recipe(folder)
+    try:
+        data = read_images(recipe, data_root)
+    except FileNotFoundError as error:
+        if data_root is not None:
+            raise
+        for check in ("accuracy", "conditioning"):
+            yield Check(check, None, f"not checked without its data: {str(error).splitlines()[0]}")
+        return
+    yield attempt("accuracy", check_accuracy, folder, model, data)
+    yield attempt("conditioning", check_conditioning, folder, model, data, recipe["data"]["batch_size"])
+
+
+def check_accuracy(folder: CheckpointFolder, model: nn.Module, data: ImageData) -> tuple[bool, str]:
+    """The number of test images classified rightly."""
+    metrics = read_record(folder, METRICS, Metrics)
+    correct, images = count_correct(model, data), len(data.test)
+    same = (correct, images) == (metrics.test_correct, metrics.test_images)
+    recorded = "as recorded" if same else f"recorded {metrics.test_correct:,} of {metrics.test_images:,}"
+    return same, f"{correct:,} of {images:,} test images right, {recorded}"
+
+
+def check_conditioning(
+    folder: CheckpointFolder, model: nn.Module, data: ImageData, batch_size: int
+) -> tuple[bool, str]:
+    """lambda_max of every layer's input and output gradient."""
+    try:
+        recorded = from_record(json.loads(folder.text(CONDITIONING))["at_end"])
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder.source(CONDITIONING)}: no record of the end: {error}") from error
+    difference, layer = largest_difference(measure_conditioning(model, data, batch_size), recorded)
+    where = f" ({layer})" if layer else ""
+    return difference <= CONDITIONING_TOLERANCE, f"lambda_max of {len(recorded)} layers within {difference:.1e}{where}"

@@ -1,0 +1,182 @@
+"""`convert`: weights of other projects, or of timm with a last BN put in, as checkpoints of condzoo's format.
+
+Pickles are read by torch's weights-only unpickler, which runs no code.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
+
+from condzoo.catalog import model_info, read_catalog
+from condzoo.checkpoints.folder import CONVERSION
+from condzoo.checkpoints.foreign import read_foreign, translate
+from condzoo.checkpoints.writing import (
+    check_free,
+    check_tag,
+    default_root,
+    serialize,
+    timm_config,
+    write_checkpoint,
+    write_table,
+)
+from condzoo.models import create_model, insert_last_bn
+from condzoo.models.weight_files import check_state, sha256
+
+CALIBRATION_BATCH = 64
+
+
+def convert(
+    source: str | Path,
+    model: str,
+    *,
+    tag: str = "converted",
+    out: str | Path | None = None,
+    license: str = "unknown",
+) -> Path:
+    """Make a checkpoint of a state dict in a file: pickled or safetensors, with wrapper prefixes, of other projects.
+
+    Taken by their own names: condzoo's, torchvision's and timm's keys, and akamaster's CIFAR ResNets (another order of
+    channels). Plain weights go into a `_lastbn` network too: its last BN is then the identity.
+
+    Args:
+        source: the file.
+        model: which network of condzoo's it is.
+        tag: of the new checkpoint. out: the folder that takes `model.tag/`; default: as for `release`.
+        license: of the weights, for the model card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a file that is no state dict, or not of this network (names the first key that differs).
+        FileNotFoundError, FileExistsError: no such file; a checkpoint of that name.
+    """
+    content, state = read_foreign(Path(source))
+    target = check_free(root_of(out) / f"{model_info(model).name}.{check_tag(tag)}")
+    classes = next((v.shape[0] for k, v in state.items() if k in ("fc.weight", "linear.weight")), None)
+    network = create_model(model, num_classes=classes).eval()
+    state, note = translate(state, network, str(source))
+    network.load_state_dict(state)
+    return write(target, network, tag, Path(source).name, sha256(content), note, license)
+
+
+def convert_last_bn(
+    source: str,
+    *,
+    weights: str | Path | None = None,
+    calibrate: str | Path | None = None,
+    images: int = 1024,
+    tag: str = "converted",
+    out: str | Path | None = None,
+    license: str | None = None,
+) -> Path:
+    """Make the last-BN twin of a classifier of timm's, with the same function in eval mode (`insert_last_bn`).
+
+    Args:
+        source: "timm/resnet50.a1_in1k" (with timm's own weights), or with `weights` the architecture alone.
+        weights: a state dict of it in a file, instead of timm's own.
+        calibrate: folder of images, one folder a class as torchvision's ImageFolder; with it the last linear layer's
+            input is standardized on them. Without, the last BN is the identity.
+        images: how many of them, spread evenly over the folder.
+        tag, out, license: as for `convert`.
+
+    Returns:
+        The folder. ResNets 18 to 152 become condzoo's own `_lastbn` networks; others are timm's with a BN put in.
+
+    Raises:
+        ValueError: not a model of timm's, no single linear head, or a folder without images.
+        FileNotFoundError, FileExistsError: as for `convert`.
+    """
+    name = source.removeprefix("timm/")
+    if not timm.is_model(name) or name.split(".", 1)[0] in read_catalog()[0]:
+        raise ValueError(
+            f"{source!r} is not a model of timm's; give one as timm/resnet50 (timm.list_models() has them)"
+        )
+    arch = name.split(".", 1)[0]
+    twin = arch + "_lastbn" if arch + "_lastbn" in read_catalog()[0] else arch
+    target = check_free(root_of(out) / f"{twin}.{check_tag(tag)}")
+    network: Any = timm.create_model(name, pretrained=weights is None)
+    digest, origin = None, f"timm/{name}"
+    if weights is not None:
+        content, state = read_foreign(Path(weights))
+        digest, origin = sha256(content), f"{Path(weights).name} for timm/{arch}"
+        check_state(state, network.state_dict(), str(weights))
+        network.load_state_dict(state)
+    license = license or str(network.pretrained_cfg.get("license") or "unknown")
+    batches = None if calibrate is None else calibration_images(network, Path(calibrate), images)
+    insert_last_bn(network.eval(), batches)
+    note = "A BatchNorm1d stands before its last linear layer; the function is the same in eval mode. " + (
+        "It is the identity."
+        if calibrate is None
+        else f"Its statistics are of {sum(len(b) for b in batches or [])} images; the last layer absorbs them."
+    )
+    if twin != arch:
+        ours = create_model(twin, num_classes=network.num_classes).eval()
+        ours.load_state_dict(network.state_dict())
+        return write(target, with_config(ours, network), tag, origin, digest, note, license)
+    return write(target, network, tag, origin, digest, note, license, inserted=True)
+
+
+def root_of(out: str | Path | None) -> Path:
+    """The folder that takes the checkpoint's."""
+    return Path(out) if out is not None else default_root()
+
+
+def with_config(ours: nn.Module, theirs: Any) -> nn.Module:
+    """`ours`, described with the input its weights were trained for."""
+    kept = ("input_size", "mean", "std", "crop_pct", "interpolation")
+    ours.pretrained_cfg = {**ours.pretrained_cfg, **{key: theirs.pretrained_cfg[key] for key in kept}}  # type: ignore
+    return ours
+
+
+def write(
+    target: Path,
+    network: Any,
+    tag: str,
+    origin: str,
+    digest: str | None,
+    note: str,
+    license: str,
+    inserted: bool = False,
+) -> Path:
+    """Write the checkpoint's folder and the table of its root."""
+    content = serialize(network)
+    record = {
+        "model": network.pretrained_cfg["architecture"],
+        "tag": tag,
+        "sha256": sha256(content),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "origin": origin,
+        "origin_sha256": digest,
+        "note": note,
+        "license": license,
+    }
+    config = timm_config(network, tag, {}) | ({"insert_last_bn": True} if inserted else {})
+    write_checkpoint(target, network, content, config, {CONVERSION: record})
+    write_table(target.parent)
+    return target
+
+
+def calibration_images(network: nn.Module, folder: Path, count: int) -> list[Tensor]:
+    """Batches of images as timm would evaluate the network on them, evenly spread over an ImageFolder.
+
+    Raises:
+        ValueError: no folder of images there, or fewer than two.
+    """
+    transform = create_transform(**resolve_data_config({}, model=network), is_training=False)
+    try:
+        data = ImageFolder(str(folder), transform)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} is no folder of images, one folder a class: {str(error).splitlines()[0]}"
+        ) from error
+    if len(data) < 2 or count < 2:
+        raise ValueError(f"calibration needs at least 2 images, {folder} has {len(data)} and {count} were asked for")
+    count = min(count, len(data))
+    images = torch.stack([data[i * len(data) // count][0] for i in range(count)])
+    return list(images.split(CALIBRATION_BATCH))

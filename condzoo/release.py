@@ -1,0 +1,259 @@
+"""`release`: a checkpoint's folder from finished runs; refused where anything about them is in doubt."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from condzoo.catalog import model_info, read_catalog
+from condzoo.checkpoints.folder import CONDITIONING, METRICS, PICTURE, RECIPE
+from condzoo.checkpoints.remeasuring import count_correct, measure_conditioning
+from condzoo.checkpoints.writing import (
+    add_to_index,
+    check_free,
+    check_tag,
+    default_root,
+    serialize,
+    timm_config,
+    write_checkpoint,
+    write_table,
+)
+from condzoo.data import ImageData, data_info
+from condzoo.models import released
+from condzoo.models.weight_files import sha256
+from condzoo.probe import Conditioning
+from condzoo.probe.serialization import to_record
+from condzoo.training import Recipe, Run, dump_recipe, evaluate_run, load_recipe, load_run, recipe_files
+from condzoo.training.networks import build_network
+from condzoo.training.preparation import read_data
+from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json
+
+RULE = "the lowest seed, fixed before any was trained"
+LABEL = re.compile(r"#\s*(Source|Departs):\s*(.*)")
+
+
+def release(
+    runs: str | Path | Sequence[str | Path],
+    tag: str,
+    *,
+    out: str | Path | None = None,
+    data_root: str | Path | None = None,
+    default: bool = False,
+) -> Path:
+    """Make a checkpoint's folder from one or more finished runs of one recipe, which differ in their seed only.
+
+    The lowest seed's weights are released; all seeds are listed. In the repository's own checkpoints/ the package's
+    index and the table of all are brought up to date too.
+
+    Args:
+        runs: run directories.
+        tag: what tells the model's releases apart, e.g. "authors".
+        out: the folder that takes `arch.tag/`; default: the repository's checkpoints/, else ./checkpoints.
+        data_root: where the data set is.
+        default: let the model's name without a tag stand for this release. The first release always is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a run that is unfinished, diverged, of changed source, or whose evaluation does not give the
+            recorded result again; runs of different recipes; a model that is not registered; a bad tag.
+        FileNotFoundError, FileExistsError: a run that is not there; a release that is.
+    """
+    paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(path) for path in runs]
+    check_tag(tag)
+    run = checked_run(paths)
+    root = Path(out) if out is not None else default_root()
+    target = check_free(root / f"{run.recipe.model.name}.{tag}")
+    check_evaluation(run, data_root)
+    data = read_data(run.recipe, data_root)
+    model, at_init = run.load_model(), initial_network(run.recipe, data)
+    weights = serialize(model)
+    start, end = (measure_conditioning(net, data, run.recipe.data.batch_size) for net in (at_init, model))
+    config = timm_config(model, tag, input_fields(run.recipe, data))
+    records = {
+        RECIPE: dump_recipe(run.recipe),
+        METRICS: collect_metrics(run, paths, tag, sha256(weights), count_correct(model, data), len(data.test)),
+        CONDITIONING: {"at_init": to_record(start), "at_end": to_record(end)},
+        PICTURE: picture(run.path, end),
+    }
+    write_checkpoint(target, model, weights, config, records)
+    if root.resolve() == (released.PACKAGE.parent / "checkpoints").resolve():
+        add_to_index(target.name, sha256(weights), config["pretrained_cfg"], default)
+    write_table(root)
+    return target
+
+
+def checked_run(paths: Sequence[Path]) -> Run:
+    """The run with the lowest seed, every run being finished and of one recipe that a name rebuilds."""
+    if not paths:
+        raise ValueError("no run was given; give at least one run directory")
+    recipes = {path: read_finished(path) for path in paths}
+    check_same_recipe(recipes)
+    run = load_run(min(recipes, key=lambda path: recipes[path].seed))
+    check_model(run.recipe)
+    return run
+
+
+def read_finished(path: Path) -> Recipe:
+    """The recipe of a run that came to its end, from source that was committed.
+
+    Raises:
+        FileNotFoundError: no finished run.
+        ValueError: stopped early, or the source had uncommitted changes.
+    """
+    for name in (RECIPE, SUMMARY, ENVIRONMENT):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} holds no finished run: it has no {name}; finish it by `condzoo train`")
+    recipe, summary = load_recipe(path / RECIPE), read_json(path / SUMMARY)
+    done = summary["steps"] == recipe.iterations if recipe.iterations else summary["epochs"] == recipe.epochs
+    if summary["status"] == "done" and not done:
+        length = f"{recipe.iterations} steps" if recipe.iterations else f"{recipe.epochs} epochs"
+        raise ValueError(
+            f"{path} was stopped after {summary['epochs']:g} epochs ({summary['steps']} steps) of {length}; "
+            "the same `condzoo train` without --max-steps goes on"
+        )
+    for part in read_json(path / ENVIRONMENT):  # one for each time the run went on
+        source = part["source"]
+        if source and source["changed"]:
+            raise ValueError(
+                f"{path} was trained from source with uncommitted changes (on {source['commit'][:12]}): nobody could "
+                "train it again; commit, and train it again"
+            )
+    return recipe
+
+
+def check_same_recipe(recipes: dict[Path, Recipe]) -> None:
+    """ValueError unless the runs are of one recipe, each with a seed of its own."""
+    (first, recipe), *others = recipes.items()
+    for path, other in others:
+        if other.model_copy(update={"seed": recipe.seed}) != recipe:
+            raise ValueError(f"{path} and {first} differ in more than their seed; release them under two tags")
+    seeds = [recipe.seed for recipe in recipes.values()]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"two runs have the same seed: {sorted(seeds)}")
+
+
+def check_model(recipe: Recipe) -> None:
+    """ValueError for a network that its name alone does not rebuild."""
+    name, args = recipe.model.name, recipe.model.args
+    if name not in read_catalog()[0]:
+        raise ValueError(f"{name} is not one of condzoo's registered models; only those are released by name")
+    if args:
+        raise ValueError(f"model.args = {args}: a released model is what its name builds; leave them out")
+    if recipe.freeze:
+        raise ValueError(f"freeze = {recipe.freeze}: part of the network kept its random weights; not released")
+
+
+def check_evaluation(run: Run, data_root: str | Path | None) -> None:
+    """ValueError unless the run ended well and evaluating it again gives its result to the last image."""
+    if run.summary["status"] != "done":
+        raise ValueError(f"{run.path} {run.summary['status']}; its weights are not released ({RULE})")
+    again = evaluate_run(run.path, data_root=data_root, device="cpu")
+    if again.correct != run.summary["test_correct"] and str(run.summary["device"]) == "cpu":
+        raise ValueError(
+            f"{run.path} recorded {run.summary['test_correct']} of {run.summary['test_images']} test images right, "
+            f"evaluating it again gives {again.correct} of {again.total}: the weights, the data or the code changed"
+        )
+
+
+def initial_network(recipe: Recipe, data: ImageData) -> nn.Module:
+    """The network before the first step, as `train` builds it; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return build_network(recipe.model, data.image_shape, data.num_classes)
+
+
+def input_fields(recipe: Recipe, data: ImageData) -> dict[str, Any]:
+    """What timm is to know of the input: size, constants of images in [0, 1], the share that a crop keeps."""
+    info = model_info(recipe.model.name)
+    if info.family == "mlp" and data.image_shape != info.input_size:
+        raise ValueError(f"{info.name} takes {info.input_size} by its name, the recipe's data is {data.image_shape}")
+    section = recipe.data
+    return {
+        "input_size": list(data.image_shape),
+        "mean": [value / 255 for value in data.mean],
+        "std": [value / 255 for value in data.std],
+        "crop_pct": section.crop / data_info(section.name).size if section.crop else 1.0,
+    }
+
+
+def collect_metrics(
+    run: Run, paths: Sequence[Path], tag: str, weights_sum: str, correct: int, images: int
+) -> dict[str, Any]:
+    """metrics.json: see `condzoo.checkpoints.records.Metrics`."""
+    parts = read_json(run.path / ENVIRONMENT)
+    environment = parts[-1]
+    commits = dict.fromkeys(part["source"]["commit"] for part in parts if part["source"])
+    name, header = repository_recipe(run.recipe)
+    section = run.recipe.data
+    return {
+        "model": run.recipe.model.name,
+        "tag": tag,
+        "sha256": weights_sum,
+        "parameters": run.summary["parameters"],
+        "released_seed": run.recipe.seed,
+        "rule": RULE,
+        "test_correct": correct,
+        "test_images": images,
+        "seeds": sorted((seed_result(path) for path in paths), key=lambda seed: seed["seed"]),
+        "recipe": name,
+        "source": header.get("Source", "not stated"),
+        "departs": header.get("Departs", "not stated"),
+        "data": {"name": section.name, "crop": section.crop, "resize": section.resize, "augment": section.augment},
+        "hardware": f"{environment['processor']}, {environment['threads']} threads, {environment['device']}",
+        "packages": environment["packages"],
+        "commit": ", ".join(commits) or None,
+        "date": run.summary["finished"][:10],
+    }
+
+
+def seed_result(path: Path) -> dict[str, Any]:
+    """One training's last epoch."""
+    summary = read_json(path / SUMMARY)
+    return {
+        "seed": summary["seed"],
+        "status": summary["status"],
+        "test_error": summary["test_error"] if summary["status"] == "done" else None,
+        "train_loss": summary.get("train_loss"),
+        "epochs": float(summary["epochs"]),
+        "steps": summary["steps"],
+        "seconds": float(summary["seconds"]),
+        "precision": summary["precision"],
+    }
+
+
+def repository_recipe(recipe: Recipe) -> tuple[str | None, dict[str, str]]:
+    """(name, its header's Source and Departs) of condzoo's own recipe that equals this one but for the seed."""
+    for name, path in recipe_files().items():
+        if load_recipe(path).model_copy(update={"seed": recipe.seed}) == recipe:
+            return name, header_fields(path.read_text(encoding="utf-8"))
+    return None, {}
+
+
+def header_fields(text: str) -> dict[str, str]:
+    """The labelled paragraphs of a recipe's leading comment."""
+    fields: dict[str, str] = {}
+    label = None
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        match = LABEL.match(line)
+        if match:
+            label = match[1]
+            fields[label] = match[2].strip()
+        elif label and line.startswith("#   "):
+            fields[label] += " " + line.lstrip("# ").strip()
+        else:
+            label = None
+    return fields
+
+
+def picture(path: Path, conditioning: Conditioning) -> bytes:
+    """The run's picture of its conditioning; drawn from the record at the end where the run was not probed."""
+    if not (path / PICTURE).is_file():
+        conditioning.plot(path / PICTURE)
+    return (path / PICTURE).read_bytes()

@@ -191,6 +191,30 @@ def probe(
         typer.echo(f"wrote {plot}")
 
 
+@app.command()
+def validate(
+    name: Annotated[str | None, typer.Argument(help="A model's name; or --all.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every model of the zoo (minutes).")] = False,
+    seed: Annotated[int, typer.Option(help="Of the initialization and the images.")] = 0,
+) -> None:
+    """Hold a model against what its family promises: size, initial weights, signals, scale invariance, last BN.
+
+    One line a check; exit 1 where one does not hold.
+    """
+    from condzoo.catalog import list_models
+    from condzoo.validation import validate as validate_model
+
+    if every == (name is not None):
+        raise ValueError("validate takes a model's name, or --all")
+    failed = False
+    for each in list_models() if name is None else [name]:
+        validation = validate_model(each, seed=seed)
+        typer.echo(validation.table())
+        failed |= not validation.ok
+    if failed:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
 @app.command("plot")
 def plot_command(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, or their conditioning.jsonl.")],

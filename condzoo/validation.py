@@ -21,7 +21,11 @@ from condzoo.models import create_model
 from condzoo.probe import spectrum
 
 STANDARD_ERRORS = 5  # a seeded draw is compared with its distribution this widely
-TINY_EPS = 1e-14  # BN's, where its scale invariance is checked: torch takes none at all for a mistake
+TINY_EPS = 1e-30  # BN's, where its scale invariance is checked: torch takes none at all for a mistake
+# Without BN, the factor of the inputs' root mean square a layer (a block of a ResNet). He's initializer keeps it at 1
+# but for what zero padding takes off small images, a residual block adds its branch, and U(+-1/sqrt(fan_in)) leaves
+# sqrt(1/6) = 0.41. The bounds hold every depth of a family with room for the draw.
+GROWTH = {"cifar_vgg": (0.6, 1.1), "cifar_resnet": (0.8, 1.5), "mlp": (0.3, 0.6)}
 SCALE_TOLERANCE = 1e-7  # relative, float64
 
 
@@ -168,13 +172,11 @@ def check_signals(subject: Subject) -> Check:
         bound = 3 * math.sqrt(1 + info.depth / 2)  # a residual stream adds up to depth/2 normalized branches
         ok = low > 0.05 and high < bound
         return Check("signals", ok, f"inputs between {low:.2g} and {high:.2g}, bounds 0.05 and {bound:.2g}")
-    residual = info.family == "cifar_resnet"
-    steps = (info.depth - 2) // 2 if residual else len(rms) - 1
+    steps = (info.depth - 2) // 2 if info.family == "cifar_resnet" else len(rms) - 1
     factor = (rms[-1] / rms[0]) ** (1 / steps)
-    expected = math.sqrt(2) if residual else math.sqrt(1 / 6) if info.family == "mlp" else 1.0
-    ok = abs(math.log(factor / expected)) < math.log(1.35)
-    unit = "block" if residual else "layer"
-    return Check("signals", ok, f"times {factor:.3g} a {unit}, expected {expected:.3g}")
+    low, high = GROWTH[info.family]
+    unit = "block" if info.family == "cifar_resnet" else "layer"
+    return Check("signals", low < factor < high, f"times {factor:.3g} a {unit}, bounds {low:g} and {high:g}")
 
 
 def input_magnitudes(subject: Subject) -> list[float]:

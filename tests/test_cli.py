@@ -18,7 +18,7 @@ def run(capsys, *args):
     return stop.value.code or 0, out, err
 
 
-COMMANDS = ["list", "info", "recipes", "train", "sweep", "eval", "probe", "plot"]
+COMMANDS = ["list", "info", "recipes", "train", "sweep", "eval", "probe", "validate", "plot"]
 
 
 def test_help_names_every_command(capsys):
@@ -61,6 +61,7 @@ def test_info_prints_the_fields(capsys):
         (("plot", "no/such/run"), "error: no conditioning records at no/such/run"),
         (("probe", "cifar_resnet20", "--data", "cifar"), "unknown data set 'cifar'; did you mean 'cifar10'?"),
         (("probe", "resnet18_lastbn"), "made for ImageNet"),
+        (("validate",), "error: validate takes a model's name, or --all"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, args, text):

@@ -1,0 +1,190 @@
+"""insert_last_bn: what it leaves as it was, where the layer goes, and what it refuses."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from condzoo.models.last_bn_insertion import insert_last_bn
+from condzoo.models.registry import create_model
+
+
+class Net(nn.Module):
+    """A classifier of no library: its head is its last layer."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.hidden, self.drop, self.out = nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, ..., 6] -> [B, ..., 3]
+        return self.out(self.drop(self.hidden(x).relu()))
+
+
+def data(n: int = 40) -> Tensor:
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_head_by_position_dropout_after_and_leading_dimensions_flattened():
+    plain = Net().eval()
+    x = data().reshape(4, 10, 6)
+    model = insert_last_bn(copy.deepcopy(plain), x)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+    seen = []
+    model.drop.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    model(x)
+    h = seen[0].reshape(-1, 8)
+    torch.testing.assert_close(h.mean(0), torch.zeros(8), rtol=0, atol=1e-5)  # normalized before the dropout
+
+
+def test_a_head_without_a_bias_gets_one():
+    plain = Net(bias=False).eval()
+    model = insert_last_bn(copy.deepcopy(plain), data())
+    torch.testing.assert_close(model(data()), plain(data()), rtol=1e-5, atol=1e-5)
+    assert model.out.bias.abs().max() > 0
+    assert insert_last_bn(plain).out.bias is None  # the identity needs none
+
+
+def test_statistics_weigh_examples_and_do_not_cancel():
+    net = Net().double().eval()
+    net.hidden.bias.data += 1e4  # mean^2 is 1e8 of the variance and more
+    x = data(23).double()
+    model = insert_last_bn(copy.deepcopy(net), [x[:20], x[20:22], x[22:]])
+    with torch.no_grad():
+        h = net.hidden(x).relu()
+    torch.testing.assert_close(model.last_bn.running_mean, h.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(model.last_bn.running_var, h.var(0, correction=0), rtol=1e-9, atol=0)
+
+
+def test_batches_may_carry_labels_and_come_from_a_loader():
+    x = data()
+    one = insert_last_bn(seeded_net(), x).state_dict()
+    loader = DataLoader(TensorDataset(x, torch.zeros(40)), batch_size=7, shuffle=True)
+    for batches in ([(x[:30], None), [x[30:], 1]], loader):
+        other = insert_last_bn(seeded_net(), batches).state_dict()
+        for key, value in one.items():
+            torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6)
+
+
+def seeded_net() -> Net:
+    torch.manual_seed(1)
+    return Net()
+
+
+def test_a_feature_without_variance_stays_finite():
+    net = Net().eval()
+    with torch.no_grad():
+        net.hidden.weight[0] = 0
+        net.hidden.bias[0] = -1  # dead: always zero
+        net.hidden.weight[1] = 0
+        net.hidden.bias[1] = 5  # constant
+    model = insert_last_bn(copy.deepcopy(net), data())
+    assert all(t.isfinite().all() for t in model.state_dict().values())
+    torch.testing.assert_close(model(data()), net(data()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_buffers_hooks_and_rng_stay(training: bool):
+    net = timm.create_model("test_resnet", num_classes=3).train(training)
+    net.layer1.train(not training)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    modes = {name: m.training for name, m in net.named_modules()}
+    rng = torch.get_rng_state()
+    insert_last_bn(net, DataLoader(torch.randn(8, 3, 32, 32, generator=torch.Generator()), batch_size=4, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert {name: m.training for name, m in net.named_modules() if name != "last_bn"} == modes
+    assert net.last_bn.training is training
+    assert all(p.grad is None for p in net.parameters())
+    for key, value in before.items():
+        assert key.startswith("fc.") or torch.equal(net.state_dict()[key], value), key
+    assert sum(len(m._forward_pre_hooks) for m in net.modules()) == 1
+
+
+def test_an_error_while_calibrating_leaves_the_model_alone():
+    net = Net().train()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError):
+        insert_last_bn(net, [data(), torch.ones(3, 99)])
+    assert all(m.training for m in net.modules())
+    assert not any(m._forward_pre_hooks for m in net.modules())
+    assert net.state_dict().keys() == before.keys()
+
+
+def test_trains():
+    net = insert_last_bn(Net(), data()).train()
+    net(data()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert net.last_bn.num_batches_tracked == 1
+
+
+def test_works_on_meta_and_compiles():
+    with torch.device("meta"):
+        assert insert_last_bn(Net()).last_bn.weight.is_meta
+    net = insert_last_bn(Net(), data()).eval()
+    program = torch.export.export(net, (data(),))
+    torch.testing.assert_close(program.module()(data()), net(data()))
+
+
+def test_a_plain_network_of_the_zoo_takes_one_before_its_dropout():
+    net = create_model("cifar_resnet8", drop_rate=0.5).eval()
+    x = torch.randn(6, 3, 32, 32)
+    expected = net(x)
+    insert_last_bn(net, x)
+    torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
+    assert len(net.head_drop._forward_pre_hooks) == 1
+    net.reset_classifier(4, "max")
+    assert net(x).shape == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: insert_last_bn(Net()), r"this Net already has a last BN, model.last_bn; it takes only one"),
+        (lambda: create_model("cifar_resnet8_lastbn"), r"this CifarResNet already has a last BN"),
+        (lambda: timm.create_model("test_resnet", num_classes=0), r"ResNet has no classifier \(num_classes=0\?\)"),
+        (lambda: timm.create_model("resnetv2_18", num_classes=3), r"the head of ResNetV2 ends in Conv2d"),
+        (lambda: torchvision.models.squeezenet1_1(), r"the head of SqueezeNet ends in Conv2d"),
+        (
+            lambda: VisionTransformerDistilled(32, 16, embed_dim=12, depth=1, num_heads=2),
+            r"VisionTransformerDistilled has 2 heads; a last BN needs one linear head",
+        ),
+        (lambda: timm.create_model("repvit_m0_9", num_classes=3), r"RepVit has 2 heads"),
+        (lambda: nn.ReLU(), r"ReLU has no classifier"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), r"an nn.Sequential would run model.last_bn as its last layer"),
+        (
+            lambda: timm.create_model("test_resnet", drop_rate=0.3),
+            r"applies its dropout \(drop_rate=0.3\) by a function",
+        ),
+    ],
+)
+def test_what_it_refuses(build, text):
+    model = build()
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=text):
+        insert_last_bn(model)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "text"),
+    [
+        ([], ValueError, r"at least 2 examples, got 0"),
+        (torch.ones(1, 6), ValueError, r"at least 2 examples, got 1; pass more batches, or None"),
+        ([torch.ones(4, 6).long()], TypeError, r"batch 0 is a tensor of torch.int64; batches are one tensor"),
+        ([torch.ones(4, 6), "x"], TypeError, r"batch 1 is a str"),
+        (torch.full((4, 6), torch.nan), ValueError, r"not finite on these batches"),
+    ],
+)
+def test_what_calibration_refuses(batches, error, text):
+    with pytest.raises(error, match=text):
+        insert_last_bn(Net(), batches)
+
+
+def test_one_example_in_training_mode_is_one_clear_error():
+    net = insert_last_bn(Net()).train()
+    with pytest.raises(ValueError, match="needs at least 2 examples in training mode, got a batch of 1"):
+        net(data(1))

@@ -17,7 +17,7 @@ demo: .venv/.installed
 	$(PY) -m condzoo sweep digits/resnet20_nobn_lastbn --grid model.name=cifar_resnet20_nobn_lastbn,cifar_resnet20_nobn --out $(DEMO)
 
 test: .venv/.installed check
-	$(PY) -W error::SyntaxWarning -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
 check: .venv/.installed
 	$(PY) -m ruff check .

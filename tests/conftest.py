@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+# One thread a worker (pytest -n auto runs one a core): threads of several processes that share cores wait for each
+# other far longer than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
 
 # Real images for development lie beside the repository, when they are there at all.
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"

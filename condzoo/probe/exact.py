@@ -14,7 +14,7 @@ Shapes: N samples, K classes, P parameters, T positions of a layer.
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,11 @@ from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.gradient_rows import LayerRows, gradient_rows
 from condzoo.probe.layers import choose
 from condzoo.probe.losses import Loss, check_categorical, logits_of, mean_loss
-from condzoo.probe.measuring import batch_size, check_option
+from condzoo.probe.measuring import batch_size, checked
 from condzoo.probe.preserving import preserved
 from condzoo.probe.second_derivatives import ggn_matrix, hessian_matrix
 from condzoo.probe.spectra import Spectrum, from_blocks
 
-Matrix = Literal["fisher", "grad_moment", "hessian", "ggn"]
 MATRICES = ("fisher", "grad_moment", "hessian", "ggn")
 
 LARGEST = 20_000  # side of the matrix decomposed, at most: 3.2 GB and about ten minutes
@@ -39,7 +38,7 @@ def curvature(
     model: nn.Module,
     x: Tensor,
     y: Tensor | None,
-    matrix: Matrix = "fisher",
+    matrix: str = "fisher",
     block: str | None = None,
     *,
     loss: Loss | None = None,
@@ -65,7 +64,7 @@ def curvature(
 
     Source: arXiv:2002.10801, appendix, Figs. I-IV.
     """
-    check_option("matrix", matrix, MATRICES)
+    checked("matrix", matrix, MATRICES)
     if y is None and matrix in ("grad_moment", "hessian"):
         raise ValueError(f"matrix={matrix!r} needs targets y; only 'fisher' and 'ggn' do without")
     model = copy.deepcopy(model).double()

@@ -68,28 +68,25 @@ def spectra_of(moments: list[RunningMoment]) -> list[Spectrum]:
         found = torch.linalg.eigvalsh(torch.cat([matrices[i] for i in members])).cpu()
         for i, part in zip(members, found.split([matrices[i].shape[0] for i in members]), strict=True):
             values[i] = part
-    noise = max((_softmax_noise(m, matrices[i]) for i, m in enumerate(moments) if i % 2), default=0.0)
-    return [_spectrum(m, matrices[i], values[i], noise if i % 2 else None) for i, m in enumerate(moments)]
+    remainders = [
+        zero_sum_remainder(matrices[i], m.dtype, last=i == len(moments) - 1) if i % 2 and m.total is not None else None
+        for i, m in enumerate(moments)
+    ]
+    # The gradient p - y of a softmax cross-entropy loses digits where p is close to y. How far its rows are
+    # from a sum of zero shows that noise, and the gradients of all layers before it have it too.
+    noise = max((r / float(m.diagonal().max()) for r, m in zip(remainders, moments, strict=True) if r), default=0.0)
+    return [
+        _spectrum(m, matrices[i], values[i], noise if i % 2 else 0.0, remainders[i] is not None)
+        for i, m in enumerate(moments)
+    ]
 
 
-def _softmax_noise(moment: RunningMoment, matrix: Tensor) -> float:
-    """What the pass itself left of an exact zero, over E[g_i^2]: 0.0 where rows do not sum to zero.
-
-    The gradient p - y of a softmax cross-entropy loses digits where p is close to y. How far its rows
-    are from a sum of zero shows that noise, and every layer before has it too.
-    """
-    if moment.total is None:
-        return 0.0
-    remainder = zero_sum_remainder(matrix, moment.dtype)
-    return 0.0 if remainder is None else remainder / float(moment.diagonal().max())
-
-
-def _spectrum(moment: RunningMoment, matrix: Tensor, values: Tensor, gradient_noise: float | None) -> Spectrum:
-    """values: [g, m] with m = d, or the number of vectors where that is smaller."""
+def _spectrum(moment: RunningMoment, matrix: Tensor, values: Tensor, noise: float, sums_to_zero: bool) -> Spectrum:
+    """values: [g, m] with m = d, or the number of vectors where that is smaller; noise: over E[x_i^2]."""
     dim, largest = moment.dim, max(0.0, float(values.max()))
     padded = torch.cat([values, values.new_zeros((values.shape[0], dim - values.shape[1]))], dim=1)
     diagonal = float(moment.diagonal().max())
-    of_data = max(data_noise(moment.dtype, diagonal), SAFETY * (gradient_noise or 0.0) * diagonal)
+    of_data = max(data_noise(moment.dtype, diagonal), SAFETY * noise * diagonal)
     floor = of_data + moment.noise / max(1, moment.rows) + float64_noise(dim, largest)
     how = f"{'float32' if moment.fast else 'float64'} products of {str(moment.dtype).removeprefix('torch.')} data"
     plain = from_blocks(padded, floor, moment.vectors, arithmetic=how)
@@ -98,7 +95,7 @@ def _spectrum(moment: RunningMoment, matrix: Tensor, values: Tensor, gradient_no
     if moment.total is None:
         nulls, why = zero_coordinates(moment.diagonal())
     else:
-        nulls, why = structural_nulls(matrix, moment.dtype, gradient=gradient_noise is not None)
+        nulls, why = structural_nulls(matrix, sums_to_zero=sums_to_zero)
     nulls = min(nulls, plain.dim - plain.rank)
     return from_blocks(padded, floor, moment.vectors, nulls=nulls, null_reason=why, arithmetic=how)
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from condzoo.probe import losses
-from condzoo.probe.arithmetic import PRECISIONS, Precision
+from condzoo.probe.arithmetic import PRECISIONS
 from condzoo.probe.capture import Capture, relus_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
-from condzoo.probe.layers import CONVS, Conv, choose
+from condzoo.probe.layers import CONVS, choose
 from condzoo.probe.losses import LABELS, Labels, Loss
 from condzoo.probe.preserving import preserved
 from condzoo.probe.weights import largest_singular_values, own_weight
@@ -27,12 +27,12 @@ def measure(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    labels: Labels = "data",
+    labels: str = "data",
     loss: Loss | None = None,
     layers: Sequence[str] | None = None,
-    conv: Conv = "channels",
+    conv: str = "channels",
     device: str | torch.device | None = None,
-    precision: Precision = "auto",
+    precision: str = "auto",
     seed: int = 0,
     bias: bool = False,
     adapter: Adapter | None = None,
@@ -68,15 +68,14 @@ def measure(
 
     Source: arXiv:2002.10801, sec. 3.
     """
-    for option, value, allowed in (("labels", labels, LABELS), ("conv", conv, CONVS)):
-        check_option(option, value, allowed)
-    check_option("precision", precision, PRECISIONS)
+    whose: Labels = checked("labels", labels, LABELS)
     chosen, skipped = choose(model, layers)
     if device is not None and any(p.device != torch.device(device) for p in model.parameters()):
         model = copy.deepcopy(model).to(device)
         chosen, skipped = choose(model, layers)
-    capture = Capture(chosen, relus_of(model), conv=conv, precision=precision, bias=bias)
-    run = _Run(model, capture, labels, loss, seed)
+    capture = Capture(chosen, relus_of(model), bias=bias)
+    capture.conv, capture.precision = checked("conv", conv, CONVS), checked("precision", precision, PRECISIONS)
+    run = _Run(model, capture, whose, loss, seed)
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
         capture.attach()
         try:
@@ -87,12 +86,13 @@ def measure(
     return run.result(skipped)
 
 
-def check_option(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise a ValueError that names the closest allowed value."""
+def checked(name: str, value: str, allowed: Sequence[str]) -> Any:
+    """The value if it is allowed, else a ValueError that names the closest."""
     if value not in allowed:
         close = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+    return value
 
 
 class _Run:

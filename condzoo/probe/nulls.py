@@ -14,37 +14,39 @@ from torch import Tensor
 PARALLEL = 1e-12  # how far |correlation| of two multiples of each other may be from 1 in float64
 
 
-def structural_nulls(moment: Float[Tensor, "g d d"], dtype: torch.dtype, *, gradient: bool) -> tuple[int, str]:
+def structural_nulls(moment: Float[Tensor, "g d d"], *, sums_to_zero: bool) -> tuple[int, str]:
     """How many eigenvalues are exactly zero by structure, and the reasons in words.
 
     Args:
         moment: [g, d, d] second moments, float64 products.
-        dtype: of the data behind them.
-        gradient: whether rows that sum to zero are to be expected.
+        sums_to_zero: whether `zero_sum_remainder` found that each row does.
     """
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     alive = diagonal > 0
     found = [(int((~alive).sum()), "coordinates always 0")]
     found.append((sum(_parallel(m, a) for m, a in zip(moment, alive, strict=True)), "coordinates that copy another"))
-    if gradient and zero_sum_remainder(moment, dtype) is not None:
+    if sums_to_zero:
         found.append((1, "rows sum to 0 (softmax)"))
     present = [(count, why) for count, why in found if count]
     return sum(count for count, _ in present), ", ".join(f"{count}: {why}" for count, why in present)
 
 
-def zero_sum_remainder(moment: Float[Tensor, "g d d"], dtype: torch.dtype) -> float | None:
-    """E[(sum_i g_i)^2] / d where it is zero but for the rounding of the data, else None.
+def zero_sum_remainder(moment: Float[Tensor, "g d d"], dtype: torch.dtype, *, last: bool) -> float | None:
+    """E[(sum_i g_i)^2] / d where rows sum to zero but for the rounding of the data, else None.
 
-    Zero means under 1e-6 (20 u^2, for coarser data) of the mean E[g_i^2]: a sum so close to zero in
-    exactly this direction does not come about by chance.
+    Zero means under 1e-6 (20 u^2, for coarser data) of the mean E[g_i^2]: so little in exactly this
+    direction does not come about by chance. In the network's last layer also under (4 u)^2: the gradient
+    p - y of a confident softmax is small, but its rounding is that of p, which is near 1.
     """
     if moment.shape[0] > 1 or moment.shape[1] < 3:
         return None
-    dim = moment.shape[1]
+    dim, roundoff = moment.shape[1], torch.finfo(dtype).eps / 2
     remainder = max(0.0, float(moment.sum()) / dim)
     trace = float(moment.diagonal(dim1=-2, dim2=-1).sum())
-    limit = max(1e-6, 20 * (torch.finfo(dtype).eps / 2) ** 2)
-    return remainder if trace > 0 and remainder <= limit * trace / dim else None
+    limit = max(1e-6, 20 * roundoff**2) * trace / dim
+    if last:
+        limit = max(limit, (4 * roundoff) ** 2)
+    return remainder if trace > 0 and remainder <= limit else None
 
 
 def zero_coordinates(diagonal: Float[Tensor, "g d"]) -> tuple[int, str]:

@@ -82,7 +82,7 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
     figure.savefig(png, dpi=130)
 
 
-def _last_layers(axes: Sequence[Axes], runs: dict[str, list[Conditioning]]) -> None:
+def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
     for i, (label, records) in enumerate(runs.items()):
         spectra = [list(r.values())[-1].input for r in records if len(r)]
         steps = [r.step or 0 for r in records if len(r)]

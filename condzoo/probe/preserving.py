@@ -20,7 +20,7 @@ def preserved(model: nn.Module, seed: int) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
     buffers = [
-        (module, name, buffer, buffer.clone(), buffer._version)
+        (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -36,12 +36,12 @@ def preserved(model: nn.Module, seed: int) -> Iterator[None]:
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            for module, name, buffer, values, version in buffers:
-                _restore(module, name, buffer, values, version)
+            for module, name, buffer, values in buffers:
+                _restore(module, name, buffer, values)
 
 
-def _restore(module: nn.Module, name: str, buffer: Tensor, values: Tensor, version: int) -> None:
+def _restore(module: nn.Module, name: str, buffer: Tensor, values: Tensor) -> None:
     module._buffers[name] = buffer
-    if buffer._version != version:
+    if not torch.equal(buffer, values):
         with torch.no_grad():
             buffer.copy_(values)

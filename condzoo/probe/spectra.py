@@ -168,7 +168,7 @@ def from_blocks(
     )
 
 
-def condition_number(eigenvalues: Tensor | np.ndarray | Sequence[float] | Spectrum, p: float = 1.0) -> float:
+def condition_number(eigenvalues: Tensor | np.ndarray | Sequence[float | int] | Spectrum, p: float = 1.0) -> float:
     """kappa_p = lambda_max / lambda_j with lambda_j the ceil(p * d)-th largest of d eigenvalues.
 
     Args:

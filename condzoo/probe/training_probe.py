@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from condzoo.probe.arithmetic import PRECISIONS, Precision
+from condzoo.probe.arithmetic import PRECISIONS
 from condzoo.probe.capture import Capture, relus_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
-from condzoo.probe.layers import CONVS, Conv, choose
-from condzoo.probe.measuring import batch_size, check_option, coarsest
+from condzoo.probe.layers import CONVS, choose
+from condzoo.probe.measuring import batch_size, checked, coarsest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
 from condzoo.probe.weights import largest_singular_values, own_weight
 
@@ -59,8 +59,8 @@ class Probe:
         *,
         out: str | Path | None = None,
         layers: Sequence[str] | None = None,
-        conv: Conv = "channels",
-        precision: Precision = "auto",
+        conv: str = "channels",
+        precision: str = "auto",
         bias: bool = False,
         start_step: int = 0,
         reduction: str = "mean",
@@ -68,14 +68,14 @@ class Probe:
     ) -> None:
         if every < 0 or start_step < 0:
             raise ValueError(f"every and start_step must be 0 or more, got {every} and {start_step}")
-        check_option("conv", conv, CONVS)
-        check_option("precision", precision, PRECISIONS)
-        check_option("reduction", reduction, ("mean", "sum"))
+        checked("reduction", reduction, ("mean", "sum"))
         self.model, self.every, self.reduction, self.loss_scale = model, every, reduction, loss_scale
         self.path = None if out is None else Path(out) / FILE_NAME
         self.latest: Conditioning | None = None
         chosen, self._unmeasurable = choose(model, layers)
-        self._capture = Capture(chosen, relus_of(model), conv=conv, precision=precision, bias=bias)
+        self._capture = Capture(chosen, relus_of(model), bias=bias)
+        self._capture.conv = checked("conv", conv, CONVS)
+        self._capture.precision = checked("precision", precision, PRECISIONS)
         self._weights = {n: w for n, m in chosen.items() if (w := own_weight(m)) is not None}
         self._step = start_step
         self._handles: list[RemovableHandle] = []

@@ -1,0 +1,171 @@
+"""Exact curvature against matrices built from torch.func, one sample and one class at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacrev
+
+from condzoo.probe import curvature, measure
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")  # torch.func.hessian's own
+
+
+def layer_parameters(model, block=None):
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    chosen = layers if block is None else {block: layers[block]}
+    return {f"{n}.{k}": p.detach() for n, m in chosen.items() for k, p in m.named_parameters()}
+
+
+def flat(tree):
+    return torch.cat([t.flatten() for t in tree.values()])
+
+
+def dense(model, x, y, matrix, block=None):
+    """The matrix itself, by per-sample gradients, or by torch.func.hessian and jacrev of the batch."""
+    parameters = layer_parameters(model, block)
+
+    def logits(p, inputs):
+        buffers = {k: b.clone() for k, b in model.named_buffers()}
+        return functional_call(model, {**p, **buffers}, (inputs,))
+
+    if matrix == "hessian":
+        tree = hessian(lambda p: F.cross_entropy(logits(p, x), y))(parameters)
+        rows = [torch.cat([b.flatten(parameters[i].ndim) for b in tree[i].values()], parameters[i].ndim) for i in tree]
+        return torch.cat([r.reshape(-1, r.shape[-1]) for r in rows])
+    total = 0
+    for n in range(len(x)):
+        one = x[n : n + 1]
+        p = logits(parameters, one).softmax(1)[0].detach()
+        if matrix == "ggn":
+            tree = jacrev(lambda q, one=one: logits(q, one)[0])(parameters)
+            jacobian = torch.cat([t.flatten(1) for t in tree.values()], dim=1)
+            total = total + jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian
+            continue
+        draws = [(1.0, y[n])] if matrix == "grad_moment" else [(p[c], torch.tensor(c)) for c in range(len(p))]
+        for weight, label in draws:
+            tree = grad(lambda q, one=one, label=label: F.cross_entropy(logits(q, one), label[None]))(parameters)
+            total = total + weight * torch.outer(flat(tree), flat(tree))
+    return total / len(x)
+
+
+def spectrum_of(matrix):
+    return torch.linalg.eigvalsh(matrix).flip(0)
+
+
+@pytest.fixture(params=["many", "few"])
+def samples(request):
+    return {"many": 40, "few": 5}[request.param]  # either Gram side is the smaller one
+
+
+def networks(kit, name):
+    if name == "mlp":
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(48, 3), nn.ReLU(), nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)
+        ).double()
+    if name == "conv":
+        torch.manual_seed(0)
+        body = [nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2)]
+        return nn.Sequential(*body, nn.Flatten(), nn.Linear(4, 4)).double()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 4)).double()
+    return model.eval()
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "hessian", "ggn"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "bn_eval"])
+def test_full_matrices_equal_the_dense_ones(kit, name, matrix, samples):
+    model, (x, y) = networks(kit, name), kit.images(samples)
+    found = curvature(model, x, y, matrix).eigenvalues
+    expected = spectrum_of(dense(model, x, y, matrix))
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) < 1e-12 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "hessian", "ggn"])
+@pytest.mark.parametrize(("name", "block"), [("mlp", "3"), ("conv", "2")])
+def test_blocks_equal_the_dense_ones(kit, name, block, matrix):
+    model, (x, y) = networks(kit, name), kit.images(12)
+    found = curvature(model, x, y, matrix, block=block).eigenvalues
+    expected = spectrum_of(dense(model, x, y, matrix, block))
+    assert float((found - expected).abs().max()) < 1e-12 * float(expected.abs().max())
+
+
+def test_a_relu_networks_hessian_blocks_equal_its_ggn_blocks(kit):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.ReLU(), nn.Linear(6, 4)).double()
+    x, y = kit.images(32)
+    for block in ("1", "3"):
+        h, g = (curvature(model, x, y, matrix, block=block).eigenvalues for matrix in ("hessian", "ggn"))
+        assert float((h - g).abs().max()) < 1e-12 * float(g.max())
+    full_h, full_g = (curvature(model, x, y, matrix).eigenvalues for matrix in ("hessian", "ggn"))
+    assert float((full_h - full_g).abs().max()) > 1e-3 * float(full_g.max())
+
+
+def test_batch_statistics_make_a_gradient_layer_by_layer(kit):
+    """Row i of a layer is n * dL/dh_i x_i^T: from the parameter gradient of a linear layer's copy a sample."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 4)).double()
+    x, y = kit.images(10)
+    weight = model[1].weight.detach().expand(10, 3, 48).clone().requires_grad_()
+    bias = model[1].bias.detach().expand(10, 3).clone().requires_grad_()
+    h = torch.einsum("noi,ni->no", weight, x.flatten(1)) + bias
+    gradients = torch.autograd.grad(F.cross_entropy(model[2:](h), y), (weight, bias))
+    rows = 10 * torch.cat([g.flatten(1) for g in gradients], dim=1)
+    found = curvature(model, x, y, "grad_moment", block="1").eigenvalues
+    assert torch.allclose(found, spectrum_of(rows.T @ rows / 10), rtol=1e-10, atol=1e-14)
+
+
+def test_ggn_under_batch_statistics_is_that_of_the_batch_as_one_function(kit):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 3)).double()
+    x = kit.images(6)[0]
+    parameters = layer_parameters(model)
+
+    def logits(p):
+        fresh = {k: b.clone() for k, b in model.named_buffers()}
+        return functional_call(model, {**p, **fresh}, (x,))
+
+    tree = jacrev(logits)(parameters)
+    jacobian = torch.cat([t.flatten(2) for t in tree.values()], dim=2)
+    p = logits(parameters).softmax(1).detach()
+    expected = sum(j.T @ (torch.diag(q) - torch.outer(q, q)) @ j for j, q in zip(jacobian, p, strict=True)) / 6
+    found = curvature(model, x, None, "ggn").eigenvalues
+    assert torch.allclose(found, spectrum_of(expected), rtol=1e-10, atol=1e-13)
+
+
+def test_one_sample_makes_the_kronecker_product_exact(kit):
+    model, (x, y) = networks(kit, "mlp"), kit.images(1)
+    exact = curvature(model, x, y, "grad_moment", block="3")
+    product = measure(model, (x, y), bias=True)["3"].fisher
+    assert exact.lambda_max == pytest.approx(product.lambda_max, rel=1e-12)
+
+
+def test_the_model_is_untouched_and_ranks_are_said(kit):
+    model, (x, y) = networks(kit, "mlp"), kit.images(5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = curvature(model, x, y, "grad_moment")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert (found.rank, found.status(), found.rows) == (5, "rank-limited", 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"matrix": "fischer"}, r"matrix must be one of 'fisher', .*got 'fischer'; did you mean 'fisher'\?"),
+        ({"block": "9"}, "no layer matches '9'; did you mean"),
+        ({"matrix": "hessian", "y": None}, "matrix='hessian' needs targets y; only 'fisher' and 'ggn' do without"),
+    ],
+)
+def test_wrong_arguments_are_explained(kit, arguments, message):
+    x, y = kit.images()
+    with pytest.raises(ValueError, match=message):
+        curvature(networks(kit, "mlp"), **{"x": x, "y": y, **arguments})
+
+
+def test_too_large_a_matrix_is_refused_before_it_is_computed():
+    model = nn.Linear(200, 200)
+    with pytest.raises(ValueError, match=r"has side 40,200, at most 20,000 is possible; pass fewer samples"):
+        curvature(model, torch.randn(4, 200), torch.zeros(4, dtype=torch.long), "hessian")

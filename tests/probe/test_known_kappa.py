@@ -1,0 +1,95 @@
+"""Layers whose condition number is known beforehand: reported right, or declared unknown, never wrong."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from condzoo.probe import measure
+
+TOLERANCE = {torch.float64: 0.01, torch.float32: 0.05, torch.bfloat16: 0.05}
+
+
+def inputs(kappa: float, dim: int, rows: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """[rows, dim] with a second moment of condition number kappa, eigenvalues even in the logarithm."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn((rows, dim), generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn((dim, dim), generator=generator, dtype=torch.float64)).Q
+    values = torch.logspace(0, -math.log10(kappa), dim, dtype=torch.float64)
+    return ((left * (values * rows).sqrt()) @ right.T).to(dtype)
+
+
+def measured(x, precision):
+    torch.manual_seed(0)
+    model = nn.Linear(x.shape[1], 3).to(x.dtype)
+    return measure(model, (x, torch.zeros(len(x), dtype=torch.long)), precision=precision)[""].input
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["auto", "float64", "fast"])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_kappa_is_right_or_declared_unknown(dtype, precision, dim):
+    for exponent in range(1, 13):
+        found = measured(inputs(10.0**exponent, dim, 2048, dtype), precision)
+        kappa = found.condition_number()
+        if found.status() == "ok":
+            assert kappa == pytest.approx(10.0**exponent, rel=TOLERANCE[dtype])
+        else:
+            assert (found.status(), kappa) == ("bound", math.inf)
+            assert found.at_least() < 1.05 * 10.0**exponent
+        known_to = {torch.float64: 9, torch.float32: 5, torch.bfloat16: 1}[dtype]
+        assert found.status() == "ok" or exponent > known_to
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_middle_of_a_spectrum_is_known_where_its_end_is_not(dtype):
+    found = measured(inputs(1e15, 64, 2048, dtype), "auto")
+    assert found.status(0.05) == "ok"
+    assert found.condition_number(0.05) == pytest.approx(10 ** (15 * 3 / 63), rel=0.05)
+    assert found.status(1.0) == "bound"
+
+
+def test_auto_uses_float64_products_only_where_fast_ones_do_not_reach():
+    near, far = (measured(inputs(kappa, 32, 2048, torch.float32), "auto") for kappa in (1e2, 1e8))
+    assert near.arithmetic == "float32 products of float32 data"
+    assert far.arithmetic == "float64 products of float32 data"
+    assert far.condition_number() == pytest.approx(1e8, rel=0.05)
+    fast = measured(inputs(1e8, 32, 2048, torch.float32), "fast")
+    assert (fast.status(), fast.condition_number()) == ("bound", math.inf)
+
+
+def test_fewer_rows_than_dimensions_is_said_and_not_a_large_number():
+    found = measured(inputs(10.0, 64, 64, torch.float64)[:20], "auto")
+    assert (found.status(), found.condition_number(), found.rank) == ("rank-limited", math.inf, 20)
+    assert found.complement_condition_number() < 1e3
+
+
+def test_dead_and_copied_coordinates_are_named_as_nulls():
+    x = inputs(10.0, 8, 512, torch.float32)
+    x[:, 2] = 0
+    x[:, 5] = -3 * x[:, 4]
+    x[:, 6], x[:, 7] = 0.25, -1.5
+    found = measured(x, "auto")
+    assert (found.nulls, found.rank, found.status()) == (3, 5, "structural null")
+    assert found.null_reason == "1: coordinates always 0, 2: coordinates that copy another"
+    assert found.complement_condition_number() < 1e4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("confidence", [0.0, 3.0, 8.0, 12.0])
+def test_the_softmax_null_is_never_a_condition_number(dtype, confidence):
+    """Confident logits leave p - y few digits: its rows sum to zero only roughly."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (512,), generator=generator)
+    x = nn.functional.one_hot(y, 10) * confidence + torch.randn((512, 10), generator=generator)
+    model = nn.Linear(10, 10).to(dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(10))
+        model.bias.zero_()
+    found = measure(model, (x.to(dtype), y))[""].output_grad
+    assert found.condition_number() == math.inf
+    assert found.status() in ("structural null", "bound")
+    if confidence == 0:
+        assert found.null_reason == "1: rows sum to 0 (softmax)"
+        assert found.complement_condition_number() < 100

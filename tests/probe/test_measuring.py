@@ -1,0 +1,250 @@
+"""`measure` against the dense oracle of conftest.py, and what it promises to leave alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from condzoo.probe import measure
+
+NAMES = ["mlp", "bn_mlp", "conv", "odd_conv", "residual", "other_dimensions", "tokens"]
+
+
+def close(spectrum, expected, tolerance=1e-10):
+    assert spectrum.eigenvalues.dtype == torch.float64
+    assert spectrum.eigenvalues.shape == expected.shape
+    assert float((spectrum.eigenvalues - expected).abs().max()) <= tolerance * float(expected.max())
+
+
+def state_of(model):
+    entries = [(n, t.clone(), t.requires_grad) for n, t in [*model.named_parameters(), *model.named_buffers()]]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+    return entries, grads, [m.training for m in model.modules()], hooks, torch.get_rng_state()
+
+
+def same_state(a, b):
+    entries = all(x[0] == y[0] and torch.equal(x[1], y[1]) and x[2] == y[2] for x, y in zip(a[0], b[0], strict=True))
+    pairs = list(zip(a[1], b[1], strict=True))
+    grads = all((x is None) == (y is None) and (x is None or torch.equal(x, y)) for x, y in pairs)
+    return entries and grads and a[2:4] == b[2:4] and torch.equal(a[4], b[4])
+
+
+@pytest.mark.parametrize("conv", ["channels", "patches"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_spectra_equal_those_of_the_dense_oracle(kit, name, training, conv):
+    model = kit.build(name).train(training)
+    x, y = kit.images()
+    expected = kit.oracle(copy.deepcopy(model), x, y, conv)
+    found = measure(model, (x, y), conv=conv)
+    assert list(found) == list(expected)
+    for layer, (inputs, grads) in expected.items():
+        close(found[layer].input, inputs)
+        close(found[layer].output_grad, grads)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_data_measured_automatically_is_close_to_float64_products(kit, name):
+    model = kit.build(name, torch.float32)
+    x, y = kit.images(dtype=torch.float32)
+    auto, exact = (measure(model, (x, y), precision=p) for p in ("auto", "float64"))
+    for layer in exact:
+        close(auto[layer].input, exact[layer].input.eigenvalues, 1e-5)
+        close(auto[layer].output_grad, exact[layer].output_grad.eigenvalues, 1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_bitwise_as_it_was(kit, name, training):
+    model = kit.build(name).train(training)
+    next(model.parameters()).requires_grad_(False)
+    x, y = kit.images()
+    F.cross_entropy(model(x), y).backward()
+    before = state_of(model)
+    measure(model, (x, y))
+    assert same_state(before, state_of(model))
+
+
+def test_the_model_is_left_as_it_was_when_the_loss_raises(kit):
+    model = kit.build("residual")
+    model[-1].weight.requires_grad_(False)
+    before = state_of(model)
+
+    def failing(output, target):
+        torch.rand(3)
+        raise RuntimeError("no such loss")
+
+    with pytest.raises(RuntimeError, match="no such loss"):
+        measure(model, kit.images(), loss=failing)
+    assert same_state(before, state_of(model))
+
+
+def test_splitting_and_reordering_batches_changes_nothing(kit):
+    model = kit.build("residual").eval()
+    x, y = kit.images(24)
+    whole = measure(model, (x, y))
+    parts = measure(model, [(x[a:b], y[a:b]) for a, b in ((17, 24), (0, 5), (5, 17))])
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
+    for name, layer in whole.items():
+        close(parts[name].input, layer.input.eigenvalues)
+        close(parts[name].output_grad, layer.output_grad.eigenvalues)
+        assert parts[name].weight_grad == pytest.approx(layer.weight_grad, rel=1e-9)
+        assert (parts[name].samples, parts[name].positions) == (24, layer.positions)
+
+
+def test_gradients_are_quadratic_in_the_scale_of_the_loss_and_know_its_reduction(kit):
+    model = kit.build("mlp")
+    x, y = kit.images()
+    mean = measure(model, (x, y))
+    total = measure(model, (x, y), loss=nn.CrossEntropyLoss(reduction="sum"))
+    each = measure(model, (x, y), loss=nn.CrossEntropyLoss(reduction="none"))
+    triple = measure(model, (x, y), loss=lambda output, target: 3 * F.cross_entropy(output, target))
+    for name, layer in mean.items():
+        close(total[name].output_grad, layer.output_grad.eigenvalues)
+        close(each[name].output_grad, layer.output_grad.eigenvalues)
+        close(triple[name].output_grad, 9 * layer.output_grad.eigenvalues)
+
+
+def test_model_labels_are_the_expectation_over_the_softmax(kit):
+    model = kit.build("conv").eval()
+    x, _ = kit.images(6)
+    found = measure(model, (x, torch.zeros(6, dtype=torch.long)), labels="model")
+    p = model(x).softmax(1).detach()
+    moments = dict.fromkeys(found, 0)
+    for n in range(6):
+        for label in range(4):
+            one = measure(model, (x[n : n + 1], torch.tensor([label])))
+            for name in found:
+                moments[name] += p[n, label] * one[name].output_grad.eigenvalues.sum() / 6
+    for name, layer in found.items():  # the trace is linear in the moment
+        assert float(layer.output_grad.eigenvalues.sum()) == pytest.approx(float(moments[name]), rel=1e-10)
+
+
+def test_the_mean_of_sampled_labels_approaches_the_exact_expectation(kit):
+    model = kit.build("mlp").eval()
+    x, y = kit.images(64)
+    exact = measure(model, (x, y), labels="model")["5"].output_grad.eigenvalues.sum()
+    draws = [measure(model, (x, y), labels="sample", seed=s)["5"].output_grad.eigenvalues.sum() for s in range(16)]
+    draws = torch.stack(draws)
+    assert abs(float(draws.mean() - exact)) < 4 * float(draws.std()) / 16**0.5
+    assert float(draws.std()) > 0
+
+
+def test_a_layer_called_twice_counts_every_call():
+    torch.manual_seed(0)
+    shared, head = nn.Linear(5, 5).double(), nn.Linear(5, 3).double()
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh(), head)
+    x, y = torch.randn(8, 5).double(), torch.randint(3, (8,))
+    layer = measure(model, (x, y))["0"]
+    rows = torch.cat([x, shared(x).tanh()]).detach()
+    assert (layer.samples, layer.input.rows, layer.positions) == (16, 16, 1)
+    close(layer.input, torch.linalg.svdvals(rows).square() / 16)
+
+
+def test_what_cannot_be_measured_is_named_with_the_reason():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.rnn = nn.Embedding(7, 4), nn.GRU(4, 4, batch_first=True)
+            self.unused, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.aside = nn.Linear(4, 2)
+
+        def forward(self, tokens):
+            h = self.rnn(self.embed(tokens))[0][:, -1]
+            self.aside(h)
+            return self.head(h)
+
+    found = measure(Part(), (torch.randint(7, (6, 5)), torch.randint(3, (6,))))
+    assert list(found) == ["head"]
+    assert "indices" in found.skipped["embed"]
+    assert "recurrent" in found.skipped["rnn"]
+    assert found.skipped["unused"] == "not called in the forward pass"
+    assert "no gradient" in found.skipped["aside"]
+    with pytest.raises(KeyError, match="was not measured: not called"):
+        found["unused"]
+
+
+def test_the_first_layer_with_nan_is_named_in_both_directions(kit):
+    model = kit.build("mlp")
+    with torch.no_grad():
+        model[3].weight[0, 0] = torch.nan
+    found = measure(model, kit.images())
+    assert found.first_nonfinite == {"forward": "5", "backward": "5"}
+    assert found.skipped["5"] == "its input holds NaN or Inf"
+    assert found.loss is None
+
+
+def test_dropout_is_seeded_and_the_seed_matters(kit):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 9), nn.Dropout(0.5), nn.Linear(9, 4)).double()
+    a, b, c = (measure(model, kit.images(), seed=s)["3"].input.eigenvalues for s in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_frozen_layers_are_measured_like_others(kit):
+    model = kit.build("conv").eval()
+    free = measure(model, kit.images())
+    model.requires_grad_(False)
+    for name, layer in measure(model, kit.images()).items():
+        close(layer.output_grad, free[name].output_grad.eigenvalues)
+        assert layer.weight_grad == free[name].weight_grad
+
+
+def test_weights_are_their_largest_singular_values(kit):
+    model = kit.build("conv")
+    x, y = kit.images()
+    found = measure(model, (x, y))
+    F.cross_entropy(model(x), y).backward()
+    dense, grouped = model[6].weight.detach(), model[2].weight.detach()
+    assert found["6"].weight == pytest.approx(float(torch.linalg.svdvals(dense)[0]), rel=1e-12)
+    assert found["6"].weight_grad == pytest.approx(float(torch.linalg.svdvals(model[6].weight.grad)[0]), rel=1e-12)
+    halves = max(float(torch.linalg.svdvals(half.flatten(1))[0]) for half in grouped.chunk(2))
+    assert found["2"].weight == pytest.approx(halves, rel=1e-12)
+
+
+def test_the_bias_enters_as_a_constant_input(kit):
+    model = kit.build("mlp")
+    x, y = kit.images()
+    rows = torch.cat([x.flatten(1), torch.ones(12, 1).double()], dim=1)
+    expected = torch.zeros(49).double()
+    expected[:12] = torch.linalg.svdvals(rows).square() / 12
+    close(measure(model, (x, y), bias=True)["1"].input, expected)
+
+
+def test_layers_are_chosen_by_name_or_pattern(kit):
+    model = kit.build("residual")
+    assert list(measure(model, kit.images(), layers=["3.*", "7"])) == ["3.conv1", "3.conv2", "7"]
+    with pytest.raises(ValueError, match=r"no layer matches '3.conv9'; did you mean '3.conv"):
+        measure(model, kit.images(), layers=["3.conv9"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": "modle"}, r"labels must be one of 'data', 'model', 'sample', got 'modle'; did you mean 'model'\?"),
+        ({"conv": "patch"}, r"conv must be one of 'channels', 'patches', got 'patch'; did you mean 'patches'\?"),
+        ({"precision": "float32"}, r"precision must be one of 'auto', 'float64', 'fast', got 'float32'"),
+        ({"labels": "model", "loss": F.mse_loss}, r"needs the cross-entropy loss, got mse_loss; use labels='data'"),
+        (
+            {"loss": lambda output, y: output},
+            r"loss must return a scalar, or one number a sample \[12\]; got \[12, 4\]",
+        ),
+    ],
+)
+def test_wrong_options_are_explained(kit, options, message):
+    with pytest.raises(ValueError, match=message):
+        measure(kit.build("mlp"), kit.images(), **options)
+
+
+def test_no_batch_and_wrong_batches_are_explained(kit):
+    model = kit.build("mlp")
+    with pytest.raises(ValueError, match="batches gave no batch"):
+        measure(model, [])
+    with pytest.raises(TypeError, match=r"must be a pair \(x, y\), got a dict of 1; pass adapter"):
+        measure(model, [{"image": kit.images()[0]}])
+    x, y = kit.images()
+    adapted = measure(model, [{"image": x, "label": y}], adapter=lambda batch: (batch["image"], batch["label"]))
+    close(adapted["1"].input, measure(model, (x, y))["1"].input.eigenvalues)

@@ -1,0 +1,125 @@
+"""JSON there and back, the log's rules, columns, tables and pictures."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from condzoo.probe import Conditioning, measure, plot_comparison, plot_records, read_records, record_columns
+from condzoo.probe.records import append_record, drop_torn_line
+
+
+def same(a, b):
+    assert list(a) == list(b)
+    for name, layer in a.items():
+        for side in ("input", "output_grad"):
+            x, y = getattr(layer, side), getattr(b[name], side)
+            assert torch.equal(x.eigenvalues, y.eigenvalues)
+            assert (x.blocks is None) == (y.blocks is None)
+            assert x.blocks is None or torch.equal(x.blocks, y.blocks)
+            kept = ("noise_floor", "rows", "nulls", "null_reason", "arithmetic")
+            assert [getattr(x, k) for k in kept] == [getattr(y, k) for k in kept]
+        kept = ("kind", "weight", "weight_grad", "samples", "positions")
+        assert [getattr(layer, k) for k in kept] == [getattr(b[name], k) for k in kept]
+    rest = [k for k in vars(a) if k != "layers"]
+    assert [getattr(a, k) for k in rest] == [getattr(b, k) for k in rest]
+
+
+@pytest.fixture
+def measured(kit):
+    return measure(kit.build("conv", torch.float32), kit.images(64, dtype=torch.float32))
+
+
+@pytest.fixture
+def log(measured, tmp_path):
+    for step in (0, 10, 20):
+        append_record(tmp_path / "conditioning.jsonl", replace(measured, step=step))
+    return tmp_path / "conditioning.jsonl"
+
+
+def test_json_gives_exactly_the_same_back(measured, tmp_path):
+    measured.to_json(tmp_path / "c.json")
+    same(measured, Conditioning.from_json(tmp_path / "c.json"))
+    json.loads((tmp_path / "c.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+
+
+def test_other_files_are_rejected_by_name(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"schema": "other/1"}')
+    with pytest.raises(ValueError, match=r"c.json: not a conditioning record: expected schema 'condzoo.*got 'other/1'"):
+        Conditioning.from_json(path)
+    with pytest.raises(FileNotFoundError):
+        Conditioning.from_json(tmp_path / "none.json")
+
+
+def test_a_torn_last_line_is_skipped_with_a_warning_and_cut_off_before_appending(log, measured):
+    whole = log.read_bytes()
+    log.write_bytes(whole + whole[:100])
+    with pytest.warns(UserWarning, match=r"conditioning.jsonl:4: skipped a torn last line"):
+        assert [r.step for r in read_records(log)] == [0, 10, 20]
+    drop_torn_line(log)
+    assert log.read_bytes() == whole
+
+
+def test_a_broken_line_within_is_an_error_that_names_it(log):
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text(lines[0] + "{}\n" + lines[2])
+    with pytest.raises(ValueError, match=r"conditioning.jsonl:2: not a conditioning record"):
+        read_records(log)
+
+
+def test_a_run_that_went_on_from_an_older_step_replaces_what_came_after(log, measured):
+    append_record(log, replace(measured, step=10, samples=7))
+    assert [(r.step, r.samples) for r in read_records(log.parent)] == [(0, 64), (10, 7)]
+
+
+def test_no_records_says_where_they_were_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no conditioning records at .*conditioning.jsonl; was the run probed"):
+        read_records(tmp_path)
+
+
+def test_columns_hold_one_entry_a_step_and_layer(log, measured):
+    columns = record_columns(read_records(log), p=(0.5, 1.0))
+    assert all(len(column) == 3 * len(measured) for column in columns.values())
+    one = (columns["step"] == 10) & (columns["layer"] == "2")
+    layer = measured["2"]
+    assert columns["input_lambda_max"][one] == layer.input.lambda_max
+    assert columns["output_grad_kappa50"][one] == layer.output_grad.condition_number(0.5)
+    assert columns["depth"][one] == 1
+    assert columns["kind"][one] == "grouped Conv2d"
+    assert columns["input_lambda_max"].dtype == np.float64
+
+
+def test_the_table_names_every_layer_its_numbers_and_what_was_skipped(measured):
+    text = replace(measured, skipped={"embed": "its input is indices"}).table(p=0.5)
+    for name, layer in measured.items():
+        line = next(line for line in text.splitlines()[2:] if line.startswith(f"{name} "))
+        assert layer.kind in line
+        assert f"{layer.input.lambda_max:.3g}" in line
+        assert f"{layer.weight_domination:.2g}" in line
+    assert "0! " in text  # the classifier's softmax null
+    assert "skipped embed: its input is indices" in text
+    assert "train mode, 64 samples, labels from the data" in text
+
+
+def test_pictures_are_drawn_without_pyplot(log, measured, tmp_path):
+    import sys
+
+    before = "matplotlib.pyplot" in sys.modules
+    plot_records(log, tmp_path / "one" / "run.png", title="a run")
+    plot_comparison({"plain": log, "again": read_records(log)}, tmp_path / "two.png")
+    measured.plot(tmp_path / "single.png")
+    for name in ("one/run.png", "two.png", "single.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_nothing_to_plot_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no record with a measured layer"):
+        plot_records([], tmp_path / "x.png")
+    with pytest.raises(ValueError, match="no run to plot"):
+        plot_comparison({}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="no layer was measured"):
+        Conditioning(layers={}).plot(tmp_path / "x.png")

@@ -1,0 +1,195 @@
+"""`Probe` in a training loop: the same numbers as `measure`, and the same weights as without it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from condzoo.probe import Probe, measure, read_records
+
+
+def train(model, kit, steps, probe=None, evaluate=False):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(steps):
+        x, y = kit.images(seed=step, dtype=next(model.parameters()).dtype)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if probe is not None:
+            probe.step()
+        if evaluate:
+            model.eval()
+            with torch.no_grad():
+                model(kit.images(5)[0])
+            model.train()
+    return model
+
+
+def close(a, b, tolerance=1e-12):
+    assert list(a) == list(b)
+    for name in a:
+        for side in ("input", "output_grad"):
+            x, y = getattr(a[name], side).eigenvalues, getattr(b[name], side).eigenvalues
+            assert float((x - y).abs().max()) <= tolerance * float(y.max())
+        assert a[name].weight == pytest.approx(b[name].weight, rel=1e-12)
+        assert a[name].weight_grad == pytest.approx(b[name].weight_grad, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["bn_mlp", "conv", "residual"])
+def test_weights_are_bitwise_those_of_training_without_it(kit, name):
+    plain = train(kit.build(name, torch.float32), kit, 5)
+    model = kit.build(name, torch.float32)
+    with Probe(model, every=2) as probe:
+        train(model, kit, 5, probe)
+    for (key, a), (_, b) in zip(plain.state_dict().items(), model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), key
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "residual", "tokens"])
+def test_it_sees_what_measure_sees_on_the_same_batch(kit, name):
+    model = kit.build(name)
+    expected = measure(model, kit.images(seed=0))
+    with Probe(model) as probe:
+        train(model, kit, 1, probe)
+    close(probe.latest, expected)
+    assert probe.latest.neurons == expected.neurons
+    assert (probe.latest.step, probe.latest.samples, probe.latest.mode) == (0, 12, "train")
+
+
+def test_it_measures_the_steps_that_are_due_and_writes_them(kit, tmp_path):
+    model = kit.build("mlp")
+    with Probe(model, every=3, out=tmp_path / "run") as probe:
+        train(model, kit, 8, probe)
+    records = read_records(tmp_path / "run")
+    assert [r.step for r in records] == [0, 3, 6]
+    close(records[-1], probe.latest, 0.0)
+
+
+def test_a_run_that_goes_on_appends_after_a_torn_line(kit, tmp_path):
+    model = kit.build("mlp")
+    with Probe(model, every=2, out=tmp_path) as probe:
+        train(model, kit, 3, probe)
+    with (tmp_path / "conditioning.jsonl").open("a") as file:
+        file.write('{"schema": "condzoo.cond')
+    with Probe(model, every=2, out=tmp_path, start_step=1) as probe:
+        train(model, kit, 4, probe)
+    assert [r.step for r in read_records(tmp_path)] == [0, 2, 4]
+
+
+def test_forwards_between_steps_are_not_recorded(kit):
+    model, other = kit.build("residual"), kit.build("residual")
+    with Probe(model, every=1) as probe, Probe(other, every=1) as with_evaluation:
+        train(model, kit, 2, probe)
+        train(other, kit, 2, with_evaluation, evaluate=True)
+    close(with_evaluation.latest, probe.latest, 0.0)
+
+
+def test_accumulated_batches_are_one_measurement(kit):
+    model = kit.build("conv")
+    x, y = kit.images(24)
+    expected = measure(model, [(x[:8], y[:8]), (x[8:16], y[8:16]), (x[16:], y[16:])])
+    with Probe(model, loss_scale=1 / 3) as probe:
+        for part in range(3):
+            mine = slice(8 * part, 8 * part + 8)
+            (F.cross_entropy(model(x[mine]), y[mine]) / 3).backward()
+        probe.step()
+    assert (probe.latest.samples, probe.latest.batches) == (24, 3)
+    for name, layer in expected.items():
+        found = probe.latest[name]
+        assert torch.allclose(found.input.eigenvalues, layer.input.eigenvalues, rtol=1e-10, atol=1e-14)
+        assert torch.allclose(found.output_grad.eigenvalues, layer.output_grad.eigenvalues, rtol=1e-9, atol=1e-14)
+        assert found.weight_grad == pytest.approx(3 * layer.weight_grad, rel=1e-9)  # a sum of three means
+
+
+def test_a_sum_over_the_batch_is_known_by_its_reduction(kit):
+    model = kit.build("mlp")
+    x, y = kit.images()
+    expected = measure(model, (x, y))
+    with Probe(model, reduction="sum") as probe:
+        F.cross_entropy(model(x), y, reduction="sum").backward()
+        probe.step()
+    close(probe.latest, expected, 1e-10)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_changes_nothing(kit, reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body, self.head = nn.Linear(48, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+            self.relu, self.on = nn.ReLU(), False
+
+        def inner(self, h):
+            return self.relu(self.body(h))
+
+        def forward(self, x):
+            h = self.stem(x.flatten(1))
+            h = checkpoint(self.inner, h, use_reentrant=reentrant) if self.on else self.inner(h)
+            return self.head(h)
+
+    torch.manual_seed(0)
+    model = Checkpointed().double()
+    found = []
+    for model.on in (False, True):
+        with Probe(model) as probe:
+            F.cross_entropy(model(kit.images()[0]), kit.images()[1]).backward()
+            probe.step()
+        model.zero_grad()
+        found.append(probe.latest)
+    plain, checkpointed = found
+    assert set(plain) == set(checkpointed) == {"stem", "body", "head"}
+    for name in plain:
+        assert torch.equal(plain[name].input.eigenvalues, checkpointed[name].input.eigenvalues)
+        assert torch.equal(plain[name].output_grad.eigenvalues, checkpointed[name].output_grad.eigenvalues)
+        assert checkpointed[name].samples == 12
+    assert checkpointed.neurons["relu"] == plain.neurons["relu"]
+
+
+def test_bf16_autocast_is_measured_and_recorded(kit):
+    model = kit.build("residual", torch.float32)
+    x, y = kit.images(64, dtype=torch.float32)
+    plain = measure(model, (x, y))
+    with Probe(model) as probe:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(x)
+        F.cross_entropy(output.float(), y).backward()
+        probe.step()
+    assert (plain.dtype, probe.latest.dtype) == ("float32", "bfloat16")
+    for name, layer in plain.items():
+        assert probe.latest[name].input.lambda_max == pytest.approx(layer.input.lambda_max, rel=0.05)
+        assert probe.latest[name].output_grad.lambda_max == pytest.approx(layer.output_grad.lambda_max, rel=0.2)
+
+
+def test_channels_last_changes_nothing_but_round_off(kit):
+    model, (x, y) = kit.build("residual"), kit.images()
+    plain = measure(model, (x, y))
+    model.to(memory_format=torch.channels_last)
+    with Probe(model) as probe:
+        F.cross_entropy(model(x.to(memory_format=torch.channels_last)), y).backward()
+        probe.step()
+    close(probe.latest, plain, 1e-10)
+
+
+def test_hooks_come_off_when_the_loop_raises(kit):
+    model = kit.build("conv")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), Probe(model):
+        model(torch.zeros(2, 3, 9, 9, dtype=torch.float64))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_due_step_without_a_forward_pass_warns(kit):
+    with Probe(kit.build("mlp")) as probe, pytest.warns(RuntimeWarning, match="step 0 was due, but no forward"):
+        probe.step()
+
+
+def test_every_zero_measures_nothing_and_negative_is_an_error(kit, tmp_path):
+    model = kit.build("mlp")
+    with Probe(model, every=0, out=tmp_path) as probe:
+        train(model, kit, 2, probe)
+    assert probe.latest is None
+    assert not (tmp_path / "conditioning.jsonl").exists()
+    with pytest.raises(ValueError, match="must be 0 or more, got -1 and 0"):
+        Probe(model, every=-1)

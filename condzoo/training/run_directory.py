@@ -32,6 +32,8 @@ def claimed(path: Path, recipe: Recipe) -> Iterator[None]:
         RunDirectoryError: it belongs to another recipe, or another process writes to it.
         PermissionError, NotADirectoryError: it cannot be written to.
     """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, not a run directory; use another --out")
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / ".lock", timeout=0)
@@ -72,19 +74,28 @@ def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file a failed write was for: the system's own error often does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; the last checkpoint still stands", str(path)) from error
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write under a temporary name, on the disk for certain, then rename: readers see the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with _naming(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -124,7 +135,7 @@ def read_json(path: Path) -> Any:
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add one line to a .jsonl file."""
-    with path.open("a", encoding="utf-8") as file:
+    with _naming(path), path.open("a", encoding="utf-8") as file:
         file.write(to_json(record) + "\n")
 
 
@@ -132,7 +143,7 @@ def durable_size(path: Path) -> int:
     """Bytes of a file, on the disk for certain; 0 where there is none."""
     if not path.exists():
         return 0
-    with path.open("rb") as file:
+    with _naming(path), path.open("rb") as file:
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size
 

@@ -1,0 +1,110 @@
+"""Kill a small training again and again, at random moments, until it is through; then compare.
+
+    python tests/training/kill_runs.py FOLDER --kills 200 --seed 1
+
+Prints one JSON object: how often the run was killed, and which results differ from those of a run that
+was left alone. Every process is forked from this one, so that a kill costs no imports.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condzoo.training import reports, train
+from condzoo.training.recipe import parse_recipe
+
+TIMES = ("seconds", "test_seconds", "images_per_second", "finished")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sgd": {"optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}},
+    "adam": {"optim": {"name": "adam", "lr": 0.002}, "schedule": {"name": "cosine", "warmup_epochs": 0.5}},
+    "average": {
+        "optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+        "schedule": {"name": "step", "milestones": [1, 2], "reset_momentum": True},
+        "ema": 0.9,
+    },
+}
+
+
+def start(folder: Path, variant: str) -> int:
+    """Fork a process that trains into the folder; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    recipe = parse_recipe(
+        {
+            "epochs": 3,
+            "seed": 3,
+            "save_every": 0.2,
+            "log_every": 3,
+            "model": {"name": "cifar_resnet8_lastbn", "drop_rate": 0.1},
+            "data": {"name": "digits", "batch_size": 256, "augment": "standard"},
+            "probe": {"every": 6},
+            **VARIANTS[variant],
+        }
+    )
+    train(recipe, out=folder, device="cpu")
+    os._exit(0)
+
+
+def killed_until_done(folder: Path, variant: str, pauses: Sequence[float]) -> int:
+    """Train, killed after each pause of so many seconds; returns how often until it was through."""
+    for killed, pause in enumerate(pauses):
+        child = start(folder, variant)
+        time.sleep(pause)
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return killed
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    child = start(folder, variant)
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise RuntimeError(f"the run did not go on after {len(pauses)} kills: status {status}")
+    return len(pauses)
+
+
+def results(folder: Path) -> dict[str, str]:
+    """Name -> digest of everything that must be equal: weights, last checkpoint, records without times."""
+    stored = {"weights": (folder / "model.safetensors").read_bytes()}
+    stored["checkpoint"] = sorted((folder / "checkpoints").glob("*.safetensors"))[-1].read_bytes()
+    stored["conditioning"] = (folder / "conditioning.jsonl").read_bytes()
+    for name in ("metrics.jsonl", "summary.json"):
+        text = (folder / name).read_text()
+        lines = [json.loads(line) for line in (text.splitlines() if name.endswith("l") else [text])]
+        stored[name] = repr([{k: v for k, v in line.items() if k not in TIMES} for line in lines]).encode()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in stored.items()}
+
+
+def main() -> None:
+    """Run every variant, killed and left alone."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=9, help="for each variant")
+    parser.add_argument("--longest", type=float, default=0.35, help="of a pause, as a share of a whole run's time")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    reports.plot_records = lambda *_: None  # drawing takes longer than the training
+    draw = random.Random(arguments.seed)
+    report: dict[str, Any] = {}
+    for variant in VARIANTS:
+        alone, killed = arguments.folder / f"{variant}-alone", arguments.folder / f"{variant}-killed"
+        began = time.perf_counter()
+        killed_until_done(alone, variant, ())
+        longest = (time.perf_counter() - began) * arguments.longest
+        kills = killed_until_done(killed, variant, [draw.uniform(0, longest) for _ in range(arguments.kills)])
+        a, b = results(alone), results(killed)
+        report[variant] = {"kills": kills, "differ": [name for name in a if a[name] != b[name]]}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

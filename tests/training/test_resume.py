@@ -1,0 +1,217 @@
+"""Nothing lost: a run that is stopped, killed or damaged ends bitwise where an undisturbed one does."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from condzoo.training import CheckpointError, Notice, Run, RunDirectoryError, Started, StepDone, Stopped, reports, train
+from condzoo.training.resume import Checkpoint, newest_checkpoint, save_checkpoint
+
+TIMES = ("seconds", "test_seconds", "images_per_second", "finished")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "adamw": {"optim": {"name": "adamw", "lr": 0.01, "weight_decay": 0.1, "decay_norm": False}},
+    "average": {"ema": 0.9, "schedule": {"name": "onecycle"}},
+    "full batch": {"optim": {"name": "gd", "lr": 0.3, "momentum": 0.5}, "epochs": 12},
+    "resnet": {
+        "model": {"name": "cifar_resnet8_lastbn", "drop_rate": 0.2},
+        "data.augment": "paper",
+        "schedule": {"name": "step", "milestones": [1], "reset_momentum": True},
+        "iterations": 13,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these trainings; test_loop.py has pictures."""
+    monkeypatch.setattr(reports, "plot_records", lambda records, picture: None)
+
+
+def assert_same_results(a: Path, b: Path) -> None:
+    """Weights, last checkpoint, metrics but for times, and conditioning records are bitwise equal."""
+    first, second = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+    last = [sorted((run / "checkpoints").glob("*.safetensors"))[-1] for run in (a, b)]
+    assert last[0].name == last[1].name
+    assert last[0].read_bytes() == last[1].read_bytes()
+    assert timeless(a / "metrics.jsonl") == timeless(b / "metrics.jsonl")
+    assert (a / "conditioning.jsonl").read_bytes() == (b / "conditioning.jsonl").read_bytes()
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_in_pieces_equals_one_in_one_piece(variant: str, tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny(**{"probe.every": 5, "log_every": 2, **VARIANTS[variant]})
+    whole = train(recipe, out=tmp_path / "whole", device="cpu")
+    for steps in (1, 6, 11, None):
+        pieces = train(recipe, out=tmp_path / "pieces", max_steps=steps, device="cpu")
+    assert_same_results(whole.path, pieces.path)
+    starts = [entry["start_step"] for entry in json.loads((pieces.path / "environment.json").read_text())]
+    assert starts == [0, 1, 6, 11]
+
+
+def test_sigkill_at_random_moments(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("kill_runs.py")
+    command = [sys.executable, str(script), str(tmp_path), "--kills", "9", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert sum(each["kills"] for each in report.values()) >= 25
+    assert {name: each["differ"] for name, each in report.items()} == {"sgd": [], "adam": [], "average": []}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_goes_on(number: signal.Signals, tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny(**{"probe.every": 5})
+    whole = train(recipe, out=tmp_path / "whole", device="cpu")
+    handler = signal.getsignal(number)
+
+    def stop_after_step_7(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step == 7:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Stopped, match=f"stopped by {number.name} at step 8; run the same command to go on") as caught:
+        train(recipe, out=tmp_path / "stopped", device="cpu", on_event=stop_after_step_7)
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(number) is handler
+    events: list[Any] = []
+    stopped = train(recipe, out=tmp_path / "stopped", device="cpu", on_event=events.append)
+    assert isinstance(events[0], Started)
+    assert events[0].start_step == 8
+    assert_same_results(whole.path, stopped.path)
+
+
+def test_a_second_signal_stops_at_once(tiny: Any, tmp_path: Path) -> None:
+    def twice(event: Any) -> None:
+        if isinstance(event, StepDone):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), out=tmp_path / "run", device="cpu", on_event=twice)
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def empty(content: bytes) -> bytes:
+    return b""
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
+    suffix: str, damage: Callable[[bytes], bytes], tiny: Any, tmp_path: Path
+) -> None:
+    recipe = tiny(**{"save_every": 0.5, "probe.every": 5})
+    whole = train(recipe, out=tmp_path / "whole", device="cpu")
+    partial = train(recipe, out=tmp_path / "run", max_steps=14, device="cpu")
+    stems = sorted(path.stem for path in (partial.path / "checkpoints").glob("*.json"))
+    assert stems == ["step_0000000012", "step_0000000014"]
+    newest = partial.path / "checkpoints" / f"step_0000000014{suffix}"
+    newest.write_bytes(damage(newest.read_bytes()))
+    events: list[Any] = []
+    run = train(recipe, out=tmp_path / "run", device="cpu", on_event=events.append)
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert len(notices) == 1
+    assert "step_0000000014.json is damaged" in notices[0]
+    assert "going on from step_0000000012.json instead" in notices[0]
+    assert_same_results(whole.path, run.path)
+
+
+def test_with_every_checkpoint_damaged_nothing_is_thrown_away(tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny()
+    train(recipe, out=tmp_path / "run", max_steps=14, device="cpu")
+    for path in (tmp_path / "run/checkpoints").glob("*.json"):
+        path.write_bytes(b"{")
+    with pytest.raises(CheckpointError, match=r"no checkpoint is left to go on from: delete .* to start again"):
+        train(recipe, out=tmp_path / "run", device="cpu")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(**{"save_every": 0.5, "probe.every": 5})
+    whole = train(recipe, out=tmp_path / "whole", device="cpu")
+
+    def fill_the_disk(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step == 15:
+            monkeypatch.setattr(os, "fsync", raise_no_space)
+
+    with pytest.raises(OSError, match=r"No space left on device; the last checkpoint still stands") as caught:
+        train(recipe, out=tmp_path / "run", device="cpu", on_event=fill_the_disk)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    monkeypatch.undo()
+    run = train(recipe, out=tmp_path / "run", device="cpu")
+    assert_same_results(whole.path, run.path)
+
+
+def raise_no_space(handle: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_old_checkpoints_go_only_when_two_newer_ones_stand(tmp_path: Path) -> None:
+    for step in range(4):
+        save_checkpoint(tmp_path, Checkpoint({"x": torch.full((3,), float(step))}, {"step": step}))
+        held = sorted(path.name for path in tmp_path.iterdir())
+        kept = [s for s in (step - 1, step) if s >= 0]
+        assert held == sorted(f"step_{s:010d}.{end}" for s in kept for end in ("json", "safetensors"))
+    newest = newest_checkpoint(tmp_path, notify=lambda text: None)
+    assert newest is not None
+    assert newest.numbers == {"step": 3}
+    assert newest.tensors["x"].tolist() == [3.0] * 3
+
+
+def test_a_directory_in_use_is_refused(tiny: Any, tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(RunDirectoryError, match="is in use by another run; wait for it, or use another --out"),
+    ):
+        train(tiny(), out=tmp_path, device="cpu")
+
+
+def test_a_directory_of_another_recipe_is_refused(tiny: Any, tmp_path: Path) -> None:
+    run: Run = train(tiny(), out=tmp_path / "run", max_steps=2, device="cpu")
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(RunDirectoryError, match=r"another recipe: optim.lr is 0.1 there and 0.2 here; use another"):
+        train(tiny(**{"optim.lr": 0.2}), out=run.path, device="cpu")
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_other_things_is_refused(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RunDirectoryError, match=r"holds 'thesis.tex' but no recipe.toml: it is not a run directory"):
+        train(tiny(), out=tmp_path, device="cpu")
+    with pytest.raises(NotADirectoryError, match=r"thesis\.tex is a file, not a run directory"):
+        train(tiny(), out=tmp_path / "thesis.tex", device="cpu")
+
+
+def test_another_thread_count_is_said(tiny: Any, tmp_path: Path) -> None:
+    train(tiny(), out=tmp_path / "run", max_steps=3, device="cpu")
+    torch.set_num_threads(2)
+    events: list[Any] = []
+    train(tiny(), out=tmp_path / "run", max_steps=4, device="cpu", on_event=events.append)
+    assert events[0] == Notice("the run began with 1 threads and goes on with 2: sums may round differently")

@@ -6,6 +6,7 @@ Shapes: C channels of a stage, K classes.
 import io
 import itertools
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor]]:
     if path.suffix == ".safetensors":
         return content, strip_prefixes(parse_weights(content, str(path)))
     try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pickle protocols that torch does not write itself
+            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no state dict that can be read without running code: {reason}") from error

@@ -40,21 +40,25 @@ def chosen_release(arch: str, pretrained: bool, given: dict[str, Any]) -> Releas
     return release if pretrained else None
 
 
-def released_weights(
+def released_config(
     release: Release, config: dict[str, Any], build: Callable[..., nn.Module], args: dict[str, Any]
-) -> dict[str, Tensor]:
-    """The weights of a release: read, hash-checked, and compared key by key with the network as it was released.
+) -> dict[str, Any]:
+    """timm's config of a release with its weights in it: read, hash-checked, compared with the network as released.
+
+    Args:
+        config: of the model without weights.
+        build, args: what builds it.
 
     Raises:
         ValueError: not the released file, or not this network's.
         FileNotFoundError: the file is nowhere.
     """
     state = read_release(release)
-    sizes = {**config, **release.input}
+    config = {**config, **release.input, "architecture": release.arch, "tag": release.tag}
     with torch.device("meta"):
-        reference = build(**{**args, "num_classes": sizes["num_classes"], "in_chans": sizes["input_size"][0]})
+        reference = build(**{**args, "num_classes": config["num_classes"], "in_chans": config["input_size"][0]})
     check_state(state, reference.state_dict(), release.name)
-    return state
+    return {**config, "file": str(weights_path(release)), "state_dict": state}
 
 
 def fit_first_linear(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

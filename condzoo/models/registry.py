@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from condzoo.models.head import check_sizes
 from condzoo.models.initializers import init_weights
-from condzoo.models.pretrained import chosen_release, fit_first_linear, released_weights, tagged_configs
+from condzoo.models.pretrained import chosen_release, fit_first_linear, released_config, tagged_configs
 
 TABLES = Path(__file__).parent / "tables"
 NUMBERS = re.compile(r"\d+")  # what siblings differ in
@@ -102,8 +102,7 @@ def build_network(
         kwargs.setdefault("in_chans", kwargs["input_size"][0])
     release = chosen_release(name, pretrained, kwargs)
     if release is not None:  # what the index says, checked here, instead of a file that timm would read
-        state = released_weights(release, pretrained_config(family, name), family.build, args)
-        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": state}
+        kwargs["pretrained_cfg"] = released_config(release, pretrained_config(family, name), family.build, args)
     with torch.device(device) if device is not None else contextlib.nullcontext():
         model = build_model_with_cfg(
             family.build,

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import functools
 import os
+import re
 import shutil
 import tempfile
 import tomllib
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
 
+NUMBERS = re.compile(r"\d+")
 PACKAGE = Path(__file__).parents[1]
 INDEX = Path(__file__).with_name("released.toml")
 WEIGHTS = "model.safetensors"
@@ -85,15 +87,14 @@ def find_release(arch: str, tag: str | None) -> Release:
 
 
 def how_to_get(arch: str) -> str:
-    """The commands that make weights for a model: its recipe, or one of its family; timm's own plus a last BN."""
+    """The commands that make weights for a model: its recipe, or that of another size; timm's own plus a last BN."""
     ways = []
     recipes = recipes_by_model()
+    alike = [model for model in recipes if NUMBERS.sub("#", model) == NUMBERS.sub("#", arch)]  # in all but its size
     if arch in recipes:
         ways.append(f"`condzoo train {recipes[arch]}` trains it")
-    else:
-        related = next((recipes[model] for model in family_members(arch) if model in recipes), None)
-        if related:
-            ways.append(f"`condzoo train {related} --set model.name={arch}` trains it")
+    elif alike:
+        ways.append(f"`condzoo train {recipes[alike[0]]} --set model.name={arch}` trains it")
     plain = arch.removesuffix("_lastbn")
     if plain != arch and plain.startswith("resnet"):
         ways.append(f"`condzoo convert --last-bn timm/{plain} --calibrate FOLDER` makes it from timm's {plain}")
@@ -106,18 +107,9 @@ def recipes_by_model() -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*.toml")):
         with contextlib.suppress(tomllib.TOMLDecodeError):  # a broken recipe is no reason to say less here
-            model = tomllib.loads(path.read_text(encoding="utf-8")).get("model", {}).get("name")
+            model = tomllib.loads(path.read_text(encoding="utf-8")).get("model", {}).get("name", "")
             found.setdefault(model, path.relative_to(folder).with_suffix("").as_posix())
     return found
-
-
-def family_members(arch: str) -> list[str]:
-    """The models of the table that `arch` stands in."""
-    for path in sorted(INDEX.with_name("tables").glob("*.toml")):
-        members = list(tomllib.loads(path.read_text(encoding="utf-8"))["models"])
-        if arch in members:
-            return members
-    return []
 
 
 def checkpoint_folders() -> list[Path]:

@@ -1,0 +1,227 @@
+"""Damaged and hostile checkpoints: each is one clear error before a model is handed out, and nothing is executed."""
+
+import json
+import os
+import pickle
+import random
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+
+from condzoo.checkpoints import load_checkpoint
+from condzoo.checkpoints.folder import read_folder, write_sums
+from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
+
+WEIGHTS = "model.safetensors"
+
+
+def resum(checkpoint):
+    """What someone would do who changes files on purpose: new sums, and the weights' hash in metrics.json."""
+    metrics = json.loads((checkpoint / "metrics.json").read_text())
+    metrics["sha256"] = sha256((checkpoint / WEIGHTS).read_bytes())
+    (checkpoint / "metrics.json").write_text(json.dumps(metrics))
+    write_sums(checkpoint)
+
+
+def edit_json(checkpoint, name, change):
+    record = json.loads((checkpoint / name).read_text())
+    change(record)
+    (checkpoint / name).write_text(json.dumps(record))
+
+
+def safetensors_file(header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize("percent", range(100))
+def test_truncated_weights_are_refused_by_sum_and_by_parser(checkpoint, percent):
+    content = (checkpoint / WEIGHTS).read_bytes()
+    cut = content[: len(content) * percent // 100]
+    (checkpoint / WEIGHTS).write_bytes(cut)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not as it was summed"):
+        load_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        parse_weights(cut, "file")
+
+
+def test_a_thousand_flipped_bits_are_each_noticed(checkpoint):
+    rng = random.Random(0)
+    files = sorted(checkpoint.iterdir())
+    for _ in range(1000):
+        path = rng.choice(files)
+        content = bytearray(path.read_bytes())
+        bit = rng.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        original = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises((ValueError, FileNotFoundError)):
+            read_folder(checkpoint)
+        path.write_bytes(original)
+    read_folder(checkpoint)
+
+
+FLOAT = {"dtype": "F32", "shape": [1]}
+HOSTILE = {
+    "empty": b"",
+    "a header of 2^63 bytes": struct.pack("<Q", 2**63) + b"{}",
+    "a header longer than the file": struct.pack("<Q", 1000) + b"{}",
+    "a header that is no JSON": safetensors_file(b"not json"),
+    "a header that is a list": safetensors_file([1, 2]),
+    "a deeply nested header": safetensors_file(b'{"a":' * 5000),
+    "overlapping offsets": safetensors_file(
+        {"a": FLOAT | {"data_offsets": [0, 4]}, "b": FLOAT | {"data_offsets": [2, 6]}}, b"\0" * 6
+    ),
+    "offsets that leave a hole": safetensors_file(
+        {"a": FLOAT | {"data_offsets": [0, 4]}, "b": FLOAT | {"data_offsets": [6, 10]}}, b"\0" * 10
+    ),
+    "offsets past the end": safetensors_file({"a": FLOAT | {"data_offsets": [0, 4]}}, b"\0" * 2),
+    "negative offsets": safetensors_file({"a": FLOAT | {"data_offsets": [-4, 0]}}, b"\0" * 4),
+    "bytes that belong to nothing": safetensors_file({"a": FLOAT | {"data_offsets": [0, 4]}}, b"\0" * 8),
+    "a shape larger than its bytes": safetensors_file(
+        {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, b"\0" * 4
+    ),
+    "an unknown dtype": safetensors_file({"a": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
+    "two tensors of one name": safetensors_file(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        b"\0" * 8,
+    ),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_weights_are_one_clear_error(checkpoint, content):
+    (checkpoint / WEIGHTS).write_bytes(content)
+    resum(checkpoint)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file: .*; get it again"):
+        load_checkpoint(checkpoint)
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("dump", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_pickle_renamed_to_safetensors_is_not_run(checkpoint, tmp_path, dump):
+    dump({"a": Payload(tmp_path / "run")}, checkpoint / WEIGHTS)
+    resum(checkpoint)
+    with pytest.raises(ValueError, match="is a pickle, not safetensors; `condzoo convert`"):
+        load_checkpoint(checkpoint)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("fc.bias"), r"'fc.bias' is missing; the network has it as \[10\] float32"),
+        (lambda s: s.update(more=torch.ones(2)), r"'more' is \[2\] float32, and the network has no such key"),
+        (
+            lambda s: s.update({"fc.bias": torch.ones(3)}),
+            r"'fc.bias' is \[3\] float32, the network's is \[10\] float32",
+        ),
+        (lambda s: s.update({"fc.bias": s["fc.bias"].half()}), r"'fc.bias' is \[10\] float16, the network's is"),
+        (lambda s: s["fc.bias"].fill_(float("nan")), r"'fc.bias' has values that are not finite"),
+        (lambda s: s["fc.bias"].fill_(float("inf")), r"'fc.bias' has values that are not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_name_the_key(checkpoint, change, message):
+    state = load_file(checkpoint / WEIGHTS)
+    change(state)
+    save_file(state, checkpoint / WEIGHTS)
+    resum(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "SHA256SUMS"])
+def test_a_symbolic_link_is_not_followed(checkpoint, tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    (checkpoint / name).rename(elsewhere)
+    (checkpoint / name).symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="is a symbolic link; a checkpoint's files must be plain files"):
+        load_checkpoint(checkpoint)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is not a plain file"):
+        read_plain_file(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("name", ["../secret", "sub/file", "/etc/hostname", "..", "a b", ".hidden"])
+def test_a_name_that_leaves_the_folder_is_refused(checkpoint, name):
+    with (checkpoint / "SHA256SUMS").open("a") as sums:
+        sums.write(f"{'0' * 64}  {name}\n")
+    with pytest.raises(ValueError, match="line that is not one sum and one plain file name"):
+        load_checkpoint(checkpoint)
+
+
+def test_a_file_that_is_not_listed_is_refused(checkpoint):
+    (checkpoint / "more.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"more\.bin is not listed in SHA256SUMS"):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", "recipe.toml", "README.md", WEIGHTS])
+def test_a_missing_file_is_named(checkpoint, name):
+    (checkpoint / name).unlink()
+    write_sums(checkpoint)
+    with pytest.raises(ValueError, match=rf"lacks {name}"):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", lambda c: c.update(architecture="mlp4x24"), "recipe.toml trains mlp4x24_bn, config.json says"),
+        ("metrics.json", lambda m: m.update(tag="other"), "disagree on the tag: digits and, in metrics.json, other"),
+        ("metrics.json", lambda m: m.update(sha256="0" * 64), "disagree on the SHA-256 of the weights"),
+        ("config.json", lambda c: c.update(num_classes=11), "disagree on the number of classes: 11"),
+        ("config.json", lambda c: c.update(architecture="local-dir:/etc"), "config.json: architecture: String should"),
+        ("config.json", lambda c: c.update(num_classes="10"), "config.json: num_classes: Input should be"),
+        (
+            "config.json",
+            lambda c: c.update(model_args={"checkpoint_path": "/x"}),
+            r"config.json: model_args\.checkpoint_path",
+        ),
+        ("metrics.json", lambda m: m.pop("seeds"), "metrics.json: seeds: Field required"),
+        ("metrics.json", lambda m: m.update(more=1), "metrics.json: more: Extra inputs"),
+    ],
+)
+def test_files_that_disagree_or_are_wrong_name_the_field(checkpoint, name, change, message):
+    edit_json(checkpoint, name, change)
+    write_sums(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(checkpoint)
+
+
+def test_a_config_of_a_giant_builds_nothing(checkpoint):
+    def enlarge(config):
+        config["num_classes"] = config["pretrained_cfg"]["num_classes"] = 10**13
+
+    edit_json(checkpoint, "config.json", enlarge)
+    write_sums(checkpoint)
+    with pytest.raises(ValueError, match=r"'fc.weight' is \[10, 24\] float32, the network's is \[10000000000000, 24\]"):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "nan", ""])
+def test_json_that_is_none_names_the_file(checkpoint, text):
+    (checkpoint / "config.json").write_text(text)
+    write_sums(checkpoint)
+    with pytest.raises(ValueError, match=r"config\.json: the file: "):
+        load_checkpoint(checkpoint)
+
+
+def test_parsing_gives_back_what_was_saved():
+    state = {"a": torch.randn(3, 2), "n": torch.tensor(5)}
+    parsed = parse_weights(save(state), "file")
+    assert all(torch.equal(parsed[key], state[key]) for key in state)

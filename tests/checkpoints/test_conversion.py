@@ -1,0 +1,122 @@
+"""`convert` and `convert_last_bn`: folders that load, verify, and compute what their source did."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import condzoo
+from condzoo.checkpoints import load_checkpoint, verify_checkpoint
+from condzoo.conversion import calibration_images, convert, convert_last_bn
+from condzoo.models import create_model
+
+
+def made_up(name, path, **kwargs):
+    """A network of timm's with drawn weights (biases and BatchNorm statistics too), saved as a state dict."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    nn.init.normal_(model.get_classifier().bias)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, path)
+    return model
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """An ImageFolder of 6 noisy images in 2 classes."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        folder = tmp_path / "photos" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_a_pickled_network_becomes_a_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    source = create_model("cifar_resnet8", num_classes=7).eval()
+    torch.save({"model": source.state_dict()}, tmp_path / "weights.pth")
+    made = convert(tmp_path / "weights.pth", "cifar_resnet8", tag="mine", out=tmp_path / "out", license="mit")
+    assert made.name == "cifar_resnet8.mine"
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_checkpoint(made)(x), source(x))
+    assert torch.equal(timm.create_model(f"local-dir:{made}", pretrained=True).eval()(x), source(x))
+    verification = verify_checkpoint(made)
+    assert verification.ok, verification.rows
+    card = (made / "README.md").read_text()
+    assert "license: mit" in card
+    assert "Made from weights.pth (SHA-256 " in card
+    assert "from weights.pth" in (made.parent / "README.md").read_text()
+
+
+def test_an_unknown_model_gets_the_closest_name(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"did you mean .*cifar_resnet20"):
+        convert(tmp_path / "w.pth", "cifar_resnt20", out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "calibrated"), [("resnet18", False), ("convnext_atto", True), ("test_vit", False), ("test_vit", True)]
+)
+def test_a_last_bn_twin_is_the_same_function(tmp_path, photos, name, calibrated):
+    plain = made_up(name, tmp_path / "weights.pth")
+    made = convert_last_bn(
+        f"timm/{name}",
+        weights=tmp_path / "weights.pth",
+        calibrate=photos if calibrated else None,
+        out=tmp_path / "out",
+        tag="lastbn",
+    )
+    assert made.name == ("resnet18_lastbn.lastbn" if name == "resnet18" else f"{name}.lastbn")
+    twin = load_checkpoint(made)
+    x = torch.randn(2, *timm.data.resolve_data_config({}, model=plain)["input_size"])
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert (twin.last_bn.running_mean.abs().max() > 0) == calibrated
+    assert verify_checkpoint(made).ok
+
+
+def test_calibration_standardizes_the_classifier_s_input(tmp_path, photos):
+    plain = made_up("resnet18", tmp_path / "weights.pth")
+    made = convert_last_bn("timm/resnet18", weights=tmp_path / "weights.pth", calibrate=photos, out=tmp_path)
+    twin = load_checkpoint(made)
+    (batch,) = calibration_images(plain, photos, 1024)
+    with torch.no_grad():
+        h = twin.forward_head(twin.forward_features(batch), pre_logits=True)
+    torch.testing.assert_close(h.mean(0), torch.zeros(512), rtol=0, atol=1e-3)
+    spread = h.var(0, unbiased=False)
+    assert spread.median().item() == pytest.approx(1, abs=1e-2)
+    assert isinstance(twin, type(condzoo.create_model("resnet18_lastbn")))
+
+
+def test_the_images_asked_for_are_spread_over_the_folder(photos):
+    model = timm.create_model("test_vit").eval()
+    few, all_ = (torch.cat(calibration_images(model, photos, n)) for n in (3, 99))
+    assert (len(few), len(all_)) == (3, 6)
+    assert torch.equal(few, all_[::2])
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    model = timm.create_model("test_vit")
+    with pytest.raises(ValueError, match="is no folder of images, one folder a class"):
+        calibration_images(model, tmp_path / "empty", 10)
+
+
+@pytest.mark.parametrize("name", ["timm/resnet51", "cifar_resnet20", "timm/cifar_resnet20"])
+def test_only_timms_own_networks_are_taken(tmp_path, name):
+    with pytest.raises(ValueError, match="is not a model of timm's; give one as timm/resnet50"):
+        convert_last_bn(name, out=tmp_path)
+
+
+def test_weights_of_another_network_name_the_key(tmp_path):
+    made_up("resnet18", tmp_path / "weights.pth", num_classes=3)
+    with pytest.raises(ValueError, match=r"'fc.weight' is \[3, 512\] float32, the network's is \[1000, 512\]"):
+        convert_last_bn("timm/resnet18", weights=tmp_path / "weights.pth", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

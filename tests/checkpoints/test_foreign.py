@@ -1,0 +1,160 @@
+"""Weights of other projects: akamaster's channel order, wrapped and nested state dicts, pickles with code in them."""
+
+import pickle
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+from condzoo.checkpoints.foreign import from_akamaster, read_foreign, translate
+from condzoo.models import create_model
+
+
+def akamaster_forward(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """akamaster's ResNet, written out as functions of its state dict (an independent formulation)."""
+
+    def bn(name, h):
+        return F.batch_norm(h, *(state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")))
+
+    h = F.relu(bn("bn1", F.conv2d(x, state["conv1.weight"], padding=1)))
+    for stage, planes in ((1, 16), (2, 32), (3, 64)):
+        block = 0
+        while f"layer{stage}.{block}.conv1.weight" in state:
+            name = f"layer{stage}.{block}"
+            stride = 2 if stage > 1 and block == 0 else 1
+            out = F.relu(bn(f"{name}.bn1", F.conv2d(h, state[f"{name}.conv1.weight"], stride=stride, padding=1)))
+            out = bn(f"{name}.bn2", F.conv2d(out, state[f"{name}.conv2.weight"], padding=1))
+            if stride == 2:  # option A, the empty channels on both sides
+                h = F.pad(h[:, :, ::2, ::2], (0, 0, 0, 0, planes // 4, planes // 4))
+            h = F.relu(out + h)
+            block += 1
+    return F.linear(F.avg_pool2d(h, h.shape[3]).flatten(1), state["linear.weight"], state["linear.bias"])
+
+
+def akamaster_state(depth: int) -> dict[str, torch.Tensor]:
+    """Made-up weights under akamaster's names: every value drawn, so that no channel is like another."""
+    generator = torch.Generator().manual_seed(depth)
+    state = {}
+    for key, value in create_model(f"cifar_resnet{depth}").state_dict().items():
+        drawn = torch.rand(value.shape, generator=generator) + 0.5 if value.ndim else value
+        state[key.replace("fc.", "linear.")] = drawn - 1 if value.ndim == 4 else drawn
+    return state
+
+
+@pytest.mark.parametrize("depth", [8, 20])
+def test_akamasters_network_is_the_same_function(depth):
+    theirs = akamaster_state(depth)
+    network = create_model(f"cifar_resnet{depth}").eval().double()
+    state, note = translate(theirs, network, "file")
+    network.load_state_dict(state)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = akamaster_forward({k: v.double() for k, v in theirs.items()}, x)
+    torch.testing.assert_close(network(x), wanted, rtol=1e-10, atol=0)
+    assert "order" in note
+
+
+def test_without_the_new_order_of_channels_the_function_is_another():
+    theirs = akamaster_state(8)
+    network = create_model("cifar_resnet8").eval()
+    network.load_state_dict({key.replace("linear.", "fc."): value for key, value in theirs.items()})
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    difference = (network(x) - akamaster_forward(theirs, x)).abs().max() / network(x).abs().max()
+    assert difference > 1e-3
+
+
+def test_renumbering_keeps_every_value():
+    theirs = akamaster_state(8)
+    ours = from_akamaster(theirs)
+    for key, value in theirs.items():
+        assert torch.equal(value.flatten().sort().values, ours[key.replace("linear.", "fc.")].flatten().sort().values)
+
+
+def test_projection_shortcuts_are_refused():
+    state = akamaster_state(8) | {"layer2.0.downsample.0.weight": torch.zeros(32, 16, 1, 1)}
+    with pytest.raises(ValueError, match=r"'layer2\.0\.downsample\.0\.weight' is a shortcut with weights of its own"):
+        translate(state, create_model("cifar_resnet8"), "file")
+
+
+def test_a_wrong_depth_names_the_first_key_and_its_shape():
+    message = r"file: 'layer1\.1\.conv1\.weight' is missing; the network has it as \[16, 16, 3, 3\]"
+    with pytest.raises(ValueError, match=message):
+        translate(akamaster_state(8), create_model("cifar_resnet20"), "file")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("nest", [None, "state_dict", "model", "state_dict_ema"])
+def test_wrapped_and_nested_state_dicts_are_unwrapped(tmp_path, prefix, nest):
+    state = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
+    wrapped = {prefix + key: value for key, value in state.items()}
+    torch.save({nest: wrapped, "epoch": 3} if nest else wrapped, tmp_path / "w.pth")
+    _, read = read_foreign(tmp_path / "w.pth")
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+def test_safetensors_are_read_too(tmp_path):
+    save_file({"module.a": torch.ones(2)}, tmp_path / "w.safetensors")
+    assert read_foreign(tmp_path / "w.safetensors")[1].keys() == {"a"}
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_code_in_a_pickle_is_not_run(tmp_path, protocol):
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": Payload(tmp_path / "run")}, protocol))
+    torch.save({"a": Payload(tmp_path / "run")}, tmp_path / "zip.pth")
+    for name in ("plain.pth", "zip.pth"):
+        with pytest.raises(ValueError, match="no state dict that can be read without running code"):
+            read_foreign(tmp_path / name)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds no state dict: it is a list"),
+        ({}, "holds no state dict"),
+        ({"a": 3}, "of other things than tensors"),
+        ({"a": torch.tensor([float("nan")])}, "'a' has values that are not finite"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=message):
+        read_foreign(tmp_path / "w.pt")
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="no state dict"):
+        read_foreign(tmp_path / "w.pt")
+
+
+def test_torchvisions_weights_go_into_the_last_bn_network():
+    plain = torchvision.models.resnet18(weights=None).eval()
+    nn.init.normal_(plain.fc.bias)
+    network = create_model("resnet18_lastbn").eval()
+    state, note = translate(plain.state_dict(), network, "file")
+    network.load_state_dict(state)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(network(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert "last BN is the identity" in note
+
+
+def test_old_files_without_batch_counters_and_in_half_precision_load():
+    network = create_model("cifar_resnet8")
+    state = {k: v.half() for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    translated, _ = translate(state, network, "file")
+    assert {v.dtype for k, v in translated.items() if v.is_floating_point()} == {torch.float32}
+    network.load_state_dict(translated)

@@ -1,0 +1,185 @@
+"""Checkpoints by path and by name: where they are looked for, what is checked, what timm's users do with them."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+
+import condzoo
+from condzoo.checkpoints import load_checkpoint
+from condzoo.models import create_model, released
+from condzoo.models.weight_files import parse_weights
+
+NAME = "mlp4x24_bn.digits"
+
+
+def stored(checkpoint):
+    return parse_weights((checkpoint / "model.safetensors").read_bytes(), "file")
+
+
+def equal_states(model, state):
+    own = model.state_dict()
+    return own.keys() == state.keys() and all(torch.equal(own[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("form", [lambda p: p, str, lambda p: p / "model.safetensors", lambda p: f"{p}/"])
+def test_a_folder_loads_by_any_path_to_it(checkpoint, form):
+    model = load_checkpoint(form(checkpoint))
+    assert equal_states(model, stored(checkpoint))
+    assert not model.training
+
+
+def test_timm_loads_the_same_folder(checkpoint, images):
+    model = timm.create_model(f"local-dir:{checkpoint}", pretrained=True).eval()
+    assert torch.equal(model(images), load_checkpoint(checkpoint)(images))
+    assert (
+        model.pretrained_cfg["mean"] == json.loads((checkpoint / "config.json").read_text())["pretrained_cfg"]["mean"]
+    )
+
+
+@pytest.mark.parametrize("name", [NAME, "mlp4x24_bn"])
+@pytest.mark.parametrize("create", [create_model, timm.create_model])
+def test_a_released_name_loads_from_the_index(index, checkpoint, name, create):
+    assert equal_states(create(name, pretrained=True), stored(checkpoint))
+    assert equal_states(load_checkpoint(name), stored(checkpoint))
+    assert equal_states(create_model("mlp4x24_bn", pretrained=True).train(), stored(checkpoint))
+
+
+def test_the_index_is_listed(index):
+    assert condzoo.list_checkpoints() == [NAME]
+
+
+def test_a_loaded_model_does_not_drag_its_weights_along(index):
+    config = create_model(NAME, pretrained=True).pretrained_cfg
+    assert "state_dict" not in config
+    assert (config["architecture"], config["tag"]) == ("mlp4x24_bn", "digits")
+
+
+def test_another_number_of_classes_keeps_the_body_and_has_a_new_head(index, checkpoint):
+    model = create_model("mlp4x24_bn", pretrained=True, num_classes=3)
+    state = stored(checkpoint)
+    assert model.fc.weight.shape == (3, 24)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if not k.startswith("fc."))
+
+
+def test_features_out_and_features_only(index, checkpoint, images):
+    features = create_model("mlp4x24_bn", pretrained=True, num_classes=0).eval()(images)
+    full = load_checkpoint(checkpoint)
+    assert torch.equal(features, full.forward_head(full.forward_features(images), pre_logits=True))
+    levels = timm.create_model("mlp4x24_bn", pretrained=True, features_only=True).eval()(images)
+    assert torch.equal(levels[-1], full.forward_features(images))
+
+
+def test_more_channels_see_equal_channels_as_the_one_they_were_trained_on(index, checkpoint, images):
+    three = create_model("mlp4x24_bn", pretrained=True, in_chans=3).eval()
+    torch.testing.assert_close(three(images.expand(-1, 3, -1, -1)), load_checkpoint(checkpoint)(images))
+
+
+def test_an_mlps_weights_refuse_other_image_sizes(index):
+    with pytest.raises(ValueError, match=r"take images of 144 values, got input_size=\(1, 28, 28\)"):
+        create_model("mlp4x24_bn", pretrained=True, input_size=(1, 28, 28))
+
+
+def test_the_first_place_that_has_it_counts(index, checkpoint, tmp_path, monkeypatch):
+    repository, cache = tmp_path / "repository", released.cache_folder()
+    shutil.copytree(checkpoint, repository / NAME)
+    monkeypatch.setattr(released, "checkpoint_folders", lambda: [tmp_path / "none", repository, cache])
+    assert released.find_folder(released.find_release("mlp4x24_bn", "digits")) == repository / NAME
+
+
+def test_the_cache_follows_its_variables(monkeypatch, tmp_path):
+    monkeypatch.setenv("CONDZOO_CACHE", str(tmp_path / "own"))
+    assert released.cache_folder() == tmp_path / "own" / "checkpoints"
+    monkeypatch.delenv("CONDZOO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert released.cache_folder() == tmp_path / "xdg" / "condzoo" / "checkpoints"
+
+
+def test_a_file_of_another_hash_is_refused_by_name_even_where_its_own_sums_hold(index):
+    folder = released.cache_folder() / NAME
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    for load in (load_checkpoint, lambda name: timm.create_model(name, pretrained=True)):
+        with pytest.raises(ValueError, match=rf"is not the file released as {NAME}: its SHA-256 is .* released was"):
+            load(NAME)
+
+
+def test_weights_of_another_shape_name_the_first_key(index, monkeypatch):
+    state = create_model("mlp4x24_bn", num_classes=7).state_dict()
+    monkeypatch.setattr("condzoo.models.pretrained.read_release", lambda release: state)
+    with pytest.raises(
+        ValueError, match=rf"{NAME}: 'fc.weight' is \[7, 24\] float32, the network's is \[10, 24\] float32"
+    ):
+        create_model("mlp4x24_bn", pretrained=True)
+
+
+def test_what_is_nowhere_comes_from_the_hub_and_stays_in_the_cache(index, checkpoint, monkeypatch):
+    shutil.rmtree(released.cache_folder() / NAME)
+    asked = []
+
+    def stand_in(repository, filename, folder):
+        asked.append((repository, filename))
+        return shutil.copy(checkpoint / filename, folder / filename)
+
+    monkeypatch.setattr(released, "download", lambda *a: type(checkpoint)(stand_in(*a)))
+    for _ in range(2):
+        assert equal_states(load_checkpoint(NAME), stored(checkpoint))
+    assert asked == [(f"{released.HUB_OWNER}/{NAME}", "model.safetensors")]
+
+
+def test_a_wrong_download_is_not_kept(index, monkeypatch):
+    shutil.rmtree(released.cache_folder() / NAME)
+
+    def stand_in(repository, filename, folder):
+        (folder / filename).write_bytes(b"something else")
+        return folder / filename
+
+    monkeypatch.setattr(released, "download", stand_in)
+    with pytest.raises(ValueError, match="is not the released file"):
+        load_checkpoint(NAME)
+    assert list(released.cache_folder().iterdir()) == []
+
+
+def test_without_the_hub_the_error_says_where_it_looked(index, monkeypatch):
+    shutil.rmtree(released.cache_folder() / NAME)
+
+    def unreachable(*arguments):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(released, "download", unreachable)
+    with pytest.raises(FileNotFoundError, match=rf"{NAME} is in none of .*checkpoints.*, and the Hub .*: no route"):
+        load_checkpoint(NAME)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18_lastbn", r"no weights .* resnet18_lastbn yet; .*`condzoo convert --last-bn timm/resnet18 "),
+        ("cifar_resnet32_lastbn", r"`condzoo train cifar10/\w+ --set model.name=cifar_resnet32_lastbn` trains it"),
+        ("cifar_resnet20_lastbn", r"`condzoo train cifar10/resnet20_lastbn` trains it"),
+        ("preresnet50", r"condzoo.list_models\(pretrained=True\) lists"),
+    ],
+)
+def test_a_name_without_a_release_says_what_makes_one(index, name, message):
+    for load in (load_checkpoint, lambda n: create_model(n, pretrained=True)):
+        with pytest.raises(ValueError, match=message):
+            load(name)
+
+
+def test_an_unknown_tag_gets_the_closest(index):
+    for load in (load_checkpoint, timm.create_model, create_model):
+        with pytest.raises(ValueError, match=rf"unknown tag 'digit' of mlp4x24_bn; did you mean {NAME}\?"):
+            load("mlp4x24_bn.digit")
+
+
+def test_a_run_directory_is_told_apart(runs):
+    with pytest.raises(ValueError, match=r"is a run directory; `condzoo release .* --tag TAG` makes a checkpoint"):
+        load_checkpoint(runs[0])
+
+
+def test_a_path_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere"):
+        load_checkpoint(tmp_path / "nowhere")

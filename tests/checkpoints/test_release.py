@@ -1,0 +1,179 @@
+"""`release`: what it makes of finished runs, and every reason it refuses one."""
+
+import json
+import shutil
+import tomllib
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from condzoo.catalog import list_models
+from condzoo.checkpoints.folder import ALWAYS, SUMS, TRAINED, read_folder
+from condzoo.checkpoints.model_card import checkpoints_table
+from condzoo.checkpoints.writing import add_to_index
+from condzoo.models import released
+from condzoo.probe.serialization import from_record
+from condzoo.release import header_fields, release, repository_recipe
+from condzoo.training import load_recipe
+
+
+def edit_json(path, change):
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def test_a_release_has_every_file_of_the_format_and_no_other(made_checkpoint):
+    assert {path.name for path in made_checkpoint.iterdir()} == {*ALWAYS, *TRAINED, SUMS}
+    read_folder(made_checkpoint)
+
+
+def test_the_lowest_seed_is_released_and_all_are_listed(made_checkpoint, finished_runs):
+    metrics = json.loads((made_checkpoint / "metrics.json").read_text())
+    assert metrics["released_seed"] == 2
+    assert [seed["seed"] for seed in metrics["seeds"]] == [2, 3]
+    summaries = {path: json.loads((path / "summary.json").read_text()) for path in finished_runs}
+    assert {s["seed"]: s["test_error"] for s in summaries.values()} == {
+        s["seed"]: s["test_error"] for s in metrics["seeds"]
+    }
+    lowest = load_file(finished_runs[1] / "model.safetensors")
+    assert all((lowest[key] == value).all() for key, value in load_file(made_checkpoint / "model.safetensors").items())
+
+
+def test_the_record_of_the_beginning_is_of_the_run_s_first_network(made_checkpoint, finished_runs):
+    records = json.loads((made_checkpoint / "conditioning.json").read_text())
+    start, end = (from_record(records[when]) for when in ("at_init", "at_end"))
+    first_step = from_record(json.loads((finished_runs[1] / "conditioning.jsonl").read_text().splitlines()[0]))
+    for name in start:  # largest singular value of the weights: the same network, whatever images were seen
+        assert start[name].weight == pytest.approx(first_step[name].weight, rel=1e-6)
+    assert start["fc"].weight != pytest.approx(end["fc"].weight, rel=1e-3)
+
+
+def test_the_table_is_made_of_the_folders(made_checkpoint):
+    table = (made_checkpoint.parent / "README.md").read_text()
+    assert table == checkpoints_table([made_checkpoint])
+    assert "| [mlp4x24_bn.digits](mlp4x24_bn.digits/README.md) | digits |" in table
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "summary.json",
+            lambda s: s.update(epochs=1.5, steps=7),
+            r"was stopped after 1.5 epochs \(7 steps\) of 2 epochs",
+        ),
+        ("summary.json", lambda s: s.update(status="diverged"), r"seed2 diverged; its weights are not released"),
+        (
+            "summary.json",
+            lambda s: s.update(test_correct=s["test_correct"] - 1),
+            r"evaluating it again gives \d+ of 360",
+        ),
+        ("environment.json", lambda e: e[0]["source"].update(changed=True), "source with uncommitted changes"),
+    ],
+)
+def test_a_doubtful_run_is_refused_and_nothing_is_written(runs, tmp_path, file, change, message):
+    edit_json(runs[1] / file, change)
+    with pytest.raises(ValueError, match=message):
+        release(runs, "digits", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_weights_than_were_evaluated_are_refused(runs, tmp_path):
+    state = load_file(runs[1] / "model.safetensors")
+    state["fc.weight"] = state["fc.weight"].flip(0)
+    save_file(state, runs[1] / "model.safetensors")
+    with pytest.raises(ValueError, match="the weights, the data or the code changed"):
+        release(runs, "digits", out=tmp_path)
+
+
+def test_an_unfinished_run_is_refused(runs, tmp_path):
+    (runs[0] / "summary.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no finished run: it has no summary\.json"):
+        release(runs, "digits", out=tmp_path)
+    with pytest.raises(ValueError, match="no run was given"):
+        release([], "digits", out=tmp_path)
+
+
+def test_a_diverged_seed_beside_a_good_one_is_listed(runs, tmp_path):
+    edit_json(runs[0] / "summary.json", lambda s: s.update(status="diverged", epochs=0.5, steps=2))
+    made = release(runs, "digits", out=tmp_path)
+    seeds = json.loads((made / "metrics.json").read_text())["seeds"]
+    assert [(seed["seed"], seed["status"], seed["test_error"] is None) for seed in seeds] == [
+        (2, "done", False),
+        (3, "diverged", True),
+    ]
+    assert "(1 diverged)" in (made / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lr = 0.1", "lr = 0.2", "differ in more than their seed"),
+        ("seed = 3", "seed = 2", r"two runs have the same seed: \[2, 2\]"),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path, old, new, message):
+    text = (runs[0] / "recipe.toml").read_text()
+    assert old in text
+    (runs[0] / "recipe.toml").write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        release(runs, "digits", out=tmp_path)
+
+
+def test_a_model_without_a_registered_name_is_refused(runs, tmp_path):
+    text = (runs[0] / "recipe.toml").read_text().replace("mlp4x24_bn", "mlp5x24_bn")
+    (runs[0] / "recipe.toml").write_text(text)
+    with pytest.raises(ValueError, match="mlp5x24_bn is not one of condzoo's registered models"):
+        release(runs[0], "digits", out=tmp_path)
+
+
+@pytest.mark.parametrize("tag", ["", "a.b", "../x", "A", "a b", "a-b"])
+def test_a_tag_that_cannot_be_in_a_name_is_refused(runs, tmp_path, tag):
+    with pytest.raises(ValueError, match="a tag is small letters, digits and underscores"):
+        release(runs, tag, out=tmp_path)
+
+
+def test_a_release_is_never_overwritten(made_checkpoint, finished_runs):
+    with pytest.raises(FileExistsError, match="is already there; a release is never overwritten"):
+        release(finished_runs, "digits", out=made_checkpoint.parent)
+
+
+def test_a_failure_on_the_way_leaves_nothing(finished_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("condzoo.checkpoints.writing.model_card", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        release(finished_runs, "digits", out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_index_gets_a_row_and_one_default_a_model(tmp_path, monkeypatch):
+    file = tmp_path / "released.toml"
+    shutil.copy(released.INDEX, file)
+    monkeypatch.setattr(released, "INDEX", file)
+    monkeypatch.setattr("condzoo.catalog.RELEASED", file)
+    before = released.read_index()
+    cfg = {"mean": [0.5], "std": [0.25], "crop_pct": 1.0, "num_classes": 10, "input_size": [1, 12, 12], "tag": "a"}
+    for tag, default in (("first", False), ("second", False), ("third", True)):
+        add_to_index(f"mlp100x256.{tag}", "0" * 64, cfg, default)
+    index = released.read_index()
+    assert {name: index[name] for name in before} == before
+    ours = released.releases_of("mlp100x256")
+    assert [(r.tag, r.default) for r in ours] == [("third", True), ("first", False), ("second", False)]
+    assert ours[0].input["mean"] == [0.5]
+    assert "tag" not in ours[0].input
+    assert list_models("mlp100x256", pretrained=True) == ["mlp100x256.first", "mlp100x256.second", "mlp100x256.third"]
+    assert file.read_text().startswith("# The package's own index")
+    tomllib.loads(file.read_text())
+
+
+def test_a_recipe_of_the_repository_is_recognized_with_its_header():
+    recipe = load_recipe("cifar10/resnet20_lastbn").model_copy(update={"seed": 77})
+    name, header = repository_recipe(recipe)
+    assert name == "cifar10/resnet20_lastbn"
+    assert header["Source"].startswith("the authors' defaults")
+    assert repository_recipe(recipe.model_copy(update={"epochs": 3})) == (None, {})
+
+
+def test_header_fields_join_their_lines():
+    text = "# Title\n#\n# Source:   one\n#           two\n# Departs:  three.\nepochs = 1\n# Source: not this\n"
+    assert header_fields(text) == {"Source": "one two", "Departs": "three."}

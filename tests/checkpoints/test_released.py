@@ -1,0 +1,81 @@
+"""The checkpoints that come with condzoo: the index and the folders say the same, generated files are up to date."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+
+import condzoo
+from condzoo.checkpoints import load_checkpoint, verify_checkpoint
+from condzoo.checkpoints.folder import read_folder
+from condzoo.checkpoints.model_card import checkpoints_table, model_card
+from condzoo.checkpoints.writing import checkpoint_folders_in
+from condzoo.models.released import read_index, releases_of
+
+ROOT = Path(__file__).parents[2] / "checkpoints"
+GOLDEN = json.loads((Path(__file__).parent / "golden_keys.json").read_text())
+WHEEL_BYTES = 30 * 2**20
+NAMES = sorted(read_index())
+
+
+def test_the_index_and_the_folders_name_the_same_releases():
+    assert [folder.name for folder in checkpoint_folders_in(ROOT)] == NAMES
+    assert sorted(condzoo.list_checkpoints()) == NAMES == sorted(condzoo.list_models(pretrained=True))
+
+
+def test_there_is_one_default_a_model():
+    for arch in {name.split(".")[0] for name in NAMES}:
+        assert [release.default for release in releases_of(arch)].count(True) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_release_holds_what_it_claims(name):
+    verification = verify_checkpoint(name)
+    assert verification.ok, verification.rows
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", NAMES)
+def test_a_release_is_as_accurate_and_as_conditioned_as_recorded(name, data_root):
+    verification = verify_checkpoint(name, data_root=data_root)
+    checks = {row.check: row.ok for row in verification.rows}
+    assert checks["accuracy"] is checks["conditioning"] is True, verification.rows
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_keys_are_public_and_stay(name):
+    assert list(load_checkpoint(name).state_dict()) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_card_is_up_to_date(name):
+    assert (ROOT / name / "README.md").read_text() == model_card(read_folder(ROOT / name))
+
+
+def test_the_table_of_all_is_up_to_date():
+    assert (ROOT / "README.md").read_text() == checkpoints_table(checkpoint_folders_in(ROOT))
+
+
+def test_what_the_wheel_carries_is_small():
+    assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) < WHEEL_BYTES
+
+
+def test_timm_lists_and_builds_them_by_tag():
+    code = (
+        "import sys, timm, condzoo.models; ours = sys.argv[1:]; listed = timm.list_models(pretrained=True)\n"
+        "assert set(ours) <= set(listed), set(ours) - set(listed)\n"
+        "for name in ours: assert timm.create_model(name, pretrained=True).pretrained_cfg['tag'] == name.split('.')[1]"
+    )
+    subprocess.run([sys.executable, "-c", code, *NAMES], check=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_timm_knows_how_images_are_prepared(name):
+    config = json.loads((ROOT / name / "config.json").read_text())["pretrained_cfg"]
+    known = timm.get_pretrained_cfg(name)
+    assert list(known.mean) == config["mean"]
+    assert list(known.std) == config["std"]
+    assert known.crop_pct == config["crop_pct"]

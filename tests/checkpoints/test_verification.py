@@ -1,0 +1,142 @@
+"""`verify_checkpoint`: each claim that does not hold is found, also where all sums were made to hold again."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from condzoo import verify_checkpoint
+from condzoo.checkpoints.folder import read_folder, write_sums
+from condzoo.checkpoints.model_card import model_card
+from condzoo.checkpoints.remeasuring import fixed_input
+from condzoo.models.weight_files import sha256
+
+
+def rows(verification):
+    return {row.check: row for row in verification.rows}
+
+
+def failed(verification):
+    assert not verification.ok
+    return [row.check for row in verification.rows if row.ok is False]
+
+
+def edit_json(checkpoint, name, change):
+    record = json.loads((checkpoint / name).read_text())
+    change(record)
+    (checkpoint / name).write_text(json.dumps(record))
+
+
+def resum(checkpoint):
+    """New sums, a new weights' hash in metrics.json and a new card: every file agrees with every other."""
+    digest = sha256((checkpoint / "model.safetensors").read_bytes())
+    edit_json(checkpoint, "metrics.json", lambda metrics: metrics.update(sha256=digest))
+    write_sums(checkpoint)
+    (checkpoint / "README.md").write_text(model_card(read_folder(checkpoint)))
+    write_sums(checkpoint)
+
+
+def test_everything_a_fresh_release_claims_holds(checkpoint):
+    verification = verify_checkpoint(checkpoint)
+    assert verification.ok
+    checks = {name: row.ok for name, row in rows(verification).items()}
+    every = ("files", "index", "logits", "model card", "accuracy", "conditioning")
+    assert checks == dict.fromkeys(every, True) | {"index": None}
+    assert "of 360 test images right, as recorded" in rows(verification)["accuracy"].detail
+
+
+def test_a_released_name_is_held_against_the_index(index):
+    verification = verify_checkpoint("mlp4x24_bn")
+    assert verification.ok
+    assert verification.name == "mlp4x24_bn.digits"
+    assert rows(verification)["index"].ok is True
+
+
+def test_weights_with_sums_of_their_own_fail_the_index(checkpoint, index):
+    state = load_file(checkpoint / "model.safetensors")
+    state["fc.bias"] += 0.5
+    save_file(state, checkpoint / "model.safetensors")
+    resum(checkpoint)
+    assert {"index", "logits"} <= set(failed(verify_checkpoint(checkpoint)))
+
+
+def test_changed_weights_fail_logits_and_conditioning(checkpoint):
+    state = load_file(checkpoint / "model.safetensors")
+    state["layers.0.linear.weight"] = state["layers.0.linear.weight"].flip(1)
+    save_file(state, checkpoint / "model.safetensors")
+    resum(checkpoint)
+    assert {"logits", "accuracy", "conditioning"} <= set(failed(verify_checkpoint(checkpoint)))
+
+
+def test_one_image_of_accuracy_is_found(checkpoint):
+    edit_json(checkpoint, "metrics.json", lambda metrics: metrics.update(test_correct=metrics["test_correct"] + 1))
+    resum(checkpoint)
+    verification = verify_checkpoint(checkpoint)
+    assert failed(verification) == ["accuracy"]
+    assert "recorded" in rows(verification)["accuracy"].detail
+
+
+def test_a_permille_of_conditioning_is_found(checkpoint):
+    def raise_one(record):
+        record["at_end"]["layers"]["fc"]["input"]["eigenvalues"][0] *= 1.002
+
+    edit_json(checkpoint, "conditioning.json", raise_one)
+    resum(checkpoint)
+    verification = verify_checkpoint(checkpoint)
+    assert failed(verification) == ["conditioning"]
+    assert "(fc)" in rows(verification)["conditioning"].detail
+
+
+def test_changed_logits_are_found(checkpoint):
+    edit_json(checkpoint, "expected.json", lambda expected: expected["logits"][0].__setitem__(3, 0.25))
+    resum(checkpoint)
+    assert failed(verify_checkpoint(checkpoint)) == ["logits"]
+
+
+def test_a_stale_card_is_found(checkpoint):
+    with (checkpoint / "README.md").open("a") as card:
+        card.write("and it is the best of all\n")
+    write_sums(checkpoint)
+    verification = verify_checkpoint(checkpoint)
+    assert failed(verification) == ["model card"]
+
+
+def test_a_damaged_file_is_the_only_row(checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    verification = verify_checkpoint(checkpoint)
+    assert [row.ok for row in verification.rows] == [False]
+    assert "is not as it was summed" in verification.rows[0].detail
+
+
+def test_a_record_that_is_none_is_a_failed_row_not_a_traceback(checkpoint):
+    (checkpoint / "conditioning.json").write_text("[]")
+    write_sums(checkpoint)
+    assert {"model card", "conditioning"} == set(failed(verify_checkpoint(checkpoint)))
+
+
+def test_without_its_data_the_rest_is_checked(checkpoint, monkeypatch, tmp_path):
+    text = (checkpoint / "recipe.toml").read_text().replace('name = "digits"', 'name = "mnist"')
+    (checkpoint / "recipe.toml").write_text(text)
+    resum(checkpoint)
+    monkeypatch.setenv("CONDZOO_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing"))
+    checks = rows(verify_checkpoint(checkpoint))
+    assert checks["accuracy"].ok is checks["conditioning"].ok is None
+    assert checks["accuracy"].detail.startswith("not checked without its data")
+    with pytest.raises(FileNotFoundError):
+        verify_checkpoint(checkpoint, data_root=tmp_path / "nothing")
+
+
+def test_what_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        verify_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no weights are released for"):
+        verify_checkpoint("cifar_resnet1202")
+
+
+def test_the_fixed_input_is_spread_evenly_with_mean_0_and_variance_1():
+    x = fixed_input((2, 3, 32, 32))
+    assert x.mean().abs() < 0.01
+    assert x.var().item() == pytest.approx(1, abs=0.01)
+    assert torch.equal(x.flatten()[:2], torch.tensor([-0.5 * 12**0.5, (2654435761 / 2**32 - 0.5) * 12**0.5]))

@@ -137,7 +137,8 @@ def sweep(
             on_event=progress,
         )
     picture = out / "conditioning.png"
-    probed = {run.path.name: run.path for run in runs if (run.path / "conditioning.jsonl").exists()}
+    labels = display.run_labels(runs)
+    probed = {label: run.path for label, run in labels.items() if (run.path / "conditioning.jsonl").exists()}
     if probed:
         plot_comparison(probed, picture)
     display.print_runs(runs, picture)

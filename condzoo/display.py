@@ -31,7 +31,7 @@ def plain_table(title: str, *columns: str) -> Table:
     """A table without side borders, numbers to the right."""
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 
@@ -85,16 +85,16 @@ def print_recipes(files: Mapping[str, Path], as_json: bool) -> None:
 def print_runs(runs: "Sequence[Run]", picture: Path) -> None:
     """What each run came to: accuracy, and the conditioning of the last layer's input; then the picture's path."""
     table = plain_table("", "run", "test error", "train loss", "lambda_max", "kappa 50%", "minutes")
-    for run in runs:
+    for label, run in run_labels(runs).items():
         summary = run.summary
         if summary["status"] == "failed":
-            table.add_row(run.path.name, "failed")
+            table.add_row(label, "failed")
             continue
         error = f"{summary['test_error']:.2%}" if summary["status"] == "done" else summary["status"]
         magnitude, kappa = last_layer_texts(run)
         loss = summary.get("train_loss")
         table.add_row(
-            summary["model"] if len(runs) == 1 else run.path.name,
+            label,
             error,
             "" if loss is None else f"{loss:.4f}",
             magnitude,
@@ -109,6 +109,12 @@ def print_runs(runs: "Sequence[Run]", picture: Path) -> None:
         )
         console.print(f"picture: {picture}", soft_wrap=True)
     console.print(f"runs:    {runs[0].path if len(runs) == 1 else runs[0].path.parent}", soft_wrap=True)
+
+
+def run_labels(runs: "Sequence[Run]") -> "dict[str, Run]":
+    """Runs by the short name that tells them apart: the model where it differs, else the folder."""
+    models = {run.recipe.model.name: run for run in runs}
+    return models if len(models) == len(runs) else {run.path.name: run for run in runs}
 
 
 def last_layer_texts(run: "Run") -> tuple[str, str]:

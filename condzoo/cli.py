@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from condzoo import checkpoint_commands
+
 EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 75
 
 app = typer.Typer(
@@ -238,6 +240,10 @@ def run_label(run: Path, runs: list[Path]) -> str:
     """A run's folder name; its whole path where two have the same."""
     name = (run if run.is_dir() else run.parent).name
     return str(run) if sum((r if r.is_dir() else r.parent).name == name for r in runs) > 1 else name
+
+
+for command in (checkpoint_commands.release, checkpoint_commands.verify, checkpoint_commands.convert):
+    app.command()(command)
 
 
 def main(args: list[str] | None = None) -> None:

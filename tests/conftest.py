@@ -9,7 +9,7 @@ from pathlib import Path
 # other far longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
 # Real images for development lie beside the repository, when they are there at all.
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"

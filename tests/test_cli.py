@@ -18,7 +18,20 @@ def run(capsys, *args):
     return stop.value.code or 0, out, err
 
 
-COMMANDS = ["list", "info", "recipes", "train", "sweep", "eval", "probe", "validate", "plot"]
+COMMANDS = [
+    "list",
+    "info",
+    "recipes",
+    "train",
+    "sweep",
+    "eval",
+    "probe",
+    "validate",
+    "plot",
+    "release",
+    "verify",
+    "convert",
+]
 
 
 def test_help_names_every_command(capsys):
@@ -62,6 +75,9 @@ def test_info_prints_the_fields(capsys):
         (("probe", "cifar_resnet20", "--data", "cifar"), "unknown data set 'cifar'; did you mean 'cifar10'?"),
         (("probe", "resnet18_lastbn"), "made for ImageNet"),
         (("validate",), "error: validate takes a model's name, or --all"),
+        (("verify",), "error: verify takes a checkpoint's name or folder, or --all"),
+        (("convert", "weights.pt"), "error: convert takes FILE --model NAME, or timm/NAME --last-bn"),
+        (("release", "no/such/run", "--tag", "x"), "error: no/such/run holds no finished run"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, args, text):

@@ -1,16 +1,15 @@
 """Every command and snippet of the README runs, and its generated table is up to date."""
 
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from condzoo.catalog import markdown_table
+from condzoo.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,22 +23,17 @@ TRAININGS = ("condzoo train", "condzoo sweep")
 MADE = ("make demo", "make test")
 
 
-def run(command: str, cwd: Path, **environment: str) -> str:
-    """Run a `condzoo ...` line of the README; a training is cut to a few steps."""
+def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a `condzoo ...` line of the README, in this process (starting one costs seconds); trainings are cut short."""
     args = shlex.split(command)
     assert args[0] == "condzoo"
     if command.startswith(TRAININGS):
         args += ["--max-steps", "3", "--set", "probe.every=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "condzoo", *args[1:]],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stderr}"
-    return done.stdout
+    with pytest.raises(SystemExit) as stop:
+        main(args[1:])
+    out, err = capsys.readouterr()
+    assert stop.value.code in (0, None), f"{command}: exit {stop.value.code}\n{err}"
+    return out
 
 
 def test_the_readme_has_what_these_tests_run():
@@ -48,22 +42,24 @@ def test_the_readme_has_what_these_tests_run():
     assert len(COMMANDS) >= 14
 
 
-def test_the_commands_without_real_data_run_in_their_order(tmp_path):
+def test_the_commands_without_real_data_run_in_their_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     commands = [c for c in COMMANDS if c not in MADE and "--data-root" not in c]
     for command in commands:
-        out = run(command, tmp_path)
+        out = run(command, capsys)
         assert out.strip()
     assert (tmp_path / "comparison.png").exists()
     assert (tmp_path / "mlp.png").exists()
 
 
 @pytest.mark.real_data
-def test_the_commands_on_real_data_run(tmp_path, data_root):
+def test_the_commands_on_real_data_run(tmp_path, data_root, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     commands = [c for c in COMMANDS if "--data-root" in c]
     assert len(commands) == 2
     (tmp_path / "data").symlink_to(data_root)
     for command in commands:
-        assert "test error" in run(command, tmp_path)
+        assert "test error" in run(command, capsys)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -73,10 +69,11 @@ def test_the_make_targets_exist_and_call_what_they_say(command):
     assert ("condzoo sweep" if command == "make demo" else "-m pytest") in planned
 
 
-def test_what_make_demo_runs_ends_in_a_table_and_a_picture(tmp_path):
+def test_what_make_demo_runs_ends_in_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     planned = subprocess.run(["make", "demo", "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     command = next(line for line in planned.splitlines() if "condzoo sweep" in line).split("-m ", 1)[1]
-    out = run(command, tmp_path)
+    out = run(command, capsys)
     assert "cifar_resnet20_nobn_lastbn" in out
     assert "picture: runs/demo/conditioning.png" in out
     assert (tmp_path / "runs/demo/conditioning.png").exists()

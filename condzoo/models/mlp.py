@@ -74,7 +74,9 @@ class MLP(nn.Module):
         self.feature_info = [dict(num_chs=width, reduction=1, module=f"layers.{i}") for i in range(layers - 1)]
         attach_head(self, width, num_classes, "", drop_rate, last_bn, last_bn_init)
         self._match_bias()
-        init_weights(self, "random" if init is None else init)
+        init_weights(self, "random")
+        if init is not None:
+            init_weights(self, init)
 
     def _match_bias(self) -> None:
         if not self.bias and isinstance(self.fc, nn.Linear):

@@ -1,0 +1,178 @@
+"""The zoo's networks behave as timm's users expect: features, heads, checkpointing, parameter groups."""
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+
+from condzoo.models import create_model
+from condzoo.models.registry import FAMILIES
+
+MAPS = ["cifar_resnet8_lastbn", "cifar_preresnet8_lastbn", "cifar_preresnet8_nofinalbn", "cifar_vgg8_nobn"]
+MAPS += ["cifar_vgg16", "resnet18_lastbn", "preresnet18", "preresnet50_lastbn"]
+MLPS = ["mlp4x24", "mlp4x24_bn", "mlp4x24_lastbn"]
+SHARED = {name: family.shared for family in FAMILIES.values() for name in family.rows}
+
+
+def images(name: str, batch: int = 2) -> Tensor:
+    """Random images: 12 x 12 grey ones for the small MLPs, 64 x 64 for ImageNet's, 32 x 32 for CIFAR's."""
+    shape = (
+        (1, 12, 12) if name.startswith("mlp") else (3, 64, 64) if SHARED[name]["dataset"] == "imagenet" else (3, 32, 32)
+    )
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", MAPS + MLPS)
+@torch.no_grad()
+def test_features_and_head_are_the_forward_pass(name: str):
+    model = timm.create_model(name).eval()
+    x = images(name)
+    features = model.forward_features(x)
+    assert torch.equal(model.forward_head(features), model(x))
+    hidden = model.forward_head(features, pre_logits=True)
+    assert hidden.shape == (2, model.num_features) == (2, model.head_hidden_size)
+    assert torch.equal(model.get_classifier()(hidden), model(x))
+    if name in MAPS:
+        assert features.shape[:2] == (2, model.num_features)
+
+
+@pytest.mark.parametrize("name", MAPS + MLPS)
+@torch.no_grad()
+def test_reset_classifier(name: str):
+    model = timm.create_model(name).train()
+    last_bn, x = getattr(model, "last_bn", None), images(name)
+    assert model.get_classifier() is model.fc is model.get_submodule(model.get_classifier(name_only=True))
+    assert model.pretrained_cfg["classifier"] == model.get_classifier(name_only=True)
+    model.reset_classifier(7)
+    assert model.num_classes == 7
+    assert all(m.training for m in model.modules())
+    assert model.eval()(x).shape == (2, 7)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.num_features)
+    assert getattr(model, "last_bn", None) is last_bn
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", ""])
+@pytest.mark.parametrize("name", [name for name in MAPS if name != "cifar_vgg16"])
+@torch.no_grad()
+def test_global_pool(name: str, pool: str):
+    x = images(name)
+    model = timm.create_model(name, num_classes=0, global_pool=pool).eval()
+    features = model.forward_features(x)
+    if not pool:
+        assert torch.equal(model(x), features)
+        return
+    mean, top = features.mean((2, 3)), features.amax((2, 3))
+    expected = {"avg": mean, "max": top, "avgmax": (mean + top) / 2, "catavgmax": torch.cat([mean, top], 1)}[pool]
+    if hasattr(model, "last_bn"):
+        expected = expected / (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+    model.reset_classifier(5, pool)
+    assert model(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@torch.no_grad()
+def test_features_only(name: str):
+    x = images(name)
+    model = timm.create_model(name, features_only=True).eval()
+    maps = model(x)
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    assert [x.shape[-1] // m.shape[-1] for m in maps] == model.feature_info.reduction()
+    assert len(maps) == SHARED[name]["feature_levels"]
+    assert all(m.isfinite().all() for m in maps)
+    chosen = timm.create_model(name, features_only=True, out_indices=(0, -1)).eval()
+    assert [m.shape for m in chosen(x)] == [maps[0].shape, maps[-1].shape]
+    assert create_model(name, features_only=True).feature_info.channels() == model.feature_info.channels()
+
+
+@pytest.mark.parametrize("name", MLPS)
+@torch.no_grad()
+def test_features_of_an_mlp_are_its_hidden_layers(name: str):
+    model = timm.create_model(name, features_only=True).eval()
+    assert [h.shape for h in model(images(name))] == [(2, 24)] * 3
+    assert model.feature_info.channels() == [24] * 3
+
+
+@pytest.mark.parametrize("name", [n for n in MAPS if n != "cifar_vgg16"] + ["cifar_vgg16_lastbn", *MLPS])
+def test_grad_checkpointing_gives_the_same_gradients(name: str):
+    x = images(name, batch=4)
+    gradients, modes = [], (False, True)
+    for enable in modes:
+        torch.manual_seed(0)
+        model = timm.create_model(name).train()
+        model.set_grad_checkpointing(enable)
+        model(x).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+def test_grad_checkpointing_does_run_the_blocks_again():
+    model = timm.create_model("cifar_resnet8").train()
+    calls = []
+    model.layer2[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    for enable, expected in ((False, 1), (True, 2)):
+        calls.clear()
+        model.set_grad_checkpointing(enable)
+        model(images("cifar_resnet8")).sum().backward()
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("name", MAPS + MLPS)
+def test_group_matcher_orders_every_parameter_from_stem_to_head(name: str, coarse: bool):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    names = [key for key, _ in model.named_parameters()]
+    assert set(groups) == set(names)
+    first, last = min(groups.values()), max(groups.values())
+    body = [key for key in names if not key.startswith(("last_bn.", "fc."))]
+    assert groups[names[0]] == first
+    assert groups["fc.weight"] == groups["fc.bias"] == last
+    assert [groups[key] for key in body] == sorted(groups[key] for key in body)
+    blocks = len({groups[key] for key in body})
+    assert blocks > (2 if coarse else 3) or name.startswith("mlp")
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8_lastbn", "preresnet18", "mlp4x24_lastbn"])
+def test_timm_s_optimizer_groups_hold_every_parameter_once(name: str):
+    model = timm.create_model(name)
+    decayed = param_groups_layer_decay(model, weight_decay=1e-4, layer_decay=0.5)
+    assert sum(len(group["params"]) for group in decayed) == len(list(model.parameters()))
+    scale = {id(p): group["lr_scale"] for group in decayed for p in group["params"]}
+    assert scale[id(next(model.parameters()))] < scale[id(model.fc.weight)] == 1.0
+    without, with_decay = param_groups_weight_decay(model, weight_decay=1e-4)
+    assert without["weight_decay"] == 0.0
+    assert all(p.ndim <= 1 for p in without["params"])
+    assert all(p.ndim > 1 for p in with_decay["params"])
+
+
+@pytest.mark.parametrize("name", MAPS + MLPS)
+def test_the_input_description_fits_the_network(name: str):
+    config = timm.data.resolve_model_data_config(timm.create_model(name))
+    assert config["input_size"] == tuple(
+        FAMILIES[config_family(name)].rows[name].get("input_size", SHARED[name]["input_size"])
+    )
+    assert len(config["mean"]) == len(config["std"]) == config["input_size"][0]
+    assert all(0 < m < 1 and 0 < s < 1 for m, s in zip(config["mean"], config["std"], strict=True))
+    assert config["crop_pct"] <= 1
+
+
+def config_family(name: str) -> str:
+    """The table a model stands in."""
+    return next(family.name for family in FAMILIES.values() if name in family.rows)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("cifar_vgg16", "group3"), ("cifar_vgg16_lastbn", "group5")])
+def test_groups_of_vgg16_can_be_frozen_one_by_one(name: str, layer: str):
+    model = timm.create_model(name)
+    groups = [model.get_submodule(f"group{i}") for i in range(1, 6)]
+    assert [sum(isinstance(m, nn.Conv2d) for m in g.modules()) for g in groups] == [3] * 5
+    frozen = model.get_submodule(layer).requires_grad_(False)
+    model.train()(images(name)).sum().backward()
+    assert all(p.grad is None for p in frozen.parameters())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.arithmetic import Precision, plain_products
+from condzoo.probe.attention import watch
 from condzoo.probe.layers import CONVOLUTIONS, TRANSPOSED, Conv, input_columns, output_columns
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, RunningNeurons
@@ -36,6 +37,7 @@ class Capture:
     Attributes:
         layers: layers to read, by name.
         relus: ReLUs to count, by name.
+        attentions: modules whose inner projections are among the layers, by name.
         recording: read forwards at all.
         gradients: read the gradients of the backwards that follow.
         further: the gradient is one more class of rows already counted.
@@ -48,6 +50,7 @@ class Capture:
 
     layers: dict[str, nn.Module]
     relus: dict[str, nn.Module]
+    attentions: dict[str, nn.MultiheadAttention] = field(default_factory=dict)
     conv: Conv = "channels"
     precision: Precision = "auto"
     bias: bool = False
@@ -67,6 +70,8 @@ class Capture:
         """Put the hooks on."""
         for name, module in self.layers.items():
             self._handles.append(module.register_forward_hook(partial(self._on_layer, name), with_kwargs=True))
+        for name, attention in self.attentions.items():
+            self._handles += watch(name, attention, self._on_projection)
         for name, module in self.relus.items():
             self._handles.append(module.register_forward_hook(partial(self._on_relu, name)))
 
@@ -94,6 +99,12 @@ class Capture:
                 sums.input.add(with_constant(columns) if self._adds_bias(module) else columns, self.precision)
         if h.requires_grad:
             h.register_hook(partial(self._on_gradient, module, sums.output_grad, self.scale))
+
+    def _on_projection(self, name: str, layer: nn.Module, x: Tensor, h: Tensor) -> None:
+        whole = f"{name.rpartition('.')[0]}.in_proj".lstrip(".")
+        if name in self.layers or whole in self.layers:
+            self.layers.setdefault(name, layer)  # a part of a packed weight is known only once it is used
+            self._on_layer(name, layer, (x,), {}, h)
 
     def _on_gradient(self, module: nn.Module, moment: RunningMoment, scale: float, grad_h: Tensor) -> None:
         if not self.gradients:
@@ -128,6 +139,9 @@ def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k
     return torch.cat([columns, columns.new_ones((*columns.shape[:2], 1, columns.shape[3]))], dim=2)
 
 
-def relus_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's ReLU modules by name; functional ones cannot be seen."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, RELUS)}
+def capture_of(model: nn.Module, layers: dict[str, nn.Module]) -> Capture:
+    """A capture of these layers and of the model's ReLU modules (functional ones cannot be seen)."""
+    named = list(model.named_modules())
+    relus: dict[str, nn.Module] = {name: module for name, module in named if isinstance(module, RELUS)}
+    attentions = {name: module for name, module in named if isinstance(module, nn.MultiheadAttention)}
+    return Capture(layers, relus, attentions)

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from condzoo.probe.attention import projections
 from condzoo.probe.patches import unfolded
 
 Conv = Literal["channels", "patches"]
@@ -31,7 +32,6 @@ REASONS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] =
     ((nn.Embedding, nn.EmbeddingBag), "its input is indices, which have no second moment"),
     (nn.RNNBase, "a recurrent layer runs its matrices inside one kernel; their inputs are not visible"),
     (nn.Bilinear, "its output is bilinear in two inputs, not linear in one"),
-    (nn.MultiheadAttention, "its projections run inside one function; their inputs are not visible"),
 )
 
 
@@ -61,6 +61,8 @@ def choose(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[str, nn.
             skipped[name] = why
         elif isinstance(module, MEASURED):
             found[name] = module
+        elif isinstance(module, nn.MultiheadAttention):
+            found |= {f"{name}.{local}" if name else local: p for local, p in projections(module).items()}
     if names is None:
         return found, skipped
     chosen = {n: m for n, m in found.items() if any(fnmatchcase(n, pattern) for pattern in names)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from condzoo.probe import losses
 from condzoo.probe.arithmetic import PRECISIONS
-from condzoo.probe.capture import Capture, relus_of
+from condzoo.probe.capture import Capture, capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
 from condzoo.probe.layers import CONVS, choose
@@ -73,7 +73,8 @@ def measure(
     if device is not None and any(p.device != torch.device(device) for p in model.parameters()):
         model = copy.deepcopy(model).to(device)
         chosen, skipped = choose(model, layers)
-    capture = Capture(chosen, relus_of(model), bias=bias)
+    capture = capture_of(model, chosen)
+    capture.bias = bias
     capture.conv, capture.precision = checked("conv", conv, CONVS), checked("precision", precision, PRECISIONS)
     run = _Run(model, capture, whose, loss, seed)
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():

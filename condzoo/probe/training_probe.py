@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.arithmetic import PRECISIONS
-from condzoo.probe.capture import Capture, relus_of
+from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
 from condzoo.probe.layers import CONVS, choose
@@ -73,7 +73,8 @@ class Probe:
         self.path = None if out is None else Path(out) / FILE_NAME
         self.latest: Conditioning | None = None
         chosen, self._unmeasurable = choose(model, layers)
-        self._capture = Capture(chosen, relus_of(model), bias=bias)
+        self._capture = capture_of(model, chosen)
+        self._capture.bias = bias
         self._capture.conv = checked("conv", conv, CONVS)
         self._capture.precision = checked("precision", precision, PRECISIONS)
         self._weights = {n: w for n, m in chosen.items() if (w := own_weight(m)) is not None}

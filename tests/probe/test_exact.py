@@ -46,7 +46,7 @@ def dense(model, x, y, matrix, block=None):
         for weight, label in draws:
             tree = grad(lambda q, one=one, label=label: F.cross_entropy(logits(q, one), label[None]))(parameters)
             total = total + weight * torch.outer(flat(tree), flat(tree))
-    return total / len(x)
+    return total.detach() / len(x)
 
 
 def spectrum_of(matrix):

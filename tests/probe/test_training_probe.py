@@ -20,9 +20,10 @@ def train(model, kit, steps, probe=None, evaluate=False):
             probe.step()
         if evaluate:
             model.eval()
-            with torch.no_grad():
-                model(kit.images(5)[0])
+            model(kit.images(5, dtype=x.dtype)[0])
             model.train()
+            with torch.no_grad():
+                model(kit.images(5, dtype=x.dtype)[0])
     return model
 
 
@@ -80,7 +81,7 @@ def test_a_run_that_goes_on_appends_after_a_torn_line(kit, tmp_path):
 
 
 def test_forwards_between_steps_are_not_recorded(kit):
-    model, other = kit.build("residual"), kit.build("residual")
+    model, other = kit.build("conv"), kit.build("conv")
     with Probe(model, every=1) as probe, Probe(other, every=1) as with_evaluation:
         train(model, kit, 2, probe)
         train(other, kit, 2, with_evaluation, evaluate=True)

@@ -1,0 +1,76 @@
+"""The projections inside nn.MultiheadAttention, which calls no submodule for them.
+
+`F.multi_head_attention_forward` applies its weights through the function `linear` of
+torch.nn.functional; while a watched module runs, a wrapper of that function reports each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Report = Callable[[str, nn.Module, Tensor, Tensor], None]
+
+# (first row, last row) of the packed weight, in embedding widths
+_PARTS = {(0, 3): "in_proj", (0, 1): "q_proj", (1, 2): "k_proj", (2, 3): "v_proj", (1, 3): "kv_proj"}
+
+
+def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
+    """The weights that are whole parameters, as linear layers that share them, by their local names."""
+    if attention.in_proj_weight is not None:
+        return {"in_proj": _linear(attention.in_proj_weight, attention.in_proj_bias)}
+    separate = {"q_proj": attention.q_proj_weight, "k_proj": attention.k_proj_weight, "v_proj": attention.v_proj_weight}
+    return {name: _linear(weight, None) for name, weight in separate.items() if weight is not None}
+
+
+def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[RemovableHandle]:
+    """Report (layer name, module, input, output) of each projection while `attention` runs."""
+    original: list[Any] = []
+    layers = projections(attention)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        h = original[-1](x, weight, bias)
+        local = _local_name(attention, weight)
+        if local is not None:
+            layer = attention.out_proj if local == "out_proj" else layers.get(local) or _linear(weight, bias)
+            report(f"{name}.{local}" if name else local, layer, x, h)
+        return h
+
+    def before(module: nn.Module, args: Any) -> None:
+        original.append(F.linear)
+        F.linear = linear  # type: ignore[assignment]
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        F.linear = original.pop()
+
+    return [
+        attention.register_forward_pre_hook(before),
+        attention.register_forward_hook(after, always_call=True),
+    ]
+
+
+def _local_name(attention: nn.MultiheadAttention, weight: Tensor) -> str | None:
+    if weight is attention.out_proj.weight:
+        return "out_proj"
+    packed = attention.in_proj_weight
+    if packed is None:
+        return next((n for n, layer in projections(attention).items() if layer.weight is weight), None)
+    if weight.untyped_storage().data_ptr() != packed.untyped_storage().data_ptr():
+        return None
+    width = attention.embed_dim
+    first = (weight.storage_offset() - packed.storage_offset()) // (packed.shape[1] * width)
+    return _PARTS.get((first, first + weight.shape[0] // width))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer around an existing weight; a slice of a parameter is seen, but is no parameter."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    layer.register_parameter("weight", weight if isinstance(weight, nn.Parameter) else None)
+    layer.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
+    return layer

@@ -1,0 +1,79 @@
+"""nn.MultiheadAttention's projections, against the same attention written out with linear layers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condzoo.probe import Probe, measure
+
+WIDTH = 6
+
+
+class WithModule(nn.Module):
+    def __init__(self, cross: bool) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(WIDTH, 2, batch_first=True), nn.Linear(WIDTH, 3)
+        self.cross = cross
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = x.flip(1) * 2 if self.cross else x
+        return self.head(self.attention(x, keys, keys, need_weights=False)[0].mean(1))
+
+
+class WrittenOut(nn.Module):
+    """The same function; q and kv are layers of their own where keys differ from queries."""
+
+    def __init__(self, model: WithModule) -> None:
+        super().__init__()
+        weight, bias = model.attention.in_proj_weight.detach(), model.attention.in_proj_bias.detach()
+        self.cross, self.head, self.out = model.cross, model.head, model.attention.out_proj
+        split = (WIDTH, 2 * WIDTH) if model.cross else (3 * WIDTH,)
+        self.inner = nn.ModuleList(nn.Linear(WIDTH, rows) for rows in split)
+        for layer, w, b in zip(self.inner, weight.split(split), bias.split(split), strict=True):
+            layer.weight, layer.bias = nn.Parameter(w), nn.Parameter(b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.inner[0](x), self.inner[1](x.flip(1) * 2)] if self.cross else [self.inner[0](x)]
+        q, k, v = (t.unflatten(2, (2, 3)).transpose(1, 2) for t in torch.cat(parts, dim=2).chunk(3, dim=2))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(self.out(h).mean(1))
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((8, 5, WIDTH), generator=generator).double(), torch.randint(3, (8,), generator=generator)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_projections_of_self_attention_equal_those_written_out(training):
+    torch.manual_seed(0)
+    model = WithModule(cross=False).double().train(training)
+    found, expected = measure(model, batch()), measure(WrittenOut(model).double(), batch())
+    assert list(found) == ["attention.in_proj", "attention.out_proj", "head"]
+    for name, other in (("attention.in_proj", "inner.0"), ("attention.out_proj", "out"), ("head", "head")):
+        for side in ("input", "output_grad"):
+            a, b = (getattr(c[n], side) for c, n in ((found, name), (expected, other)))
+            assert torch.allclose(a.eigenvalues, b.eigenvalues, rtol=1e-9, atol=1e-10 * b.lambda_max)
+        assert found[name].weight == pytest.approx(expected[other].weight, rel=1e-12)
+        assert found[name].weight_grad == pytest.approx(expected[other].weight_grad, rel=1e-9)
+
+
+def test_a_packed_weight_used_in_parts_is_named_and_the_function_is_restored():
+    torch.manual_seed(0)
+    before = F.linear
+    model = WithModule(cross=True).double()
+    found, expected = measure(model, batch()), measure(WrittenOut(model).double(), batch())
+    assert list(found) == ["attention.q_proj", "attention.kv_proj", "attention.out_proj", "head"]
+    for name, other in (("attention.q_proj", "inner.0"), ("attention.kv_proj", "inner.1")):
+        a, b = found[name].output_grad, expected[other].output_grad
+        assert torch.allclose(a.eigenvalues, b.eigenvalues, rtol=1e-9, atol=1e-10 * b.lambda_max)
+    assert F.linear is before
+
+
+def test_the_function_is_restored_when_attention_raises():
+    before = F.linear
+    model = WithModule(cross=False).double()
+    with pytest.raises(AssertionError, match="embedding dimension"), Probe(model):
+        model(torch.zeros(2, 3, 5).double())
+    assert F.linear is before

@@ -78,7 +78,7 @@ def _build_fault(
     try:
         with torch.device("meta"):
             model = build_network(section, image_shape, num_classes)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # model.args go to the network's own code: what it raises is a fault of the recipe
         return _first_line(error), "model.name" if repr(section.name) in str(error) else "model"
     try:
         freeze(model, patterns)

@@ -20,6 +20,7 @@ from condzoo.training.run_directory import (
     PICTURE,
     SUMMARY,
     append_record,
+    read_json,
     write_atomically,
     write_json,
 )
@@ -93,7 +94,7 @@ def write_results(
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     write_json(path / SUMMARY, summary)
-    return summary
+    return read_json(path / SUMMARY)
 
 
 @contextlib.contextmanager

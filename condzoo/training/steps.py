@@ -57,8 +57,6 @@ def take_step(training: Training, batch: StepBatch, probe: Probe | None = None) 
     # A compiled network runs past the probe's hooks: the steps that are measured use the network itself.
     forward = training.model if probe is not None and probe.due else training.forward
     loss_sum, correct = accumulate_gradient(training, batch, forward)
-    if not torch.isfinite(loss_sum):
-        raise NonFinite("loss", step, "the output")
     grad_norm = clip_gradient(training, step)
     if probe is not None:
         probe.loss_scale = training.scaler.get_scale() / batch.images
@@ -83,11 +81,33 @@ def accumulate_gradient(
         with training.numerics.autocast():
             logits = forward(x)
         loss = nn.functional.cross_entropy(logits.float(), y, label_smoothing=smoothing)
+        if not torch.isfinite(loss):
+            raise NonFinite("loss", batch.step, first_nonfinite_layer(training, x))
         share = len(y) / batch.images
         training.scaler.scale(loss * share if share != 1 else loss).backward()
         loss_sum += loss.detach().double() * len(y)
         correct += (logits.detach().argmax(1) == y).sum()
     return loss_sum, correct
+
+
+@torch.no_grad()
+def first_nonfinite_layer(training: Training, x: Tensor) -> str:
+    """The first module, in the order of a forward pass of x, whose output is not finite."""
+    found: list[str] = []
+
+    def check(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and not torch.isfinite(output).all():
+            found.append(name)
+
+    leaves = [(n, m) for n, m in training.model.named_modules() if not any(True for _ in m.children())]
+    handles = [m.register_forward_hook(lambda _m, _x, h, n=n: check(n, h)) for n, m in leaves]
+    try:
+        with training.numerics.autocast():
+            training.model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss itself"
 
 
 def clip_gradient(training: Training, step: int) -> float:

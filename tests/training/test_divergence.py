@@ -1,0 +1,60 @@
+"""A loss or gradient that is not finite ends the run before the step, and is said or recorded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from condzoo.training import Diverged, train
+from condzoo.training.preparation import prepare, training_steps
+from condzoo.training.steps import NonFinite, take_step
+
+WILD = {"optim.lr": 1e30, "optim.momentum": 0.0, "optim.nesterov": False, "probe.every": 5}
+
+
+def test_divergence_stops_the_run_and_says_where(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"diverged: the loss of step \d is not finite, first in layers\.\d") as caught:
+        train(tiny(**WILD), out=tmp_path / "run", device="cpu")
+    assert caught.value.exit_code == 3
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary == caught.value.summary
+    assert summary["status"] == "diverged"
+    assert summary["diverged"]["step"] == summary["steps"] > 0
+    assert summary["diverged"]["what"] == "loss"
+    with pytest.raises(Diverged, match=r"lower optim\.lr"):  # and again, without training
+        train(tiny(**WILD), out=tmp_path / "run", device="cpu")
+
+
+def test_divergence_as_a_recorded_result(tiny: Any, tmp_path: Path) -> None:
+    run = train(tiny(**WILD, on_divergence="record"), out=tmp_path / "run", device="cpu")
+    assert run.summary["status"] == "diverged"
+    assert run.test_error is not None
+    assert run.test_error > 0.8
+    assert (tmp_path / "run/model.safetensors").exists()
+    again = train(tiny(**WILD, on_divergence="record"), out=tmp_path / "run", device="cpu")
+    assert again == run
+
+
+def test_the_step_that_diverges_is_not_taken(tiny: Any) -> None:
+    training = prepare(tiny(), torch.device("cpu"))
+    steps = training_steps(training, 0, 3)
+    take_step(training, next(steps))
+    before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    handle = training.model.get_parameter("layers.1.linear.weight").register_hook(lambda g: g * torch.inf)
+    with pytest.raises(NonFinite, match=r"the gradient of step 1 is not finite, first in layers\.1\.linear\.weight"):
+        take_step(training, next(steps))
+    handle.remove()
+    for name, parameter in training.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_the_last_checkpoint_before_divergence_is_kept_and_finite(tiny: Any, tmp_path: Path) -> None:
+    schedule = {"name": "step", "milestones": [1], "gamma": 1e30}
+    with pytest.raises(Diverged):
+        train(tiny(schedule=schedule), out=tmp_path / "run", device="cpu")
+    (newest,) = (tmp_path / "run/checkpoints").glob("*.safetensors")
+    assert newest.stem == "step_0000000011"
+    assert all(bool(value.isfinite().all()) for value in load_file(newest).values())

@@ -1,0 +1,167 @@
+"""Wrong recipes: each says the field, what came, what is allowed; none gives anything but a RecipeError."""
+
+import copy
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from condzoo.training import Recipe, RecipeError
+from condzoo.training.recipe import dump_recipe, load_recipe, parse_recipe, set_field
+from condzoo.training.recipe_errors import field_paths
+
+GOOD: dict[str, Any] = {
+    "epochs": 3,
+    "model": {"name": "mlp4x24"},
+    "data": {"name": "digits", "batch_size": 64},
+    "optim": {"name": "sgd", "lr": 0.1},
+    "schedule": {"name": "step", "milestones": [1, 2]},
+}
+NONE = object()  # take the field out
+
+# (field, value, the whole message after "recipe: ")
+MALFORMED: list[tuple[str, Any, str]] = [
+    ("epochs", 0, "epochs: got 0, must be greater than 0"),
+    ("epochs", -3, "epochs: got -3, must be greater than 0"),
+    ("epochs", 2.5, "epochs: got 2.5, must be a whole number"),
+    ("epochs", True, "epochs: got true, must be a whole number"),
+    ("epochs", "3", "epochs: got '3', must be a whole number"),
+    ("epochs", NONE, "epochs: got neither of epochs and iterations, give exactly one"),
+    ("iteration", 3, "iteration: unknown field; did you mean 'iterations'?"),
+    ("seed", -1, "seed: got -1, must be greater than or equal to 0"),
+    ("seed", 2**63, "seed: got 9223372036854775808, must be less than 9223372036854775808"),
+    ("seed", "one", "seed: got 'one', must be a whole number"),
+    ("sed", 1, "sed: unknown field; did you mean 'seed'?"),
+    ("precision", "fp8", "precision: got 'fp8', must be one of: auto, fp32, bf16, fp16"),
+    ("precision", 32, "precision: got 32, must be one of: auto, fp32, bf16, fp16"),
+    ("channels_last", 1, "channels_last: got 1, must be one of: true, false, auto"),
+    ("channels_last", "autp", "channels_last: got 'autp', must be one of: true, false, auto; did you mean 'auto'?"),
+    ("compile", 1, "compile: got 1, must be true or false"),
+    ("compile", "yes", "compile: got 'yes', must be true or false"),
+    ("ema", 1.0, "ema: got 1.0, must be less than 1"),
+    ("ema", 0, "ema: got 0, must be greater than 0"),
+    ("ema", float("nan"), "ema: got nan, must be a finite number"),
+    ("grad_clip", 0, "grad_clip: got 0, must be greater than 0"),
+    ("grad_clip", float("inf"), "grad_clip: got inf, must be a finite number"),
+    ("accumulate", 0, "accumulate: got 0, must be greater than 0"),
+    ("accumulate", 65, "accumulate: got 65, must be at most data.batch_size (64)"),
+    ("freeze", "fc.*", "freeze: got 'fc.*', must be a list [...]"),
+    ("freeze", [1], "freeze[0]: got 1, must be a text in quotes"),
+    ("freeze", ["fc.*", "nope"], "freeze: 'nope' matches no parameter; they are called like "),
+    ("eval_every", 0, "eval_every: got 0, must be greater than 0"),
+    ("eval_every", 0.5, "eval_every: got 0.5, must be a whole number"),
+    ("save_every", 0, "save_every: got 0, must be greater than 0"),
+    ("log_every", "all", "log_every: got 'all', must be a whole number"),
+    ("on_divergence", "ignore", "on_divergence: got 'ignore', must be one of: stop, record"),
+    ("model", NONE, "model: missing; it has no default"),
+    ("model", "mlp4x24", "model: got 'mlp4x24', must be a table"),
+    ("model.name", NONE, "model.name: missing; it has no default"),
+    ("model.name", 3, "model.name: got 3, must be a text in quotes"),
+    ("model.name", "mlp4x24_bm", "model.name: unknown model 'mlp4x24_bm'; did you mean 'mlp4x24_bn'"),
+    ("model.name", "cifar_resnet57", "model: depth must be 6n + 2, got 57; nearest are 56 and 62"),
+    ("model.init", "hee", "model: unknown init 'hee'; did you mean 'he'"),
+    ("model.drop_rate", 1, "model.drop_rate: got 1, must be less than 1"),
+    ("model.nam", "x", "model.nam: unknown field; did you mean 'model.name'?"),
+    ("model.depth", 20, "model.depth: unknown field; model has: name, init, last_bn_init, drop_rate, args"),
+    ("model.args", [1], "model.args: got [1], must be a table"),
+    ("model.args.num_classes", 3, "model.args.num_classes: follows data.name; leave it out"),
+    ("model.args.init", "he", "model.args.init: has a field of its own; use model.init"),
+    ("data", [], "data: got [], must be a table"),
+    ("data.name", "cifar01", "data.name: unknown data set 'cifar01'; did you mean 'cifar10'? one of: digits"),
+    ("data.batch_size", NONE, "data.batch_size: missing; it has no default"),
+    ("data.batch_size", 0, "data.batch_size: got 0, must be greater than 0"),
+    ("data.batch_size", True, "data.batch_size: got true, must be a whole number"),
+    ("data.batchsize", 3, "data.batchsize: unknown field; did you mean 'data.batch_size'?"),
+    ("data.augment", "cutout", "data.augment: got 'cutout', must be one of: none, paper, standard"),
+    ("data.drop_last", 0, "data.drop_last: got 0, must be true or false"),
+    ("data.crop", 9, "data.crop: got 9, must be at most 8, the size of digits"),
+    ("data.resize", -1, "data.resize: got -1, must be greater than 0"),
+    ("data.root", 3, "data.root: got 3, must be a text in quotes"),
+    ("optim", "sgd", "optim: got 'sgd', must be a table"),
+    ("optim.name", NONE, "optim: name is missing: it says which kind this is"),
+    ("optim.name", "adamm", "optim.name: got 'adamm', must be one of: sgd, gd, adam, adamw; did you mean 'adam'?"),
+    ("optim.lr", NONE, "optim.lr: missing; it has no default"),
+    ("optim.lr", -1, "optim.lr: got -1, must be greater than 0"),
+    ("optim.lr", 0, "optim.lr: got 0, must be greater than 0"),
+    ("optim.lr", "0.1", "optim.lr: got '0.1', must be a number"),
+    ("optim.lr", True, "optim.lr: got true, must be a number"),
+    ("optim.lr", float("nan"), "optim.lr: got nan, must be a finite number"),
+    ("optim.lrr", 0.1, "optim.lrr: unknown field; did you mean 'optim.lr'?"),
+    ("optim.momentum", 1, "optim.momentum: got 1, must be less than 1"),
+    ("optim.nesterov", True, "optim.nesterov: got true, needs optim.momentum above 0"),
+    ("optim.betas", [0.9, 0.99], "optim.betas: unknown field of this kind; it belongs to: adam, adamw"),
+    ("optim.weight_decay", -1e-4, "optim.weight_decay: got -0.0001, must be greater than or equal to 0"),
+    ("lr", 0.1, "lr: unknown field; did you mean 'optim.lr'?"),
+    ("modle", {}, "modle: unknown field; did you mean 'model'?"),
+    ("schedule.name", "steps", "schedule.name: got 'steps', must be one of: constant, step, cosine, onecycle; did"),
+    ("schedule.milestones", [2, 1], "schedule.milestones: got [2, 1], must be ascending"),
+    ("schedule.milestones", [0], "schedule.milestones[0]: got 0, must be greater than 0"),
+    ("schedule.milestones", [1.5], "schedule.milestones[0]: got 1.5, must be a whole number"),
+    ("schedule.milestones", 3, "schedule.milestones: got 3, must be a list [...]"),
+    ("schedule.unit", "step", "schedule.unit: got 'step', must be one of: epoch, iteration"),
+    ("schedule.min_lr", 0.1, "schedule.min_lr: unknown field of this kind; it belongs to: cosine"),
+    ("schedule.warmup_epochs", -1, "schedule.warmup_epochs: got -1, must be greater than or equal to 0"),
+    ("loss.label_smoothing", 1, "loss.label_smoothing: got 1, must be less than 1"),
+    ("loss.smoothing", 0.1, "loss.smoothing: unknown field; did you mean 'loss.label_smoothing'?"),
+    ("probe.every", -1, "probe.every: got -1, must be greater than or equal to 0"),
+    ("probe.conv", "patch", "probe.conv: got 'patch', must be one of: channels, patches; did you mean 'patches'?"),
+    ("probe.layers", "fc", "probe.layers: got 'fc', must be a list [...]"),
+]
+
+
+def changed(field: str, value: Any) -> dict[str, Any]:
+    tables = copy.deepcopy(GOOD)
+    set_field(tables, field, None if value is NONE else value)
+    return tables
+
+
+@pytest.mark.parametrize(("field", "value", "message"), MALFORMED, ids=[f"{f}={v!r}"[:40] for f, v, _ in MALFORMED])
+def test_a_malformed_recipe_says_what_is_wrong(field: str, value: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(changed(field, value))
+    assert str(caught.value).startswith(f"recipe: {message}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_list_is_long_enough_and_the_good_recipe_is_good() -> None:
+    assert len(MALFORMED) >= 60
+    assert isinstance(parse_recipe(copy.deepcopy(GOOD)), Recipe)
+    touched = {re.split(r"\.", field)[0] for field, _, _ in MALFORMED}
+    assert touched >= set(Recipe.model_fields) - {"iterations"}
+
+
+TOML_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["sgd", "adam", "step", "auto", "mlp4x24", "cifar10", "none"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(sorted({path for path, _ in field_paths()} | {"model", "optim", "schedule", "data", "x"}))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(FIELDS, TOML_VALUES, max_size=4))
+def test_any_change_gives_a_recipe_or_a_recipe_error(changes: dict[str, Any]) -> None:
+    tables = copy.deepcopy(GOOD)
+    try:
+        for field, value in changes.items():
+            set_field(tables, field, value)
+        recipe = parse_recipe(tables)
+    except RecipeError:
+        return
+    assert dump_recipe(recipe)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=60) | st.lists(FIELDS.map(lambda f: f"{f} = 1\n")).map("".join))
+def test_any_text_gives_a_recipe_or_a_recipe_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(RecipeError):
+        load_recipe(path)

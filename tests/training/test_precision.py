@@ -1,0 +1,62 @@
+"""What precision and channels_last mean where the tests run, and what `auto` picks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from condzoo.models import create_model
+from condzoo.training import evaluate_run, precision, train
+from condzoo.training.precision import has_bf16_units, resolve_device, resolve_numerics
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("model", "units", "channels_last", "expected"),
+    [
+        ("cifar_resnet8", True, "auto", ("bf16", True)),
+        ("cifar_resnet8", True, False, ("fp32", False)),  # bf16 without channels_last is slower than fp32
+        ("cifar_resnet8", False, "auto", ("fp32", True)),
+        ("mlp4x24", True, "auto", ("fp32", False)),
+    ],
+)
+def test_auto_picks_bf16_for_convolutions_with_units_for_it(
+    model: str, units: bool, channels_last: Any, expected: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16_units", lambda device: units)
+    with torch.device("meta"):
+        network = create_model(model)
+    numerics = resolve_numerics(tiny(channels_last=channels_last), network, CPU)
+    assert (numerics.precision, numerics.channels_last) == expected
+
+
+def test_units_are_read_from_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for names in ((), ("_is_amx_tile_supported",), ("_is_avx512_bf16_supported",)):
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda name=name, names=names: name in names, raising=False)
+        assert has_bf16_units(CPU) == bool(names)
+
+
+def test_fp16_needs_a_gpu(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="precision: fp16 needs a GPU; on a CPU use bf16, fp32 or auto"):
+        train(tiny(precision="fp16"), out=tmp_path / "run", device="cpu")
+
+
+def test_an_absent_device_is_said() -> None:
+    with pytest.raises(ValueError, match=r"device 'cud' cannot be used here: .*; try --device cpu"):
+        resolve_device("cud")
+    assert resolve_device("cpu") == CPU
+
+
+def test_bf16_trains_with_float32_weights_and_evaluates_the_same_again(tiny: Any, tmp_path: Path) -> None:
+    changes = {"model.name": "cifar_resnet8_lastbn", "precision": "bf16"}
+    run = train(tiny(**changes), out=tmp_path / "bf16", device="cpu", max_steps=4)
+    full = train(tiny(**{**changes, "precision": "fp32"}), out=tmp_path / "fp32", device="cpu", max_steps=4)
+    assert run.summary["precision"] == "bf16"
+    weights, others = run.load_model().state_dict(), full.load_model().state_dict()
+    assert all(v.dtype in (torch.float32, torch.int64) for v in weights.values())
+    gap = max(float((weights[k] - others[k]).abs().max()) for k in weights if "conv" in k)
+    assert 0 < gap < 0.1
+    assert evaluate_run(run.path, device="cpu").correct == run.summary["test_correct"]

@@ -35,7 +35,7 @@ def model_card(folder: CheckpointFolder) -> str:
         dataset, license = "", record.license
         parts = [f"## Origin\nMade from {record.origin}{origin_sum(record)}. {record.note}"]
     head = [front_matter(license, dataset), f"# {name}", opening(config, record.parameters, dataset)]
-    return "\n\n".join([*head, usage(name, config), preprocessing(config, record), *parts]) + "\n"
+    return "\n\n".join([*head, usage(name, config, folder.trained), preprocessing(config, record), *parts]) + "\n"
 
 
 def front_matter(license: str, dataset: str) -> str:
@@ -56,11 +56,13 @@ def opening(config: Config, parameters: int, dataset: str) -> str:
     )
 
 
-def usage(name: str, config: Config) -> str:
-    """How to load it."""
-    lines = ["import condzoo", "", f'model = condzoo.load_checkpoint("checkpoints/{name}")  # in eval mode']
+def usage(name: str, config: Config, trained: bool) -> str:
+    """How to load it: a trained one by its name, a converted one from its folder."""
+    place = name if trained else f"checkpoints/{name}"
+    lines = ["import condzoo", "", f'model = condzoo.load_checkpoint("{place}")  # in eval mode']
     if not config.insert_last_bn:
-        lines += ["", "import timm, condzoo.models", f'model = timm.create_model("local-dir:checkpoints/{name}")']
+        lines += ["", "import timm, condzoo.models", ""]
+        lines += [f'model = timm.create_model("{name if trained else "local-dir:" + place}", pretrained=True)']
     return "\n".join(["## Use", "```python", *lines, "```"])
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, model_entrypoint, register_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,7 +59,8 @@ def register_table(module: str, family: str, build: Callable[..., nn.Module], fi
     shared = tomllib.loads((TABLES / f"{family}.toml").read_text())
     rows = shared.pop("models")
     FAMILIES[family] = table = Family(family, build, shared, rows, first_conv)
-    taken = [name for name in rows if is_model(name)]
+    ours = {name for name in rows if is_model(name) and model_entrypoint(name).__module__ == module}  # a reload
+    taken = [name for name in rows if is_model(name) and name not in ours]
     if taken:
         raise ValueError(f"timm already has {taken}; condzoo never overwrites a name of timm's")
     mod = sys.modules[module]
@@ -72,7 +73,8 @@ def register_table(module: str, family: str, build: Callable[..., nn.Module], fi
         entry_point.__module__ = module
         entry_point.__doc__ = f"{name}: {shared['title']}."
         setattr(mod, name, entry_point)
-        register_model(entry_point)
+        if name not in ours:
+            register_model(entry_point)
 
 
 def pretrained_config(family: Family, name: str) -> dict[str, Any]:
@@ -148,9 +150,8 @@ def create_model(
     Raises:
         ValueError: an unknown name (with the closest ones), depth, `init`, `last_bn_init` or size.
     """
-    check_sizes(10 if num_classes is None else num_classes, model_kwargs.get("in_chans") or 1)
-    if model_kwargs.get("in_chans") is not None:
-        check_sizes(1, model_kwargs["in_chans"])
+    in_chans = model_kwargs.get("in_chans")
+    check_sizes(10 if num_classes is None else num_classes, 1 if in_chans is None else in_chans)
     if num_classes is not None:
         model_kwargs["num_classes"] = num_classes
     arch = name.split(".", 1)[0]

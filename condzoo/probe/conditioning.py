@@ -62,6 +62,7 @@ class Conditioning(Mapping[str, LayerConditioning]):
         precision: as asked for; each spectrum's `arithmetic` says what was used.
         samples: examples; batches: batches; step: training step of a `Probe`, else None.
         first_nonfinite: the layer where NaN or Inf appears first, by direction.
+        certificate: with `certify=True`, how far the dtype of the pass moved each layer's spectra.
         seed: what dropout and label draws were seeded with, None in a `Probe`.
     """
 
@@ -81,6 +82,7 @@ class Conditioning(Mapping[str, LayerConditioning]):
     step: int | None = None
     seed: int | None = None
     first_nonfinite: dict[str, str] = field(default_factory=dict)
+    certificate: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LayerConditioning:
         """One layer; a KeyError says why it was skipped, or the closest name."""

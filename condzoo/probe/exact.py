@@ -24,7 +24,8 @@ from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.gradient_rows import LayerRows, gradient_rows
 from condzoo.probe.layers import choose
 from condzoo.probe.losses import Loss, check_categorical, logits_of, mean_loss
-from condzoo.probe.measuring import batch_size, checked
+from condzoo.probe.measuring import checked
+from condzoo.probe.passes import batch_size
 from condzoo.probe.preserving import preserved
 from condzoo.probe.second_derivatives import ggn_matrix, hessian_matrix
 from condzoo.probe.spectra import Spectrum, from_blocks

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from condzoo.probe.layers import CONVOLUTIONS
 from condzoo.probe.losses import Loss, check_categorical, logits_of, mean_loss, weighted_class_gradients
-from condzoo.probe.measuring import batch_size
+from condzoo.probe.passes import batch_size
 from condzoo.probe.patches import unfolded
 
 SAMPLES = 64  # samples whose gradients are formed at a time

@@ -6,18 +6,21 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from condzoo.probe import distributed
 from condzoo.probe.arithmetic import PRECISIONS
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
 from condzoo.probe.layers import CONVS, choose
-from condzoo.probe.measuring import batch_size, checked, coarsest
+from condzoo.probe.measuring import checked
+from condzoo.probe.passes import batch_size, coarsest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
 from condzoo.probe.weights import largest_singular_values, own_weight
 
@@ -36,8 +39,12 @@ class Probe:
     the steps that are due, and read forwards in train mode with gradients enabled: evaluation between
     steps is not recorded. Backward passes within a step add up (gradient accumulation).
 
+    Under data-parallel training every process runs its Probe; the sums over all of them are measured, and
+    the first one writes. A compiled model runs uncompiled in the steps that are due, since a compiled graph
+    has no hooks: those steps cost what an eager step costs, and round as it does.
+
     Args:
-        model: the module that trains.
+        model: the module that trains, or its DistributedDataParallel or torch.compile wrapper.
         every: steps 0, every, 2 * every, ... are measured; 0 measures none.
         out: folder for `conditioning.jsonl`, one line a measurement; made if need be, appended to if
             there. None writes nothing: see `latest`.
@@ -69,6 +76,8 @@ class Probe:
         if every < 0 or start_step < 0:
             raise ValueError(f"every and start_step must be 0 or more, got {every} and {start_step}")
         checked("reduction", reduction, ("mean", "sum"))
+        compiled = is_compiled(model)
+        model = unwrapped(model)
         self.model, self.every, self.reduction, self.loss_scale = model, every, reduction, loss_scale
         self.path = None if out is None else Path(out) / FILE_NAME
         self.latest: Conditioning | None = None
@@ -79,6 +88,8 @@ class Probe:
         self._capture.precision = checked("precision", precision, PRECISIONS)
         self._weights = {n: w for n, m in chosen.items() if (w := own_weight(m)) is not None}
         self._step = start_step
+        self._compiled = compiled
+        self._stance: Any = None
         self._handles: list[RemovableHandle] = []
         self._samples = self._forwards = 0
         self._tops: dict[str, float] = {}
@@ -86,7 +97,7 @@ class Probe:
 
     def __enter__(self) -> Probe:
         """Ready for the first step: the output folder exists, and the hooks are on if it is due."""
-        if self.path is not None:
+        if self.path is not None and distributed.first():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             drop_torn_line(self.path)
         self._attach_if_due()
@@ -131,9 +142,14 @@ class Probe:
             if weight.requires_grad:
                 self._handles.append(weight.register_post_accumulate_grad_hook(self._keeper(name)))
         self._capture.attach()
+        if self._compiled:
+            self._stance = torch.compiler.set_stance("force_eager")
 
     def _detach(self) -> None:
         self._capture.detach()
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
         while self._handles:
             self._handles.pop().remove()
 
@@ -158,12 +174,18 @@ class Probe:
 
     def _record(self) -> None:
         capture, scale = self._capture, self._scale()
+        samples = self._samples
+        if distributed.active():
+            device = next(self.model.parameters()).device
+            distributed.sum_over_ranks(capture, device)
+            distributed.average_gradients(self._grads)
+            samples = distributed.total(self._samples, device)
         for sums in capture.sums.values():
             sums.output_grad.rescale(1 / scale)
         with torch.no_grad():
             grads = {n: g / self.loss_scale for n, g in self._grads.items()}
             if self.reduction == "sum":
-                grads = {n: g / self._samples for n, g in grads.items()}
+                grads = {n: g / samples for n, g in grads.items()}
             tops = largest_singular_values(capture.layers, grads)
             layers, unseen, nonfinite = finish(capture, self._tops, tops)
         self.latest = Conditioning(
@@ -176,17 +198,29 @@ class Probe:
             conv=capture.conv,
             bias=capture.bias,
             precision=capture.precision,
-            samples=self._samples,
+            samples=samples,
             batches=self._forwards,
             step=self._step,
             first_nonfinite=nonfinite,
         )
         self._grads.clear()
         capture.clear()
-        if self.path is not None:
+        if self.path is not None and distributed.first():
             append_record(self.path, self.latest)
 
     def _scale(self) -> float:
         if not self.loss_scale > 0:
             raise ValueError(f"probe.loss_scale must be above 0, got {self.loss_scale}")
         return float(self.loss_scale)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile wrappers, whose names are the user's."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else cast(nn.Module, model._orig_mod)
+    return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether some part of the model is compiled."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())

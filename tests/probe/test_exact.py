@@ -32,7 +32,7 @@ def dense(model, x, y, matrix, block=None):
     if matrix == "hessian":
         tree = hessian(lambda p: F.cross_entropy(logits(p, x), y))(parameters)
         rows = [torch.cat([b.flatten(parameters[i].ndim) for b in tree[i].values()], parameters[i].ndim) for i in tree]
-        return torch.cat([r.reshape(-1, r.shape[-1]) for r in rows])
+        return torch.cat([r.reshape(-1, r.shape[-1]) for r in rows]).detach()
     total = 0
     for n in range(len(x)):
         one = x[n : n + 1]

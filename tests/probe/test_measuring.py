@@ -248,3 +248,21 @@ def test_no_batch_and_wrong_batches_are_explained(kit):
     x, y = kit.images()
     adapted = measure(model, [{"image": x, "label": y}], adapter=lambda batch: (batch["image"], batch["label"]))
     close(adapted["1"].input, measure(model, (x, y))["1"].input.eigenvalues)
+
+
+def test_the_certificate_shows_what_the_dtype_of_the_pass_cost(kit):
+    x, y = kit.images(64)
+    exact = measure(kit.build("residual"), (x, y), certify=True).certificate
+    single = measure(kit.build("residual", torch.float32), (x.float(), y), certify=True).certificate
+    half_model = kit.build("residual").bfloat16()
+    half = measure(half_model, (x.bfloat16(), y), certify=True).certificate
+    assert list(exact) == list(single) == list(half) == ["0", "3.conv1", "3.conv2", "7"]
+    for name in exact:
+        assert exact[name] == {
+            "input_lambda_max": 0.0,
+            "input_known": 1.0,
+            "output_grad_lambda_max": 0.0,
+            "output_grad_known": exact[name]["output_grad_known"],
+        }
+        assert 0 < single[name]["output_grad_lambda_max"] < 1e-4 < half[name]["output_grad_lambda_max"] < 0.5
+        assert single[name]["input_known"] >= half[name]["input_known"]

@@ -190,6 +190,7 @@ def collect_metrics(
     commits = dict.fromkeys(part["source"]["commit"] for part in parts if part["source"])
     name, header = repository_recipe(run.recipe)
     section = run.recipe.data
+    threads = f"{environment['threads']} thread" + "s" * (environment["threads"] > 1)
     return {
         "model": run.recipe.model.name,
         "tag": tag,
@@ -204,7 +205,7 @@ def collect_metrics(
         "source": header.get("Source", "not stated"),
         "departs": header.get("Departs", "not stated"),
         "data": {"name": section.name, "crop": section.crop, "resize": section.resize, "augment": section.augment},
-        "hardware": f"{environment['processor']}, {environment['threads']} threads, {environment['device']}",
+        "hardware": f"{environment['processor']}, {threads}, {environment['device']}",
         "packages": environment["packages"],
         "commit": ", ".join(commits) or None,
         "date": run.summary["finished"][:10],

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import statistics
 import tomllib
 from collections.abc import Iterable
@@ -219,7 +220,7 @@ def row_of(folder: CheckpointFolder) -> dict[str, Any]:
     """One row of the table of all."""
     config = read_record(folder, CONFIG, Config)
     name = f"{config.architecture}.{config.pretrained_cfg.tag}"
-    row: dict[str, Any] = {"checkpoint": f"[{name}]({name}/README.md)", "order": (config.architecture, name)}
+    row: dict[str, Any] = {"checkpoint": f"[{name}]({name}/README.md)", "order": natural_order(name)}
     if not folder.trained:
         origin = read_record(folder, CONVERSION, Conversion).origin
         return (
@@ -231,3 +232,8 @@ def row_of(folder: CheckpointFolder) -> dict[str, Any]:
     s = last_input(read_conditioning(folder)["at_end"])
     row |= {"data": str(metrics.data["name"]), "test error, %": error_of(metrics), "seeds": str(len(metrics.seeds))}
     return row | {"lambda_max": f"{s.lambda_max:.4g}", "kappa p = 0.5": kappa(s, 0.5), "kappa p = 1": kappa(s, 1.0)}
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A sorting key: numbers by their size, so that a network stands above its deeper ones and its twins."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]

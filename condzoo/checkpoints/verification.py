@@ -129,7 +129,12 @@ def check_logits(folder: CheckpointFolder, model: nn.Module) -> tuple[bool, str]
 def check_card(folder: CheckpointFolder) -> tuple[bool, str]:
     """README.md is what `model_card` makes of the other files."""
     same = folder.text(CARD) == model_card(folder)
-    return same, "README.md is up to date" if same else "README.md is not what the other files say; release it again"
+    return (
+        same,
+        "README.md is up to date"
+        if same
+        else "README.md is not what the other files say (refresh_cards in condzoo.checkpoints.writing makes it again)",
+    )
 
 
 def check_on_data(folder: CheckpointFolder, model: nn.Module, data_root: str | Path | None) -> Iterator[Check]:
@@ -165,5 +170,5 @@ def check_conditioning(
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder.source(CONDITIONING)}: no record of the end: {error}") from error
     difference, layer = largest_difference(measure_conditioning(model, data, batch_size), recorded)
-    where = f" ({layer})" if layer else ""
+    where = f" ({layer})" if difference else ""
     return difference <= CONDITIONING_TOLERANCE, f"lambda_max of {len(recorded)} layers within {difference:.1e}{where}"

@@ -124,6 +124,14 @@ def write_table(root: Path) -> None:
     (root / CARD).write_text(checkpoints_table(checkpoint_folders_in(root)), encoding="utf-8")
 
 
+def refresh_cards(root: Path) -> None:
+    """Make every README.md under `root` again from the other files, after the text that makes them has changed."""
+    for path in checkpoint_folders_in(root):
+        (path / CARD).write_text(model_card(read_folder(path)), encoding="utf-8")
+        write_sums(path)
+    write_table(root)
+
+
 def add_to_index(name: str, weights_sum: str, cfg: dict[str, Any], default: bool) -> None:
     """Write a release's row into the package's index; as default it takes the place of the one before."""
     rows: dict[str, dict[str, Any]] = {}

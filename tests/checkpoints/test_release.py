@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from condzoo.catalog import list_models
-from condzoo.checkpoints.folder import ALWAYS, SUMS, TRAINED, read_folder
-from condzoo.checkpoints.model_card import checkpoints_table
-from condzoo.checkpoints.writing import add_to_index
+from condzoo.checkpoints.folder import ALWAYS, SUMS, TRAINED, read_folder, write_sums
+from condzoo.checkpoints.model_card import checkpoints_table, natural_order
+from condzoo.checkpoints.writing import add_to_index, refresh_cards
 from condzoo.models import released
 from condzoo.probe.serialization import from_record
 from condzoo.release import header_fields, release, repository_recipe
@@ -53,6 +53,26 @@ def test_the_table_is_made_of_the_folders(made_checkpoint):
     table = (made_checkpoint.parent / "README.md").read_text()
     assert table == checkpoints_table([made_checkpoint])
     assert "| [mlp4x24_bn.digits](mlp4x24_bn.digits/README.md) | digits |" in table
+
+
+def test_twins_stand_together_by_depth():
+    names = ["cifar_resnet110.a", "cifar_resnet20_lastbn.a", "cifar_resnet20.b", "cifar_resnet20.a", "mlp8x24.a"]
+    assert sorted(names, key=natural_order) == [
+        "cifar_resnet20.a",
+        "cifar_resnet20.b",
+        "cifar_resnet20_lastbn.a",
+        "cifar_resnet110.a",
+        "mlp8x24.a",
+    ]
+
+
+def test_cards_can_be_made_again(checkpoint):
+    card, sums = (checkpoint / "README.md").read_text(), (checkpoint / SUMS).read_text()
+    (checkpoint / "README.md").write_text("an older text")
+    write_sums(checkpoint)
+    refresh_cards(checkpoint.parent)
+    assert ((checkpoint / "README.md").read_text(), (checkpoint / SUMS).read_text()) == (card, sums)
+    assert "mlp4x24_bn.digits" in (checkpoint.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

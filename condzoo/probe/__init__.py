@@ -3,6 +3,8 @@
 from condzoo.probe.conditioning import Conditioning, LayerConditioning
 from condzoo.probe.exact import curvature
 from condzoo.probe.kronecker import KroneckerSpectrum
+from condzoo.probe.lanczos import TopEigenvalues
+from condzoo.probe.matrix_free import top_curvature
 from condzoo.probe.measuring import measure
 from condzoo.probe.moments import input_moment, output_grad_moment
 from condzoo.probe.neurons import Neurons
@@ -18,6 +20,7 @@ __all__ = [
     "Neurons",
     "Probe",
     "Spectrum",
+    "TopEigenvalues",
     "condition_number",
     "curvature",
     "input_moment",
@@ -28,4 +31,5 @@ __all__ = [
     "read_records",
     "record_columns",
     "spectrum",
+    "top_curvature",
 ]

@@ -74,7 +74,7 @@ def curvature(
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
         if matrix == "hessian":
             return _hessian(model, layers, x, y, loss)
-        if matrix == "ggn" and _samples_interact(model):
+        if matrix == "ggn" and samples_interact(model):
             return _interacting_ggn(model, layers, x, loss)
         rows, parameters = gradient_rows(model, layers, x, y if matrix == "grad_moment" else None, loss)
     return _from_rows(rows, batch_size(x), parameters)
@@ -117,7 +117,8 @@ def _interacting_ggn(model: nn.Module, layers: dict[str, nn.Module], x: Tensor, 
     return from_blocks(values[None], floor, logits.numel(), arithmetic="exact, float64")
 
 
-def _samples_interact(model: nn.Module) -> bool:
+def samples_interact(model: nn.Module) -> bool:
+    """Whether a BatchNorm computes statistics of the batch, so that a sample's output depends on the others."""
     return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
 
 

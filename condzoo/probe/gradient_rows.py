@@ -53,6 +53,32 @@ class LayerRows:
             parts.append(torch.cat([weight, g.sum(2).flatten(1)], dim=1) if self.bias else weight)
         return torch.cat(parts)
 
+    @property
+    def parameters(self) -> int:
+        """P of this layer: weights and biases."""
+        g, x = self.grads[0][0], self.inputs[0]
+        return g.shape[1] * g.shape[3] * (x.shape[3] + (1 if self.bias else 0))
+
+    def times(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " v"]:
+        """Inner products of all gradients with a vector, without forming them."""
+        x, shape = torch.cat(self.inputs, dim=2), (self.grads[0][0].shape[1], self.grads[0][0].shape[3], -1)
+        count = shape[0] * shape[1] * x.shape[3]
+        image = torch.einsum("ngti,goi->ngto", x, vector[:count].reshape(shape))
+        if self.bias:
+            image = image + vector[count:].reshape(shape[:2])[None, :, None]
+        return torch.cat([(torch.cat(g, dim=2) * image).sum((1, 2, 3)) for g in self.grads])
+
+    def transposed_times(self, inner: Float[Tensor, " v"]) -> Float[Tensor, " p"]:
+        """The sum of all gradients, each times its number."""
+        x = torch.cat(self.inputs, dim=2)
+        scaled = [
+            torch.cat(g, dim=2) * part[:, None, None, None]
+            for g, part in zip(self.grads, inner.split(self.samples), strict=True)
+        ]
+        total = torch.stack(scaled).sum(0)
+        weight = torch.einsum("ngto,ngti->goi", total, x).flatten()
+        return torch.cat([weight, total.sum((0, 2)).flatten()]) if self.bias else weight
+
     def gram(self) -> Float[Tensor, "v v"]:
         """All inner products of the gradients: with one position, (X X^T + 1) o (G G^T)."""
         x = torch.cat(self.inputs, dim=2)

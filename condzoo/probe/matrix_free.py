@@ -1,0 +1,113 @@
+"""The largest eigenvalues of exact curvature matrices of networks too large for the matrices themselves.
+
+M and F multiply by their factors (inputs and gradients at each position), H by differentiating the
+gradient's product with the vector, G by J^T (H (J v)), with J v from the transpose of the transpose.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condzoo.probe.exact import MATRICES, samples_interact
+from condzoo.probe.gradient_rows import LayerRows, gradient_rows
+from condzoo.probe.lanczos import TopEigenvalues, largest_eigenvalues
+from condzoo.probe.layers import choose
+from condzoo.probe.losses import Loss, check_categorical, logits_of, mean_loss
+from condzoo.probe.measuring import checked
+from condzoo.probe.passes import batch_size
+from condzoo.probe.preserving import preserved
+
+Product = Callable[[Tensor], Tensor]
+
+
+def top_curvature(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None,
+    matrix: str = "fisher",
+    block: str | None = None,
+    *,
+    k: int = 1,
+    loss: Loss | None = None,
+    tolerance: float = 1e-8,
+    seed: int = 0,
+) -> TopEigenvalues:
+    """The k largest eigenvalues of F, M, H or G without forming it; arguments as in `curvature`.
+
+    Args:
+        k: how many.
+        tolerance: residual over lambda_max at which it stops; the residuals come with the values.
+
+    Returns:
+        `values` in loss / parameter^2, `residuals` in the same unit, and the `products` it took.
+
+    Raises:
+        ValueError: as `curvature`, and k out of range.
+    """
+    checked("matrix", matrix, MATRICES)
+    if y is None and matrix in ("grad_moment", "hessian"):
+        raise ValueError(f"matrix={matrix!r} needs targets y; only 'fisher' and 'ggn' do without")
+    model = copy.deepcopy(model).double()
+    layers, _ = choose(model, None if block is None else [block])
+    parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
+    x = x.double() if x.is_floating_point() else x
+    with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
+        if matrix == "hessian":
+            product = _hessian_product(mean_loss(loss, model(x), y, batch_size(x)), parameters)
+        elif matrix == "ggn" and samples_interact(model):
+            product = _ggn_product(_checked_logits(model, x, loss), parameters)
+        else:
+            rows, _ = gradient_rows(model, layers, x, y if matrix == "grad_moment" else None, loss)
+            product = _rows_product(rows, batch_size(x))
+        dim = sum(p.numel() for p in parameters)
+        return largest_eigenvalues(product, dim, k, tolerance=tolerance, seed=seed)
+
+
+def _checked_logits(model: nn.Module, x: Tensor, loss: Loss | None) -> Tensor:
+    logits = logits_of(model(x))
+    check_categorical(loss, logits, "model")
+    return logits
+
+
+def _rows_product(rows: list[LayerRows], samples: int) -> Product:
+    """v -> (1/N) R^T R v, from the layers' factors."""
+
+    def product(vector: Tensor) -> Tensor:
+        parts = vector.split([layer.parameters for layer in rows])
+        inner = sum((layer.times(part) for layer, part in zip(rows, parts, strict=True)), start=torch.zeros(1))
+        return torch.cat([layer.transposed_times(inner) for layer in rows]) / samples
+
+    return product
+
+
+def _hessian_product(loss: Tensor, parameters: Sequence[Tensor]) -> Product:
+    gradient = _flat(torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True))
+
+    def product(vector: Tensor) -> Tensor:
+        return _flat(torch.autograd.grad(gradient, parameters, vector, retain_graph=True, materialize_grads=True))
+
+    return product
+
+
+def _ggn_product(logits: Tensor, parameters: Sequence[Tensor]) -> Product:
+    """J v is the derivative of J^T u with respect to u, which is linear in u."""
+    dual = torch.zeros_like(logits, requires_grad=True)
+    pulled = _flat(torch.autograd.grad(logits, parameters, dual, create_graph=True, materialize_grads=True))
+    p = logits.detach().softmax(dim=1)
+
+    def product(vector: Tensor) -> Tensor:
+        pushed: Any = torch.autograd.grad(pulled, dual, vector, retain_graph=True)[0]
+        curved = p * pushed - p * (p * pushed).sum(dim=1, keepdim=True)
+        grads = torch.autograd.grad(logits, parameters, curved, retain_graph=True, materialize_grads=True)
+        return _flat(grads).detach() / logits.shape[0]
+
+    return product
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])

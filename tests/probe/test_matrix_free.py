@@ -1,0 +1,44 @@
+"""Largest eigenvalues without matrices, against the full spectra and numpy."""
+
+import pytest
+import torch
+from torch import nn
+
+from condzoo.probe import curvature, top_curvature
+from condzoo.probe.lanczos import largest_eigenvalues
+
+
+def networks(name):
+    torch.manual_seed(0)
+    if name == "conv":
+        body = [nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2)]
+        return nn.Sequential(*body, nn.Flatten(), nn.Linear(4, 4)).double()
+    norm = nn.BatchNorm1d(5) if name == "bn" else nn.Identity()
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 5), norm, nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "hessian", "ggn"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "bn"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_they_equal_the_full_spectrums(kit, name, matrix, whole):
+    model, (x, y) = networks(name), kit.images(20)
+    block = None if whole else {"mlp": "1", "conv": "2", "bn": "4"}[name]
+    found = top_curvature(model, x, y, matrix, block, k=3)
+    expected = curvature(model, x, y, matrix, block).eigenvalues[:3]
+    assert torch.allclose(found.values, expected, rtol=1e-7, atol=1e-10 * float(expected[0]))
+    assert bool((found.residuals <= 1e-8 * found.values[0]).all())
+
+
+def test_residuals_bound_the_error_where_it_stops_early():
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn((60, 60), generator=generator, dtype=torch.float64)
+    a = a @ a.T
+    found = largest_eigenvalues(lambda v: a @ v, 60, most=6)
+    error = float((torch.linalg.eigvalsh(a)[-1] - found.values[0]).abs())
+    assert found.products == 6
+    assert 1e-6 < error <= float(found.residuals[0])
+
+
+def test_k_out_of_range_is_explained():
+    with pytest.raises(ValueError, match="k must be from 1 to the matrix's side 3, got 4"):
+        largest_eigenvalues(lambda v: v, 3, 4)

@@ -93,45 +93,50 @@ def convert_last_bn(
         FileNotFoundError, FileExistsError: as for `convert`.
     """
     name = source.removeprefix("timm/")
-    if not timm.is_model(name) or name.split(".", 1)[0] in read_catalog()[0]:
+    arch = name.split(".", 1)[0]
+    if not timm.is_model(name) or arch in read_catalog()[0]:
         raise ValueError(
             f"{source!r} is not a model of timm's; give one as timm/resnet50 (timm.list_models() has them)"
         )
-    arch = name.split(".", 1)[0]
-    twin = arch + "_lastbn" if arch + "_lastbn" in read_catalog()[0] else arch
-    target = check_free(root_of(out) / f"{twin}.{check_tag(tag)}")
-    network: Any = timm.create_model(name, pretrained=weights is None)
-    digest, origin = None, f"timm/{name}"
-    if weights is not None:
-        content, state = read_foreign(Path(weights))
-        digest, origin = sha256(content), f"{Path(weights).name} for timm/{arch}"
-        check_state(state, network.state_dict(), str(weights))
-        network.load_state_dict(state)
-    license = license or str(network.pretrained_cfg.get("license") or "unknown")
-    batches = None if calibrate is None else calibration_images(network, Path(calibrate), images)
-    insert_last_bn(network.eval(), batches)
+    ours = arch + "_lastbn" in read_catalog()[0]
+    target = check_free(root_of(out) / f"{arch}{'_lastbn' * ours}.{check_tag(tag)}")
+    network, origin, digest = timm_network(name, weights)
+    batches = [] if calibrate is None else calibration_images(network, Path(calibrate), images)
+    insert_last_bn(network.eval(), batches or None)
     note = "A BatchNorm1d stands before its last linear layer; the function is the same in eval mode. " + (
-        "It is the identity."
-        if calibrate is None
-        else f"Its statistics are of {sum(len(b) for b in batches or [])} images; the last layer absorbs them."
+        f"Its statistics are of {sum(map(len, batches))} images; the last layer absorbs them."
+        if batches
+        else "It is the identity."
     )
-    if twin != arch:
-        ours = create_model(twin, num_classes=network.num_classes).eval()
-        ours.load_state_dict(network.state_dict())
-        return write(target, with_config(ours, network), tag, origin, digest, note, license)
-    return write(target, network, tag, origin, digest, note, license, inserted=True)
+    license = license or str(network.pretrained_cfg.get("license") or "unknown")
+    if ours:
+        network = as_ours(network, arch + "_lastbn")
+    return write(target, network, tag, origin, digest, note, license, inserted=not ours)
+
+
+def timm_network(name: str, weights: str | Path | None) -> tuple[Any, str, str | None]:
+    """(a network of timm's, where its weights are from, their file's SHA-256): timm's own, or those in a file."""
+    network = timm.create_model(name, pretrained=weights is None)
+    if weights is None:
+        return network, f"timm/{name}", None
+    content, state = read_foreign(Path(weights))
+    check_state(state, network.state_dict(), str(weights))
+    network.load_state_dict(state)
+    return network, f"{Path(weights).name} for timm/{name}", sha256(content)
+
+
+def as_ours(theirs: Any, name: str) -> Any:
+    """condzoo's network of the same keys, with the weights and the input description of timm's."""
+    ours: Any = create_model(name, num_classes=theirs.num_classes).eval()
+    ours.load_state_dict(theirs.state_dict())
+    kept = ("input_size", "mean", "std", "crop_pct", "interpolation")
+    ours.pretrained_cfg = {**ours.pretrained_cfg, **{key: theirs.pretrained_cfg[key] for key in kept}}
+    return ours
 
 
 def root_of(out: str | Path | None) -> Path:
     """The folder that takes the checkpoint's."""
     return Path(out) if out is not None else default_root()
-
-
-def with_config(ours: nn.Module, theirs: Any) -> nn.Module:
-    """`ours`, described with the input its weights were trained for."""
-    kept = ("input_size", "mean", "std", "crop_pct", "interpolation")
-    ours.pretrained_cfg = {**ours.pretrained_cfg, **{key: theirs.pretrained_cfg[key] for key in kept}}  # type: ignore
-    return ours
 
 
 def write(

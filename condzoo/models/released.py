@@ -23,6 +23,7 @@ NUMBERS = re.compile(r"\d+")
 PACKAGE = Path(__file__).parents[1]
 INDEX = Path(__file__).with_name("released.toml")
 WEIGHTS = "model.safetensors"
+PLAIN = ("README.md", "SHA256SUMS")
 CACHE_VARIABLE = "CONDZOO_CACHE"
 HUB_OWNER = "condzoo"  # a checkpoint is the Hub's repository HUB_OWNER/arch.tag, laid out as timm's are
 
@@ -155,33 +156,37 @@ def read_release(release: Release) -> dict[str, Tensor]:
 
 
 def fetch(release: Release) -> Path:
-    """Download a release into the cache; it is put there under its name only once its hash is right.
+    """Download a release's folder into the cache; it gets its name there only once the weights' hash is right.
 
     Raises:
-        FileNotFoundError: huggingface_hub is not there, the Hub cannot be reached, or has no such file.
-        ValueError: the file's SHA-256 is not the index's.
+        FileNotFoundError: huggingface_hub is not there, the Hub cannot be reached, or has no such repository.
+        ValueError: the weights' SHA-256 is not the index's.
     """
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+    target = cache / release.name
+    with tempfile.TemporaryDirectory(prefix=".", dir=cache) as temporary:
+        folder = Path(temporary) / release.name
         try:
-            path = download(f"{HUB_OWNER}/{release.name}", WEIGHTS, Path(temporary))
+            download(f"{HUB_OWNER}/{release.name}", folder)
+            content = read_plain_file(folder / WEIGHTS)
         except Exception as error:  # the Hub's client raises many kinds, its HTTP library's too
             looked = ", ".join(str(folder) for folder in checkpoint_folders())
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FileNotFoundError(
                 f"{release.name} is in none of {looked}, and the Hub did not give it: {reason}"
             ) from error
-        if sha256(read_plain_file(path)) != release.sha256:
+        if sha256(content) != release.sha256:
             raise ValueError(f"the Hub's {release.name} is not the released file: its SHA-256 differs; not kept")
-        target = cache / release.name
-        target.mkdir(exist_ok=True)
-        shutil.move(path, target / WEIGHTS)
+        shutil.rmtree(target, ignore_errors=True)  # what is there has no weights
+        folder.rename(target)
     return target
 
 
-def download(repository: str, filename: str, folder: Path) -> Path:
-    """One file of a repository of the Hub, into a folder. Tests put a stand-in in its place."""
-    from huggingface_hub import hf_hub_download  # the extra `hub`
+def download(repository: str, folder: Path) -> None:
+    """The files of a repository of the Hub, into a folder. Tests put a stand-in in its place."""
+    from huggingface_hub import snapshot_download  # the extra `hub`
 
-    return Path(hf_hub_download(repository, filename, local_dir=folder))
+    snapshot_download(
+        repository, local_dir=folder, allow_patterns=["*.safetensors", "*.json", "*.toml", "*.png", *PLAIN]
+    )

@@ -120,22 +120,23 @@ def test_what_is_nowhere_comes_from_the_hub_and_stays_in_the_cache(index, checkp
     shutil.rmtree(released.cache_folder() / NAME)
     asked = []
 
-    def stand_in(repository, filename, folder):
-        asked.append((repository, filename))
-        return shutil.copy(checkpoint / filename, folder / filename)
+    def stand_in(repository, folder):
+        asked.append(repository)
+        shutil.copytree(checkpoint, folder)
 
-    monkeypatch.setattr(released, "download", lambda *a: type(checkpoint)(stand_in(*a)))
+    monkeypatch.setattr(released, "download", stand_in)
     for _ in range(2):
         assert equal_states(load_checkpoint(NAME), stored(checkpoint))
-    assert asked == [(f"{released.HUB_OWNER}/{NAME}", "model.safetensors")]
+    assert asked == [f"{released.HUB_OWNER}/{NAME}"]
+    assert condzoo.verify_checkpoint(NAME).ok
 
 
 def test_a_wrong_download_is_not_kept(index, monkeypatch):
     shutil.rmtree(released.cache_folder() / NAME)
 
-    def stand_in(repository, filename, folder):
-        (folder / filename).write_bytes(b"something else")
-        return folder / filename
+    def stand_in(repository, folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"something else")
 
     monkeypatch.setattr(released, "download", stand_in)
     with pytest.raises(ValueError, match="is not the released file"):

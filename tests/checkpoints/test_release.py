@@ -3,6 +3,7 @@
 import json
 import shutil
 import tomllib
+from contextlib import nullcontext
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -13,8 +14,8 @@ from condzoo.checkpoints.model_card import checkpoints_table, natural_order
 from condzoo.checkpoints.writing import add_to_index, refresh_cards
 from condzoo.models import released
 from condzoo.probe.serialization import from_record
-from condzoo.release import header_fields, release, repository_recipe
-from condzoo.training import load_recipe
+from condzoo.release import check_evaluation, header_fields, release, repository_recipe
+from condzoo.training import load_recipe, load_run
 
 
 def edit_json(path, change):
@@ -105,6 +106,16 @@ def test_other_weights_than_were_evaluated_are_refused(runs, tmp_path):
     save_file(state, runs[1] / "model.safetensors")
     with pytest.raises(ValueError, match="the weights, the data or the code changed"):
         release(runs, "digits", out=tmp_path)
+
+
+@pytest.mark.parametrize(("images_off", "accepted"), [(0, True), (1, False)])
+def test_a_run_of_another_device_may_differ_a_little(runs, monkeypatch, images_off, accepted):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    # 0.2 % of 360 images is less than one
+    change = {"device": "cuda", "test_correct": load_run(runs[1]).summary["test_correct"] + images_off}
+    edit_json(runs[1] / "summary.json", lambda summary: summary.update(change))
+    with nullcontext() if accepted else pytest.raises(ValueError, match="evaluating it again"):
+        check_evaluation(load_run(runs[1]), None)
 
 
 def test_an_unfinished_run_is_refused(runs, tmp_path):

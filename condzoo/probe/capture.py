@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.arithmetic import Precision, plain_products
 from condzoo.probe.attention import watch
+from condzoo.probe.correlations import PIECES, correlates, patch_gram, positions
 from condzoo.probe.layers import CONVOLUTIONS, TRANSPOSED, Conv, input_columns, output_columns
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, RunningNeurons
@@ -95,10 +96,18 @@ class Capture:
         self.dtypes.add(h.dtype)
         self._channels_first = isinstance(module, CONVOLUTIONS + TRANSPOSED)
         with plain_products(x.device.type):
-            for columns in input_columns(module, x.detach(), self.conv):
-                sums.input.add(with_constant(columns) if self._adds_bias(module) else columns, self.precision)
+            self._add_input(sums.input, module, x.detach())
         if h.requires_grad:
             h.register_hook(partial(self._on_gradient, module, sums.output_grad, self.scale))
+
+    def _add_input(self, moment: RunningMoment, module: nn.Module, x: Tensor) -> None:
+        bias = self._adds_bias(module)
+        if self.conv == "patches" and not bias and isinstance(module, nn.Conv2d) and correlates(module, x):
+            rows, multiply = x.shape[0] * positions(module, x), partial(patch_gram, x, module)
+            moment.add_product(multiply, rows, PIECES, x.dtype, self.precision)
+            return
+        for columns in input_columns(module, x, self.conv):
+            moment.add(with_constant(columns) if bias else columns, self.precision)
 
     def _on_projection(self, name: str, layer: nn.Module, x: Tensor, h: Tensor) -> None:
         whole = f"{name.rpartition('.')[0]}.in_proj".lstrip(".")

@@ -7,6 +7,7 @@ Shapes: b pieces, g groups, d coordinates a group, k rows a piece.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -97,19 +98,53 @@ class RunningMoment:
             new_rows: False for a further class of rows already counted.
         """
         pieces, _, dim, width = columns.shape
-        self.rows += pieces * width if new_rows else 0
-        self.vectors += pieces * width
-        self.dtype = max((self.dtype, columns.dtype), key=lambda d: torch.finfo(d).eps)
-        if self.total is None and self.vectors < dim:
-            kept = columns.permute(1, 2, 0, 3).flatten(2).to(torch.float64) * scale
-            self.finite = self.finite and bool(torch.isfinite(kept).all())
-            self.pending.append(kept)
+        if self.total is not None or self.vectors + pieces * width >= dim:
+            multiply = arithmetic.gram_float64, arithmetic.gram_float32
+            self.add_product(
+                lambda wide: multiply[not wide](columns),
+                pieces * width,
+                pieces,
+                columns.dtype,
+                precision,
+                scale,
+                new_rows=new_rows,
+            )
             return
+        self._count(pieces * width, columns.dtype, new_rows)
+        kept = columns.permute(1, 2, 0, 3).flatten(2).to(torch.float64) * scale
+        self.finite = self.finite and bool(torch.isfinite(kept).all())
+        self.pending.append(kept)
+
+    def add_product(
+        self,
+        multiply: Callable[[bool], Float[Tensor, "g d d"]],
+        rows: int,
+        pieces: int,
+        dtype: torch.dtype,
+        precision: Precision,
+        scale: float = 1.0,
+        *,
+        new_rows: bool = True,
+    ) -> None:
+        """Add a sum of x x^T over `rows` rows, each multiplied by `scale`.
+
+        Args:
+            multiply: gives the sum, by float64 products (True) or by float32 ones added in float64.
+            rows: at least as many as coordinates, with those already there.
+            pieces: independent float32 sums in it.
+            dtype: of the data; `precision` and `new_rows`: as in `add`.
+        """
+        self._count(rows, dtype, new_rows)
         self.spill()
-        product, noise = self._product(columns, precision)
+        product, noise = self._product(multiply, pieces, dtype, precision)
         product, noise = product * scale**2, noise * scale**2
         self.total = product if self.total is None else self.total + product
         self.noise += noise
+
+    def _count(self, rows: int, dtype: torch.dtype, new_rows: bool) -> None:
+        self.rows += rows if new_rows else 0
+        self.vectors += rows
+        self.dtype = max((self.dtype, dtype), key=lambda d: torch.finfo(d).eps)
 
     def spill(self) -> None:
         """Turn the vectors kept so far into their sum."""
@@ -124,18 +159,17 @@ class RunningMoment:
         self.total = None if self.total is None else self.total * factor**2
         self.pending = [vectors * factor for vectors in self.pending]
 
-    def _product(self, columns: Tensor, precision: Precision) -> tuple[Tensor, float]:
-        if precision == "float64" or columns.dtype == torch.float64:
-            product = arithmetic.gram_float64(columns)
-            self.finite = self.finite and bool(torch.isfinite(product.diagonal(dim1=-2, dim2=-1)).all())
-            return product, 0.0
-        product = arithmetic.gram_float32(columns)
+    def _product(
+        self, multiply: Callable[[bool], Tensor], pieces: int, dtype: torch.dtype, precision: Precision
+    ) -> tuple[Tensor, float]:
+        wide = precision == "float64" or dtype == torch.float64
+        product = multiply(wide)
         self.finite = self.finite and bool(torch.isfinite(product.diagonal(dim1=-2, dim2=-1)).all())
-        if not self.finite:
+        if wide or not self.finite:
             return product, 0.0
-        noise = arithmetic.float32_noise(product, columns.shape[0])
+        noise = arithmetic.float32_noise(product, pieces)
         if precision == "auto" and arithmetic.reaches_under(product, noise):
-            return arithmetic.gram_float64(columns), 0.0
+            return multiply(True), 0.0
         self.fast = True
         return product, noise
 

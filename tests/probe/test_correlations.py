@@ -1,0 +1,67 @@
+"""Patch moments from correlations and border terms, against patches cut out one by one."""
+
+import pytest
+import torch
+from torch import nn
+
+from condzoo.probe import measure
+from condzoo.probe.correlations import correlates, patch_gram
+from condzoo.probe.patches import unfolded
+
+LAYERS = {
+    "3x3": nn.Conv2d(5, 2, 3, padding=1),
+    "no padding": nn.Conv2d(5, 2, 3),
+    "wide padding": nn.Conv2d(5, 2, 3, padding=3),
+    "5x2": nn.Conv2d(5, 2, (5, 2), padding=(1, 0)),
+    "same": nn.Conv2d(5, 2, (4, 3), padding="same"),
+    "as large as the map": nn.Conv2d(5, 2, (6, 7)),
+    "larger than the map": nn.Conv2d(5, 2, (7, 9), padding=(3, 4)),
+}
+
+
+def direct(x, conv):
+    rows = torch.cat([part.double().permute(0, 1, 3, 2).flatten(0, 2) for part in unfolded(x, conv)])
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("wide", [True, False])
+def test_it_is_the_sum_over_patches(name, wide):
+    torch.manual_seed(0)
+    x = torch.randn(40, 5, 6, 7, dtype=torch.float64) + 0.5
+    if not wide and not correlates(LAYERS[name], x):
+        pytest.skip("border terms cancel most of the sum: never taken in float32")
+    expected = direct(x, LAYERS[name])
+    found = patch_gram(x, LAYERS[name], wide)[0]
+    assert float((found - expected).abs().max()) < (1e-13 if wide else 1e-6) * float(expected.abs().max())
+
+
+def test_it_is_used_where_it_is_exact_and_only_there():
+    x = torch.randn(64, 4, 8, 8)
+    assert correlates(nn.Conv2d(4, 2, 3, padding=1), x)
+    for other in (
+        nn.Conv2d(4, 2, 3, stride=2),
+        nn.Conv2d(4, 2, 3, dilation=2),
+        nn.Conv2d(4, 2, 3, groups=2),
+        nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 2, 1),
+    ):
+        assert not correlates(other, x)
+    assert not correlates(nn.Conv2d(4, 2, 3), x[:1, :, :5, :5])  # 9 rows, 36 coordinates
+
+
+@pytest.mark.parametrize("precision", ["auto", "fast"])
+def test_an_eigenvalue_above_the_floor_is_right_to_five_percent(precision):
+    """Smooth images: neighbouring pixels nearly equal, so patch moments are badly conditioned."""
+    torch.manual_seed(0)
+    for smoothing in (1, 2, 3):
+        x = torch.randn(256, 3, 16, 16)
+        for _ in range(smoothing):
+            x = nn.functional.avg_pool2d(x, 3, stride=1, padding=1)
+        conv = nn.Conv2d(3, 4, 3, padding=1)
+        model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        found = measure(model, (x, torch.zeros(256, dtype=torch.long)), conv="patches", precision=precision)["0"].input
+        expected = torch.linalg.eigvalsh(direct(x, conv) / (256 * 256)).flip(0)
+        known = expected[: found.rank]
+        assert found.rank > 9
+        assert bool(((found.eigenvalues[: found.rank] - known).abs() < 0.05 * known).all())

@@ -8,7 +8,7 @@ from torch import nn
 from condzoo.data import BatchPlan, ImageData, ordered_batches
 from condzoo.training.precision import Numerics
 
-EVALUATION_BATCH = 1000
+EVALUATION_BATCH = {"cpu": 125, "cuda": 1000}  # images; larger ones fall out of a CPU's caches
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def evaluate(model: nn.Module, data: ImageData, numerics: Numerics, split: str =
         split: "test" or "train".
     """
     images = data.test if split == "test" else data.train
-    plan = BatchPlan(EVALUATION_BATCH, channels_last=numerics.channels_last)
+    plan = BatchPlan(EVALUATION_BATCH.get(numerics.device.type, 1000), channels_last=numerics.channels_last)
     correct = torch.zeros((), dtype=torch.int64, device=numerics.device)
     loss = torch.zeros((), dtype=torch.float64, device=numerics.device)
     was_training = model.training

@@ -61,40 +61,44 @@ def patch_gram(x: Float[Tensor, "n c h w"], conv: nn.Conv2d, wide: bool) -> Floa
     shift = [[(v[0] - u[0] + kh - 1) * (2 * kw - 1) + v[1] - u[1] + kw - 1 for v in offsets] for u in offsets]
     index = torch.tensor(shift, device=x.device)
     gram = every.flatten(2)[:, :, index.flatten()].unflatten(2, index.shape).permute(0, 2, 1, 3).contiguous()
-    frame = F.pad(x, (kw - 1, kw - 1, kh - 1, kh - 1))
+    # Pixel by pixel, so that the few that a border term takes are contiguous: [h', w', c, n].
+    frame = F.pad(x, (kw - 1, kw - 1, kh - 1, kh - 1)).permute(2, 3, 1, 0).contiguous()
     for i, u in enumerate(offsets):
         outside = _outside(conv, x, u)
-        if outside.shape[1]:
-            gram[:, i] -= _border(x, frame, outside, u, offsets, wide)
+        if outside.shape[1]:  # only v from u on: the rest is symmetric
+            gram[:, i, :, i:] -= _border(frame, outside, u, offsets[i:], conv.kernel_size, wide)
+    for i in range(len(offsets)):
+        gram[:, i + 1 :, :, i] = gram[:, i, :, i + 1 :].permute(1, 2, 0)
     return gram.reshape(1, channels * kh * kw, channels * kh * kw)
 
 
 def _correlations_float32(x: Float[Tensor, "n c h w"], kh: int, kw: int) -> Float[Tensor, "c c a b"]:
-    """All C_s in one call a chunk of images; s runs over [-(kh - 1), kh - 1] x [-(kw - 1), kw - 1]."""
-    size = (x.shape[1], x.shape[1], 2 * kh - 1, 2 * kw - 1)
-    total = x.new_zeros(size, dtype=torch.float64)
+    """C_s for s in [0, kh - 1] x [-(kw - 1), kw - 1], in one call a chunk of images."""
+    size = (x.shape[1], x.shape[1], kh, 2 * kw - 1)
+    half = x.new_zeros(size, dtype=torch.float64)
     for part in x.chunk(CHUNKS):
-        total += conv2d_weight(part, list(size), part, padding=(kh - 1, kw - 1))
-    return total
+        half += conv2d_weight(F.pad(part, (0, 0, 0, kh - 1)), list(size), part, padding=(0, kw - 1))
+    return _with_negative_shifts(half)
+
+
+def _with_negative_shifts(half: Float[Tensor, "c c a b"]) -> Float[Tensor, "c c d b"]:
+    """All C_s from those with s_0 >= 0: C_{-s} is the transpose of C_s."""
+    return torch.cat([half[:, :, 1:].flip(2, 3).transpose(0, 1), half], dim=2)
 
 
 def _correlations_float64(x: Float[Tensor, "n c h w"], kh: int, kw: int) -> Float[Tensor, "c c a b"]:
-    """All C_s by products of shifted maps: half of them, since C_{-s} is the transpose of C_s."""
+    """The same by products of shifted maps."""
     channels, height, width = x.shape[1:]
-    total = x.new_zeros((channels, channels, 2 * kh - 1, 2 * kw - 1), dtype=torch.float64)
+    half = x.new_zeros((channels, channels, kh, 2 * kw - 1), dtype=torch.float64)
     for part in x.split(max(1, (1 << 19) // (channels * height * width))):
         images = part.double()
-        for a, b in itertools.product(range(2 * kh - 1), range(2 * kw - 1)):
-            s, t = a - kh + 1, b - kw + 1
-            if (s, t) > (0, 0) or abs(s) >= height or abs(t) >= width:
-                continue
-            here = images[:, :, max(0, -s) : height - max(0, s), max(0, -t) : width - max(0, t)]
-            there = images[:, :, max(0, s) : height + min(0, s), max(0, t) : width + min(0, t)]
-            total[:, :, a, b] += torch.bmm(here.flatten(2), there.flatten(2).mT).sum(0)
-    for a, b in itertools.product(range(2 * kh - 1), range(2 * kw - 1)):
-        if (a - kh + 1, b - kw + 1) > (0, 0):
-            total[:, :, a, b] = total[:, :, 2 * kh - 2 - a, 2 * kw - 2 - b].T
-    return total
+        for s, b in itertools.product(range(min(kh, height)), range(2 * kw - 1)):
+            t = b - kw + 1
+            if abs(t) < width:
+                here = images[:, :, : height - s, max(0, -t) : width - max(0, t)]
+                there = images[:, :, s:, max(0, t) : width + min(0, t)]
+                half[:, :, s, b] += torch.bmm(here.flatten(2), there.flatten(2).mT).sum(0)
+    return _with_negative_shifts(half)
 
 
 def _output_size(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
@@ -114,14 +118,23 @@ def _outside(conv: nn.Conv2d, x: Tensor, u: tuple[int, int]) -> Int[Tensor, "2 q
 
 
 def _border(
-    x: Tensor, frame: Tensor, outside: Tensor, u: tuple[int, int], offsets: list[tuple[int, int]], wide: bool
+    frame: Float[Tensor, "a b c n"],
+    outside: Int[Tensor, "2 q"],
+    u: tuple[int, int],
+    offsets: list[tuple[int, int]],
+    kernel: tuple[int, ...],
+    wide: bool,
 ) -> Float[Tensor, "c c k"]:
-    """sum over q outside W_u of x[q] x~[q + v - u] for every v; `frame` is x~ from (1 - kh, 1 - kw) on."""
-    kh, kw = offsets[-1][0] + 1, offsets[-1][1] + 1
-    here = x[:, :, outside[0], outside[1]].transpose(0, 1).flatten(1)  # [c, n * q]
-    there = torch.stack(
-        [frame[:, :, outside[0] + v[0] - u[0] + kh - 1, outside[1] + v[1] - u[1] + kw - 1] for v in offsets], dim=1
-    )  # [n, k, c, q]
-    there = there.permute(2, 1, 0, 3).flatten(2).flatten(0, 1)  # [c * k, n * q]
-    product = here.double() @ there.double().T if wide else (here @ there.T).double()
-    return product.unflatten(1, (x.shape[1], len(offsets)))
+    """sum over q outside W_u of x[q] x~[q + v - u] for the given v; `frame` is x~ from (1 - kh, 1 - kw) on."""
+    kh, kw = kernel
+    width, channels = frame.shape[1], frame.shape[2]
+    pixels = frame.flatten(0, 1)
+    place = (outside[0] + kh - 1) * width + outside[1] + kw - 1  # [q]
+    steps = torch.tensor([(v[0] - u[0]) * width + v[1] - u[1] for v in offsets], device=frame.device)
+    total = frame.new_zeros((channels, len(offsets), channels), dtype=torch.float64)
+    for part in place.split(16):
+        here = pixels.index_select(0, part)  # [q, c, n]
+        there = pixels.index_select(0, (part[:, None] + steps).flatten()).unflatten(0, (len(part), -1)).flatten(1, 2)
+        product = here.double() @ there.double().mT if wide else here @ there.mT
+        total += product.sum(0, dtype=torch.float64).unflatten(1, (len(offsets), channels))
+    return total.transpose(1, 2)

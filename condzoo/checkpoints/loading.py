@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from timm.models import is_model
+from torch import nn
 
 from condzoo.checkpoints.folder import CONFIG, CONVERSION, METRICS, RECIPE, WEIGHTS, CheckpointFolder, read_folder
 from condzoo.checkpoints.records import Config, Conversion, Metrics, read_record
 from condzoo.models import create_model, insert_last_bn
-from condzoo.models.released import find_release, read_index
+from condzoo.models.released import Release, find_release, read_index
 from condzoo.models.weight_files import check_state, sha256
 
 
@@ -36,9 +37,19 @@ def load_checkpoint(path_or_name: str | Path) -> nn.Module:
     """
     if is_path(path_or_name):
         return load_folder(read_folder(Path(path_or_name)))
-    arch, _, tag = str(path_or_name).partition(".")
-    release = find_release(arch, tag)
-    return create_model(release.name, pretrained=True).eval()
+    return create_model(release_by_name(str(path_or_name)).name, pretrained=True).eval()
+
+
+def release_by_name(name: str) -> Release:
+    """The release that "arch.tag", or "arch" for its default, stands for.
+
+    Raises:
+        ValueError: an unknown model (with the closest ones), or one without this release.
+    """
+    arch, _, tag = name.partition(".")
+    if not is_model(arch):
+        create_model(arch, pretrained=True)  # says what is wrong with the name
+    return find_release(arch, tag)
 
 
 def is_path(path_or_name: str | Path) -> bool:
@@ -100,8 +111,3 @@ def read_recipe(folder: CheckpointFolder) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder.source(RECIPE)} is not a recipe: {type(error).__name__}: {error}") from error
     return recipe
-
-
-def state_on_cpu(model: nn.Module) -> dict[str, Tensor]:
-    """A network's state dict as it is written to files: contiguous, on the CPU."""
-    return {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}

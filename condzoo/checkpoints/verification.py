@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from condzoo.checkpoints.folder import CARD, CONDITIONING, EXPECTED, METRICS, SUMS, CheckpointFolder, read_folder
-from condzoo.checkpoints.loading import check_agreement, is_path, load_folder, read_recipe
+from condzoo.checkpoints.loading import check_agreement, is_path, load_folder, read_recipe, release_by_name
 from condzoo.checkpoints.model_card import model_card
 from condzoo.checkpoints.records import Expected, Metrics, read_record
 from condzoo.checkpoints.remeasuring import (
@@ -20,7 +20,7 @@ from condzoo.checkpoints.remeasuring import (
     read_images,
 )
 from condzoo.data import ImageData
-from condzoo.models.released import Release, fetch, find_folder, find_release, read_index
+from condzoo.models.released import Release, fetch, find_folder, read_index
 from condzoo.models.weight_files import sha256
 from condzoo.probe.serialization import from_record
 
@@ -69,8 +69,7 @@ def verify_checkpoint(path: str | Path, data_root: str | Path | None = None) -> 
         if not place.is_dir():
             raise FileNotFoundError(f"no checkpoint at {place}")
     else:
-        arch, _, tag = str(path).partition(".")
-        release = find_release(arch, tag)
+        release = release_by_name(str(path))
         place = find_folder(release) or fetch(release)
     rows = tuple(checks(place, release, data_root))
     return Verification(release.name if release else place.name, place, rows)

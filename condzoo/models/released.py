@@ -103,10 +103,10 @@ def how_to_get(arch: str) -> str:
 
 
 def recipes_by_model() -> dict[str, str]:
-    """Model -> the first recipe that trains it, by name."""
+    """Model -> the recipe that trains it, by name; of several the one in the outermost folder."""
     folder = PACKAGE / "_recipes" if (PACKAGE / "_recipes").is_dir() else PACKAGE.parent / "recipes"
     found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*.toml")):
+    for path in sorted(folder.rglob("*.toml"), key=lambda path: (len(path.parts), path)):
         with contextlib.suppress(tomllib.TOMLDecodeError):  # a broken recipe is no reason to say less here
             model = tomllib.loads(path.read_text(encoding="utf-8")).get("model", {}).get("name", "")
             found.setdefault(model, path.relative_to(folder).with_suffix("").as_posix())

@@ -159,12 +159,21 @@ def test_without_the_hub_the_error_says_where_it_looked(index, monkeypatch):
     ("name", "message"),
     [
         ("resnet18_lastbn", r"no weights .* resnet18_lastbn yet; .*`condzoo convert --last-bn timm/resnet18 "),
-        ("cifar_resnet32_lastbn", r"`condzoo train cifar10/\w+ --set model.name=cifar_resnet32_lastbn` trains it"),
+        (
+            "cifar_resnet32_lastbn",
+            r"`condzoo train cifar10/resnet20_lastbn --set model.name=cifar_resnet32_lastbn` trains",
+        ),
         ("cifar_resnet20_lastbn", r"`condzoo train cifar10/resnet20_lastbn` trains it"),
         ("preresnet50", r"condzoo.list_models\(pretrained=True\) lists"),
     ],
 )
-def test_a_name_without_a_release_says_what_makes_one(index, name, message):
+def test_a_name_without_a_release_says_what_makes_one(index, name, message, tmp_path, monkeypatch):
+    for recipe in ("cifar10/deeper/a", "cifar10/resnet20_lastbn"):
+        file = tmp_path / "source" / "recipes" / f"{recipe}.toml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('[model]\nname = "cifar_resnet20_lastbn"\n')
+    (file.parent / "broken.toml").write_text("[model")
+    monkeypatch.setattr(released, "PACKAGE", tmp_path / "source" / "condzoo")
     for load in (load_checkpoint, lambda n: create_model(n, pretrained=True)):
         with pytest.raises(ValueError, match=message):
             load(name)
@@ -174,6 +183,19 @@ def test_an_unknown_tag_gets_the_closest(index):
     for load in (load_checkpoint, timm.create_model, create_model):
         with pytest.raises(ValueError, match=rf"unknown tag 'digit' of mlp4x24_bn; did you mean {NAME}\?"):
             load("mlp4x24_bn.digit")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mlp4x24_bm", "unknown model 'mlp4x24_bm'; did you mean"),
+        ("mlp12x64", "no weights are released for 'mlp12x64': it is not one of the registered models"),
+    ],
+)
+def test_an_unknown_name_gets_the_closest(index, name, message):
+    for load in (load_checkpoint, condzoo.verify_checkpoint):
+        with pytest.raises(ValueError, match=message):
+            load(name)
 
 
 def test_a_run_directory_is_told_apart(runs):

@@ -41,7 +41,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int]] = {
         32,
     ),
     "timm densenet": (lambda: DenseNet(8, (2, 2), num_classes=CLASSES), 32),
-    "timm vgg": (lambda: VGG([8, "M", 8, "M"], num_classes=CLASSES), 32),
+    "timm vgg": (lambda: VGG([8, "M", 8, "M"], num_classes=CLASSES, mlp_ratio=0.01), 32),
     "torchvision resnet": (lambda: torchvision.models.resnet18(num_classes=CLASSES), 32),
     "torchvision mobilenetv2": (lambda: torchvision.models.mobilenet_v2(num_classes=CLASSES, width_mult=0.25), 32),
     "torchvision mobilenetv3": (lambda: torchvision.models.mobilenet_v3_small(num_classes=CLASSES), 32),

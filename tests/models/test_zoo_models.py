@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import condzoo
 from condzoo.models import create_model
 from condzoo.models.registry import FAMILIES
 
@@ -24,9 +25,9 @@ SMALLEST = [
 LIGHT = [
     name for name in SMALLEST if "50" not in name and name not in ("cifar_vgg16", "cifar_vgg16_lastbn", "preresnet18")
 ]
-DEEP = [
-    name for f in FAMILIES.values() for name, row in f.rows.items() if 14 < row["depth"] < 60 and name not in SMALLEST
-]
+# the rest differs from these in its number of blocks only
+DEEP = [name for name in condzoo.list_models("*_lastbn") if 14 < condzoo.model_info(name).depth < 120]
+DEEP = [name for name in DEEP if name not in SMALLEST]
 
 
 def images(name: str, batch: int = 4, in_chans: int | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from condzoo.training.reports import record_epoch, write_results
 from condzoo.training.run_directory import METRICS, SUMMARY, read_json, read_records
 from condzoo.training.runs import Diverged, Run
 from condzoo.training.schema import Recipe
-from condzoo.training.steps import NonFinite
+from condzoo.training.steps import NonFinite, learning_rate_of
 
 
 def finished_at(path: Path, step: int) -> bool:
@@ -26,7 +26,7 @@ def finish(training: Training, progress: Progress, path: Path) -> dict[str, Any]
     """
     record = last_epoch(path)
     if record.get("step") != progress.step or "test_error" not in record:
-        lr = training.optimizer.param_groups[0]["lr"]
+        lr = learning_rate_of(training, progress.step - 1)
         record = record_epoch(training, progress, path, lr, kind="end")
     return write_results(training, progress, path, record, {"status": "done"})
 
@@ -43,7 +43,7 @@ def record_divergence(training: Training, progress: Progress, path: Path, fault:
         "status": "diverged",
         "diverged": {"step": fault.step, "what": fault.what, "where": fault.where, "text": str(fault)},
     }
-    record = record_epoch(training, progress, path, training.optimizer.param_groups[0]["lr"], kind="end")
+    record = record_epoch(training, progress, path, learning_rate_of(training, fault.step), kind="end")
     return write_results(training, progress, path, record, status)
 
 

@@ -45,13 +45,7 @@ def take_step(training: Training, batch: StepBatch, probe: Probe | None = None) 
     torch.manual_seed(derived_seed(recipe.seed, step))
     if resets_momentum(recipe.schedule, step, training.steps_per_epoch):
         optimizer.state.clear()
-    lr = learning_rate(
-        recipe.schedule,
-        recipe.optim.lr,
-        step,
-        steps_per_epoch=training.steps_per_epoch,
-        total_steps=training.total_steps,
-    )
+    lr = learning_rate_of(training, step)
     set_learning_rate(optimizer, lr)
     optimizer.zero_grad()
     # A compiled network runs past the probe's hooks: the steps that are measured use the network itself.
@@ -67,6 +61,17 @@ def take_step(training: Training, batch: StepBatch, probe: Probe | None = None) 
     if training.average is not None:
         training.average.update_parameters(training.model)
     return StepResult(loss_sum, correct, batch.images, lr, grad_norm)
+
+
+def learning_rate_of(training: Training, step: int) -> float:
+    """The learning rate the schedule gives a step."""
+    return learning_rate(
+        training.recipe.schedule,
+        training.recipe.optim.lr,
+        step,
+        steps_per_epoch=training.steps_per_epoch,
+        total_steps=training.total_steps,
+    )
 
 
 def accumulate_gradient(

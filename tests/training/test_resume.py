@@ -15,7 +15,19 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from condzoo.training import CheckpointError, Notice, Run, RunDirectoryError, Started, StepDone, Stopped, reports, train
+from condzoo.training import (
+    CheckpointError,
+    Notice,
+    Run,
+    RunDirectoryError,
+    Started,
+    StepDone,
+    Stopped,
+    loop,
+    outcome,
+    reports,
+    train,
+)
 from condzoo.training.resume import Checkpoint, newest_checkpoint, save_checkpoint
 
 TIMES = ("seconds", "test_seconds", "images_per_second", "finished")
@@ -66,6 +78,23 @@ def test_a_run_in_pieces_equals_one_in_one_piece(variant: str, tiny: Any, tmp_pa
     assert_same_results(whole.path, pieces.path)
     starts = [entry["start_step"] for entry in json.loads((pieces.path / "environment.json").read_text())]
     assert starts == [0, 1, 6, 11]
+
+
+def test_killed_between_the_last_checkpoint_and_the_results(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny(**{"iterations": 13, "schedule": {"name": "cosine"}, "probe.every": 5})
+    whole = train(recipe, out=tmp_path / "whole", device="cpu")
+
+    def die(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "finish", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr(loop, "finish", outcome.finish)
+    run = train(recipe, out=tmp_path / "run", device="cpu")
+    assert_same_results(whole.path, run.path)
 
 
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def translate(state: Mapping[str, Tensor], network: nn.Module, source: str) -> t
         )
     state, note = dict(state), "Keys and values as they were."
     if cifar and "linear.weight" in state:
+        if network.get_submodule("layer1.0").shortcut is None:
+            raise ValueError(f"{source}: akamaster's networks have shortcuts, this one has none; take cifar_resnet")
         state, note = from_akamaster(state), "Channels of the second and third stage put in condzoo's order."
     expected = network.state_dict()
     for key, value in expected.items():

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from condzoo.checkpoints.folder import CheckpointFolder
 
+Pixels = Annotated[int, Field(ge=1, le=4096)]  # a size that is tried out must fit into memory
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 # arguments a config may pass to a model: sizes and switches, never something that names a file
 Argument = Literal[
@@ -25,7 +26,7 @@ class InputConfig(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     tag: str
-    input_size: tuple[int, int, int]
+    input_size: tuple[Pixels, Pixels, Pixels]
     num_classes: int
     mean: tuple[Finite, ...]
     std: tuple[Finite, ...]
@@ -48,7 +49,7 @@ class Config(BaseModel):
 class Expected(Record):
     """expected.json: logits of the input that `fixed_input` makes."""
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[Annotated[int, Field(ge=1, le=64)], Pixels, Pixels, Pixels]
     logits: list[list[Finite]]
 
 

@@ -8,10 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from condzoo.checkpoints.folder import CARD, CONDITIONING, EXPECTED, METRICS, SUMS, CheckpointFolder, read_folder
+from condzoo.checkpoints.folder import (
+    CARD,
+    CONDITIONING,
+    CONFIG,
+    EXPECTED,
+    METRICS,
+    SUMS,
+    CheckpointFolder,
+    read_folder,
+)
 from condzoo.checkpoints.loading import check_agreement, is_path, load_folder, read_recipe, release_by_name
 from condzoo.checkpoints.model_card import model_card
-from condzoo.checkpoints.records import Expected, Metrics, read_record
+from condzoo.checkpoints.records import Config, Expected, Metrics, read_record
 from condzoo.checkpoints.remeasuring import (
     count_correct,
     largest_difference,
@@ -117,6 +126,9 @@ def check_index(folder: CheckpointFolder, release: Release | None) -> Check:
 def check_logits(folder: CheckpointFolder, model: nn.Module) -> tuple[bool, str]:
     """The logits on the fixed synthetic input."""
     expected = read_record(folder, EXPECTED, Expected)
+    size = read_record(folder, CONFIG, Config).pretrained_cfg.input_size
+    if expected.shape[1:] != size:
+        return False, f"recorded for images of {expected.shape[1:]}, the network takes {size}"
     logits = logits_of(model, expected.shape)
     wanted = logits.new_tensor(expected.logits)
     if wanted.shape != logits.shape:

@@ -192,6 +192,11 @@ def test_a_missing_file_is_named(checkpoint, name):
             lambda c: c.update(model_args={"checkpoint_path": "/x"}),
             r"config.json: model_args\.checkpoint_path",
         ),
+        (
+            "config.json",
+            lambda c: c["pretrained_cfg"].update(input_size=[1, 10**9, 12]),
+            r"input_size\.1: Input should",
+        ),
         ("metrics.json", lambda m: m.pop("seeds"), "metrics.json: seeds: Field required"),
         ("metrics.json", lambda m: m.update(more=1), "metrics.json: more: Extra inputs"),
     ],

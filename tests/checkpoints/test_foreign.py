@@ -78,6 +78,11 @@ def test_projection_shortcuts_are_refused():
         translate(state, create_model("cifar_resnet8"), "file")
 
 
+def test_the_net_without_shortcuts_is_refused_although_its_keys_are_equal():
+    with pytest.raises(ValueError, match="akamaster's networks have shortcuts, this one has none"):
+        translate(akamaster_state(8), create_model("cifar_vgg8"), "file")
+
+
 def test_a_wrong_depth_names_the_first_key_and_its_shape():
     message = r"file: 'layer1\.1\.conv1\.weight' is missing; the network has it as \[16, 16, 3, 3\]"
     with pytest.raises(ValueError, match=message):

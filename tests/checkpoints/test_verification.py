@@ -94,6 +94,16 @@ def test_changed_logits_are_found(checkpoint):
     assert failed(verify_checkpoint(checkpoint)) == ["logits"]
 
 
+def test_logits_of_other_images_are_found(checkpoint):
+    edit_json(checkpoint, "expected.json", lambda expected: expected.update(shape=[2, 1, 4096, 4096]))
+    resum(checkpoint)
+    verification = verify_checkpoint(checkpoint)
+    assert failed(verification) == ["logits"]
+    assert (
+        "recorded for images of (1, 4096, 4096), the network takes (1, 12, 12)" in rows(verification)["logits"].detail
+    )
+
+
 def test_a_stale_card_is_found(checkpoint):
     with (checkpoint / "README.md").open("a") as card:
         card.write("and it is the best of all\n")

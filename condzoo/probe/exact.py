@@ -14,6 +14,7 @@ Shapes: N samples, K classes, P parameters, T positions of a layer.
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -89,6 +90,8 @@ def _from_rows(rows: list[LayerRows], samples: int, parameters: int) -> Spectrum
     if vectors <= parameters:
         for layer in rows:
             small += layer.gram()
+    elif all(layer.single_position for layer in rows):
+        small = _from_factors(rows, samples)
     else:
         for start in range(0, vectors, 512):
             part = torch.cat([layer.dense(slice(start, start + 512)) for layer in rows], dim=1)
@@ -97,6 +100,28 @@ def _from_rows(rows: list[LayerRows], samples: int, parameters: int) -> Spectrum
     padded = torch.cat([values, values.new_zeros(parameters - side)])
     floor = float64_noise(side, max(0.0, float(values.max())))
     return from_blocks(padded[None], floor, vectors, arithmetic="exact, float64")
+
+
+def _from_factors(rows: list[LayerRows], samples: int) -> Tensor:
+    """R^T R of layers with one position a sample, block by block, summed over the label draws first.
+
+    Block (k, m) is sum_n G_n (x) x_n x_n^T with G_n = sum_draws g_k g_m^T, one product of [o o', N] and
+    [N, i i']: a factor K less than by the rows. A bias is a last input of 1.
+    """
+    inputs, grads = [], []
+    for layer in rows:
+        x = layer.inputs[0][:, 0, 0]
+        inputs.append(torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if layer.bias else x)
+        grads.append(torch.stack([calls[0][:, 0, 0] for calls in layer.grads], dim=1))  # [n, draws, o]
+    blocks: dict[tuple[int, int], Tensor] = {}
+    for k, m in itertools.combinations_with_replacement(range(len(rows)), 2):
+        summed = (grads[k].mT @ grads[m]).reshape(samples, -1)  # [n, o * o']
+        outer = (inputs[k][:, :, None] * inputs[m][:, None]).reshape(samples, -1)  # [n, i * i']
+        shape = (grads[k].shape[2], grads[m].shape[2], inputs[k].shape[1], inputs[m].shape[1])
+        block = (summed.T @ outer).reshape(shape).permute(0, 2, 1, 3)
+        blocks[k, m] = block.reshape(shape[0] * shape[2], shape[1] * shape[3])
+        blocks[m, k] = blocks[k, m].T
+    return torch.cat([torch.cat([blocks[k, m] for m in range(len(rows))], dim=1) for k in range(len(rows))])
 
 
 def _hessian(model: nn.Module, layers: dict[str, nn.Module], x: Tensor, y: Any, loss: Loss | None) -> Spectrum:

@@ -54,6 +54,11 @@ class LayerRows:
         return torch.cat(parts)
 
     @property
+    def single_position(self) -> bool:
+        """Whether every sample is one row: a linear layer on [N, d], called once."""
+        return len(self.inputs) == 1 and self.inputs[0].shape[1:3] == (1, 1)
+
+    @property
     def parameters(self) -> int:
         """P of this layer: weights and biases."""
         g, x = self.grads[0][0], self.inputs[0]

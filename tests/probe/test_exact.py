@@ -55,7 +55,7 @@ def spectrum_of(matrix):
 
 @pytest.fixture(params=["many", "few"])
 def samples(request):
-    return {"many": 40, "few": 5}[request.param]  # either Gram side is the smaller one
+    return {"many": 60, "few": 5}[request.param]  # either Gram side is the smaller one
 
 
 def networks(kit, name):

@@ -137,6 +137,7 @@ def test_a_plain_network_of_the_zoo_takes_one_before_its_dropout():
     torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
     assert len(net.head_drop._forward_pre_hooks) == 1
     net.reset_classifier(4, "max")
+    assert len(net.head_drop._forward_pre_hooks) == 1  # moved, not added
     assert net(x).shape == (6, 4)
 
 

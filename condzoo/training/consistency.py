@@ -49,11 +49,18 @@ def _optimizer(recipe: Recipe) -> Iterator[str]:
 
 
 def _arguments(model: ModelSection) -> Iterator[str]:
-    for name in model.args:
+    for name, value in model.args.items():
         if name in FOLLOWS_DATA:
             yield f"model.args.{name}: follows data.name; leave it out"
         elif name in OWN_FIELDS:
             yield f"model.args.{name}: has a field of its own; use model.{name}"
+        elif _holds_none(value):
+            yield f"model.args.{name}: got None, which TOML has no word for; leave it out"
+
+
+def _holds_none(value: Any) -> bool:
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(_holds_none(entry) for entry in entries)
 
 
 def _images(recipe: Recipe, info: DataInfo) -> Iterator[str]:

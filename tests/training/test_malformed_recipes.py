@@ -68,6 +68,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("model.args", [1], "model.args: got [1], must be a table"),
     ("model.args.num_classes", 3, "model.args.num_classes: follows data.name; leave it out"),
     ("model.args.init", "he", "model.args.init: has a field of its own; use model.init"),
+    ("model.args", {"x": [None]}, "model.args.x: got None, which TOML has no word for; leave it out"),
     ("data", [], "data: got [], must be a table"),
     ("data.name", "cifar01", "data.name: unknown data set 'cifar01'; did you mean 'cifar10'? one of: digits"),
     ("data.batch_size", NONE, "data.batch_size: missing; it has no default"),

@@ -1,6 +1,7 @@
 """`release`: a checkpoint's folder from finished runs; refused where anything about them is in doubt."""
 
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from condzoo.checkpoints.writing import (
 from condzoo.data import ImageData, data_info
 from condzoo.models import released
 from condzoo.models.weight_files import sha256
-from condzoo.probe import Conditioning
+from condzoo.probe import Conditioning, plot_records
 from condzoo.probe.serialization import to_record
 from condzoo.training import Recipe, Run, dump_recipe, evaluate_run, load_recipe, load_run, recipe_files
 from condzoo.training.networks import build_network
 from condzoo.training.preparation import read_data
+from condzoo.training.run_directory import CONDITIONING as STEPS
 from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json
 
 RULE = "the lowest seed, fixed before any was trained"
@@ -78,7 +80,7 @@ def release(
         RECIPE: dump_recipe(run.recipe),
         METRICS: collect_metrics(run, paths, tag, sha256(weights), count_correct(model, data), len(data.test)),
         CONDITIONING: {"at_init": to_record(start), "at_end": to_record(end)},
-        PICTURE: picture(run.path, end),
+        PICTURE: picture(run, f"{target.name}, seed {run.recipe.seed}", end),
     }
     write_checkpoint(target, model, weights, config, records)
     if root.resolve() == (released.PACKAGE.parent / "checkpoints").resolve():
@@ -263,8 +265,12 @@ def header_fields(text: str) -> dict[str, str]:
     return fields
 
 
-def picture(path: Path, conditioning: Conditioning) -> bytes:
-    """The run's picture of its conditioning; drawn from the record at the end where the run was not probed."""
-    if not (path / PICTURE).is_file():
-        conditioning.plot(path / PICTURE)
-    return (path / PICTURE).read_bytes()
+def picture(run: Run, title: str, end: Conditioning) -> bytes:
+    """The run's conditioning over its steps, as PNG; of the record at the end where the run was not probed."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / PICTURE
+        if (run.path / STEPS).is_file():
+            plot_records(run.path / STEPS, file, title=title)
+        else:
+            end.plot(file)
+        return file.read_bytes()

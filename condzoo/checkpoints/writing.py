@@ -137,7 +137,7 @@ def add_to_index(name: str, weights_sum: str, cfg: dict[str, Any], default: bool
     rows: dict[str, dict[str, Any]] = {}
     arch = name.split(".", 1)[0]
     known = released.read_index()
-    default = default or not any(release.arch == arch for release in known.values())
+    default = default or not any(release.arch == arch and release.name != name for release in known.values())
     for other in known.values():
         rows[other.name] = {"sha256": other.sha256, "default": other.default and not (default and other.arch == arch)}
         rows[other.name] |= other.input

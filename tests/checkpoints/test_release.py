@@ -56,6 +56,15 @@ def test_the_table_is_made_of_the_folders(made_checkpoint):
     assert "| [mlp4x24_bn.digits](mlp4x24_bn.digits/README.md) | digits |" in table
 
 
+def test_a_run_without_a_probe_gets_a_picture_too_and_stays_as_it_was(runs, tmp_path):
+    for name in ("conditioning.jsonl", "conditioning.png"):
+        (runs[1] / name).unlink()
+    before = sorted(path.name for path in runs[1].iterdir())
+    made = release(runs[1], "digits", out=tmp_path)
+    assert (made / "conditioning.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in runs[1].iterdir()) == before
+
+
 def test_twins_stand_together_by_depth():
     names = ["cifar_resnet110.a", "cifar_resnet20_lastbn.a", "cifar_resnet20.b", "cifar_resnet20.a", "mlp8x24.a"]
     assert sorted(names, key=natural_order) == [
@@ -192,6 +201,9 @@ def test_the_index_gets_a_row_and_one_default_a_model(tmp_path, monkeypatch):
     assert [(r.tag, r.default) for r in ours] == [("third", True), ("first", False), ("second", False)]
     assert ours[0].input["mean"] == [0.5]
     assert "tag" not in ours[0].input
+    only = next(name for name, release in before.items() if len(released.releases_of(release.arch)) == 1)
+    add_to_index(only, "0" * 64, cfg, False)  # made again: still the one its model's name stands for
+    assert released.read_index()[only].default
     assert list_models("mlp100x256", pretrained=True) == ["mlp100x256.first", "mlp100x256.second", "mlp100x256.third"]
     assert file.read_text().startswith("# The package's own index")
     tomllib.loads(file.read_text())

@@ -20,6 +20,8 @@ SCHEMA = "condzoo.conditioning/1"
 
 _PLAIN = [f.name for f in fields(Conditioning) if f.name not in ("layers", "neurons")]
 
+_LATER = ("certificate",)  # fields that the first records of this schema do not have
+
 
 def to_record(conditioning: Conditioning) -> dict[str, Any]:
     """A measurement as a dict of JSON types."""
@@ -43,7 +45,7 @@ def from_record(record: dict[str, Any]) -> Conditioning:
         return Conditioning(
             layers={name: _layer(entry) for name, entry in record["layers"].items()},
             neurons={name: Neurons(**entry) for name, entry in record["neurons"].items()},
-            **{name: record[name] for name in _PLAIN},
+            **{name: record[name] for name in _PLAIN if name in record or name not in _LATER},
         )
     except KeyError as missing:
         raise ValueError(f"conditioning record lacks the field {missing}; was the file edited?") from None

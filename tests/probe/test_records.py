@@ -54,6 +54,17 @@ def test_other_files_are_rejected_by_name(tmp_path):
         Conditioning.from_json(tmp_path / "none.json")
 
 
+def test_a_record_of_before_certificates_is_read_and_one_without_layers_is_not(log):
+    record = json.loads(log.read_text().splitlines()[0])
+    del record["certificate"]
+    log.write_text(json.dumps(record) + "\n")
+    assert read_records(log)[0].certificate == {}
+    del record["layers"]
+    log.write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match="lacks the field 'layers'; was the file edited"):
+        read_records(log)
+
+
 def test_a_torn_last_line_is_skipped_with_a_warning_and_cut_off_before_appending(log, measured):
     whole = log.read_bytes()
     log.write_bytes(whole + whole[:100])

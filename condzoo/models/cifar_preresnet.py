@@ -10,7 +10,7 @@ Shapes: B images, C channels, H x W pixels, K classes.
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from condzoo.models.cifar_resnet import WIDTHS, OptionAShortcut, blocks_per_stage
+from condzoo.models.cifar_resnet import WIDTHS, OptionAShortcut, blocks_per_stage, init_convolutions
 from condzoo.models.head import attach_head, check_sizes, forward_head, set_classifier
 from condzoo.models.initializers import init_weights
 from condzoo.models.registry import register_table
@@ -109,9 +109,7 @@ class PreResNet(nn.Module):
             self.feature_info.append(dict(num_chs=c_in, reduction=(4 if imagenet_stem else 1) * 2**i, module=name))
         self.norm = nn.BatchNorm2d(c_in) if final_norm else nn.Identity()
         self.relu = nn.ReLU()  # not in place: without final BN it would overwrite the last stage's features
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
         attach_head(self, c_in, num_classes, global_pool, drop_rate, last_bn, last_bn_init)
         if init is not None:
             init_weights(self, init)

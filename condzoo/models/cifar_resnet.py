@@ -30,6 +30,13 @@ def blocks_per_stage(depth: int) -> int:
     return n
 
 
+def init_convolutions(model: nn.Module) -> None:
+    """He-normal over fan-out for every convolution, the family's own initializer; on the meta device nothing."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d) and not m.weight.is_meta:
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+
 class OptionAShortcut(nn.Module):
     """The shortcut without parameters: every second position, the new channels zero (option A of He et al.)."""
 
@@ -109,9 +116,7 @@ class CifarResNet(nn.Module):
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
             c_in = c
         self.feature_info = [dict(num_chs=c, reduction=2**i, module=f"layer{i + 1}") for i, c in enumerate(WIDTHS)]
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
         attach_head(self, c_in, num_classes, global_pool, drop_rate, last_bn, last_bn_init)
         if init is not None:
             init_weights(self, init)

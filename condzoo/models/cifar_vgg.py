@@ -10,7 +10,7 @@ Shapes: B images, C channels, H x W pixels, K classes.
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from condzoo.models.cifar_resnet import CifarResNet
+from condzoo.models.cifar_resnet import CifarResNet, init_convolutions
 from condzoo.models.head import attach_head, check_sizes, forward_head, set_classifier
 from condzoo.models.initializers import init_weights
 from condzoo.models.registry import register_table
@@ -57,9 +57,7 @@ class CifarVgg16(nn.Module):
         self.feature_info = [
             dict(num_chs=c, reduction=2 ** (i + 1), module=f"group{i + 1}") for i, c in enumerate(GROUP_WIDTHS)
         ]
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
         attach_head(self, c_in, num_classes, global_pool, drop_rate, last_bn, last_bn_init)
         if init is not None:
             init_weights(self, init)

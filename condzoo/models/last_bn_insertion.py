@@ -24,7 +24,8 @@ def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = No
     """Put a BatchNorm1d before the last linear layer, in place, without changing the function in eval mode.
 
     The head's input [B, ..., D] is normalized over its last dimension, before a dropout module that directly
-    feeds the head. timm's `get_classifier` and `reset_classifier` go on working (the last BN stays), and so
+    feeds the head (so timm's `forward_head(pre_logits=True)` still returns what comes before it). timm's
+    `get_classifier` and `reset_classifier` go on working (the last BN stays), and so
     does loading the network's plain weights. A head put in by hand (`model.fc = ...`) does not get the last BN.
 
     Args:

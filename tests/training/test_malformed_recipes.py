@@ -118,7 +118,10 @@ def changed(field: str, value: Any) -> dict[str, Any]:
     return tables
 
 
-@pytest.mark.parametrize(("field", "value", "message"), MALFORMED, ids=[f"{f}={v!r}"[:40] for f, v, _ in MALFORMED])
+IDS = [f"{i} {f}={'no field' if v is NONE else repr(v)}"[:40] for i, (f, v, _) in enumerate(MALFORMED)]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), MALFORMED, ids=IDS)
 def test_a_malformed_recipe_says_what_is_wrong(field: str, value: Any, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(changed(field, value))

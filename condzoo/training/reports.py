@@ -122,8 +122,11 @@ def opened_probe(training: Training, path: Path, start_step: int) -> Iterator[Pr
 
 
 def last_layer(probe: Probe | None) -> dict[str, float] | None:
-    """lambda_max and kappa of the last layer's input when it was last measured."""
+    """lambda_max and kappa of the last layer's input when it was last measured.
+
+    kappa at p = 0.5: over the whole spectrum it is infinite wherever the batch is smaller than the layer is wide.
+    """
     if probe is None or not probe.latest:
         return None
     spectrum = probe.latest[list(probe.latest)[-1]].input
-    return {"lambda_max": spectrum.lambda_max, "kappa": spectrum.condition_number()}
+    return {"lambda_max": spectrum.lambda_max, "kappa 50%": spectrum.condition_number(0.5)}

@@ -254,7 +254,7 @@ def main(args: list[str] | None = None) -> None:
         code = exit_code(error)
         if code is None or os.environ.get("CONDZOO_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(error if code == EXIT_STOPPED else f"error: {error}", file=sys.stderr)
         sys.exit(code)
 
 

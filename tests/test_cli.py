@@ -1,6 +1,9 @@
 """The command line as a person meets it: what it prints, and how it fails."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -74,6 +77,7 @@ def test_info_prints_the_fields(capsys):
         (("plot", "no/such/run"), "error: no conditioning records at no/such/run"),
         (("probe", "cifar_resnet20", "--data", "cifar"), "unknown data set 'cifar'; did you mean 'cifar10'?"),
         (("probe", "resnet18_lastbn"), "made for ImageNet"),
+        (("train", "digits/resnet20_nobn_lastbn", "--seed", "-1"), "error: recipe: seed: got -1, must be"),
         (("validate",), "error: validate takes a model's name, or --all"),
         (("verify",), "error: verify takes a checkpoint's name or folder, or --all"),
         (("convert", "weights.pt"), "error: convert takes FILE --model NAME, or timm/NAME --last-bn"),
@@ -119,3 +123,33 @@ def test_python_dash_m_condzoo_is_the_command():
         [sys.executable, "-m", "condzoo", "info", "mlp8x24"], capture_output=True, text=True, check=True
     )
     assert "7,330" in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_saves_and_the_same_command_goes_on(capsys, tmp_path):
+    """A SIGINT in the middle: exit code 75, no traceback, and the second call ends where an unbroken run does."""
+    args = [
+        "train",
+        "digits/resnet20_nobn_lastbn",
+        "--set",
+        "data.resize=8",
+        "--set",
+        "probe.every=0",
+        "--max-steps",
+        "60",
+    ]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(capsys, *args, "--out", str(whole))
+    command = [sys.executable, "-m", "condzoo", *args, "--out", str(broken)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=120)
+    if process.returncode != 0:  # 0: it was faster than the signal
+        assert process.returncode == 75
+        assert re.fullmatch(r"stopped by SIGINT at step \d+; run the same command to go on\n", err)
+    code, _, _ = run(capsys, *args, "--out", str(broken))
+    assert code == 0
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

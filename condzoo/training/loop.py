@@ -11,7 +11,7 @@ from condzoo.training.outcome import end_diverged, finish, finished_at, record_d
 from condzoo.training.precision import resolve_device
 from condzoo.training.preparation import Training, prepare, training_steps
 from condzoo.training.progress import Progress, capture, go_on
-from condzoo.training.recipe import check_recipe, load_recipe
+from condzoo.training.recipe import check_recipe, load_recipe, parse_recipe, recipe_tables
 from condzoo.training.reports import last_layer, opened_probe, record_epoch, record_step
 from condzoo.training.resume import save_checkpoint
 from condzoo.training.run_directory import CHECKPOINTS, SUMMARY, claimed, read_json
@@ -56,7 +56,7 @@ def train(
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     if seed is not None:
-        recipe = recipe.model_copy(update={"seed": seed})
+        recipe = parse_recipe({**recipe_tables(recipe), "seed": seed})
     check_recipe(recipe)
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")

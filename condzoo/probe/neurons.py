@@ -66,10 +66,12 @@ class RunningNeurons:
     def _look(self, units: Tensor, which: Tensor | None = None) -> None:
         assert self.been_positive is not None
         assert self.been_zero is not None
-        positive = (units if which is None else units[which]) > 0
+        seen = units if which is None else units[which]
+        positive = seen > 0
+        not_zero = ~(seen <= 0)  # NaN too: a unit that is NaN is neither dying nor full
         over = tuple(range(1, units.ndim))
         index = slice(None) if which is None else which
-        self.been_positive[index] |= positive.any(over) if over else positive
+        self.been_positive[index] |= not_zero.any(over) if over else not_zero
         self.been_zero[index] |= ~(positive.all(over) if over else positive)
 
     def count(self) -> Neurons:

@@ -266,3 +266,10 @@ def test_the_certificate_shows_what_the_dtype_of_the_pass_cost(kit):
         }
         assert 0 < single[name]["output_grad_lambda_max"] < 1e-4 < half[name]["output_grad_lambda_max"] < 0.5
         assert single[name]["input_known"] >= half[name]["input_known"]
+
+
+def test_a_unit_that_is_nan_is_neither_dying_nor_full() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.full((16, 4), float("nan"))
+    counted = measure(net, [(x, torch.zeros(16, dtype=torch.long))]).neurons["1"]
+    assert (counted.units, counted.dying, counted.full) == (3, 0, 0)

@@ -3,7 +3,9 @@
 Pickles are read by torch's weights-only unpickler, which runs no code.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -14,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from condzoo.catalog import model_info, read_catalog
 from condzoo.checkpoints.folder import CONVERSION
-from condzoo.checkpoints.foreign import read_foreign, translate
+from condzoo.checkpoints.foreign import has_projections, read_foreign, translate
 from condzoo.checkpoints.writing import (
     check_free,
     check_tag,
@@ -40,8 +42,9 @@ def convert(
 ) -> Path:
     """Make a checkpoint of a state dict in a file: pickled or safetensors, with wrapper prefixes, of other projects.
 
-    Taken by their own names: condzoo's, torchvision's and timm's keys, and akamaster's CIFAR ResNets (another order of
-    channels). Plain weights go into a `_lastbn` network too: its last BN is then the identity.
+    Taken by their own names: condzoo's, torchvision's and timm's keys, akamaster's CIFAR ResNets (another order of
+    channels) and chenyaofo's (option-B shortcuts: the network gets `projection=True`). Plain weights go into a
+    `_lastbn` network too: its last BN is then the identity.
 
     Args:
         source: the file.
@@ -59,10 +62,11 @@ def convert(
     content, state = read_foreign(Path(source))
     target = check_free(root_of(out) / f"{model_info(model).name}.{check_tag(tag)}")
     classes = next((v.shape[0] for k, v in state.items() if k in ("fc.weight", "linear.weight")), None)
-    network = create_model(model, num_classes=classes).eval()
+    args = {"projection": True} if has_projections(state) and model_info(model).family == "cifar_resnet" else {}
+    network = create_model(model, num_classes=classes, **args).eval()
     state, note = translate(state, network, str(source))
     network.load_state_dict(state)
-    return write(target, network, tag, Path(source).name, sha256(content), note, license)
+    return write(target, network, tag, Path(source).name, sha256(content), note, license, args=args)
 
 
 def convert_last_bn(
@@ -148,8 +152,9 @@ def write(
     note: str,
     license: str,
     inserted: bool = False,
+    args: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Write the checkpoint's folder and the table of its root."""
+    """Write the checkpoint's folder and the table of its root; `args` build the network beside its name."""
     content = serialize(network)
     record = {
         "model": network.pretrained_cfg["architecture"],
@@ -162,6 +167,7 @@ def write(
         "license": license,
     }
     config = timm_config(network, tag, {}) | ({"insert_last_bn": True} if inserted else {})
+    config["model_args"] = {**config["model_args"], **args}
     write_checkpoint(target, network, content, config, {CONVERSION: record})
     write_table(target.parent)
     return target

@@ -6,6 +6,7 @@ Shapes: C channels of a stage, K classes.
 import io
 import itertools
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ from condzoo.models.weight_files import check_state, parse_weights, read_plain_f
 # where training scripts put the weights among other things, the average first
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
-PROJECTIONS = (".downsample.", ".shortcut.")  # option-B shortcuts have weights under these
+# option-B shortcuts' weights: chenyaofo's and torchvision's name, akamaster's and condzoo's
+PROJECTION = re.compile(r"^(layer\d+\.\d+)\.(?:downsample|shortcut)\.")
 
 
 def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor]]:
@@ -60,6 +62,11 @@ def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stripped
 
 
+def has_projections(state: Mapping[str, Tensor]) -> bool:
+    """Whether the shortcuts that change size have weights of their own (option B)."""
+    return any(PROJECTION.match(key) for key in state)
+
+
 def translate(state: Mapping[str, Tensor], network: nn.Module, source: str) -> tuple[dict[str, Tensor], str]:
     """(a state dict that loads into the network, what was done to it, in words).
 
@@ -67,18 +74,13 @@ def translate(state: Mapping[str, Tensor], network: nn.Module, source: str) -> t
     lack.
 
     Raises:
-        ValueError: weights of another network; names the first key that differs, or says that its shortcuts have
-            weights of their own.
+        ValueError: weights of another network; names the first key that differs.
     """
     cifar = type(network).__name__ == "CifarResNet"
-    projected = next((key for key in state if cifar and any(part in key for part in PROJECTIONS)), None)
-    if projected is not None:
-        raise ValueError(
-            f"{source}: {projected!r} is a shortcut with weights of its own (option B, as chenyaofo's networks have "
-            "it); condzoo's CIFAR ResNets have option A's, which have none: none of them is the same function"
-        )
     state, note = dict(state), "Keys and values as they were."
-    if cifar and "linear.weight" in state:
+    if cifar and has_projections(state):
+        state, note = from_projections(state), "Option-B shortcuts, renamed to condzoo's keys."
+    elif cifar and "linear.weight" in state:
         if network.get_submodule("layer1.0").shortcut is None:
             raise ValueError(f"{source}: akamaster's networks have shortcuts, this one has none; take cifar_resnet")
         state, note = from_akamaster(state), "Channels of the second and third stage put in condzoo's order."
@@ -94,6 +96,12 @@ def translate(state: Mapping[str, Tensor], network: nn.Module, source: str) -> t
         note += " The last BN is the identity." if hasattr(network, "last_bn") else ""
     check_state(state, expected, source)
     return state, note
+
+
+def from_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a CIFAR ResNet with option-B shortcuts under condzoo's keys; its channels have their order already."""
+    renamed = {PROJECTION.sub(r"\1.shortcut.", key): value for key, value in state.items()}
+    return {re.sub(r"^linear\.", "fc.", key): value for key, value in renamed.items()}
 
 
 def from_akamaster(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

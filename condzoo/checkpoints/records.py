@@ -10,7 +10,16 @@ Pixels = Annotated[int, Field(ge=1, le=4096)]  # a size that is tried out must f
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 # arguments a config may pass to a model: sizes and switches, never something that names a file
 Argument = Literal[
-    "num_classes", "in_chans", "input_size", "img_size", "global_pool", "drop_rate", "bias", "norm", "last_bn_init"
+    "num_classes",
+    "in_chans",
+    "input_size",
+    "img_size",
+    "global_pool",
+    "drop_rate",
+    "bias",
+    "norm",
+    "last_bn_init",
+    "projection",
 ]
 
 

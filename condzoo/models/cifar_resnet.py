@@ -1,7 +1,8 @@
 """CIFAR ResNets of depth 6n + 2: three stages of n basic blocks (arXiv:1512.03385, sec. 4.2).
 
 Variants are keywords: `norm=False` leaves out every BatchNorm of the body, `shortcut=False` gives the VGG-style
-net, `last_bn=True` puts one BatchNorm1d before the last linear layer (arXiv:2002.10801).
+net, `projection=True` option-B shortcuts, `last_bn=True` puts one BatchNorm1d before the last linear
+layer (arXiv:2002.10801).
 Parameters, 10 classes:  20: 0.27M   56: 0.85M   110: 1.73M   1202: 19.4M
 Shapes: B images, C channels, H x W pixels, K classes.
 """
@@ -49,10 +50,20 @@ class OptionAShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
 
+def build_shortcut(c_in: int, c_out: int, stride: int, norm: bool, projection: bool) -> nn.Module:
+    """The way around a block: as it is where nothing changes size, else option A, or option B's 1x1 convolution."""
+    if c_in == c_out and stride == 1:
+        return nn.Identity()
+    if not projection:
+        return OptionAShortcut(c_in, c_out, stride)
+    convolution = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(c_out) if norm else nn.Identity())
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, the second's output added to the shortcut unless `shortcut` is False."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int, norm: bool, shortcut: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, stride: int, norm: bool, shortcut: bool, projection: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out) if norm else nn.Identity()
@@ -60,8 +71,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out) if norm else nn.Identity()
         self.relu2 = nn.ReLU(inplace=True)
-        same = c_in == c_out and stride == 1
-        self.shortcut = (nn.Identity() if same else OptionAShortcut(c_in, c_out, stride)) if shortcut else None
+        self.shortcut = build_shortcut(c_in, c_out, stride, norm, projection) if shortcut else None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, c_in, H, W] -> [B, c_out, H/stride, W/stride]
         h = self.relu1(self.bn1(self.conv1(x)))
@@ -76,6 +86,8 @@ class CifarResNet(nn.Module):
         depth: 6n + 2, counting convolutions and the classifier.
         norm: BatchNorm after every convolution.
         shortcut: False gives the VGG-style net, the same without shortcuts.
+        projection: shortcuts that change size are 1x1 convolutions (option B of He et al., with a BatchNorm of their
+            own where the body has them) in place of option A, which has no parameters.
         last_bn: one BatchNorm1d between pooling and dropout; `last_bn_init`: its gamma, "ones" or "uniform".
         num_classes: 0 returns the pooled features.
         drop_rate: dropout before the classifier.
@@ -83,7 +95,8 @@ class CifarResNet(nn.Module):
             classifier U(-1/sqrt(fan_in), 1/sqrt(fan_in)) with zero bias).
 
     Raises:
-        ValueError: a depth that is not 6n + 2, `num_classes` below 0, `in_chans` below 1, an unknown `init`.
+        ValueError: a depth that is not 6n + 2, `projection` without shortcuts, `num_classes` below 0,
+            `in_chans` below 1, an unknown `init`.
     """
 
     fc: nn.Module
@@ -100,9 +113,12 @@ class CifarResNet(nn.Module):
         drop_rate: float = 0.0,
         init: str | None = None,
         last_bn_init: str = "ones",
+        projection: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(num_classes, in_chans)
+        if projection and not shortcut:
+            raise ValueError("projection=True is a kind of shortcut, and this network has none (shortcut=False)")
         n = blocks_per_stage(depth)
         self.in_chans = in_chans
         self.grad_checkpointing = False
@@ -111,8 +127,8 @@ class CifarResNet(nn.Module):
         self.relu1 = nn.ReLU(inplace=True)
         c_in = WIDTHS[0]
         for stage, c in enumerate(WIDTHS, start=1):
-            blocks = [BasicBlock(c_in, c, 2 if c > c_in else 1, norm, shortcut)]
-            blocks += [BasicBlock(c, c, 1, norm, shortcut) for _ in range(n - 1)]
+            blocks = [BasicBlock(c_in, c, 2 if c > c_in else 1, norm, shortcut, projection)]
+            blocks += [BasicBlock(c, c, 1, norm, shortcut, projection) for _ in range(n - 1)]
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
             c_in = c
         self.feature_info = [dict(num_chs=c, reduction=2**i, module=f"layer{i + 1}") for i, c in enumerate(WIDTHS)]

@@ -3,13 +3,17 @@
 import pickle
 
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
 
+from condzoo.checkpoints import load_checkpoint
 from condzoo.checkpoints.foreign import from_akamaster, read_foreign, translate
+from condzoo.conversion import convert
 from condzoo.models import create_model
 
 
@@ -72,10 +76,55 @@ def test_renumbering_keeps_every_value():
         assert torch.equal(value.flatten().sort().values, ours[key.replace("linear.", "fc.")].flatten().sort().values)
 
 
-def test_projection_shortcuts_are_refused():
-    state = akamaster_state(8) | {"layer2.0.downsample.0.weight": torch.zeros(32, 16, 1, 1)}
-    with pytest.raises(ValueError, match=r"'layer2\.0\.downsample\.0\.weight' is a shortcut with weights of its own"):
-        translate(state, create_model("cifar_resnet8"), "file")
+def chenyaofo_network(depth: int) -> nn.Module:
+    """chenyaofo's CIFAR ResNet, whose blocks are torchvision's, with drawn weights."""
+    torch.manual_seed(depth)
+    network = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
+    blocks, c_in = (depth - 2) // 6, 16
+    network.conv1, network.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+    network.maxpool = nn.Identity()
+    for stage, c in ((1, 16), (2, 32), (3, 64)):
+        stride = 1 if stage == 1 else 2
+        down = nn.Sequential(nn.Conv2d(c_in, c, 1, stride, bias=False), nn.BatchNorm2d(c)) if stride == 2 else None
+        first = BasicBlock(c_in, c, stride, down)
+        rest = [BasicBlock(c, c) for _ in range(blocks - 1)]
+        network.add_module(f"layer{stage}", nn.Sequential(first, *rest))
+        c_in = c
+    network.layer4, network.fc = nn.Identity(), nn.Linear(64, 10)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.running_mean, module.running_var, module.weight, module.bias):
+                nn.init.uniform_(values, 0.5, 1.5)
+    return network.eval()
+
+
+@pytest.mark.parametrize("depth", [8, 20])
+@pytest.mark.parametrize("akamasters_names", [False, True])
+def test_option_b_networks_are_the_same_function(tmp_path, depth, akamasters_names):
+    theirs = chenyaofo_network(depth)
+    state = theirs.state_dict()
+    if akamasters_names:
+        state = {k.replace("downsample", "shortcut").replace("fc.", "linear."): v for k, v in state.items()}
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "w.pth")
+    made = convert(tmp_path / "w.pth", f"cifar_resnet{depth}", out=tmp_path)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for network in (load_checkpoint(made), timm.create_model(f"local-dir:{made}", pretrained=True).eval()):
+        torch.testing.assert_close(network(x), theirs(x), rtol=1e-5, atol=1e-5)
+    twin = load_checkpoint(convert(tmp_path / "w.pth", f"cifar_resnet{depth}_lastbn", out=tmp_path))
+    torch.testing.assert_close(twin(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_option_b_has_the_published_number_of_parameters():
+    assert sum(p.numel() for p in create_model("cifar_resnet20", projection=True).parameters()) == 272_474
+
+
+def test_option_b_weights_do_not_go_into_a_net_without_shortcuts(tmp_path):
+    torch.save(chenyaofo_network(8).state_dict(), tmp_path / "w.pth")
+    message = r"w\.pth: 'layer2\.0\.shortcut\.0\.weight' is \[32, 16, 1, 1\] float32, and the network has no such key"
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "w.pth", "cifar_vgg8", out=tmp_path)
+    with pytest.raises(ValueError, match="projection=True is a kind of shortcut, and this network has none"):
+        create_model("cifar_vgg8", projection=True)
 
 
 def test_the_net_without_shortcuts_is_refused_although_its_keys_are_equal():

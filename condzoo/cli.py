@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from condzoo import checkpoint_commands
+from condzoo import checkpoint_commands, reproduce_commands
 
 EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 75
 
@@ -242,7 +242,12 @@ def run_label(run: Path, runs: list[Path]) -> str:
     return str(run) if sum((r if r.is_dir() else r.parent).name == name for r in runs) > 1 else name
 
 
-for command in (checkpoint_commands.release, checkpoint_commands.verify, checkpoint_commands.convert):
+for command in (
+    checkpoint_commands.release,
+    checkpoint_commands.verify,
+    checkpoint_commands.convert,
+    reproduce_commands.reproduce,
+):
     app.command()(command)
 
 

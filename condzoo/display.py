@@ -14,6 +14,7 @@ from rich.table import Table
 from condzoo.catalog import ModelInfo
 
 if TYPE_CHECKING:  # these import torch, and listing models does not need it
+    from condzoo.experiments import Verdict
     from condzoo.training import Evaluation, Run
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -140,3 +141,15 @@ def print_evaluation(evaluation: "Evaluation", as_json: bool) -> None:
     console.print(
         f"test error {evaluation.error:.2%} ({wrong} of {evaluation.total} wrong), loss {evaluation.loss:.4f}"
     )
+
+
+def print_verdicts(verdicts: "Sequence[Verdict]", picture: Path) -> None:
+    """One line a claim: its verdict, the measured value, the bound."""
+    table = plain_table("", "claim", "measured", "bound", "verdict")
+    for column in table.columns:
+        column.no_wrap = False
+    for verdict in verdicts:
+        measured = f"{verdict.measured} {verdict.claim.unit}" if verdict.values else verdict.why
+        table.add_row(verdict.claim.text, measured, verdict.bound, verdict.outcome)
+    console.print(table)
+    console.print(f"figure: {picture}", soft_wrap=True)

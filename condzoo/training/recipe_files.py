@@ -4,6 +4,7 @@ import difflib
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
+EXPERIMENTS = "paper"
 
 
 def recipe_folder() -> Path:
@@ -13,9 +14,13 @@ def recipe_folder() -> Path:
 
 
 def recipe_files() -> dict[str, Path]:
-    """Name ("cifar10/resnet20_lastbn") -> file of every recipe that comes with condzoo."""
+    """Name ("cifar10/resnet20_lastbn") -> file of every recipe that comes with condzoo.
+
+    Those under paper/ are experiments of many runs (condzoo.experiments), not recipes.
+    """
     folder = recipe_folder()
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.toml"))}
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.toml"))}
+    return {name: path for name, path in found.items() if not name.startswith(f"{EXPERIMENTS}/")}
 
 
 def find_recipe(path: str | Path) -> Path:

@@ -41,6 +41,19 @@ def sweep(
         RecipeError: a combination that is no valid recipe, before anything is trained.
     """
     planned = plan_sweep(recipe, grid, seeds)
+    return run_all(planned, out, max_steps=max_steps, device=device, data_root=data_root, on_event=on_event)
+
+
+def run_all(
+    planned: Mapping[str, Recipe],
+    out: str | Path,
+    *,
+    max_steps: int | None = None,
+    device: str | None = None,
+    data_root: str | Path | None = None,
+    on_event: OnEvent | None = None,
+) -> list[Run]:
+    """Train each recipe in its folder under `out`, whatever becomes of the others; as `sweep` returns them."""
     runs = []
     for folder, each in planned.items():
         path = Path(out) / folder

@@ -1,0 +1,90 @@
+"""Verdicts: each claim's measure against its bound, over seeds."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from condzoo.experiments.measures import MEASURES
+from condzoo.experiments.readings import Missing
+from condzoo.experiments.schema import Claim, Experiment
+
+Outcome = Literal["held", "did not hold", "not decided"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one claim.
+
+    Attributes:
+        values: seed -> measured value. why: what is missing, where it is not decided.
+    """
+
+    claim: Claim
+    outcome: Outcome
+    values: dict[int, float]
+    why: str = ""
+
+    @property
+    def median(self) -> float | None:
+        """Over seeds."""
+        return statistics.median(self.values.values()) if self.values else None
+
+    @property
+    def measured(self) -> str:
+        """The median and the range over seeds, in words."""
+        if not self.values:
+            return self.why
+        low, high = min(self.values.values()), max(self.values.values())
+        spread = f" ({low:.3g} to {high:.3g}, n = {len(self.values)})" if len(self.values) > 1 else " (n = 1)"
+        return f"{self.median:.3g}{spread}"
+
+    @property
+    def bound(self) -> str:
+        """The bound, in words."""
+        parts = []
+        if self.claim.above is not None:
+            parts.append(f"above {self.claim.above:g}")
+        if self.claim.below is not None:
+            parts.append(f"below {self.claim.below:g}")
+        return " and ".join(parts)
+
+
+def judge(experiment: Experiment, data: dict[str, Any]) -> list[Verdict]:
+    """A verdict for each claim, of the data alone.
+
+    Raises:
+        ValueError: a claim that names no measure, or arguments that it does not take.
+    """
+    return [judge_claim(claim, data, experiment.id) for claim in experiment.claims]
+
+
+def judge_claim(claim: Claim, data: dict[str, Any], source: str) -> Verdict:
+    """Held where every seed is within the bound, did not hold where the median is not, else not decided."""
+    check_measure(claim, source)
+    try:
+        values = MEASURES[claim.measure](data, **claim.args)
+    except Missing as missing:
+        return Verdict(claim, "not decided", {}, str(missing))
+    if not values:
+        return Verdict(claim, "not decided", {}, "no seed has a value")
+    inside = [within(claim, value) for value in values.values()]
+    if all(inside):
+        return Verdict(claim, "held", values)
+    if within(claim, statistics.median(values.values())):
+        return Verdict(
+            claim, "not decided", values, f"{inside.count(False)} of {len(inside)} seeds are out of the bound"
+        )
+    return Verdict(claim, "did not hold", values)
+
+
+def check_measure(claim: Claim, source: str) -> None:
+    """ValueError where a claim names no measure."""
+    if claim.measure not in MEASURES:
+        raise ValueError(f"{source}: unknown measure {claim.measure!r}; there are: {', '.join(MEASURES)}")
+
+
+def within(claim: Claim, value: float) -> bool:
+    """Whether a value is within the claim's bound; NaN never is."""
+    above = claim.above is None or value > claim.above
+    below = claim.below is None or value < claim.below
+    return above and below

@@ -1,0 +1,121 @@
+"""Running an experiment, and its data as JSON: what figures, verdicts and the report are made of."""
+
+import datetime
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condzoo.experiments.growth import collect_growth
+from condzoo.experiments.initialization import collect_initialization
+from condzoo.experiments.loading import scale_of, training_of
+from condzoo.experiments.schema import Experiment
+from condzoo.experiments.theory import collect_theory
+from condzoo.experiments.training import collect_trainings
+from condzoo.training.environment import describe_environment
+from condzoo.training.events import OnEvent
+from condzoo.training.precision import Numerics
+from condzoo.training.run_directory import write_atomically
+
+SCHEMA = "condzoo.experiment/1"
+
+
+def collect(
+    experiment: Experiment,
+    scale: str,
+    out: str | Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    data: dict[str, Any] | None = None,
+    data_root: str | Path | None = None,
+    device: str | None = None,
+    on_event: OnEvent | None = None,
+) -> dict[str, Any]:
+    """Run what of an experiment is missing under `out`, and return its data; also written to out/<id>.json.
+
+    Args:
+        experiment: of `load_experiment`.
+        scale: "paper" or "cpu".
+        out: the folder of the runs (out/runs/) and of the results.
+        seeds: in place of the scale's.
+        data: fields of [data] in place of the experiment's, such as {"root": FOLDER}.
+        data_root, device, on_event: as for `condzoo.train`.
+
+    Returns:
+        A dict of JSON types; `made` says when, on what, of which source.
+
+    Raises:
+        ValueError, FileNotFoundError: a scale that there is not; data that are not there.
+        Stopped: on a signal; the same call goes on.
+    """
+    chosen, out = scale_of(training_of(experiment), scale), Path(out)
+    wanted = list(seeds or chosen.seeds)
+    target = out / f"{experiment.id}.json"
+    kept = existing(target, experiment, scale, wanted)
+    if kept is not None:
+        return kept
+    if experiment.initialization is not None:
+        settings = experiment.initialization.model_copy(update=chosen.settings)
+        found = collect_initialization(settings, wanted, data_root)
+    elif experiment.theory is not None:
+        found = collect_theory(experiment.theory.model_copy(update=chosen.settings), wanted)
+    elif experiment.growth is not None:
+        found = collect_growth(experiment.growth.model_copy(update=chosen.settings))
+    else:
+        found = collect_trainings(
+            experiment, scale, out, seeds=wanted, data=data, data_root=data_root, device=device, on_event=on_event
+        )
+    result = {"schema": SCHEMA, "id": experiment.id, "scale": scale, "seeds": wanted}
+    result |= {"reductions": chosen.reductions, "made": made(found.pop("environment", None)), **found}
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, (json.dumps(result, allow_nan=False, separators=(",", ":")) + "\n").encode())
+    return result
+
+
+def existing(target: Path, experiment: Experiment, scale: str, seeds: list[int]) -> dict[str, Any] | None:
+    """The data already there for the same seeds and scale; trainings are looked at again, for runs that failed."""
+    if not target.exists():
+        return None
+    data = read_data_file(target)
+    same = (data["id"], data["scale"], data["seeds"]) == (experiment.id, scale, seeds)
+    failed = any(run["status"] == "failed" for run in data.get("runs", []))
+    return data if same and not failed else None
+
+
+def read_data_file(path: str | Path) -> dict[str, Any]:
+    """An experiment's data as `collect` wrote it.
+
+    Raises:
+        ValueError: another file.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is not an experiment's data: expected schema {SCHEMA!r}")
+    return data
+
+
+def made(environment: dict[str, Any] | None) -> dict[str, Any]:
+    """When, on what and of which source; of the first run where there are runs."""
+    if environment is None:
+        numerics = Numerics("fp32", channels_last=False, device=torch.device("cpu"))
+        environment = describe_environment(numerics)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {
+        "date": today,
+        "hardware": f"{environment['processor']}, {environment['threads']} thread(s), {environment['device']}",
+        "torch": environment["packages"]["torch"],
+        "python": platform.python_version(),
+        "commit": (environment["source"] or {}).get("commit"),
+    }
+
+
+def estimated_minutes(experiments: Sequence[Experiment], scale: str) -> float:
+    """What the experiments' files say they take together; runs that two share count once."""
+    owners = {training_of(experiment).id: training_of(experiment) for experiment in experiments}
+    return sum(scale_of(owner, scale).minutes for owner in owners.values())

@@ -1,0 +1,60 @@
+"""An experiment's figure, of its data alone: panels, the reductions, seeds, hardware and date in small print."""
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from condzoo.experiments import matrix_figures, training_figures
+from condzoo.experiments.schema import Experiment
+
+DPI = 110
+SMALL_PRINT = 150  # characters a line, at 10 inches
+
+DRAWERS: dict[str, Callable[[Any, dict[str, Any], Experiment], None]] = {
+    "layers": training_figures.layers,
+    "units": training_figures.layers,
+    "curves": training_figures.curves,
+    "errors": training_figures.errors,
+    "last_layer": training_figures.last_layer,
+    "explosion": training_figures.explosion,
+    "initialization": matrix_figures.initialization,
+    "theory": matrix_figures.theory,
+    "growth": matrix_figures.growth,
+}
+
+
+def draw(experiment: Experiment, data: dict[str, Any], png: str | Path) -> None:
+    """Draw an experiment's figure.
+
+    Args:
+        experiment: its file.
+        data: of `collect`, or read back from its JSON.
+        png: the picture (also .pdf, .svg).
+
+    Raises:
+        ValueError: data of another experiment.
+    """
+    if data["id"] != experiment.id:
+        raise ValueError(f"these are the data of {data['id']}, not of {experiment.id}")
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    DRAWERS[experiment.figure.kind](figure, data, experiment)
+    width = figure.get_figwidth()
+    figure.suptitle(experiment.title, fontsize=12)
+    wrapped = textwrap.wrap(small_print(data), int(SMALL_PRINT * width / 10))
+    figure.supxlabel("\n".join(wrapped), fontsize=7, x=0.01, ha="left", color="0.3")
+    Path(png).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=DPI)
+
+
+def small_print(data: dict[str, Any]) -> str:
+    """Scale, reductions, seeds, hardware and date."""
+    seeds = ", ".join(map(str, data["seeds"]))
+    reduced = f" Less than the paper's: {'; '.join(data['reductions'])}." if data["reductions"] else ""
+    made = data["made"]
+    began = f"condzoo reproduce {data['id']}, scale {data['scale']}, seeds {seeds}."
+    return f"{began}{reduced} {made['hardware']}, {made['date']}."

@@ -1,0 +1,80 @@
+"""Section B's cost, measured: the exact matrix, its layer blocks and its Kronecker factors over N, L and d.
+
+What is timed gives spectra: F whole and F_k by `curvature`, Sigma_x and Sigma_grad_h by `measure`, in float64.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from condzoo.experiments.schema import GrowthSettings
+from condzoo.models import create_model
+from condzoo.probe import curvature, measure
+
+CLASSES, PIXELS = 4, 4
+
+
+def collect_growth(settings: GrowthSettings) -> dict[str, Any]:
+    """Seconds of each way, one size varied at a time around the smallest of the others, and fitted exponents."""
+    began = time.perf_counter()
+    sizes = {"examples": settings.examples, "layers": settings.layers, "widths": settings.widths}
+    base = {name: values[0] for name, values in sizes.items()}
+    points = [
+        {"varied": name, **base, name: value, "seconds": timed({**base, name: value}, settings.repeats)}
+        for name, values in sizes.items()
+        for value in values
+    ]
+    exponents = {name: {way: fitted_exponent(points, name, way) for way in WAYS} for name in sizes}
+    return {"points": points, "exponents": exponents, "seconds": time.perf_counter() - began}
+
+
+def timed(size: dict[str, int], repeats: int) -> dict[str, float]:
+    """Median seconds of each way for one size, the ways taking turns."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        name = f"mlp{size['layers']}x{size['widths']}"
+        model = create_model(name, input_size=(1, PIXELS, PIXELS), num_classes=CLASSES, init="he").double()
+        x = torch.randn(size["examples"], 1, PIXELS, PIXELS, dtype=torch.float64)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _, (way, run) in itertools.product(range(repeats + 1), WAYS.items()):
+        began = time.perf_counter()
+        run(model, x)
+        seconds[way].append(time.perf_counter() - began)
+    return {way: statistics.median(values[1:]) for way, values in seconds.items()}  # the first warms up
+
+
+def whole(model: nn.Module, x: torch.Tensor) -> None:
+    """F, all layers at once."""
+    curvature(model, x, None, "fisher")
+
+
+def blocks(model: nn.Module, x: torch.Tensor) -> None:
+    """F_k of every layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            curvature(model, x, None, "fisher", name)
+
+
+def kronecker(model: nn.Module, x: torch.Tensor) -> None:
+    """Both factors of every layer, labels from the model."""
+    y = torch.zeros(len(x), dtype=torch.int64)
+    for layer in measure(model, (x, y), labels="model", precision="float64").values():
+        layer.fisher.condition_number(0.5)
+
+
+WAYS: dict[str, Callable[[nn.Module, torch.Tensor], None]] = {"full": whole, "blocks": blocks, "kronecker": kronecker}
+
+
+def fitted_exponent(points: list[dict[str, Any]], over: str, way: str) -> float:
+    """The slope of log seconds over log size, in the larger half of the sizes."""
+    chosen = sorted((p for p in points if p["varied"] == over), key=lambda point: point[over])
+    chosen = chosen[len(chosen) // 2 - 1 :] if len(chosen) > 3 else chosen
+    sizes = [math.log(point[over]) for point in chosen]
+    return float(np.polyfit(sizes, [math.log(point["seconds"][way]) for point in chosen], 1)[0])

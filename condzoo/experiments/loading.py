@@ -1,0 +1,114 @@
+"""Reading recipes/paper/<id>.toml, and the recipes of an experiment's runs."""
+
+import copy
+import difflib
+import itertools
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from condzoo.experiments.schema import Experiment, RunSpec, Scale
+from condzoo.training import Recipe, RecipeError
+from condzoo.training.recipe import parse_recipe, set_field
+from condzoo.training.recipe_files import EXPERIMENTS, recipe_folder
+
+ORDER = ("prop", "thm", "cost", "fig", "table")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training: the curve it belongs to, its place in the curve's grid, and its recipe."""
+
+    label: str
+    variant: dict[str, Any]
+    recipe: Recipe
+
+
+def experiment_ids() -> list[str]:
+    """Every experiment, in the appendix's order: theory, figures, tables."""
+    names = [path.stem for path in (recipe_folder() / EXPERIMENTS).glob("*.toml")]
+    return sorted(names, key=lambda name: (next((i for i, o in enumerate(ORDER) if name.startswith(o)), 9), name))
+
+
+def load_experiment(name: str) -> Experiment:
+    """Read and check one experiment.
+
+    Raises:
+        ValueError: an unknown id (the closest is given), or a file with a fault (each with its field).
+    """
+    if name not in experiment_ids():
+        close = difflib.get_close_matches(name, experiment_ids(), n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(experiment_ids())}"
+        raise ValueError(f"unknown experiment {name!r}; {hint}")
+    path = recipe_folder() / EXPERIMENTS / f"{name}.toml"
+    return parse_experiment({"id": name, **tomllib.loads(path.read_text(encoding="utf-8"))}, str(path))
+
+
+def parse_experiment(given: dict[str, Any], source: str) -> Experiment:
+    """A checked experiment from nested tables."""
+    try:
+        return Experiment.model_validate(given)
+    except ValidationError as error:
+        faults = [f"{source}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
+        raise ValueError("\n".join(faults)) from error
+
+
+def scale_of(experiment: Experiment, scale: str) -> Scale:
+    """How much is run at a scale.
+
+    Raises:
+        ValueError: the experiment has no such scale.
+    """
+    if scale not in experiment.scales:
+        raise ValueError(f"{experiment.id} has no scale {scale!r}; it has: {', '.join(experiment.scales)}")
+    return experiment.scales[scale]  # type: ignore[index]
+
+
+def training_of(experiment: Experiment) -> Experiment:
+    """The experiment whose runs this one shows: itself, or `training.runs_of`."""
+    settings = experiment.training
+    return load_experiment(settings.runs_of) if settings is not None and settings.runs_of else experiment
+
+
+def planned_runs(
+    experiment: Experiment, scale: str, seeds: Sequence[int] | None = None, data: dict[str, Any] | None = None
+) -> list[PlannedRun]:
+    """Every training of an experiment at a scale: runs, their grids, the seeds fastest.
+
+    Args:
+        experiment: of kind training.
+        scale: "paper" or "cpu".
+        seeds: in place of the scale's.
+        data: fields of every recipe's [data] in place of the experiment's, such as the folder of images.
+
+    Raises:
+        RecipeError: a run that is no valid recipe; names the experiment and the run.
+    """
+    owner = training_of(experiment)
+    assert owner.training is not None
+    chosen, labels = scale_of(owner, scale), experiment.training.labels if experiment.training else None
+    planned = []
+    for spec in owner.training.runs:
+        if any(only is not None and spec.label not in only for only in (chosen.only, labels)):
+            continue
+        for variant in combinations(spec, chosen):
+            for seed in seeds or chosen.seeds:
+                tables = copy.deepcopy(owner.training.recipe)
+                fields = {**spec.set, **chosen.recipe, **variant, "seed": seed}
+                fields |= {f"data.{key}": value for key, value in (data or {}).items()}
+                for path, value in fields.items():
+                    set_field(tables, path, value)
+                recipe = parse_recipe(tables, f"{owner.id}, {spec.label}")
+                planned.append(PlannedRun(spec.label, variant, recipe))
+    if not planned:
+        raise RecipeError(f"{experiment.id} has no runs at scale {scale!r}")
+    return planned
+
+
+def combinations(spec: RunSpec, scale: Scale) -> list[dict[str, Any]]:
+    """The points of a run's grid, each as {field: value}; one empty point where there is no grid."""
+    grid = {field: scale.grid.get(field, values) for field, values in spec.grid.items()}
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

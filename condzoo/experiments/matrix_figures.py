@@ -1,0 +1,106 @@
+"""Figures of exact matrices, of theorems and of measured times."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from condzoo.experiments.schema import Experiment
+from condzoo.experiments.training_figures import MARKERS, tidy
+from condzoo.probe.heatmaps import OKABE_ITO
+
+MATRICES = {"fisher": "F", "grad_moment": "M", "hessian": "H"}
+WAYS = {"full": "exact, whole", "blocks": "exact, layer by layer", "kronecker": "Kronecker factors"}
+SIZES = {"examples": "N, examples", "layers": "L, layers", "widths": "d, units a layer"}
+
+
+def initialization(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
+    """A row a matrix: lambda_max and kappa_p of every layer's block, and of the whole matrix beside them."""
+    matrices = list(data["networks"][0]["matrices"])
+    known = {matrix: [p for p in data["p"] if any_known(data, matrix, p)] for matrix in matrices}
+    columns = 1 + max(len(ps) for ps in known.values())
+    figure.set_size_inches(3.7 * columns + 0.4, 2.9 * len(matrices) + 1.0)
+    axes = figure.subplots(len(matrices), columns, squeeze=False)
+    for row, matrix in enumerate(matrices):
+        symbol = MATRICES[matrix]
+        draw_values(axes[row, 0], data, matrix, None)
+        axes[row, 0].set_title(rf"$\lambda_{{max}}$ of ${symbol}_k$, and of ${symbol}$", fontsize=10)
+        for column in range(1, columns):
+            if column <= len(known[matrix]):
+                p = known[matrix][column - 1]
+                draw_values(axes[row, column], data, matrix, p)
+                title = rf"$\kappa_{{{100 * p:g}\%}}$ of ${symbol}_k$, and of ${symbol}$"
+                axes[row, column].set_title(title, fontsize=10)
+            else:
+                axes[row, column].set_axis_off()
+    axes[0, 0].legend(fontsize=8, frameon=False)
+
+
+def any_known(data: dict[str, Any], matrix: str, p: float) -> bool:
+    """Whether any kappa_p of a matrix is known (none is of a Hessian, which has negative eigenvalues)."""
+    entries = (entry for network in data["networks"] for entry in network["matrices"][matrix].values())
+    return matrix != "hessian" and any(entry["kappa"][f"{p:g}"] is not None for entry in entries)
+
+
+def draw_values(ax: Axes, data: dict[str, Any], matrix: str, p: float | None) -> None:
+    """One value by layer, a line a network with the range over seeds; the whole matrix at the right end."""
+    labels = list(dict.fromkeys(network["label"] for network in data["networks"]))
+    for i, label in enumerate(labels):
+        networks = [network["matrices"][matrix] for network in data["networks"] if network["label"] == label]
+        names = [name for name in networks[0] if name != "full"]
+        table = np.array([[value_of(n[name], p) for name in [*names, "full"]] for n in networks], dtype=float)
+        middle = np.array([np.median(c[np.isfinite(c)]) if np.isfinite(c).any() else np.nan for c in table.T])
+        places = np.arange(1, len(names) + 1)
+        color = OKABE_ITO[i]
+        ax.plot(places, middle[:-1], color=color, marker=MARKERS[i], markersize=4, label=label)
+        if np.isfinite(table[:, :-1]).all():
+            ax.fill_between(places, table.min(0)[:-1], table.max(0)[:-1], color=color, alpha=0.2, lw=0)
+        ax.plot([len(names) + 1] * len(table), table[:, -1], MARKERS[i], color=color, mfc="none", markersize=7)
+    shown = list(range(1, len(names) + 1))
+    ax.set_xticks([*shown, len(names) + 1], [*map(str, shown), "all"])
+    ax.set(yscale="log", xlabel="layer")
+    tidy(ax)
+
+
+def value_of(entry: dict[str, Any], p: float | None) -> float:
+    """lambda_max, or kappa_p; NaN where it is not known."""
+    value = entry["lambda_max"] if p is None else entry["kappa"][f"{p:g}"]
+    return np.nan if value is None else float(value)
+
+
+def theory(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
+    """A panel a quantity: each trial's value in ascending order, a colour a seed."""
+    quantities = list(data["trials"][0]["errors"])
+    figure.set_size_inches(3.2 * len(quantities) + 0.4, 3.6)
+    axes = figure.subplots(1, len(quantities), squeeze=False)[0]
+    for ax, quantity in zip(axes, quantities, strict=True):
+        for i, seed in enumerate(data["seeds"]):
+            values = sorted(trial["errors"][quantity] for trial in data["trials"] if trial["seed"] == seed)
+            shown = np.maximum(values, 1e-17)  # an error of exactly 0 stays on a logarithmic axis
+            ax.plot(shown, MARKERS[i % 7], color=OKABE_ITO[i % 7], markersize=3, label=f"seed {seed}")
+        ax.set(yscale="log", xlabel="trial, ascending", title=quantity.replace("_", " "))
+        tidy(ax)
+    axes[0].set_ylabel("largest relative error", fontsize=9)
+    axes[0].legend(fontsize=7, frameon=False)
+
+
+def growth(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
+    """A panel a size: seconds of each way, with its fitted exponent."""
+    figure.set_size_inches(12, 4.2)
+    axes = figure.subplots(1, 3)
+    for ax, (size, name) in zip(axes, SIZES.items(), strict=True):
+        points = sorted((p for p in data["points"] if p["varied"] == size), key=lambda point: point[size])
+        for i, (way, label) in enumerate(WAYS.items()):
+            exponent = data["exponents"][size][way]
+            seconds = [point["seconds"][way] for point in points]
+            ax.plot(
+                [point[size] for point in points],
+                seconds,
+                marker=MARKERS[i],
+                color=OKABE_ITO[i],
+                label=f"{label}: exponent {exponent:.2f}",
+            )
+        ax.set(xscale="log", yscale="log", xlabel=name)
+        tidy(ax)
+        ax.legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel("seconds")

@@ -1,0 +1,132 @@
+"""Every measure a claim can name: those of trainings, and here those of matrices, theorems and times."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from condzoo.experiments import training_measures as training
+from condzoo.experiments.readings import Data, Missing, Values, networks_of, paired
+
+
+def curvature_ratio(data: Data, label: str, to: str, matrix: str, of: str, value: str = "lambda_max") -> Values:
+    """A curvature matrix's lambda_max or kappa ("kappa 0.5") of one network over another's.
+
+    `of` is "full", or "blocks": the geometric mean over the layers' blocks.
+    """
+    found = {}
+    for one, other in paired(data, label, to, "networks"):
+        levels = [curvature_level(network, matrix, of, value) for network in (one, other)]
+        found[one["seed"]] = 10 ** (levels[0] - levels[1])
+    return found
+
+
+def full_over_largest_block(data: Data, label: str, matrix: str) -> Values:
+    """lambda_max of the whole matrix over the largest of its diagonal blocks' (at least 1 for F, M and G)."""
+    found = {}
+    for network in networks_of(data, label):
+        entries = network["matrices"][matrix]
+        blocks = [entry["lambda_max"] for name, entry in entries.items() if name != "full"]
+        found[network["seed"]] = entries["full"]["lambda_max"] / max(blocks)
+    return found
+
+
+def share_of_blocks_lower(data: Data, label: str, to: str, matrix: str, value: str) -> Values:
+    """Share of the layers whose block's value is lower in one network than in the other."""
+    found = {}
+    for one, other in paired(data, label, to, "networks"):
+        pairs = [
+            (entry_value(one["matrices"][matrix][name], value), entry_value(other["matrices"][matrix][name], value))
+            for name in one["matrices"][matrix]
+            if name != "full" and name in other["matrices"][matrix]
+        ]
+        known = [a < b for a, b in pairs if a is not None and b is not None]
+        if not known:
+            raise Missing(f"{value} of {matrix} is known of no block in both networks")
+        found[one["seed"]] = sum(known) / len(known)
+    return found
+
+
+def negative_eigenvalues(data: Data, label: str, matrix: str = "hessian") -> Values:
+    """How many eigenvalues of the whole matrix are negative."""
+    return {n["seed"]: float(n["matrices"][matrix]["full"]["negative"]) for n in networks_of(data, label)}
+
+
+def largest_error(data: Data, quantity: str) -> Values:
+    """The largest value over a seed's trials."""
+    found: Values = {}
+    for trial in data["trials"]:
+        found[trial["seed"]] = max(found.get(trial["seed"], -math.inf), trial["errors"][quantity])
+    return found
+
+
+def smallest_error(data: Data, quantity: str) -> Values:
+    """The smallest value over a seed's trials."""
+    found: Values = {}
+    for trial in data["trials"]:
+        found[trial["seed"]] = min(found.get(trial["seed"], math.inf), trial["errors"][quantity])
+    return found
+
+
+def time_ratio(data: Data, of: str, to: str) -> Values:
+    """Seconds of one way over another's at the largest size measured, of each row of sizes."""
+    found = {}
+    for index, row in enumerate(sorted({point["varied"] for point in data["points"]})):
+        points = [point for point in data["points"] if point["varied"] == row]
+        largest = max(points, key=lambda point: point[row])
+        found[index] = largest["seconds"][of] / largest["seconds"][to]
+    return found
+
+
+def exponent(data: Data, way: str, over: str) -> Values:
+    """The exponent with which a way's time grows with a size: least squares in logarithms over the larger half."""
+    return {0: data["exponents"][over][way]}
+
+
+def curvature_level(network: dict[str, Any], matrix: str, of: str, value: str) -> float:
+    """log10 of a value of the whole matrix, or its mean over the blocks that have it.
+
+    Raises:
+        Missing: it is not known.
+    """
+    entries = network["matrices"].get(matrix, {})
+    chosen = [entries["full"]] if of == "full" else [entry for name, entry in entries.items() if name != "full"]
+    known = [v for entry in chosen if (v := entry_value(entry, value)) is not None and v > 0]
+    if not known:
+        raise Missing(f"{network['label']}: {value} of {matrix} ({of}) is not known")
+    return float(np.mean(np.log10(known)))
+
+
+def entry_value(entry: dict[str, Any], value: str) -> float | None:
+    """ "lambda_max", or "kappa 0.5" for kappa_p at p = 0.5, of one matrix; None where it is not known."""
+    found = entry["kappa"].get(value.split()[1]) if value.startswith("kappa") else entry[value]
+    return None if found is None else float(found)
+
+
+MEASURES: dict[str, Callable[..., Values]] = {
+    function.__name__: function
+    for function in (
+        training.slope_over_depth,
+        training.spread_over_depth,
+        training.ratio_between,
+        training.median_share,
+        training.upper_minus_lower,
+        training.final_loss,
+        training.loss_ratio,
+        training.final_error,
+        training.error_difference,
+        training.rank_correlation,
+        training.loss_fall,
+        training.converged,
+        training.collapse,
+        curvature_ratio,
+        full_over_largest_block,
+        share_of_blocks_lower,
+        negative_eigenvalues,
+        largest_error,
+        smallest_error,
+        time_ratio,
+        exponent,
+    )
+}

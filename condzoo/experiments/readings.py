@@ -1,0 +1,116 @@
+"""Reading an experiment's data: the runs of a curve, their quantities as arrays, and small statistics.
+
+Shapes: S probed steps, K layers.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Data = dict[str, Any]
+Values = dict[int, float]
+LOGARITHMIC = ("lambda_max", "kappa")
+
+
+class Missing(ValueError):
+    """The data do not hold what a claim is about."""
+
+
+def runs_of(data: Data, label: str) -> list[dict[str, Any]]:
+    """The chosen runs of one curve, a seed each.
+
+    Raises:
+        Missing: there are none.
+    """
+    found = [run for run in data["runs"] if run["label"] == label and run["chosen"]]
+    if not found:
+        raise Missing(f"no run {label!r}")
+    return found
+
+
+def table_of(run: dict[str, Any], quantity: str) -> np.ndarray:
+    """One run's quantity as [S, K]: log10 for magnitudes and condition numbers, NaN where not known.
+
+    Raises:
+        Missing: it was not measured.
+    """
+    kept = run["quantities"].get(quantity)
+    if kept is None or not kept["values"]:
+        raise Missing(f"{run['label']}, seed {run['seed']}: {quantity} was not measured ({run['status']})")
+    values = np.array(kept["values"], dtype=float)
+    if not any(word in quantity for word in LOGARITHMIC):
+        return values
+    return np.log10(np.where(values > 0, values, np.nan))
+
+
+def steps_chosen(table: np.ndarray, at: str) -> np.ndarray:
+    """The rows of a table that a claim is about: "start", "end", or "all" but the first."""
+    return {"start": table[:1], "end": table[-1:], "all": table[1:] if len(table) > 1 else table}[at]
+
+
+def paired(data: Data, label: str, to: str, key: str = "runs") -> list[tuple[Any, Any]]:
+    """The entries of two curves with the same seed.
+
+    Raises:
+        Missing: no seed has both.
+    """
+    take = runs_of if key == "runs" else networks_of
+    others = {entry["seed"]: entry for entry in take(data, to)}
+    found = [(entry, others[entry["seed"]]) for entry in take(data, label) if entry["seed"] in others]
+    if not found:
+        raise Missing(f"{label} and {to} have no seed in common")
+    return found
+
+
+def networks_of(data: Data, label: str) -> list[dict[str, Any]]:
+    """The networks measured under a label, a seed each."""
+    found = [network for network in data["networks"] if network["label"] == label]
+    if not found:
+        raise Missing(f"no network {label!r}")
+    return found
+
+
+def finals(data: Data, label: str, metric: str) -> Values:
+    """A metric of the summary of every run that ended.
+
+    Raises:
+        Missing: none ended with it.
+    """
+    found = {
+        run["seed"]: float(run[metric])
+        for run in runs_of(data, label)
+        if run["status"] == "done" and run[metric] is not None
+    }
+    if not found:
+        raise Missing(f"no run {label!r} ended with a {metric}")
+    return found
+
+
+def fitted_slope(row: np.ndarray) -> float:
+    """Least-squares slope over the places whose value is known; NaN of fewer than three."""
+    known = np.isfinite(row)
+    return float(np.polyfit(np.flatnonzero(known), row[known], 1)[0]) if known.sum() >= 3 else math.nan
+
+
+def finite_median(values: Sequence[float], what: str) -> float:
+    """The median of what is known.
+
+    Raises:
+        Missing: nothing is.
+    """
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        raise Missing(f"{what} is not known at enough layers")
+    return float(np.median(known))
+
+
+def spearman(values: Sequence[float]) -> float:
+    """Rank correlation of values with their place; ties share their ranks."""
+    array = np.asarray(values)
+    ranks = np.array([(np.sum(array < v) + np.sum(array <= v) - 1) / 2 for v in array])
+    places = np.arange(len(array), dtype=float)
+    if np.ptp(ranks) == 0:
+        return 0.0
+    return float(np.corrcoef(ranks, places)[0, 1])

@@ -1,0 +1,145 @@
+"""The theorems as measurements: random networks, scaled, seen through the probe alone.
+
+Layers k = 1 ... K with inputs x_{k-1} and outputs h_k; factors a_k > 0 scale the weights, mu scales dL/dh_K.
+"""
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condzoo.experiments.schema import TheorySettings
+from condzoo.models import create_model, init_weights
+from condzoo.probe import Conditioning, KroneckerSpectrum, curvature, measure
+
+BATCH, CLASSES, PIXELS = 64, 5, 4
+TINY_EPS = 1e-20  # BN's; Theorem 2 is exact for 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One random network's size, factors and data."""
+
+    model: nn.Module
+    factors: list[float]
+    mu: float
+    x: Tensor
+    grad_logits: Tensor
+
+
+def collect_theory(settings: TheorySettings, seeds: list[int]) -> dict[str, Any]:
+    """One row a trial: the largest relative error of each quantity that the statement speaks of."""
+    began = time.perf_counter()
+    rows = []
+    with torch.random.fork_rng(devices=[]):
+        for seed, trial in itertools.product(seeds, range(settings.trials)):
+            generator = torch.Generator().manual_seed(1_000_003 * seed + trial)
+            errors = STATEMENTS[settings.statement](generator)
+            rows.append({"seed": seed, "trial": trial, "errors": errors})
+    return {"trials": rows, "seconds": time.perf_counter() - began}
+
+
+def theorem_1(generator: torch.Generator) -> dict[str, float]:
+    """No normalization: inputs grow by the factors before them, gradients by those after them."""
+    trial = draw_trial(generator, norm=False)
+    factors, mu = trial.factors, trial.mu
+    layers = range(len(factors))
+    before = [math.prod(factors[:k]) for k in layers]
+    after = [mu * math.prod(factors[k + 1 :]) for k in layers]
+    weight = [mu * math.prod(factors) / factors[k] for k in layers]
+    return compare(trial, before, after, weight)
+
+
+def theorem_2(generator: torch.Generator) -> dict[str, float]:
+    """BN after each linear layer but the last: inputs stay, gradients shrink by the layer's own factor."""
+    trial = draw_trial(generator, norm=True)
+    own = [1 / a for a in trial.factors]
+    return compare(trial, [1.0] * len(own), own, own)
+
+
+def proposition_1(generator: torch.Generator) -> dict[str, float]:
+    """The spectrum of Sigma_x (x) Sigma_grad_h is all products; and how near the exact layer block is to it."""
+    trial = draw_trial(generator, norm=False)
+    y = torch.randint(CLASSES, (BATCH,), generator=generator)
+    measured = measure(trial.model, (trial.x, y), labels="model", precision="float64", bias=True)
+    found = {"lambda_max": 0.0, "kappa": 0.0, "spectrum": 0.0, "nearest": math.inf, "farthest": 0.0}
+    for name, layer in measured.items():
+        dense = dense_product(layer.fisher)
+        top = float(dense[0])
+        product = layer.input.lambda_max * layer.output_grad.lambda_max
+        known = dense[dense > 1e-9 * top]
+        p = len(known) / len(dense)
+        kappa = layer.fisher.condition_number(p)
+        found["lambda_max"] = max(found["lambda_max"], abs(product / top - 1))
+        found["kappa"] = max(found["kappa"], abs(kappa * float(known[-1]) / top - 1))
+        found["spectrum"] = max(found["spectrum"], float((layer.fisher.eigenvalues - dense).abs().max()) / top)
+        exact = curvature(trial.model, trial.x, None, "fisher", name).lambda_max / layer.fisher.lambda_max
+        found["nearest"], found["farthest"] = min(found["nearest"], exact), max(found["farthest"], exact)
+    return found
+
+
+STATEMENTS = {"theorem_1": theorem_1, "theorem_2": theorem_2, "proposition_1": proposition_1}
+
+
+def dense_product(fisher: KroneckerSpectrum) -> Tensor:
+    """Eigenvalues, descending, of the Kronecker product formed as a matrix of two rotated diagonal factors."""
+    matrices = []
+    for factor in (fisher.input.eigenvalues, fisher.output_grad.eigenvalues):
+        rotation = torch.linalg.qr(torch.randn(len(factor), len(factor), dtype=torch.float64)).Q
+        matrices.append(rotation * factor @ rotation.T)
+    return torch.linalg.eigvalsh(torch.kron(*matrices)).flip(0)
+
+
+def draw_trial(generator: torch.Generator, norm: bool) -> Trial:
+    """A network of 3 to 7 linear layers and 8 to 24 units, factors between 1/3 and 3, float64, no biases."""
+    layers, width, seed = (int(torch.randint(*bounds, (1,), generator=generator)) for bounds in SIZES)
+    torch.manual_seed(seed)
+    name = f"mlp{layers}x{width}" + ("_bn" if norm else "")
+    model = create_model(name, bias=False, input_size=(1, PIXELS, PIXELS), num_classes=CLASSES, init="he")
+    for bn in model.modules():
+        if isinstance(bn, nn.BatchNorm1d):
+            bn.eps = TINY_EPS
+    drawn = (torch.rand(layers, generator=generator, dtype=torch.float64) * 2 - 1) * math.log(3)
+    factors = drawn.exp().tolist()
+    if norm:
+        factors[-1] = 1.0  # no BN follows the classifier; the theorem speaks of the layers that one follows
+    x = torch.randn(BATCH, 1, PIXELS, PIXELS, generator=generator, dtype=torch.float64)
+    grad_logits = torch.randn(BATCH, CLASSES, generator=generator, dtype=torch.float64)
+    mu = 1.0 if norm else math.exp(float(torch.rand(1, generator=generator)) * 2 - 1)
+    return Trial(model.double().train(), factors, mu, x, grad_logits)
+
+
+SIZES = ((3, 8), (8, 25), (0, 2**31))
+
+
+def compare(trial: Trial, inputs: list[float], grads: list[float], weights: list[float]) -> dict[str, float]:
+    """Relative errors of sqrt(lambda_max) and of sigma_max(dL/dW), scaled network against plain one, the largest."""
+    plain = measured_with(trial, 1.0)
+    scaled_model = init_weights(trial.model, "scaled", factors=trial.factors)
+    scaled = measured_with(Trial(scaled_model, trial.factors, trial.mu, trial.x, trial.grad_logits), trial.mu)
+    found = {"input": 0.0, "output_grad": 0.0, "weight_grad": 0.0}
+    for k, name in enumerate(plain):
+        a, b = plain[name], scaled[name]
+        assert a.weight_grad is not None
+        assert b.weight_grad is not None
+        ratios = {
+            "input": math.sqrt(b.input.lambda_max / a.input.lambda_max) / inputs[k],
+            "output_grad": math.sqrt(b.output_grad.lambda_max / a.output_grad.lambda_max) / grads[k],
+            "weight_grad": b.weight_grad / a.weight_grad / weights[k],
+        }
+        found = {key: max(value, abs(ratios[key] - 1)) for key, value in found.items()}
+    return found
+
+
+def measured_with(trial: Trial, mu: float) -> Conditioning:
+    """The probe's measurement under a loss whose gradient in the logits is mu times a fixed matrix."""
+    return measure(
+        trial.model,
+        (trial.x, trial.grad_logits),
+        loss=lambda logits, target: mu * (logits * target).sum() / len(target),
+        precision="float64",
+    )

@@ -1,0 +1,163 @@
+"""Experiments that train: run what is missing, and take the numbers out of the run directories.
+
+Shapes: S probed steps, K layers.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from condzoo.experiments.loading import PlannedRun, planned_runs, training_of
+from condzoo.experiments.schema import Experiment, TrainingSettings
+from condzoo.probe import Conditioning, LayerConditioning, read_records
+from condzoo.training import Run
+from condzoo.training.events import OnEvent
+from condzoo.training.run_directory import CONDITIONING, ENVIRONMENT, METRICS, read_json
+from condzoo.training.run_directory import read_records as read_metrics
+from condzoo.training.sweep import run_all
+
+DIGITS = 5  # significant ones that are kept
+LOSS_POINTS = 200  # of the loss by step, at most
+KAPPA = re.compile(r"(input|grad)_kappa(\d+)")
+LAYER_VALUES: dict[str, Callable[[LayerConditioning], float | None]] = {
+    "input_lambda_max": lambda layer: layer.input.lambda_max,
+    "grad_lambda_max": lambda layer: layer.output_grad.lambda_max,
+    "fisher_lambda_max": lambda layer: layer.fisher.lambda_max,
+    "weight_domination": lambda layer: layer.weight_domination,
+}
+UNIT_VALUES = ("dying", "full")  # shares, by ReLU
+
+
+def collect_trainings(
+    experiment: Experiment,
+    scale: str,
+    out: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    data: dict[str, Any] | None = None,
+    data_root: str | Path | None = None,
+    device: str | None = None,
+    on_event: OnEvent | None = None,
+) -> dict[str, Any]:
+    """Train what is not yet there under out/runs, and return the numbers of all runs.
+
+    Raises:
+        ValueError, FileNotFoundError: see `planned_runs` and `condzoo.train`.
+        Stopped: on a signal; the same call goes on.
+    """
+    planned = {run_folder(run): run for run in planned_runs(experiment, scale, seeds, data)}
+    folder = out / "runs" / f"{training_of(experiment).id}-{scale}"
+    recipes = {name: run.recipe for name, run in planned.items()}
+    runs = run_all(recipes, folder, data_root=data_root, device=device, on_event=on_event)
+    assert experiment.training is not None
+    rows = [take_run(p, run, experiment.training) for p, run in zip(planned.values(), runs, strict=True)]
+    mark_chosen(rows, training_of(experiment))
+    rows = [thinned(row) for row in rows]
+    return {"runs": rows, "seconds": sum(row["seconds"] or 0.0 for row in rows), "environment": environment_of(runs)}
+
+
+def run_folder(run: PlannedRun) -> str:
+    """A folder's name that says which run it is."""
+    parts = [run.label, *(f"{field}={value}" for field, value in run.variant.items()), f"seed{run.recipe.seed}"]
+    return re.sub(r"[^\w.=+-]+", "_", "-".join(parts))
+
+
+def take_run(planned: PlannedRun, run: Run, settings: TrainingSettings) -> dict[str, Any]:
+    """The numbers of one run; `status` is done, diverged or failed."""
+    summary = run.summary
+    row: dict[str, Any] = {"label": planned.label, "variant": planned.variant, "seed": planned.recipe.seed}
+    row |= {key: summary.get(key) for key in ("status", "steps", "train_loss", "test_error", "seconds", "error")}
+    row["diverged"] = summary.get("diverged")
+    row["test_error"] = None if row["status"] == "diverged" else row["test_error"]
+    if row["status"] == "failed":
+        return row | {"loss": [], "epochs": [], "probed": [], "quantities": {}}
+    lines = read_metrics(run.path / METRICS)
+    row["loss"] = [[line["step"], rounded(line["loss"])] for line in lines if line["kind"] == "step"]
+    row["epochs"] = [epoch_row(line) for line in lines if line["kind"] != "step"]
+    records = read_records(run.path / CONDITIONING) if (run.path / CONDITIONING).exists() else []
+    row["probed"] = [record.step for record in records]
+    row["quantities"] = {name: take_quantity(records, name, settings) for name in settings.quantities}
+    return row
+
+
+def epoch_row(line: dict[str, Any]) -> dict[str, Any]:
+    """An epoch's line of metrics.jsonl, as the figures need it."""
+    train_accuracy = line.get("train_accuracy")
+    return {
+        "step": line["step"],
+        "train_loss": rounded(line.get("train_loss")),
+        "train_error": None if train_accuracy is None else rounded(1 - train_accuracy),
+        "test_error": rounded(line.get("test_error")),
+    }
+
+
+def take_quantity(records: Sequence[Conditioning], name: str, settings: TrainingSettings) -> dict[str, Any]:
+    """One quantity as {"layers": K names, "values": [S, K]}; None where a value is not known.
+
+    Raises:
+        ValueError: a quantity that there is not.
+    """
+    if name in UNIT_VALUES:
+        layers = list(dict.fromkeys(key for record in records for key in record.neurons))
+        values = [[unit_share(record, layer, name) for layer in layers] for record in records]
+        return {"layers": layers, "values": values}
+    take = layer_value(name)
+    layers = list(dict.fromkeys(key for record in records for key in record))
+    layers = layers[-1:] if settings.last_layer_only else layers
+    values = [[rounded(take(record[layer])) if layer in record else None for layer in layers] for record in records]
+    return {"layers": layers, "values": values}
+
+
+def layer_value(name: str) -> Callable[[LayerConditioning], float | None]:
+    """What a quantity's name stands for: one of LAYER_VALUES, or kappa at a percentage ("input_kappa50")."""
+    if name in LAYER_VALUES:
+        return LAYER_VALUES[name]
+    match = KAPPA.fullmatch(name)
+    if match is None:
+        known = ", ".join([*LAYER_VALUES, "input_kappa50", "grad_kappa50 (any percentage)", *UNIT_VALUES])
+        raise ValueError(f"unknown quantity {name!r}; there are: {known}")
+    side, p = ("input" if match[1] == "input" else "output_grad"), int(match[2]) / 100
+    return lambda layer: getattr(layer, side).condition_number(p)
+
+
+def unit_share(record: Conditioning, layer: str, name: str) -> float | None:
+    """The share of dying or full units of a ReLU."""
+    neurons = record.neurons.get(layer)
+    return None if neurons is None else rounded(getattr(neurons, f"{name}_share"))
+
+
+def rounded(value: float | None) -> float | None:
+    """A number as it is kept: a few digits, None where it is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{DIGITS}g}")
+
+
+def mark_chosen(rows: list[dict[str, Any]], owner: Experiment) -> None:
+    """Set row["chosen"]: of each label's grid the point with the lowest median final training loss over seeds."""
+    assert owner.training is not None
+    for spec in owner.training.runs:
+        own = [row for row in rows if row["label"] == spec.label]
+        losses: dict[str, list[float]] = {}
+        for row in own:
+            done = row["status"] == "done" and row["train_loss"] is not None
+            losses.setdefault(str(row["variant"]), []).append(row["train_loss"] if done else math.inf)
+        medians = {variant: sorted(values)[len(values) // 2] for variant, values in losses.items()}
+        best = min(medians, key=medians.__getitem__, default=None)
+        for row in own:
+            row["chosen"] = spec.choose == "all" or str(row["variant"]) == best
+
+
+def thinned(row: dict[str, Any]) -> dict[str, Any]:
+    """A run as it is kept: of those that were not chosen only what became of them; the loss at some steps."""
+    every = -(-len(row["loss"]) // LOSS_POINTS) or 1
+    row = {**row, "loss": row["loss"][::every]}
+    return row if row["chosen"] else {**row, "loss": [], "epochs": row["epochs"][-1:], "probed": [], "quantities": {}}
+
+
+def environment_of(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """What the first run that has one ran on."""
+    paths = (run.path / ENVIRONMENT for run in runs)
+    return next((read_json(path)[-1] for path in paths if path.exists()), None)

@@ -1,0 +1,201 @@
+"""Figures of trainings: by layer and iteration, by epoch, errors by depth."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+
+from condzoo.experiments.schema import Experiment
+from condzoo.probe.heatmaps import OKABE_ITO
+
+NAMES = {
+    "input_lambda_max": r"$\lambda_{max}(\Sigma_x)$",
+    "grad_lambda_max": r"$\lambda_{max}(\Sigma_{\nabla h})$",
+    "fisher_lambda_max": r"$\lambda_{max}(\Sigma_x)\,\lambda_{max}(\Sigma_{\nabla h})$",
+    "weight_domination": r"$\sigma_{max}(\partial L/\partial W)\,/\,\sigma_{max}(W)$",
+    "dying": "share of dying units",
+    "full": "share of full units",
+    "loss": "training loss",
+    "train_loss": "training loss",
+    "train_error": "training error, %",
+    "test_error": "test error, %",
+}
+COLOURS = "viridis"
+MARKERS = "osD^v<>"
+
+
+def name_of(quantity: str) -> str:
+    """What stands at an axis."""
+    if "_kappa" in quantity:
+        side, percent = quantity.split("_kappa")
+        moment = {"input": "x", "grad": r"\nabla h"}[side]
+        return rf"$\kappa_{{{percent}\%}}(\Sigma_{{{moment}}})$"
+    return NAMES[quantity]
+
+
+def labels_of(data: dict[str, Any]) -> list[str]:
+    """The curves, in their order."""
+    return list(dict.fromkeys(run["label"] for run in data["runs"]))
+
+
+def chosen_runs(data: dict[str, Any], label: str) -> list[dict[str, Any]]:
+    """The drawn runs of one curve, a seed each (or a point of a grid each)."""
+    return [run for run in data["runs"] if run["label"] == label and run["chosen"]]
+
+
+def layers(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
+    """A row a curve: each layer's value over the iterations, colour by depth (first seed); the loss of all seeds."""
+    labels, quantities = labels_of(data), experiment.figure.quantities
+    columns = [*quantities, "loss"]
+    figure.set_size_inches(3.0 * len(columns) + 0.8, 2.1 * len(labels) + 1.1)
+    axes = figure.subplots(len(labels), len(columns), squeeze=False, sharex="row", sharey="col")
+    for row, label in enumerate(labels):
+        runs = chosen_runs(data, label)
+        for column, quantity in enumerate(quantities):
+            draw_layers(axes[row, column], runs[0], quantity)
+        draw_losses(axes[row, -1], runs)
+        for column, quantity in enumerate(columns):
+            axes[row, column].set_title(name_of(quantity) if row == 0 else "", fontsize=10)
+        axes[row, 0].set_ylabel(title_of(label, runs), fontsize=8)
+    for ax in axes[-1]:
+        ax.set_xlabel("iteration", fontsize=8)
+    depth = ScalarMappable(Normalize(0, 1), colormaps[COLOURS])
+    bar = figure.colorbar(depth, ax=axes[:, :-1].ravel().tolist(), aspect=30, pad=0.01, ticks=[0, 1])
+    bar.ax.set_yticklabels(["first layer", "last"], fontsize=7)
+
+
+def title_of(label: str, runs: Sequence[dict[str, Any]]) -> str:
+    """A curve's label with the point of its grid that was chosen, and how it ended where it diverged."""
+    variant = ", ".join(f"{field.split('.')[-1]} {value:g}" for field, value in runs[0]["variant"].items())
+    diverged = sum(run["status"] == "diverged" for run in runs)
+    ended = f"\n{diverged} of {len(runs)} diverged" if diverged else ""
+    return label + (f"\n{variant}" if variant else "") + ended
+
+
+def draw_layers(ax: Axes, run: dict[str, Any], quantity: str) -> None:
+    """One line a layer over the probed steps; gaps where a value is not known."""
+    kept = run["quantities"].get(quantity)
+    values = np.array(kept["values"], dtype=float) if kept and kept["values"] else np.empty((0, 0))
+    count = values.shape[1] if values.size else 0
+    logarithmic = "lambda" in quantity or "kappa" in quantity or "weight" in quantity
+    for layer in range(count):
+        line = values[:, layer]
+        shown = np.where(line > 0, line, np.nan) if logarithmic else line
+        ax.plot(run["probed"], shown, color=colormaps[COLOURS](layer / max(1, count - 1)), lw=0.9)
+    if logarithmic:
+        ax.set_yscale("log")
+    tidy(ax)
+    if not count:
+        ax.text(0.5, 0.5, f"not measured ({run['status']})", transform=ax.transAxes, ha="center", fontsize=8)
+
+
+def draw_losses(ax: Axes, runs: Sequence[dict[str, Any]]) -> None:
+    """The training loss of every seed; a cross where a run diverged."""
+    for i, run in enumerate(runs):
+        if run["loss"]:
+            steps, losses = zip(*run["loss"], strict=True)
+            shown = np.array([np.nan if loss is None else loss for loss in losses], dtype=float)
+            ax.plot(steps, shown, color=OKABE_ITO[i % len(OKABE_ITO)], lw=0.9, label=f"seed {run['seed']}")
+            if run["status"] == "diverged":
+                ax.plot(steps[-1], shown[-1], "x", color=OKABE_ITO[1])
+    ax.set_yscale("log")
+    tidy(ax)
+    if len(runs) > 1:
+        ax.legend(fontsize=6, frameon=False)
+
+
+def tidy(ax: Axes) -> None:
+    """Small ticks, a light grid."""
+    ax.tick_params(labelsize=7)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def explosion(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
+    """A column a curve: lambda_max over the layers, one line an iteration (first seed)."""
+    labels = labels_of(data)
+    quantity = experiment.figure.quantities[0]
+    figure.set_size_inches(4.6 * len(labels) + 0.6, 4.4)
+    axes = figure.subplots(1, len(labels), squeeze=False)
+    for ax, label in zip(axes[0], labels, strict=True):
+        run = chosen_runs(data, label)[0]
+        for i, (step, values) in enumerate(zip(run["probed"], run["quantities"][quantity]["values"], strict=True)):
+            color = colormaps[COLOURS](i / max(1, len(run["probed"]) - 1) * 0.9)
+            ax.plot(np.array(values, dtype=float), color=color, lw=1.1, label=f"iteration {step}")
+        ax.set(yscale="log", xlabel="layer, from the input", title=title_of(label, [run]))
+        tidy(ax)
+    axes[0, 0].set_ylabel(name_of(quantity))
+    axes[0, -1].legend(fontsize=7, frameon=False)
+
+
+def curves(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
+    """A panel a metric by epoch, a line a curve: the median over seeds, a band from the lowest to the highest."""
+    columns = experiment.figure.columns
+    figure.set_size_inches(4.2 * len(columns) + 0.4, 4.2)
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    for ax, column in zip(axes, columns, strict=True):
+        for i, label in enumerate(labels_of(data)):
+            draw_curve(ax, chosen_runs(data, label), column, i, label)
+        ax.set(xlabel="iteration", title=name_of(column))
+        if column == "train_loss":
+            ax.set_yscale("log")
+        tidy(ax)
+    axes[-1].legend(fontsize=7, frameon=False)
+
+
+def draw_curve(ax: Axes, runs: Sequence[dict[str, Any]], column: str, index: int, label: str) -> None:
+    """The median of one metric over seeds, with its range."""
+    factor = 100.0 if column.endswith("error") else 1.0
+    rows = {run["seed"]: {e["step"]: e[column] for e in run["epochs"] if e[column] is not None} for run in runs}
+    steps = sorted({step for row in rows.values() for step in row})
+    if not steps:
+        return
+    found = [[factor * row[step] for row in rows.values() if step in row] for step in steps]
+    style = {"color": OKABE_ITO[index % len(OKABE_ITO)], "marker": MARKERS[index % len(MARKERS)], "markersize": 3}
+    ax.plot(steps, [np.median(values) for values in found], label=label, lw=1.3, **style)  # type: ignore[arg-type]
+    ax.fill_between(steps, [min(v) for v in found], [max(v) for v in found], color=style["color"], alpha=0.15, lw=0)
+
+
+def errors(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
+    """Test error of each run at the end: a column a curve, a point a seed; a cross for one that diverged."""
+    labels = labels_of(data)
+    figure.set_size_inches(max(6.0, 0.75 * len(labels) + 1.5), 4.8)
+    ax = figure.subplots()
+    for i, label in enumerate(labels):
+        runs = chosen_runs(data, label)
+        known = [100 * run["test_error"] for run in runs if run["test_error"] is not None]
+        color = OKABE_ITO[i % 2]
+        ax.plot([i] * len(known), known, MARKERS[i % 2], color=color, alpha=0.8)
+        if known:
+            ax.hlines(np.median(known), i - 0.25, i + 0.25, color=color)
+        lost = len(runs) - len(known)
+        if lost:
+            ax.text(i, 91, f"x {lost}", color=OKABE_ITO[1], ha="center", fontsize=8)
+    ax.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
+    ax.set_ylabel(name_of("test_error"))
+    tidy(ax)
+
+
+def last_layer(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
+    """A panel a quantity: the last layer's value over the iterations, a line a curve and seed."""
+    quantities = experiment.figure.quantities
+    figure.set_size_inches(4.4 * (len(quantities) + 1) + 0.4, 4.2)
+    axes = figure.subplots(1, len(quantities) + 1, squeeze=False)[0]
+    for i, label in enumerate(labels_of(data)):
+        style: dict[str, Any] = {"color": OKABE_ITO[i % len(OKABE_ITO)], "lw": 1.2}
+        for j, run in enumerate(chosen_runs(data, label)):
+            name = {"label": label} if j == 0 else {}
+            marker = {"marker": MARKERS[i % len(MARKERS)], "markersize": 3}
+            for ax, quantity in zip(axes, quantities, strict=False):
+                values = np.array([row[-1] for row in run["quantities"][quantity]["values"]], dtype=float)
+                ax.plot(run["probed"], values, **style, **marker, **name)
+            if run["loss"]:
+                axes[-1].plot(*zip(*run["loss"], strict=True), **style, **name)
+    for ax, quantity in zip(axes, [*quantities, "loss"], strict=True):
+        ax.set(yscale="log", xlabel="iteration", title=name_of(quantity))
+        tidy(ax)
+    axes[0].legend(fontsize=8, frameon=False)

@@ -1,0 +1,145 @@
+"""What the claims about trainings measure.
+
+A measure takes an experiment's data and the claim's arguments, and returns {seed: value}; `Missing` says that the
+data have no such value, which leaves the claim not decided.
+Shapes: S probed steps, K layers.
+"""
+
+import math
+
+import numpy as np
+
+from condzoo.experiments.readings import (
+    Data,
+    Missing,
+    Values,
+    finals,
+    finite_median,
+    fitted_slope,
+    paired,
+    runs_of,
+    spearman,
+    steps_chosen,
+    table_of,
+)
+
+
+def slope_over_depth(data: Data, label: str, quantity: str, at: str = "start", skip_last: int = 1) -> Values:
+    """Change of log10 of a quantity a layer towards the output: least squares, median over the steps chosen.
+
+    `skip_last` leaves out the classifier, which has another width and no nonlinearity behind it.
+    """
+    values = {}
+    for run in runs_of(data, label):
+        table = steps_chosen(table_of(run, quantity), at)
+        table = table[:, : table.shape[1] - skip_last]
+        slopes = [fitted_slope(row) for row in table]
+        values[run["seed"]] = finite_median(slopes, f"{label}: {quantity}")
+    return values
+
+
+def spread_over_depth(data: Data, label: str, quantity: str, at: str = "start", skip_last: int = 1) -> Values:
+    """Decades between the largest and the smallest layer of a quantity, median over the steps chosen."""
+    values = {}
+    for run in runs_of(data, label):
+        table = steps_chosen(table_of(run, quantity), at)
+        table = table[:, : table.shape[1] - skip_last]
+        spreads = [float(np.nanmax(row) - np.nanmin(row)) for row in table if np.isfinite(row).any()]
+        values[run["seed"]] = finite_median(spreads, f"{label}: {quantity}")
+    return values
+
+
+def ratio_between(
+    data: Data, label: str, to: str, quantity: str, at: str = "all", unknown: float | None = None, last: bool = False
+) -> Values:
+    """How many times a quantity of one curve is another's: 10^median of log10 over layers and steps, seed by seed.
+
+    Layers are compared in their order; `last` looks at the last layer alone. `unknown` is the log10 that stands for
+    a value that is not known (a kappa under the noise is large: at least as large as any known one).
+    """
+    values = {}
+    for one, other in paired(data, label, to):
+        levels = []
+        for run in (one, other):
+            table = steps_chosen(table_of(run, quantity), at)
+            table = table[:, -1:] if last else table
+            levels.append(np.nan_to_num(table, nan=unknown) if unknown is not None else table)
+        if not all(np.isfinite(level).any() for level in levels):
+            raise Missing(f"{quantity} of {label} or {to} is not known at any layer")
+        values[one["seed"]] = float(10 ** (np.nanmedian(levels[0]) - np.nanmedian(levels[1])))
+    return values
+
+
+def median_share(data: Data, label: str, quantity: str, at: str = "end", part: str = "all") -> Values:
+    """The mean over layers of a share (dying or full units); `part` "upper" and "lower" are halves by depth."""
+    values = {}
+    for run in runs_of(data, label):
+        table = steps_chosen(table_of(run, quantity), at)
+        half = table.shape[1] // 2
+        table = {"all": table, "lower": table[:, :half], "upper": table[:, half:]}[part]
+        values[run["seed"]] = finite_median(np.nanmean(table, axis=1).tolist(), quantity)
+    return values
+
+
+def upper_minus_lower(data: Data, label: str, quantity: str, at: str = "end") -> Values:
+    """The mean share in the upper half of the layers less that in the lower half."""
+    upper, lower = (median_share(data, label, quantity, at, part) for part in ("upper", "lower"))
+    return {seed: upper[seed] - lower[seed] for seed in upper}
+
+
+def final_loss(data: Data, label: str) -> Values:
+    """Training loss of the last epoch (or the part of one that was trained)."""
+    return finals(data, label, "train_loss")
+
+
+def loss_ratio(data: Data, label: str, to: str) -> Values:
+    """Final training loss of one curve over another's."""
+    one, other = finals(data, label, "train_loss"), finals(data, to, "train_loss")
+    return {seed: one[seed] / other[seed] for seed in one if seed in other}
+
+
+def final_error(data: Data, label: str) -> Values:
+    """Test error at the end, %; 90 (chance, of ten classes) for a run that diverged."""
+    return {
+        run["seed"]: 100 * run["test_error"] if run["test_error"] is not None else 90.0
+        for run in runs_of(data, label)
+        if run["status"] != "failed"
+    }
+
+
+def error_difference(data: Data, label: str, to: str) -> Values:
+    """Test error of one curve less another's, percentage points, seed by seed."""
+    one, other = final_error(data, label), final_error(data, to)
+    return {seed: one[seed] - other[seed] for seed in one if seed in other}
+
+
+def rank_correlation(data: Data, labels: list[str], metric: str = "test_error") -> Values:
+    """Spearman's correlation of a final metric with the labels' order (1: it grows along the list)."""
+    columns = [finals(data, label, metric) for label in labels]
+    seeds = set.intersection(*(set(column) for column in columns))
+    return {seed: spearman([column[seed] for column in columns]) for seed in sorted(seeds)}
+
+
+def loss_fall(data: Data, label: str) -> Values:
+    """The first logged training loss over the final one."""
+    final = finals(data, label, "train_loss")
+    return {run["seed"]: run["loss"][0][1] / final[run["seed"]] for run in runs_of(data, label) if run["loss"]}
+
+
+def converged(data: Data, label: str, below: float) -> Values:
+    """1 where a run ended with a training loss below the number given, 0 where it diverged or did not."""
+    return {
+        run["seed"]: float(run["status"] == "done" and (run["train_loss"] or math.inf) < below)
+        for run in runs_of(data, label)
+    }
+
+
+def collapse(data: Data, label: str, quantity: str = "fisher_lambda_max") -> Values:
+    """Decades by which the first layer's value fell from the first probed step to the last."""
+    found = {}
+    for run in runs_of(data, label):
+        first = table_of(run, quantity)[:, 0]
+        if not np.isfinite(first[[0, -1]]).all():
+            raise Missing(f"{label}, seed {run['seed']}: {quantity} of the first layer is not finite")
+        found[run["seed"]] = float(first[0] - first[-1])
+    return found

@@ -1,0 +1,131 @@
+"""The command `condzoo reproduce`; `condzoo.cli` adds it to its own."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from condzoo.experiments import Experiment
+
+EXIT_CHECK_FAILED = 1
+
+
+def reproduce(
+    ids: Annotated[list[str] | None, typer.Argument(help="Experiments: fig05, table_b, thm1 ... (--list).")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every experiment.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the experiments and how long each takes.")] = False,
+    scale: Annotated[str, typer.Option(help="paper: the appendix's own setup, for GPUs; cpu: two cores.")] = "cpu",
+    seeds: Annotated[str | None, typer.Option(help="In place of the scale's own, e.g. 1-5.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of runs, data and figures.")] = Path("runs/reproduce"),
+    imagenet: Annotated[
+        Path | None, typer.Option(help="Folder with train/ and val/ class folders, for the ImageNet experiments.")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder with the data sets. Default: CONDZOO_DATA, then a cache.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU where there is one.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write docs/reproduction.md of docs/data/ instead of running.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where a claim did not hold.")] = False,
+) -> None:
+    """Make a figure or table of arXiv:2002.10801's appendix again: the runs, the figure, and whether its claims held.
+
+    A claim that does not hold is a result, not an error. The same command again goes on where it stopped, and runs
+    nothing that is finished.
+    """
+    from condzoo.experiments import experiment_ids, load_experiment
+    from condzoo.training import parse_seeds
+
+    if report:
+        write_report(Path("docs"))
+        return
+    if list_:
+        print_list([load_experiment(name) for name in experiment_ids()])
+        return
+    if every == bool(ids):
+        raise ValueError("reproduce takes experiments by their id (--list shows them), or --all")
+    experiments = [load_experiment(name) for name in (experiment_ids() if every else ids or [])]
+    options: dict[str, Any] = {
+        "seeds": parse_seeds(seeds) if seeds else None,
+        "data_root": data_root,
+        "device": device,
+        "imagenet": imagenet,
+    }
+    failed = run_experiments(experiments, scale, out, options)
+    if failed and strict:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def run_experiments(experiments: list["Experiment"], scale: str, out: Path, options: dict[str, Any]) -> bool:
+    """Run, draw and judge each experiment; returns whether a claim did not hold."""
+    from condzoo import display
+    from condzoo.experiments import collect, draw, estimated_minutes, judge
+    from condzoo.progress import TrainingProgress
+
+    folder = options.pop("imagenet")
+    minutes = estimated_minutes(experiments, scale)
+    display.console.print(f"{len(experiments)} experiments at scale {scale}: about {minutes:.3g} minutes in all")
+    failed = False
+    for number, experiment in enumerate(experiments, start=1):
+        display.console.print(f"[{number}/{len(experiments)}] {experiment.id}: {experiment.title}", markup=False)
+        images = image_folder(experiment, folder)
+        with TrainingProgress(display.console) as progress:
+            data = collect(experiment, scale, out, data=images, on_event=progress, **options)
+        draw(experiment, data, out / f"{experiment.id}.png")
+        verdicts = judge(experiment, data)
+        display.print_verdicts(verdicts, out / f"{experiment.id}.png")
+        failed |= any(verdict.outcome == "did not hold" for verdict in verdicts)
+    return failed
+
+
+def image_folder(experiment: "Experiment", folder: Path | None) -> dict[str, Any] | None:
+    """The fields of [data] for an experiment on a folder of images; None for the others.
+
+    Raises:
+        ValueError: it needs a folder, and none was named.
+    """
+    from condzoo.experiments.report import needs_folder
+
+    if not needs_folder(experiment):
+        return None
+    if folder is None:
+        raise ValueError(f"{experiment.id} is on ImageNet: name a folder with train/ and val/ by --imagenet FOLDER")
+    return {"root": str(folder)}
+
+
+def write_report(docs: Path) -> None:
+    """docs/reproduction.md and docs/figures/ of docs/data/."""
+    from condzoo.experiments import draw, experiment_ids, load_experiment, report
+    from condzoo.experiments.collecting import read_data_file
+
+    data_folder = docs / "data"
+    if not data_folder.is_dir():
+        raise ValueError(f"{data_folder} is not there; --report is for the repository's own folder, and runs in it")
+    for name in experiment_ids():
+        if (data_folder / f"{name}.json").exists():
+            data = read_data_file(data_folder / f"{name}.json")
+            draw(load_experiment(name), data, docs / "figures" / f"{name}.png")
+    (docs / "reproduction.md").write_text(report(data_folder), encoding="utf-8")
+    typer.echo(f"wrote {docs / 'reproduction.md'}")
+
+
+def print_list(experiments: list["Experiment"]) -> None:
+    """One line an experiment."""
+    from condzoo import display
+
+    table = display.plain_table("", "id", "what", "claims", "minutes, cpu", "seeds, cpu")
+    table.columns[1].justify = "left"
+    table.columns[1].no_wrap = False
+    from condzoo.experiments.loading import scale_of, training_of
+
+    for experiment in experiments:
+        owner = training_of(experiment)
+        chosen = scale_of(owner, "cpu")
+        shared = "" if owner is experiment else f" ({owner.id}'s runs)"
+        seeds = ", ".join(map(str, chosen.seeds))
+        table.add_row(
+            experiment.id, experiment.title + shared, str(len(experiment.claims)), f"{chosen.minutes:g}", seeds
+        )
+    display.console.print(table)

@@ -68,7 +68,7 @@ def collect(
         found = collect_trainings(
             experiment, scale, out, seeds=wanted, data=data, data_root=data_root, device=device, on_event=on_event
         )
-    result = {"schema": SCHEMA, "id": experiment.id, "scale": scale, "seeds": wanted}
+    result: dict[str, Any] = {"schema": SCHEMA, "id": experiment.id, "scale": scale, "seeds": wanted}
     result |= {"reductions": chosen.reductions, "made": made(found.pop("environment", None)), **found}
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(target, (json.dumps(result, allow_nan=False, separators=(",", ":")) + "\n").encode())

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from condzoo.experiments.schema import Experiment
 from condzoo.experiments.training_figures import MARKERS, tidy
@@ -11,6 +12,16 @@ from condzoo.probe.heatmaps import OKABE_ITO
 
 MATRICES = {"fisher": "F", "grad_moment": "M", "hessian": "H"}
 WAYS = {"full": "exact, whole", "blocks": "exact, layer by layer", "kronecker": "Kronecker factors"}
+ERRORS = {
+    "input": r"inputs, $\sqrt{\lambda_{max}(\Sigma_x)}$",
+    "output_grad": r"gradients, $\sqrt{\lambda_{max}(\Sigma_{\nabla h})}$",
+    "weight_grad": r"$\sigma_{max}(\partial L/\partial W)$",
+    "lambda_max": r"$\lambda_{max}$ of the product",
+    "kappa": r"$\kappa$ of the product",
+    "spectrum": "all eigenvalues",
+    "nearest": "exact block / product, least layer",
+    "farthest": "exact block / product, largest layer",
+}
 SIZES = {"examples": "N, examples", "layers": "L, layers", "widths": "d, units a layer"}
 
 
@@ -78,9 +89,13 @@ def theory(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
             values = sorted(trial["errors"][quantity] for trial in data["trials"] if trial["seed"] == seed)
             shown = np.maximum(values, 1e-17)  # an error of exactly 0 stays on a logarithmic axis
             ax.plot(shown, MARKERS[i % 7], color=OKABE_ITO[i % 7], markersize=3, label=f"seed {seed}")
-        ax.set(yscale="log", xlabel="trial, ascending", title=quantity.replace("_", " "))
+        ax.set(yscale="log", xlabel="trial, ascending")
+        ax.set_title(ERRORS[quantity], fontsize=9)
+        low, high = (float(limit) for limit in ax.get_ylim())
+        ax.set_ylim(low / 3, high * 3)  # so that a whole decade is labelled
+        ax.yaxis.set_minor_formatter(NullFormatter())
         tidy(ax)
-    axes[0].set_ylabel("largest relative error", fontsize=9)
+    axes[0].set_ylabel("relative error, largest of the layers", fontsize=9)
     axes[0].legend(fontsize=7, frameon=False)
 
 

@@ -1,0 +1,80 @@
+"""Every file of recipes/paper/: it parses, its claims can be judged, its runs are recipes, and it can be drawn."""
+
+import inspect
+import json
+
+import pytest
+
+from condzoo.experiments import collect, draw, experiment_ids, judge, load_experiment
+from condzoo.experiments.claims import Verdict
+from condzoo.experiments.collecting import read_data_file
+from condzoo.experiments.loading import parse_experiment, planned_runs, training_of
+from condzoo.experiments.measures import MEASURES
+
+IDS = experiment_ids()
+
+
+def test_the_appendix_is_there():
+    figures = {f"fig{number:02}" for number in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15)}
+    assert {"prop1", "thm1", "thm2", "cost", "table_b"} | figures <= set(IDS)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_claims_name_measures_with_arguments_they_take(name):
+    experiment = load_experiment(name)
+    for claim in experiment.claims:
+        assert claim.measure in MEASURES, claim.text
+        inspect.signature(MEASURES[claim.measure]).bind({}, **claim.args)
+        assert claim.reason
+    assert {"paper", "cpu"} == set(experiment.scales)
+
+
+@pytest.mark.parametrize("name", [name for name in IDS if load_experiment(name).kind == "training"])
+def test_every_run_is_a_recipe_at_both_scales(name):
+    experiment = load_experiment(name)
+    labels = {spec.label for spec in training_of(experiment).training.runs}
+    for scale in ("cpu", "paper"):
+        planned = planned_runs(experiment, scale)
+        assert {run.label for run in planned} <= labels
+        assert {run.recipe.seed for run in planned} == set(training_of(experiment).scales[scale].seeds)
+    named = {value for claim in experiment.claims for key, value in claim.args.items() if key in ("label", "to")}
+    assert named <= labels, "a claim names a curve that there is not"
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_it_runs_and_is_drawn(name, tiny, tmp_path):
+    experiment = tiny(name)
+    data = collect(experiment, "cpu", tmp_path)
+    assert read_data_file(tmp_path / f"{name}.json") == json.loads(json.dumps(data))
+    for run in data.get("runs", []):
+        assert run["status"] in ("done", "diverged"), run
+    verdicts = judge(experiment, data)
+    assert all(isinstance(verdict, Verdict) for verdict in verdicts)
+    draw(experiment, data, tmp_path / "figure.png")
+    size = (tmp_path / "figure.png").stat().st_size
+    assert 5_000 < size < 300_000
+    with pytest.raises(ValueError, match=f"these are the data of {name}, not of other"):
+        draw(experiment.model_copy(update={"id": "other"}), data, tmp_path / "other.png")
+
+
+def test_an_unknown_field_is_named():
+    tables = load_experiment("thm1").model_dump(exclude_none=True)
+    tables["claims"][0]["treshold"] = 1.0
+    with pytest.raises(ValueError, match=r"file: claims\.0\.treshold: Extra inputs are not permitted"):
+        parse_experiment(tables, "file")
+
+
+def test_a_claim_needs_a_bound_and_an_experiment_one_kind():
+    tables = load_experiment("thm1").model_dump(exclude_none=True)
+    del tables["claims"][0]["below"]
+    with pytest.raises(ValueError, match="a claim needs a bound"):
+        parse_experiment(tables, "file")
+    tables = load_experiment("thm1").model_dump(exclude_none=True)
+    del tables["theory"]
+    with pytest.raises(ValueError, match="exactly one of training, initialization, theory, growth; this one has none"):
+        parse_experiment(tables, "file")
+
+
+def test_an_unknown_id_gets_the_closest():
+    with pytest.raises(ValueError, match="unknown experiment 'fig5'; did you mean 'fig"):
+        load_experiment("fig5")

@@ -11,6 +11,7 @@ from condzoo.probe.neurons import Neurons
 from condzoo.probe.plots import plot_comparison, plot_records
 from condzoo.probe.records import read_records, record_columns
 from condzoo.probe.spectra import Spectrum, condition_number, spectrum
+from condzoo.probe.tensorboard import write_tensorboard
 from condzoo.probe.training_probe import Probe
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "record_columns",
     "spectrum",
     "top_curvature",
+    "write_tensorboard",
 ]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,11 @@ from condzoo.probe.layers import CONVS, choose
 from condzoo.probe.measuring import checked
 from condzoo.probe.passes import batch_size, coarsest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
+from condzoo.probe.tensorboard import open_writer, write_tensorboard
 from condzoo.probe.weights import largest_singular_values, own_weight
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Probe:
@@ -48,6 +52,8 @@ class Probe:
         every: steps 0, every, 2 * every, ... are measured; 0 measures none.
         out: folder for `conditioning.jsonl`, one line a measurement; made if need be, appended to if
             there. None writes nothing: see `latest`.
+        tensorboard: a folder for TensorBoard's event files, or an open `SummaryWriter`; needs the
+            `tensorboard` extra. What it shows: `write_tensorboard`.
         layers, conv, precision, bias: as in `measure`.
         start_step: the number of the next step, where a run goes on.
         reduction: whether the loss is the "mean" or the "sum" over the batch.
@@ -65,6 +71,7 @@ class Probe:
         every: int = 100,
         *,
         out: str | Path | None = None,
+        tensorboard: str | Path | SummaryWriter | None = None,
         layers: Sequence[str] | None = None,
         conv: str = "channels",
         precision: str = "auto",
@@ -88,6 +95,7 @@ class Probe:
         self._capture.precision = checked("precision", precision, PRECISIONS)
         self._weights = {n: w for n, m in chosen.items() if (w := own_weight(m)) is not None}
         self._step = start_step
+        self._tensorboard, self._own_writer = tensorboard, False
         self._compiled = compiled
         self._stance: Any = None
         self._handles: list[RemovableHandle] = []
@@ -100,14 +108,21 @@ class Probe:
         if self.path is not None and distributed.first():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             drop_torn_line(self.path)
+        if isinstance(self._tensorboard, (str, Path)) and distributed.first():
+            self._tensorboard = open_writer(self._tensorboard, start_step=self._step)
+            self._own_writer = True
         self._attach_if_due()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take every hook off, also after an exception."""
+        """Take every hook off, also after an exception; close the TensorBoard writer opened here."""
         self._detach()
+        if self._own_writer:
+            assert self._tensorboard is not None
+            assert not isinstance(self._tensorboard, (str, Path))
+            self._tensorboard.close()
 
     @property
     def due(self) -> bool:
@@ -205,8 +220,12 @@ class Probe:
         )
         self._grads.clear()
         capture.clear()
-        if self.path is not None and distributed.first():
+        if not distributed.first():
+            return
+        if self.path is not None:
             append_record(self.path, self.latest)
+        if self._tensorboard is not None:
+            write_tensorboard(self.latest, self._tensorboard)
 
     def _scale(self) -> float:
         if not self.loss_scale > 0:

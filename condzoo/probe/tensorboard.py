@@ -1,0 +1,84 @@
+"""TensorBoard scalars and histograms of measurements; needs the `tensorboard` extra.
+
+Tags are the columns of `record_columns` with the layer behind a slash ("input_lambda_max/conv1"), so that
+TensorBoard shows one quantity of all layers together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from condzoo.probe.conditioning import Conditioning
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+SIDES = ("input", "output_grad")
+
+
+def open_writer(folder: str | Path, *, start_step: int = 0) -> SummaryWriter:
+    """A writer into a folder; what an earlier run wrote there from `start_step` on is no longer shown.
+
+    Raises:
+        ModuleNotFoundError: TensorBoard is not installed; says how to.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("TensorBoard is not installed; pip install 'condzoo[tensorboard]'") from error
+    return SummaryWriter(str(folder), purge_step=start_step or None)
+
+
+def write_tensorboard(
+    records: Conditioning | Iterable[Conditioning],
+    writer: SummaryWriter | str | Path,
+    p: tuple[float, ...] = (0.5, 1.0),
+) -> None:
+    """Write measurements as TensorBoard scalars and histograms, each at its step (0 where it has none).
+
+    A condition number that is not known (inf) is left out; the rank beside it says how much is.
+
+    Args:
+        records: one measurement, or those of a run (`read_records("runs/x")`).
+        writer: an open `SummaryWriter`, which is flushed; or a folder for a new one, which is closed.
+        p: fractions of the spectrum that the condition numbers span.
+
+    Raises:
+        ModuleNotFoundError: TensorBoard is not installed.
+    """
+    own = open_writer(writer) if isinstance(writer, (str, Path)) else None
+    target = writer if own is None else own
+    assert not isinstance(target, (str, Path))
+    for record in [records] if isinstance(records, Conditioning) else records:
+        step = record.step or 0
+        for tag, value in scalars(record, p):
+            target.add_scalar(tag, value, step)
+        for name, layer in record.items():
+            for side in SIDES:
+                s = getattr(layer, side)
+                known = s.eigenvalues[s.eigenvalues > s.noise_floor]
+                if known.numel():
+                    target.add_histogram(f"{side}_log10_eigenvalues/{name}", known.log10().numpy(), step)
+    target.flush()
+    if own is not None:
+        own.close()
+
+
+def scalars(record: Conditioning, p: tuple[float, ...] = (0.5, 1.0)) -> Iterator[tuple[str, float]]:
+    """(tag, value) of every finite number of one measurement."""
+    for name, layer in record.items():
+        for side in SIDES:
+            s = getattr(layer, side)
+            yield f"{side}_lambda_max/{name}", s.lambda_max
+            yield f"{side}_rank/{name}", float(s.rank)
+            for q in p:
+                if s.status(q) == "ok":
+                    yield f"{side}_kappa{100 * q:g}/{name}", s.condition_number(q)
+        for quantity in ("weight", "weight_grad", "weight_domination"):
+            if (value := getattr(layer, quantity)) is not None:
+                yield f"{quantity}/{name}", value
+    for name, units in record.neurons.items():
+        yield f"dying_share/{name}", units.dying_share
+        yield f"full_share/{name}", units.full_share

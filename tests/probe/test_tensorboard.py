@@ -1,0 +1,93 @@
+"""What TensorBoard reads back from the event files is what was measured."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from condzoo.probe import Probe, measure, read_records, write_tensorboard
+
+pytest.importorskip("tensorboard")
+
+
+def events(folder):
+    """TensorBoard's own reader, of everything in a folder, without thinning."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+
+
+def read(reader, tag):
+    return {e.step: e.value for e in reader.Scalars(tag)}
+
+
+def run(model, kit, steps, **settings):
+    with Probe(model, every=2, **settings) as probe:
+        for step in range(steps):
+            x, y = kit.images(64, seed=step, dtype=torch.float32)
+            F.cross_entropy(model(x), y).backward()
+            model.zero_grad()
+            probe.step()
+
+
+def test_a_probe_writes_scalars_and_histograms_that_tensorboard_reads_back(kit, tmp_path):
+    run(kit.build("conv", torch.float32), kit, 5, out=tmp_path / "run", tensorboard=tmp_path / "events")
+    records, reader = read_records(tmp_path / "run"), events(tmp_path / "events")
+    assert [r.step for r in records] == [0, 2, 4]
+    for name in records[0]:
+        for side in ("input", "output_grad"):
+            wanted = {r.step: getattr(r[name], side) for r in records}
+            assert read(reader, f"{side}_lambda_max/{name}") == pytest.approx(
+                {step: s.lambda_max for step, s in wanted.items()}, rel=1e-6
+            )
+            known = {step: s.condition_number(0.5) for step, s in wanted.items() if s.status(0.5) == "ok"}
+            assert len(known) == 3
+            assert read(reader, f"{side}_kappa50/{name}") == pytest.approx(known, rel=1e-6)
+            for event in reader.Histograms(f"{side}_log10_eigenvalues/{name}"):
+                s = wanted[event.step]
+                assert event.histogram_value.num == s.rank
+                assert event.histogram_value.max == pytest.approx(np.log10(s.lambda_max))
+        domination = {r.step: r[name].weight_domination for r in records}
+        assert read(reader, f"weight_domination/{name}") == pytest.approx(domination, rel=1e-6)
+    for name in records[0].neurons:
+        dying = {r.step: r.neurons[name].dying_share for r in records}
+        assert read(reader, f"dying_share/{name}") == pytest.approx(dying, rel=1e-6)
+        assert len(read(reader, f"full_share/{name}")) == 3
+
+
+def test_an_unknown_condition_number_is_left_out(kit, tmp_path):
+    c = measure(kit.build("mlp"), kit.images())
+    assert c["5"].output_grad.status(1.0) == "structural null"
+    write_tensorboard([replace(c, step=7)], tmp_path)
+    tags = events(tmp_path).Tags()["scalars"]
+    assert "output_grad_kappa50/5" in tags
+    assert "output_grad_kappa100/5" not in tags
+    assert read(events(tmp_path), "output_grad_rank/5") == {7: 3.0}
+
+
+def test_a_run_that_goes_on_replaces_what_it_repeats(kit, tmp_path):
+    model = kit.build("mlp", torch.float32)
+    run(model, kit, 5, tensorboard=tmp_path)
+    run(model, kit, 1, tensorboard=tmp_path, start_step=2)
+    assert sorted(read(events(tmp_path), "input_lambda_max/1")) == [0, 2]
+
+
+def test_a_writer_of_ones_own_stays_open(kit, tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        run(kit.build("mlp", torch.float32), kit, 1, tensorboard=writer)
+        writer.add_scalar("loss", 1.0, 0)
+    assert {"loss", "input_lambda_max/1"} <= set(events(tmp_path).Tags()["scalars"])
+
+
+def test_without_tensorboard_the_error_says_how_to_install_it(kit, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with (
+        pytest.raises(ModuleNotFoundError, match=r"TensorBoard is not installed; pip install 'condzoo\[tensorboard\]'"),
+        Probe(kit.build("mlp"), tensorboard=tmp_path),
+    ):
+        pass

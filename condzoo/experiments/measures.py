@@ -1,6 +1,5 @@
 """Every measure a claim can name: those of trainings, and here those of matrices, theorems and times."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,18 +53,20 @@ def negative_eigenvalues(data: Data, label: str, matrix: str = "hessian") -> Val
 
 
 def largest_error(data: Data, quantity: str) -> Values:
-    """The largest value over a seed's trials."""
-    found: Values = {}
-    for trial in data["trials"]:
-        found[trial["seed"]] = max(found.get(trial["seed"], -math.inf), trial["errors"][quantity])
-    return found
+    """The largest value over a seed's trials; NaN where a trial's is."""
+    return {seed: float(np.max(errors)) for seed, errors in errors_by_seed(data, quantity).items()}
 
 
 def smallest_error(data: Data, quantity: str) -> Values:
-    """The smallest value over a seed's trials."""
-    found: Values = {}
+    """The smallest value over a seed's trials; NaN where a trial's is."""
+    return {seed: float(np.min(errors)) for seed, errors in errors_by_seed(data, quantity).items()}
+
+
+def errors_by_seed(data: Data, quantity: str) -> dict[int, list[float]]:
+    """One quantity's values of a seed's trials."""
+    found: dict[int, list[float]] = {}
     for trial in data["trials"]:
-        found[trial["seed"]] = min(found.get(trial["seed"], math.inf), trial["errors"][quantity])
+        found.setdefault(trial["seed"], []).append(trial["errors"][quantity])
     return found
 
 

@@ -1,0 +1,98 @@
+"""Every claim of every experiment, on data made to satisfy it and on data made to violate it; and how verdicts fall."""
+
+import math
+
+import pytest
+
+from condzoo.experiments import experiment_ids, judge, load_experiment
+from condzoo.experiments.claims import judge_claim
+from condzoo.experiments.measures import MEASURES
+from condzoo.experiments.readings import spearman
+from condzoo.experiments.schema import Claim
+from tests.experiments.made_up import BUILDERS, SEEDS, made_up, run_of, targets
+
+CLAIMS = [(name, i) for name in experiment_ids() for i in range(len(load_experiment(name).claims))]
+RATIO = Claim(text="", measure="loss_ratio", args={"label": "a", "to": "b"}, below=1, reason="")
+
+
+@pytest.mark.parametrize(("name", "index"), CLAIMS)
+def test_a_claim_holds_where_it_should_and_only_there(name, index):
+    claim = load_experiment(name).claims[index]
+    inside, outside = targets(claim)
+    assert inside
+    assert outside
+    for values, expected in ((inside, "held"), (outside, "did not hold")):
+        for value in values:
+            verdict = judge_claim(claim, made_up(claim, dict.fromkeys(SEEDS, value)), name)
+            assert verdict.outcome == expected, (value, verdict)
+            assert all(found == pytest.approx(value, rel=1e-9) for found in verdict.values.values())
+
+
+def test_every_measure_can_be_made_up():
+    used = {load_experiment(name).claims[i].measure for name, i in CLAIMS}
+    assert used <= set(BUILDERS) <= set(MEASURES)
+
+
+def test_one_seed_out_of_the_bound_leaves_a_claim_undecided():
+    verdict = judge_claim(RATIO, made_up(RATIO, {1: 0.5, 2: 0.6, 3: 1.5}), "here")
+    assert verdict.outcome == "not decided"
+    assert verdict.why == "1 of 3 seeds are out of the bound"
+    assert verdict.median == pytest.approx(0.6)
+    assert verdict.measured == "0.6 (0.5 to 1.5, n = 3)"
+    assert verdict.bound == "below 1"
+    assert judge_claim(RATIO, made_up(RATIO, {1: 0.5, 2: 1.6, 3: 1.5}), "here").outcome == "did not hold"
+
+
+def test_what_is_missing_is_said():
+    verdict = judge_claim(RATIO, {"runs": [run_of("b", 1)]}, "here")
+    assert (verdict.outcome, verdict.measured) == ("not decided", "no run 'a'")
+    verdict = judge_claim(RATIO, {"runs": [run_of("a", 1, status="diverged"), run_of("b", 1)]}, "here")
+    assert verdict.why == "no run 'a' ended with a train_loss"
+    slope = Claim(text="", measure="slope_over_depth", args={"label": "a", "quantity": "q"}, below=1, reason="")
+    verdict = judge_claim(slope, {"runs": [run_of("a", 1, status="diverged")]}, "here")
+    assert verdict.why == "a, seed 1: q was not measured (diverged)"
+
+
+def test_a_run_that_was_not_chosen_does_not_count():
+    data = made_up(RATIO, {1: 0.5})
+    data["runs"].append(run_of("a", 1, train_loss=50.0, chosen=False))
+    assert judge_claim(RATIO, data, "here").values == {1: pytest.approx(0.5)}
+
+
+def test_a_diverged_run_has_the_error_of_chance():
+    lower = Claim(text="", measure="error_difference", args={"label": "a", "to": "b"}, below=0, reason="")
+    data = {"runs": [run_of("a", 1, test_error=0.4), run_of("b", 1, status="diverged", test_error=None)]}
+    assert judge_claim(lower, data, "here").values == {1: pytest.approx(-50.0)}
+
+
+def test_the_worst_trial_of_a_seed_counts():
+    rows = [{"seed": 1, "trial": t, "errors": {"q": v}} for t, v in enumerate((0.2, 0.9, 0.4))]
+    largest = Claim(text="", measure="largest_error", args={"quantity": "q"}, below=1, reason="")
+    smallest = Claim(text="", measure="smallest_error", args={"quantity": "q"}, above=0, reason="")
+    assert judge_claim(largest, {"trials": rows}, "here").values == {1: 0.9}
+    assert judge_claim(smallest, {"trials": rows}, "here").values == {1: 0.2}
+
+
+def test_nan_is_within_no_bound():
+    largest = Claim(text="", measure="largest_error", args={"quantity": "q"}, below=1, reason="")
+    rows = [{"seed": 1, "trial": 0, "errors": {"q": math.nan}}]
+    assert judge_claim(largest, {"trials": rows}, "here").outcome == "did not hold"
+
+
+def test_an_unknown_measure_names_the_known_ones():
+    wrong = RATIO.model_copy(update={"measure": "loss_ration"})
+    with pytest.raises(ValueError, match="here: unknown measure 'loss_ration'; there are: slope_over_depth"):
+        judge_claim(wrong, {"runs": []}, "here")
+
+
+def test_spearman_equals_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    for values in ([3.0, 1.0, 2.0, 5.0, 4.0], [1.0, 1.0, 2.0, 3.0], [5.0, 4.0, 3.0]):
+        assert spearman(values) == pytest.approx(stats.spearmanr(values, range(len(values))).statistic)
+    assert spearman([1.0, 1.0, 1.0]) == 0.0
+
+
+def test_all_claims_of_an_experiment_are_judged():
+    experiment = load_experiment("table_b")
+    verdicts = judge(experiment, {"runs": [run_of("VGG-20", 1), run_of("VGG-20 LastBN", 1, test_error=0.4)]})
+    assert [v.outcome for v in verdicts] == ["held"] + ["not decided"] * 7

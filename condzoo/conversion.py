@@ -62,7 +62,9 @@ def convert(
     content, state = read_foreign(Path(source))
     target = check_free(root_of(out) / f"{model_info(model).name}.{check_tag(tag)}")
     classes = next((v.shape[0] for k, v in state.items() if k in ("fc.weight", "linear.weight")), None)
-    args: dict[str, Any] = {"projection": True} if has_projections(state) and model_info(model).family == "cifar_resnet" else {}
+    args: dict[str, Any] = (
+        {"projection": True} if has_projections(state) and model_info(model).family == "cifar_resnet" else {}
+    )
     network = create_model(model, num_classes=classes, **args).eval()
     state, note = translate(state, network, str(source))
     network.load_state_dict(state)

@@ -17,6 +17,10 @@ def reproduce(
     list_: Annotated[bool, typer.Option("--list", help="List the experiments and how long each takes.")] = False,
     scale: Annotated[str, typer.Option(help="paper: the appendix's own setup, for GPUs; cpu: two cores.")] = "cpu",
     seeds: Annotated[str | None, typer.Option(help="In place of the scale's own, e.g. 1-5.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help='Only the curves of this name, e.g. "*-20*"; repeatable.'),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of runs, data and figures.")] = Path("runs/reproduce"),
     imagenet: Annotated[
         Path | None, typer.Option(help="Folder with train/ and val/ class folders, for the ImageNet experiments.")
@@ -49,64 +53,79 @@ def reproduce(
     experiments = [load_experiment(name) for name in (experiment_ids() if every else ids or [])]
     options: dict[str, Any] = {
         "seeds": parse_seeds(seeds) if seeds else None,
+        "only": only,
         "data_root": data_root,
         "device": device,
-        "imagenet": imagenet,
     }
-    failed = run_experiments(experiments, scale, out, options)
+    experiments = with_images(experiments, imagenet, every)
+    failed = run_experiments(experiments, scale, out, imagenet, options)
     if failed and strict:
         raise typer.Exit(EXIT_CHECK_FAILED)
 
 
-def run_experiments(experiments: list["Experiment"], scale: str, out: Path, options: dict[str, Any]) -> bool:
+def run_experiments(
+    experiments: list["Experiment"], scale: str, out: Path, imagenet: Path | None, options: dict[str, Any]
+) -> bool:
     """Run, draw and judge each experiment; returns whether a claim did not hold."""
     from condzoo import display
-    from condzoo.experiments import collect, draw, estimated_minutes, judge
+    from condzoo.experiments import collect, draw, estimated_minutes, judge, stem
+    from condzoo.experiments.report import needs_folder
     from condzoo.progress import TrainingProgress
 
-    folder = options.pop("imagenet")
     minutes = estimated_minutes(experiments, scale)
     display.console.print(f"{len(experiments)} experiments at scale {scale}: about {minutes:.3g} minutes in all")
     failed = False
     for number, experiment in enumerate(experiments, start=1):
         display.console.print(f"[{number}/{len(experiments)}] {experiment.id}: {experiment.title}", markup=False)
-        images = image_folder(experiment, folder)
+        images = {"root": str(imagenet)} if needs_folder(experiment) else None
         with TrainingProgress(display.console) as progress:
             data = collect(experiment, scale, out, data=images, on_event=progress, **options)
-        draw(experiment, data, out / f"{experiment.id}.png")
+        picture = out / f"{stem(experiment.id, scale)}.png"
+        draw(experiment, data, picture)
         verdicts = judge(experiment, data)
-        display.print_verdicts(verdicts, out / f"{experiment.id}.png")
+        display.print_verdicts(verdicts, picture)
         failed |= any(verdict.outcome == "did not hold" for verdict in verdicts)
     return failed
 
 
-def image_folder(experiment: "Experiment", folder: Path | None) -> dict[str, Any] | None:
-    """The fields of [data] for an experiment on a folder of images; None for the others.
+def with_images(experiments: list["Experiment"], folder: Path | None, every: bool) -> list["Experiment"]:
+    """The experiments that can be run: with --all and no folder of images, those on ImageNet are left out, aloud.
 
     Raises:
-        ValueError: it needs a folder, and none was named.
+        ValueError: one that was asked for by its id needs a folder, and none was named.
     """
+    from condzoo import display
     from condzoo.experiments.report import needs_folder
 
-    if not needs_folder(experiment):
-        return None
-    if folder is None:
-        raise ValueError(f"{experiment.id} is on ImageNet: name a folder with train/ and val/ by --imagenet FOLDER")
-    return {"root": str(folder)}
+    on_images = [experiment.id for experiment in experiments if needs_folder(experiment)]
+    if folder is not None or not on_images:
+        return experiments
+    what = f"{', '.join(on_images)}: on ImageNet; name a folder with train/ and val/ class folders by --imagenet FOLDER"
+    if not every:
+        raise ValueError(what)
+    display.console.print(f"left out: {what}", style="yellow")
+    return [experiment for experiment in experiments if experiment.id not in on_images]
+
+
+def redraw(source: Path, target: Path | None) -> Path:
+    """Draw an experiment's figure again, of its data file; returns the picture."""
+    from condzoo.experiments import draw, load_experiment, read_data_file
+
+    data = read_data_file(source)
+    target = target or source.with_suffix(".png")
+    draw(load_experiment(data["id"]), data, target)
+    return target
 
 
 def write_report(docs: Path) -> None:
     """docs/reproduction.md and docs/figures/ of docs/data/."""
-    from condzoo.experiments import draw, experiment_ids, load_experiment, report
-    from condzoo.experiments.collecting import read_data_file
+    from condzoo.experiments import report
 
     data_folder = docs / "data"
     if not data_folder.is_dir():
         raise ValueError(f"{data_folder} is not there; --report is for the repository's own folder, and runs in it")
-    for name in experiment_ids():
-        if (data_folder / f"{name}.json").exists():
-            data = read_data_file(data_folder / f"{name}.json")
-            draw(load_experiment(name), data, docs / "figures" / f"{name}.png")
+    for path in sorted(data_folder.glob("*.json")):
+        redraw(path, docs / "figures" / f"{path.stem}.png")
     (docs / "reproduction.md").write_text(report(data_folder), encoding="utf-8")
     typer.echo(f"wrote {docs / 'reproduction.md'}")
 

@@ -15,7 +15,7 @@ The dict is written as JSON beside the figure, so that drawing, judging and repo
 """
 
 from condzoo.experiments.claims import Verdict, judge
-from condzoo.experiments.collecting import collect, estimated_minutes
+from condzoo.experiments.collecting import collect, estimated_minutes, read_data_file, stem
 from condzoo.experiments.figures import draw
 from condzoo.experiments.loading import experiment_ids, load_experiment
 from condzoo.experiments.report import report
@@ -30,5 +30,7 @@ __all__ = [
     "experiment_ids",
     "judge",
     "load_experiment",
+    "read_data_file",
     "report",
+    "stem",
 ]

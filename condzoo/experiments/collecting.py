@@ -11,7 +11,7 @@ import torch
 
 from condzoo.experiments.growth import collect_growth
 from condzoo.experiments.initialization import collect_initialization
-from condzoo.experiments.loading import scale_of, training_of
+from condzoo.experiments.loading import labels_run, scale_of, training_of
 from condzoo.experiments.schema import Experiment
 from condzoo.experiments.theory import collect_theory
 from condzoo.experiments.training import collect_trainings
@@ -30,11 +30,12 @@ def collect(
     *,
     seeds: Sequence[int] | None = None,
     data: dict[str, Any] | None = None,
+    only: Sequence[str] | None = None,
     data_root: str | Path | None = None,
     device: str | None = None,
     on_event: OnEvent | None = None,
 ) -> dict[str, Any]:
-    """Run what of an experiment is missing under `out`, and return its data; also written to out/<id>.json.
+    """Run what of an experiment is missing under `out`, and return its data; also written to out (`data_file`).
 
     Args:
         experiment: of `load_experiment`.
@@ -42,19 +43,21 @@ def collect(
         out: the folder of the runs (out/runs/) and of the results.
         seeds: in place of the scale's.
         data: fields of [data] in place of the experiment's, such as {"root": FOLDER}.
+        only: patterns of the curves of an experiment that trains; default: those of the scale.
         data_root, device, on_event: as for `condzoo.train`.
 
     Returns:
         A dict of JSON types; `made` says when, on what, of which source.
 
     Raises:
-        ValueError, FileNotFoundError: a scale that there is not; data that are not there.
+        ValueError, FileNotFoundError: a scale or curve that there is not; data that are not there.
         Stopped: on a signal; the same call goes on.
     """
     chosen, out = scale_of(training_of(experiment), scale), Path(out)
     wanted = list(seeds or chosen.seeds)
-    target = out / f"{experiment.id}.json"
-    kept = existing(target, experiment, scale, wanted)
+    labels = labels_run(experiment, scale, only) if experiment.training is not None else None
+    target = out / f"{stem(experiment.id, scale)}.json"
+    kept = existing(target, experiment, scale, wanted, labels)
     if kept is not None:
         return kept
     if experiment.initialization is not None:
@@ -66,21 +69,53 @@ def collect(
         found = collect_growth(experiment.growth.model_copy(update=chosen.settings))
     else:
         found = collect_trainings(
-            experiment, scale, out, seeds=wanted, data=data, data_root=data_root, device=device, on_event=on_event
+            experiment,
+            scale,
+            out,
+            seeds=wanted,
+            data=data,
+            only=only,
+            data_root=data_root,
+            device=device,
+            on_event=on_event,
         )
     result: dict[str, Any] = {"schema": SCHEMA, "id": experiment.id, "scale": scale, "seeds": wanted}
-    result |= {"reductions": chosen.reductions, "made": made(found.pop("environment", None)), **found}
+    result |= {
+        "reductions": reductions(experiment, scale, wanted, labels),
+        "made": made(found.pop("environment", None)),
+        **found,
+    }
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(target, (json.dumps(result, allow_nan=False, separators=(",", ":")) + "\n").encode())
     return result
 
 
-def existing(target: Path, experiment: Experiment, scale: str, seeds: list[int]) -> dict[str, Any] | None:
-    """The data already there for the same seeds and scale; trainings are looked at again, for runs that failed."""
+def reductions(experiment: Experiment, scale: str, seeds: list[int], labels: list[str] | None) -> list[str]:
+    """What is less than the paper's: the scale's own reductions, and what this call leaves out besides."""
+    chosen = scale_of(training_of(experiment), scale)
+    left_out = [] if labels is None else [x for x in labels_run(experiment, scale) if x not in labels]
+    found = [*chosen.reductions]
+    if left_out:
+        found.append(f"without {', '.join(left_out)}")
+    if len(seeds) < len(chosen.seeds):
+        found.append(f"{len(seeds)} of {len(chosen.seeds)} seeds")
+    return found
+
+
+def stem(name: str, scale: str) -> str:
+    """What the files of an experiment are called: "fig05" at scale cpu, "fig05.paper" at scale paper."""
+    return name if scale == "cpu" else f"{name}.{scale}"
+
+
+def existing(
+    target: Path, experiment: Experiment, scale: str, seeds: list[int], labels: list[str] | None
+) -> dict[str, Any] | None:
+    """The data already there for the same seeds, scale and curves; not where a run had failed."""
     if not target.exists():
         return None
     data = read_data_file(target)
     same = (data["id"], data["scale"], data["seeds"]) == (experiment.id, scale, seeds)
+    same = same and (labels is None or labels == list(dict.fromkeys(run["label"] for run in data["runs"])))
     failed = any(run["status"] == "failed" for run in data.get("runs", []))
     return data if same and not failed else None
 

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import fnmatch
 import itertools
 import tomllib
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from condzoo.experiments.schema import Experiment, RunSpec, Scale
-from condzoo.training import Recipe, RecipeError
+from condzoo.training import Recipe
 from condzoo.training.recipe import parse_recipe, set_field
 from condzoo.training.recipe_files import EXPERIMENTS, recipe_folder
 
@@ -74,7 +75,11 @@ def training_of(experiment: Experiment) -> Experiment:
 
 
 def planned_runs(
-    experiment: Experiment, scale: str, seeds: Sequence[int] | None = None, data: dict[str, Any] | None = None
+    experiment: Experiment,
+    scale: str,
+    seeds: Sequence[int] | None = None,
+    data: dict[str, Any] | None = None,
+    only: Sequence[str] | None = None,
 ) -> list[PlannedRun]:
     """Every training of an experiment at a scale: runs, their grids, the seeds fastest.
 
@@ -83,16 +88,18 @@ def planned_runs(
         scale: "paper" or "cpu".
         seeds: in place of the scale's.
         data: fields of every recipe's [data] in place of the experiment's, such as the folder of images.
+        only: patterns (fnmatch) of the curves that are run, such as "*-20*"; default: those of the scale.
 
     Raises:
+        ValueError: patterns that match no curve; the curves are named.
         RecipeError: a run that is no valid recipe; names the experiment and the run.
     """
     owner = training_of(experiment)
     assert owner.training is not None
-    chosen, labels = scale_of(owner, scale), experiment.training.labels if experiment.training else None
+    chosen, labels = scale_of(owner, scale), labels_run(experiment, scale, only)
     planned = []
     for spec in owner.training.runs:
-        if any(only is not None and spec.label not in only for only in (chosen.only, labels)):
+        if spec.label not in labels:
             continue
         for variant in combinations(spec, chosen):
             for seed in seeds or chosen.seeds:
@@ -103,9 +110,26 @@ def planned_runs(
                     set_field(tables, path, value)
                 recipe = parse_recipe(tables, f"{owner.id}, {spec.label}")
                 planned.append(PlannedRun(spec.label, variant, recipe))
-    if not planned:
-        raise RecipeError(f"{experiment.id} has no runs at scale {scale!r}")
     return planned
+
+
+def labels_run(experiment: Experiment, scale: str, only: Sequence[str] | None = None) -> list[str]:
+    """The curves of an experiment at a scale, in their order.
+
+    Raises:
+        ValueError: `only` matches none of them; they are named.
+    """
+    owner = training_of(experiment)
+    assert owner.training is not None
+    assert experiment.training is not None
+    drawn = [spec.label for spec in owner.training.runs if spec.label in (experiment.training.labels or [spec.label])]
+    if only is None:
+        kept = scale_of(owner, scale).only
+        return drawn if kept is None else [label for label in drawn if label in kept]
+    found = [label for label in drawn if any(fnmatch.fnmatchcase(label, pattern) for pattern in only)]
+    if not found:
+        raise ValueError(f"{experiment.id} has no run like {', '.join(map(repr, only))}; it has: {', '.join(drawn)}")
+    return found
 
 
 def combinations(spec: RunSpec, scale: Scale) -> list[dict[str, Any]]:

@@ -1,90 +1,116 @@
 """docs/reproduction.md, of the experiments' files and data alone."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from condzoo.experiments.claims import Verdict, judge
-from condzoo.experiments.collecting import read_data_file
+from condzoo.experiments.collecting import read_data_file, stem
 from condzoo.experiments.loading import experiment_ids, load_experiment, training_of
-from condzoo.experiments.schema import Experiment
+from condzoo.experiments.schema import SCALES, Experiment
 
 INTRODUCTION = """# Reproduction of arXiv:2002.10801
 
 Made by `condzoo reproduce --report` of the files in docs/data/; a test checks that it is up to date. Each claim is a
 measure with a bound, written into recipes/paper/ before the run. **held**: every seed is within the bound; **did not
 hold**: the median over seeds is not; **not decided**: only the median is, or a value is missing. Values are medians,
-with the range over seeds. Scale `cpu` is a reduction, listed with each experiment; scale `paper` is the appendix's own
-setup, for GPUs, and has not been run.
+with the range over seeds. Scale `paper` is the appendix's own setup, for GPUs; scale `cpu` is what two cores can do,
+and what it leaves out is listed with each experiment.
 """
+OUTCOMES = ("held", "did not hold", "not decided")
 
 
 def report(data_folder: str | Path, figures: str = "figures") -> str:
     """The page's text.
 
     Args:
-        data_folder: with <id>.json of each experiment that was run.
+        data_folder: with the data file of each experiment that was run (`condzoo.experiments.stem`).
         figures: the folder of the pictures, as the page links to it.
     """
     experiments = [load_experiment(name) for name in experiment_ids()]
-    files = {e.id: Path(data_folder) / f"{e.id}.json" for e in experiments}
-    found = {e.id: read_data_file(files[e.id]) for e in experiments if files[e.id].exists()}
-    verdicts = {e.id: judge(e, found[e.id]) for e in experiments if e.id in found}
-    parts = [INTRODUCTION, *overview(experiments, verdicts)]
+    found: dict[str, list[dict[str, Any]]] = {experiment.id: [] for experiment in experiments}
+    for experiment, scale in itertools.product(experiments, SCALES):
+        path = Path(data_folder) / f"{stem(experiment.id, scale)}.json"
+        if path.exists():
+            found[experiment.id].append(read_data_file(path))
+    parts = [INTRODUCTION, *overview(experiments, found)]
     for experiment in experiments:
-        parts += section(experiment, found.get(experiment.id), verdicts.get(experiment.id, []), figures)
+        parts += section(experiment, found[experiment.id], figures)
     return "\n".join(parts)
 
 
-def overview(experiments: list[Experiment], verdicts: dict[str, list[Verdict]]) -> Iterator[str]:
-    """One row an experiment."""
-    outcomes = ("held", "did not hold", "not decided")
-    yield "| experiment | " + " | ".join(outcomes) + " |"
-    yield "|---|---|---|---|"
+def overview(experiments: list[Experiment], found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """One row an experiment and scale."""
+    yield "| experiment | held | did not hold | not decided | scale | seeds | minutes | date |"
+    yield "|---|---|---|---|---|---|---|---|"
     for experiment in experiments:
-        own = verdicts.get(experiment.id)
-        link = f"[{experiment.id}](#{experiment.id})"
-        if own is None:
-            yield f"| {link} {experiment.title} | not run yet | | |"
-        else:
-            counts = [sum(v.outcome == outcome for v in own) for outcome in outcomes]
-            yield f"| {link} {experiment.title} | " + " | ".join(str(c or "") for c in counts) + " |"
+        link = f"[{experiment.id}](#{experiment.id}) {experiment.title}"
+        for data in found[experiment.id]:
+            verdicts = [verdict.outcome for verdict in judge(experiment, data)]
+            counts = " | ".join(str(verdicts.count(outcome) or "") for outcome in OUTCOMES)
+            how = f"{data['scale']} | {numbers(data['seeds'])} | {minutes(data)} | {data['made']['date']}"
+            yield f"| {link} | {counts} | {how} |"
+        if not found[experiment.id]:
+            yield f"| {link} | not run yet | | | | | | |"
     yield ""
 
 
-def section(
-    experiment: Experiment, data: dict[str, Any] | None, verdicts: list[Verdict], figures: str
-) -> Iterator[str]:
-    """An experiment: its setup, what was reduced, its claims, its figure."""
+def section(experiment: Experiment, found: list[dict[str, Any]], figures: str) -> Iterator[str]:
+    """An experiment: its setup, and at each scale that was run what was reduced, its claims, its figure."""
     yield f"## {experiment.id}"
     yield ""
     yield f"{experiment.title}. {experiment.setup}"
     if experiment.departs:
-        yield f"Choices where the paper is silent: {experiment.departs}"
+        yield f"Choices where the paper is silent: {experiment.departs}."
     yield ""
-    command = f"condzoo reproduce {experiment.id}" + (" --imagenet FOLDER" if needs_folder(experiment) else "")
-    if data is None:
-        minutes = training_of(experiment).scales["cpu"].minutes
-        yield f"Not run yet: `{command}` (about {minutes:g} minutes at scale cpu)."
+    for data in found:
+        yield from scale_section(experiment, data, figures)
+    if not found:
+        about = training_of(experiment).scales["cpu"].minutes
+        yield f"Not run yet: `{command(experiment, 'cpu')}` (about {about:g} minutes)."
         yield ""
-        return
+
+
+def scale_section(experiment: Experiment, data: dict[str, Any], figures: str) -> Iterator[str]:
+    """How it was run, its claims, its figure."""
     made = data["made"]
     if data["reductions"]:
         yield f"Less than the paper's: {'; '.join(data['reductions'])}."
         yield ""
-    seeds = ", ".join(map(str, data["seeds"]))
     yield (
-        f"`{command}`: scale {data['scale']}, seeds {seeds}, {made['hardware']}, torch {made['torch']}, "
-        f"{made['date']}, {data['seconds'] / 60:.1f} minutes in all."
+        f"`{command(experiment, data['scale'])}`: scale {data['scale']}, seeds {numbers(data['seeds'])}, "
+        f"{made['hardware']}, torch {made['torch']}, {made['date']}, {minutes(data)} minutes in all."
     )
     yield ""
     yield "| claim | paper | measured | bound | verdict |"
     yield "|---|---|---|---|---|"
-    for verdict in verdicts:
+    for verdict in judge(experiment, data):
         yield claim_row(verdict)
     yield ""
-    yield f"![{experiment.title}]({figures}/{experiment.id}.png)"
+    if remark := experiment.remarks.get(data["scale"]):
+        yield remark
+        yield ""
+    yield f"![{experiment.title}]({figures}/{stem(experiment.id, data['scale'])}.png)"
     yield ""
+
+
+def command(experiment: Experiment, scale: str) -> str:
+    """What a user types."""
+    parts = ["condzoo reproduce", experiment.id]
+    parts += ["--scale", scale] if scale != "cpu" else []
+    parts += ["--imagenet FOLDER"] if needs_folder(experiment) else []
+    return " ".join(parts)
+
+
+def numbers(values: list[int]) -> str:
+    """Seeds in words."""
+    return ", ".join(map(str, values))
+
+
+def minutes(data: dict[str, Any]) -> str:
+    """Time spent on an experiment, all runs together."""
+    return f"{data['seconds'] / 60:.1f}"
 
 
 def needs_folder(experiment: Experiment) -> bool:

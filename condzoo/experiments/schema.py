@@ -129,6 +129,9 @@ class Experiment(Section):
     departs: str = Field("", description="choices made where the paper is silent, and why")
     figure: FigureSettings
     claims: list[Claim] = Field(min_length=1)
+    remarks: dict[Literal["paper", "cpu"], str] = Field(
+        default_factory=dict, description="after the run: a look into why a claim did not hold, by scale"
+    )
     scales: dict[Literal["paper", "cpu"], Scale]
     training: TrainingSettings | None = None
     initialization: InitializationSettings | None = None
@@ -148,4 +151,5 @@ class Experiment(Section):
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
 
+SCALES = ("cpu", "paper")
 KINDS = ("training", "initialization", "theory", "growth")

@@ -37,6 +37,7 @@ def collect_trainings(
     *,
     seeds: Sequence[int] | None = None,
     data: dict[str, Any] | None = None,
+    only: Sequence[str] | None = None,
     data_root: str | Path | None = None,
     device: str | None = None,
     on_event: OnEvent | None = None,
@@ -47,7 +48,7 @@ def collect_trainings(
         ValueError, FileNotFoundError: see `planned_runs` and `condzoo.train`.
         Stopped: on a signal; the same call goes on.
     """
-    planned = {run_folder(run): run for run in planned_runs(experiment, scale, seeds, data)}
+    planned = {run_folder(run): run for run in planned_runs(experiment, scale, seeds, data, only)}
     folder = out / "runs" / f"{training_of(experiment).id}-{scale}"
     recipes = {name: run.recipe for name, run in planned.items()}
     runs = run_all(recipes, folder, data_root=data_root, device=device, on_event=on_event)

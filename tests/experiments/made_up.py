@@ -1,6 +1,5 @@
 """Made-up data from which a claim's measure must read a number chosen beforehand, each built from its definition."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 

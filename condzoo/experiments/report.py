@@ -47,7 +47,7 @@ def overview(experiments: list[Experiment], found: dict[str, list[dict[str, Any]
     for experiment in experiments:
         link = f"[{experiment.id}](#{experiment.id}) {experiment.title}"
         for data in found[experiment.id]:
-            verdicts = [verdict.outcome for verdict in judge(experiment, data)]
+            verdicts: list[str] = [verdict.outcome for verdict in judge(experiment, data)]
             counts = " | ".join(str(verdicts.count(outcome) or "") for outcome in OUTCOMES)
             how = f"{data['scale']} | {numbers(data['seeds'])} | {minutes(data)} | {data['made']['date']}"
             yield f"| {link} | {counts} | {how} |"

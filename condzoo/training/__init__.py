@@ -12,7 +12,7 @@ from condzoo.training.run_directory import RunDirectoryError
 from condzoo.training.runs import Diverged, Run, default_run_directory, evaluate_run, load_run
 from condzoo.training.schema import Recipe
 from condzoo.training.signals import Stopped
-from condzoo.training.sweep import parse_grid, parse_seeds, sweep
+from condzoo.training.sweep import parse_grid, parse_seeds, run_all, sweep
 
 __all__ = [
     "CheckpointError",
@@ -39,6 +39,7 @@ __all__ = [
     "parse_seeds",
     "read_data",
     "recipe_files",
+    "run_all",
     "sweep",
     "train",
 ]

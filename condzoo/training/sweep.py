@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from condzoo.training.events import Notice, OnEvent
-from condzoo.training.loop import train
+from condzoo.training.attempts import attempt, finished_run
+from condzoo.training.events import OnEvent
 from condzoo.training.recipe import RecipeError, parse_override, parse_recipe, recipe_tables, set_field
-from condzoo.training.runs import Diverged, Run
+from condzoo.training.runs import Run
 from condzoo.training.schema import Recipe
+
+ENGINES = ("local", "ray")
 
 
 def sweep(
@@ -48,27 +50,46 @@ def run_all(
     planned: Mapping[str, Recipe],
     out: str | Path,
     *,
+    engine: str = "local",
     max_steps: int | None = None,
     device: str | None = None,
     data_root: str | Path | None = None,
     on_event: OnEvent | None = None,
+    gpus_per_run: float | None = None,
+    cpus_per_run: float = 1,
 ) -> list[Run]:
-    """Train each recipe in its folder under `out`, whatever becomes of the others; as `sweep` returns them."""
-    runs = []
-    for folder, each in planned.items():
-        path = Path(out) / folder
-        try:
-            run = train(each, out=path, max_steps=max_steps, device=device, data_root=data_root, on_event=on_event)
-        except Diverged as error:
-            run = Run(path, each, error.summary)
-        except (ValueError, OSError, RuntimeError) as error:
-            if hasattr(error, "exit_code"):  # Stopped: the whole sweep stops
-                raise
-            if on_event is not None:
-                on_event(Notice(f"{path} failed: {error}"))
-            run = Run(path, each, {"status": "failed", "error": str(error), "seed": each.seed})
-        runs.append(run)
-    return runs
+    """Train each recipe in its folder under `out`, whatever becomes of the others; finished ones are left alone.
+
+    Args:
+        planned: folder name -> recipe.
+        out: the folder of the runs.
+        engine: "local": here, one after the other; "ray": see `condzoo.training.ray_engine`.
+        max_steps, device, data_root, on_event: as for `train`.
+        gpus_per_run, cpus_per_run: what Ray sets apart for a run; the local engine has no use for them.
+
+    Returns:
+        The runs in the order planned; see `sweep`.
+
+    Raises:
+        ValueError: an engine that there is not.
+        Stopped: on a signal; the same call goes on.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine: got {engine!r}, must be one of: {', '.join(ENGINES)}")
+    done = {name: finished_run(recipe, Path(out) / name, max_steps) for name, recipe in planned.items()}
+    missing = {name: recipe for name, recipe in planned.items() if done[name] is None}
+    options: dict[str, Any] = {"max_steps": max_steps, "device": device, "data_root": data_root, "on_event": on_event}
+    if engine == "ray" and missing:
+        from condzoo.training.ray_engine import run_all_on_ray
+
+        room = {"gpus_per_run": gpus_per_run, "cpus_per_run": cpus_per_run}
+        return in_order(planned, done | run_all_on_ray(missing, out, **options, **room))
+    return in_order(planned, done | {n: attempt(recipe, Path(out) / n, **options) for n, recipe in missing.items()})
+
+
+def in_order(planned: Mapping[str, Recipe], runs: Mapping[str, Run | None]) -> list[Run]:
+    """The runs as they were planned."""
+    return [run for name in planned if (run := runs[name]) is not None]
 
 
 def plan_sweep(

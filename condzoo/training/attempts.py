@@ -1,0 +1,66 @@
+"""One run among many: what became of it, whatever that was, and whether it is still to be done."""
+
+from pathlib import Path
+
+import torch
+
+from condzoo.training.events import Notice, OnEvent
+from condzoo.training.loop import train
+from condzoo.training.recipe import RecipeError, load_recipe
+from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, read_json
+from condzoo.training.runs import Diverged, Run
+from condzoo.training.schema import Recipe
+
+
+def attempt(
+    recipe: Recipe,
+    path: Path,
+    *,
+    max_steps: int | None = None,
+    device: str | torch.device | None = None,
+    data_root: str | Path | None = None,
+    on_event: OnEvent | None = None,
+) -> Run:
+    """Train a recipe in `path`; a run that diverges or fails is returned as one, with its summary's `status` so.
+
+    Raises:
+        Stopped: on a signal; nothing is wrong with the run.
+    """
+    try:
+        return train(recipe, out=path, max_steps=max_steps, device=device, data_root=data_root, on_event=on_event)
+    except Diverged as error:
+        return Run(path, recipe, error.summary)
+    except (ValueError, OSError, RuntimeError) as error:
+        if hasattr(error, "exit_code"):  # Stopped: the others stop, too
+            raise
+        if on_event is not None:
+            on_event(Notice(f"{path} failed: {error}"))
+        return failed(recipe, path, str(error))
+
+
+def failed(recipe: Recipe, path: Path, error: str) -> Run:
+    """A run that came to nothing, and why."""
+    return Run(path, recipe, {"status": "failed", "error": error, "seed": recipe.seed})
+
+
+def finished_run(recipe: Recipe, path: Path, max_steps: int | None = None) -> Run | None:
+    """The run in `path` where nothing of it is left to do, without reading any data; else None.
+
+    A run of another recipe is no such run: `train` says what is wrong with it.
+    """
+    if not all((path / name).is_file() for name in (RECIPE, SUMMARY)):
+        return None
+    try:
+        if load_recipe(path / RECIPE) != recipe:
+            return None
+        summary = read_json(path / SUMMARY)
+    except (RecipeError, ValueError):
+        return None
+    if summary["status"] == "diverged":
+        return Run(path, recipe, summary)
+    epochs_left = recipe.epochs is not None and summary["epochs"] < recipe.epochs
+    steps_left = recipe.iterations is not None and summary["steps"] < recipe.iterations
+    short = max_steps is None or summary["steps"] < max_steps
+    if not (path / MODEL).is_file() or (short and (epochs_left or steps_left)):
+        return None
+    return Run(path, recipe, summary)

@@ -1,0 +1,145 @@
+"""Runs on a real Ray cluster of this machine: the same results, and nothing lost with a worker."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from condzoo.training import Notice, Stopped, run_all
+from condzoo.training.ray_engine import absolute_data_root
+
+ray = pytest.importorskip("ray")
+# Ray's own code warns, and its clean-up closes files late.
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="POSIX signals"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Two CPUs of this machine."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def workers() -> list[int]:
+    """Process ids of Ray's workers that are at a run now (Ray writes the task into the command line)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes()
+        except OSError:  # it ended
+            continue
+        if title.startswith(b"ray::") and b"remote_attempt" in title:
+            found.append(int(folder.name))
+    return found
+
+
+def once_there(folder: Path, pattern: str, act: Callable[[], Any]) -> threading.Thread:
+    """Call `act` as soon as the folder holds a file of that name."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob(pattern)):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_runs_on_ray_are_those_of_this_process_and_bad_ones_are_recorded(
+    tiny: Any, tmp_path: Path, cluster: None
+) -> None:
+    plain = {"optim.momentum": 0.0, "optim.nesterov": False}
+    planned = {"good": tiny(), "wild": tiny(**plain, **{"optim.lr": 1e30}), "blocked": tiny(seed=3)}
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "thesis.tex").write_text("x")
+    events: list[Any] = []
+    runs = run_all(planned, tmp_path, engine="ray", on_event=events.append)
+    assert [run.summary["status"] for run in runs] == ["done", "diverged", "failed"]
+    assert "is not a run directory" in runs[2].summary["error"]
+    (here,) = run_all({"good": tiny()}, tmp_path / "here", device="cpu")
+    weights = [(path / "model.safetensors").read_bytes() for path in (runs[0].path, here.path)]
+    assert weights[0] == weights[1]
+    texts = [event.text for event in events if isinstance(event, Notice)]
+    assert any(text.startswith("good: test error") for text in texts)
+    assert any("blocked: failed: " in text and text.endswith("of 3 runs)") for text in texts)
+    again: list[Any] = []
+    run_all({name: planned[name] for name in ("good", "wild")}, tmp_path, engine="ray", on_event=again.append)
+    assert again == [], "a second call runs only what is missing"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker in /proc")
+def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint(tiny: Any, tmp_path: Path, cluster: None) -> None:
+    recipe = tiny(epochs=60, save_every=0.5)
+    (whole,) = run_all({"run": recipe}, tmp_path / "whole", device="cpu")
+
+    def kill() -> None:
+        for pid in workers():
+            os.kill(pid, signal.SIGKILL)
+
+    killer = once_there(tmp_path, "run/checkpoints/step_*.json", kill)
+    (run,) = run_all({"run": recipe}, tmp_path, engine="ray", device="cpu")
+    killer.join()
+    starts = [entry["start_step"] for entry in run_environment(run.path)]
+    assert starts[0] == 0
+    assert len(starts) == 2
+    assert starts[1] > 0
+    assert (run.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
+
+
+def test_a_signal_stops_the_runs_on_ray_saved(tiny: Any, tmp_path: Path, cluster: None) -> None:
+    planned = {name: tiny(epochs=10_000, save_every=10_000.0, seed=i) for i, name in enumerate(("a", "b", "c"))}
+    watcher = once_there(tmp_path, "a/metrics.jsonl", lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Stopped, match=r"stopped by SIGINT, the runs on Ray with it; run the same command to go on"):
+        run_all(planned, tmp_path, engine="ray", device="cpu")
+    watcher.join()
+    assert not workers()
+    assert not (tmp_path / "c").exists(), "two at a time: the third had not begun"
+    assert len(list(tmp_path.glob("a/checkpoints/step_*.json"))) == 1, "saved because it was asked to stop"
+
+
+def test_what_no_machine_has_is_refused(tiny: Any, tmp_path: Path, cluster: None) -> None:
+    text = r"a run needs 0 GPUs and 64 CPUs, and no machine of the Ray cluster has them \(0 GPUs and 2 CPUs\)"
+    with pytest.raises(ValueError, match=text):
+        run_all({"run": tiny()}, tmp_path, engine="ray", cpus_per_run=64)
+    with pytest.raises(ValueError, match="device: got 'cuda:1', must be cpu or cuda on Ray"):
+        run_all({"run": tiny()}, tmp_path, engine="ray", device="cuda:1")
+
+
+def test_workers_get_the_data_root_as_an_absolute_path(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONDZOO_DATA", "images")
+    assert absolute_data_root(tiny(), None) == str(tmp_path / "images")
+    assert absolute_data_root(tiny(**{"data.root": "mine"}), None) == str(tmp_path / "mine")
+    assert absolute_data_root(tiny(), "given") == str(tmp_path / "given")
+    monkeypatch.delenv("CONDZOO_DATA")
+    assert absolute_data_root(tiny(), None) is None
+
+
+def test_without_ray_the_error_says_what_to_install(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"ray is not installed: pip install 'condzoo\[ray\]', or use the engine"):
+        run_all({"run": tiny()}, tmp_path, engine="ray")
+    with pytest.raises(ValueError, match="engine: got 'slurm', must be one of: local, ray"):
+        run_all({"run": tiny()}, tmp_path, engine="slurm")
+
+
+def run_environment(path: Path) -> list[dict[str, Any]]:
+    """The entries of a run's environment.json."""
+    from condzoo.training.run_directory import read_json
+
+    entries: list[dict[str, Any]] = read_json(path / "environment.json")
+    return entries

@@ -4,6 +4,7 @@ Ray is an optional dependency (`pip install condzoo[ray]`). Every machine needs 
 root, and the folder of the runs (a file system they share).
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def connected() -> Any:
     except ModuleNotFoundError as error:
         raise ValueError("ray is not installed: pip install 'condzoo[ray]', or use the engine 'local'") from error
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     return ray
 
 

@@ -82,7 +82,7 @@ def run_all(
     if engine == "ray" and missing:
         from condzoo.training.ray_engine import run_all_on_ray
 
-        room = {"gpus_per_run": gpus_per_run, "cpus_per_run": cpus_per_run}
+        room: dict[str, Any] = {"gpus_per_run": gpus_per_run, "cpus_per_run": cpus_per_run}
         return in_order(planned, done | run_all_on_ray(missing, out, **options, **room))
     return in_order(planned, done | {n: attempt(recipe, Path(out) / n, **options) for n, recipe in missing.items()})
 

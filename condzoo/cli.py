@@ -220,13 +220,18 @@ def validate(
 
 @app.command("plot")
 def plot_command(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, or their conditioning.jsonl.")],
-    out: Annotated[Path | None, typer.Option(help="The picture. Default: conditioning.png in the run.")] = None,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run directories or their conditioning.jsonl; or one data file of `condzoo reproduce`."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The picture. Default: beside what is drawn.")] = None,
 ) -> None:
-    """Draw the conditioning of one run, or compare several side by side."""
+    """Draw the conditioning of one run, compare several side by side, or draw an experiment's figure again."""
     from condzoo.probe import plot_comparison, plot_records
 
-    if len(runs) == 1:
+    if len(runs) == 1 and runs[0].suffix == ".json":
+        target = reproduce_commands.redraw(runs[0], out)
+    elif len(runs) == 1:
         folder = runs[0] if runs[0].is_dir() else runs[0].parent
         target = out or folder / "conditioning.png"
         plot_records(runs[0], target)

@@ -1,0 +1,159 @@
+"""The command `condzoo reproduce`: what it prints and refuses, going on where it stopped, the report."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from condzoo.cli import main
+from condzoo.experiments import collect, experiment_ids, load_experiment, report
+from condzoo.experiments.collecting import SCHEMA
+from condzoo.experiments.loading import labels_run, planned_runs
+from condzoo.training import Stopped
+from condzoo.training.loop import train
+
+SWEEP = importlib.import_module("condzoo.training.sweep")
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def condzoo(*args: str) -> int:
+    """The exit code of a command line run in this process."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    return int(stop.value.code or 0)
+
+
+def test_the_list_names_every_experiment(capsys):
+    assert condzoo("reproduce", "--list") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in experiment_ids())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], r"takes experiments by their id (--list shows them), or --all"),
+        (["fig05", "--all"], r"takes experiments by their id (--list shows them), or --all"),
+        (["fig5"], "unknown experiment 'fig5'; did you mean 'fig"),
+        (["thm1", "--scale", "gpu"], "thm1 has no scale 'gpu'; it has: cpu, paper"),
+        (["table_b", "--only", "*-21*"], "table_b has no run like '*-21*'; it has: VGG-20, VGG-20 LastBN, "),
+        (["thm1", "--seeds", "x"], "seeds 'x': must be like 1-5 or 1,3,7"),
+    ],
+)
+def test_wrong_input_is_one_line(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert condzoo("reproduce", *args) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_second_call_runs_nothing_and_the_figure_is_drawn_again(tiny, tmp_path, monkeypatch, capsys):
+    experiment = tiny("thm1")
+    monkeypatch.setattr("condzoo.experiments.load_experiment", lambda _: experiment)
+    assert condzoo("reproduce", "thm1", "--out", str(tmp_path)) == 0
+    first = capsys.readouterr().out
+    assert "1 experiments at scale cpu: about 0.1 minutes in all" in first
+    assert "held" in first
+
+    monkeypatch.setattr("condzoo.experiments.collecting.collect_theory", lambda *_: pytest.fail("ran again"))
+    written = (tmp_path / "thm1.json").read_bytes()
+    assert condzoo("reproduce", "thm1", "--out", str(tmp_path)) == 0
+    assert (tmp_path / "thm1.json").read_bytes() == written
+
+    picture = (tmp_path / "thm1.png").read_bytes()
+    (tmp_path / "thm1.png").unlink()
+    assert condzoo("plot", str(tmp_path / "thm1.json")) == 0
+    assert (tmp_path / "thm1.png").read_bytes() == picture
+    assert condzoo("plot", str(tmp_path / "thm1.json"), "--out", str(tmp_path / "other.png")) == 0
+    assert (tmp_path / "other.png").read_bytes() == picture
+
+
+def test_a_claim_that_did_not_hold_is_an_error_only_when_asked(tiny, tmp_path, monkeypatch):
+    experiment = tiny("thm1")
+    impossible = experiment.claims[0].model_copy(update={"below": -1.0})
+    failing = experiment.model_copy(update={"claims": [impossible]})
+    monkeypatch.setattr("condzoo.experiments.load_experiment", lambda _: failing)
+    assert condzoo("reproduce", "thm1", "--out", str(tmp_path)) == 0
+    assert condzoo("reproduce", "thm1", "--out", str(tmp_path), "--strict") == 1
+
+
+def test_it_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
+    experiment = tiny("fig11")
+    trained = []
+
+    def stopping(recipe, **options):
+        if len(trained) == 1:
+            raise Stopped("stopped by SIGINT at step 1; run the same command to go on")
+        trained.append(recipe.model.name)
+        return train(recipe, **options)
+
+    monkeypatch.setattr(SWEEP, "train", stopping)
+    with pytest.raises(Stopped):
+        collect(experiment, "cpu", tmp_path)
+    assert not (tmp_path / "fig11.json").exists()
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    assert len(finished) == 1
+
+    monkeypatch.setattr(SWEEP, "train", train)
+    data = collect(experiment, "cpu", tmp_path)
+    assert [run["status"] for run in data["runs"]] == ["done", "done"]
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items()), "a finished run was trained again"
+
+
+def test_a_run_that_failed_is_tried_again(tiny, tmp_path, monkeypatch):
+    experiment = tiny("fig11")
+    monkeypatch.setattr(SWEEP, "train", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    data = collect(experiment, "cpu", tmp_path)
+    assert [(run["status"], run["error"]) for run in data["runs"]] == [("failed", "disk full")] * 2
+    monkeypatch.setattr(SWEEP, "train", train)
+    data = collect(experiment, "cpu", tmp_path)
+    assert [run["status"] for run in data["runs"]] == ["done", "done"]
+
+
+def test_only_some_curves(tiny, tmp_path):
+    table = load_experiment("table_b")
+    labels = ["VGG-20", "VGG-20 LastBN", "ResNet-20", "ResNet-20 LastBN"]
+    assert labels_run(table, "paper", ["*-20*"]) == labels
+    planned = planned_runs(table, "paper", [1], only=["*-20*"])
+    assert [run.label for run in planned] == labels
+    assert {run.recipe.iterations for run in planned} == {64000}
+
+    experiment = tiny("fig11")
+    data = collect(experiment, "cpu", tmp_path, only=["(a)*"])
+    assert [run["label"] for run in data["runs"]] == ["(a) 100-layer BN MLP"]
+    assert data["reductions"][-1] == "without (b) 110-layer BN VGG"
+    data = collect(experiment, "cpu", tmp_path)
+    assert len(data["runs"]) == 2
+    assert not any("without" in reduction for reduction in data["reductions"])
+
+
+def test_fewer_seeds_than_the_scale_has_are_a_reduction(tmp_path):
+    data = collect(load_experiment("thm1"), "cpu", tmp_path, seeds=[1])
+    assert data["reductions"][-1] == "1 of 3 seeds"
+
+
+def test_another_file_is_refused(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text("{")
+    assert condzoo("plot", str(path)) == 2
+    assert "is not JSON" in capsys.readouterr().err
+    path.write_text(json.dumps({"schema": "condzoo.experiment/9"}))
+    assert condzoo("plot", str(path)) == 2
+    assert f"expected schema {SCHEMA!r}" in capsys.readouterr().err
+
+
+def test_the_report_is_up_to_date():
+    page = (DOCS / "reproduction.md").read_text(encoding="utf-8")
+    assert page == report(DOCS / "data"), "run `condzoo reproduce --report` in the repository's root"
+
+
+def test_each_file_of_the_report_has_its_figure_and_none_is_large():
+    data = {path.stem: path for path in (DOCS / "data").glob("*.json")}
+    figures = {path.stem: path for path in (DOCS / "figures").glob("*.png")}
+    assert data.keys() == figures.keys()
+    assert {name.split(".")[0] for name in data} <= set(experiment_ids())
+    assert all(path.stat().st_size < 1_000_000 for path in data.values())
+    assert all(5_000 < path.stat().st_size < 300_000 for path in figures.values())

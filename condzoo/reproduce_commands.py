@@ -21,6 +21,9 @@ def reproduce(
         list[str] | None,
         typer.Option(metavar="PATTERN", help='Only the curves of this name, e.g. "*-20*"; repeatable.'),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local: one training after the other; ray: as many at a time as a Ray cluster holds.")
+    ] = "local",
     out: Annotated[Path, typer.Option(help="Folder of runs, data and figures.")] = Path("runs/reproduce"),
     imagenet: Annotated[
         Path | None, typer.Option(help="Folder with train/ and val/ class folders, for the ImageNet experiments.")
@@ -54,6 +57,7 @@ def reproduce(
     options: dict[str, Any] = {
         "seeds": parse_seeds(seeds) if seeds else None,
         "only": only,
+        "engine": engine,
         "data_root": data_root,
         "device": device,
     }

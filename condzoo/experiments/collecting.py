@@ -31,6 +31,7 @@ def collect(
     seeds: Sequence[int] | None = None,
     data: dict[str, Any] | None = None,
     only: Sequence[str] | None = None,
+    engine: str = "local",
     data_root: str | Path | None = None,
     device: str | None = None,
     on_event: OnEvent | None = None,
@@ -44,6 +45,7 @@ def collect(
         seeds: in place of the scale's.
         data: fields of [data] in place of the experiment's, such as {"root": FOLDER}.
         only: patterns of the curves of an experiment that trains; default: those of the scale.
+        engine: "local", or "ray" for many trainings at a time (`condzoo.training.sweep.run_all`).
         data_root, device, on_event: as for `condzoo.train`.
 
     Returns:
@@ -75,6 +77,7 @@ def collect(
             seeds=wanted,
             data=data,
             only=only,
+            engine=engine,
             data_root=data_root,
             device=device,
             on_event=on_event,

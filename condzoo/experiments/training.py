@@ -38,6 +38,7 @@ def collect_trainings(
     seeds: Sequence[int] | None = None,
     data: dict[str, Any] | None = None,
     only: Sequence[str] | None = None,
+    engine: str = "local",
     data_root: str | Path | None = None,
     device: str | None = None,
     on_event: OnEvent | None = None,
@@ -51,7 +52,7 @@ def collect_trainings(
     planned = {run_folder(run): run for run in planned_runs(experiment, scale, seeds, data, only)}
     folder = out / "runs" / f"{training_of(experiment).id}-{scale}"
     recipes = {name: run.recipe for name, run in planned.items()}
-    runs = run_all(recipes, folder, data_root=data_root, device=device, on_event=on_event)
+    runs = run_all(recipes, folder, engine=engine, data_root=data_root, device=device, on_event=on_event)
     assert experiment.training is not None
     rows = [take_run(p, run, experiment.training) for p, run in zip(planned.values(), runs, strict=True)]
     mark_chosen(rows, training_of(experiment))

@@ -13,7 +13,7 @@ from condzoo.experiments.loading import labels_run, planned_runs
 from condzoo.training import Stopped
 from condzoo.training.loop import train
 
-SWEEP = importlib.import_module("condzoo.training.sweep")
+ATTEMPTS = importlib.import_module("condzoo.training.attempts")
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -38,6 +38,7 @@ def test_the_list_names_every_experiment(capsys):
         (["fig5"], "unknown experiment 'fig5'; did you mean 'fig"),
         (["thm1", "--scale", "gpu"], "thm1 has no scale 'gpu'; it has: cpu, paper"),
         (["table_b", "--only", "*-21*"], "table_b has no run like '*-21*'; it has: VGG-20, VGG-20 LastBN, "),
+        (["table_b", "--engine", "slurm"], "engine: got 'slurm', must be one of: local, ray"),
         (["thm1", "--seeds", "x"], "seeds 'x': must be like 1-5 or 1,3,7"),
     ],
 )
@@ -90,14 +91,14 @@ def test_it_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
         trained.append(recipe.model.name)
         return train(recipe, **options)
 
-    monkeypatch.setattr(SWEEP, "train", stopping)
+    monkeypatch.setattr(ATTEMPTS, "train", stopping)
     with pytest.raises(Stopped):
         collect(experiment, "cpu", tmp_path)
     assert not (tmp_path / "fig11.json").exists()
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
     assert len(finished) == 1
 
-    monkeypatch.setattr(SWEEP, "train", train)
+    monkeypatch.setattr(ATTEMPTS, "train", train)
     data = collect(experiment, "cpu", tmp_path)
     assert [run["status"] for run in data["runs"]] == ["done", "done"]
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items()), "a finished run was trained again"
@@ -105,10 +106,10 @@ def test_it_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
 
 def test_a_run_that_failed_is_tried_again(tiny, tmp_path, monkeypatch):
     experiment = tiny("fig11")
-    monkeypatch.setattr(SWEEP, "train", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(ATTEMPTS, "train", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     data = collect(experiment, "cpu", tmp_path)
     assert [(run["status"], run["error"]) for run in data["runs"]] == [("failed", "disk full")] * 2
-    monkeypatch.setattr(SWEEP, "train", train)
+    monkeypatch.setattr(ATTEMPTS, "train", train)
     data = collect(experiment, "cpu", tmp_path)
     assert [run["status"] for run in data["runs"]] == ["done", "done"]
 

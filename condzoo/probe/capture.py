@@ -17,9 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from condzoo.probe.arithmetic import Precision, plain_products
 from condzoo.probe.attention import watch
 from condzoo.probe.correlations import PIECES, correlates, patch_gram, positions
+from condzoo.probe.functional_relus import watch_functions
 from condzoo.probe.layers import CONVOLUTIONS, TRANSPOSED, Conv, input_columns, output_columns
 from condzoo.probe.moments import RunningMoment
-from condzoo.probe.neurons import RELUS, RunningNeurons
+from condzoo.probe.neurons import RELUS, RunningNeurons, linear_range
 
 
 @dataclass(eq=False)
@@ -36,8 +37,9 @@ class Capture:
     """Running sums of the chosen layers of one model; attached by `attach`, freed by `detach`.
 
     Attributes:
+        model: the network.
         layers: layers to read, by name.
-        relus: ReLUs to count, by name.
+        relus: ReLU modules to count, by name.
         attentions: modules whose inner projections are among the layers, by name.
         recording: read forwards at all.
         gradients: read the gradients of the backwards that follow.
@@ -45,10 +47,11 @@ class Capture:
         batch: samples of the current batch.
         scale: what an output gradient is multiplied by: the batch, for a loss that is its mean.
         sums: by layer name, in the order of their first call.
-        neurons: by ReLU name.
+        neurons: by the ReLU's name, its further calls within a forward by that name and "#1", "#2", ...
         dtypes: of the layers' outputs.
     """
 
+    model: nn.Module
     layers: dict[str, nn.Module]
     relus: dict[str, nn.Module]
     attentions: dict[str, nn.MultiheadAttention] = field(default_factory=dict)
@@ -65,6 +68,7 @@ class Capture:
     dtypes: set[torch.dtype] = field(default_factory=set)
     _handles: list[RemovableHandle] = field(default_factory=list)
     _forward_seen: set[str] = field(default_factory=set)
+    _relu_calls: dict[str, int] = field(default_factory=dict)
     _channels_first: bool = False
 
     def attach(self) -> None:
@@ -75,6 +79,12 @@ class Capture:
             self._handles += watch(name, attention, self._on_projection)
         for name, module in self.relus.items():
             self._handles.append(module.register_forward_hook(partial(self._on_relu, name)))
+        self._handles += watch_functions(self.model, self._count_units)
+
+    def begin(self, samples: int, scale: float) -> None:
+        """A forward pass over `samples` samples follows, its gradients to be multiplied by `scale`."""
+        self.batch, self.scale = samples, scale
+        self._relu_calls.clear()
 
     def detach(self) -> None:
         """Take the hooks off; those of graphs still alive no longer record."""
@@ -123,11 +133,17 @@ class Capture:
                 moment.add(columns, self.precision, scale, new_rows=not self.further)
 
     def _on_relu(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._count_units(name, output, linear_range(module))
+
+    def _count_units(self, name: str, output: Tensor, linear: tuple[float, float]) -> None:
         if not self.recording or not torch.is_grad_enabled() or self._recomputed(name) or output.ndim < 2:
             return
+        call = self._relu_calls.get(name, 0)  # each call in a forward has units of its own
+        self._relu_calls[name] = call + 1
+        units = self.neurons.setdefault(f"{name}#{call}" if call else name, RunningNeurons())
         first = output.ndim > 3 or (output.ndim == 3 and self._channels_first)
         with torch.no_grad():
-            self.neurons.setdefault(name, RunningNeurons()).add(output, channels_first=first or output.ndim == 2)
+            units.add(output, channels_first=first or output.ndim == 2, linear=linear)
 
     def _adds_bias(self, module: nn.Module) -> bool:
         return self.bias and getattr(module, "bias", None) is not None
@@ -149,8 +165,8 @@ def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k
 
 
 def capture_of(model: nn.Module, layers: dict[str, nn.Module]) -> Capture:
-    """A capture of these layers and of the model's ReLU modules (functional ones cannot be seen)."""
+    """A capture of these layers and of all ReLUs of the model."""
     named = list(model.named_modules())
     relus: dict[str, nn.Module] = {name: module for name, module in named if isinstance(module, RELUS)}
     attentions = {name: module for name, module in named if isinstance(module, nn.MultiheadAttention)}
-    return Capture(layers, relus, attentions)
+    return Capture(model, layers, relus, attentions)

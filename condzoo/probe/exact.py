@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from condzoo.probe.arithmetic import float64_noise
+from condzoo.probe.batches import batch_size
 from condzoo.probe.gradient_rows import LayerRows, gradient_rows
+from condzoo.probe.label_models import checked_distribution, distribution_of
 from condzoo.probe.layers import choose
-from condzoo.probe.losses import Loss, check_categorical, logits_of, mean_loss
+from condzoo.probe.losses import Loss, logits_of, mean_loss, name_of
 from condzoo.probe.measuring import checked
-from condzoo.probe.passes import batch_size
 from condzoo.probe.preserving import preserved
 from condzoo.probe.second_derivatives import ggn_matrix, hessian_matrix
 from condzoo.probe.spectra import Spectrum, from_blocks
@@ -54,7 +55,7 @@ def curvature(
         y: [N] targets; may be None for "fisher" and "ggn", which do not look at them.
         matrix: "fisher" F, "grad_moment" M, "hessian" H or "ggn" G.
         block: a layer's name for its diagonal block alone, None for the whole network.
-        loss: as in `measure`; F and G need the cross-entropy.
+        loss: as in `measure`; F needs one that stands for a distribution, G the cross-entropy.
         seed: of dropout.
 
     Returns:
@@ -69,6 +70,7 @@ def curvature(
     checked("matrix", matrix, MATRICES)
     if y is None and matrix in ("grad_moment", "hessian"):
         raise ValueError(f"matrix={matrix!r} needs targets y; only 'fisher' and 'ggn' do without")
+    check_loss(matrix, loss)
     model = copy.deepcopy(model).double()
     layers, _ = choose(model, None if block is None else [block])
     x = x.double() if x.is_floating_point() else x
@@ -136,10 +138,23 @@ def _interacting_ggn(model: nn.Module, layers: dict[str, nn.Module], x: Tensor, 
     parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
     _check_size(sum(p.numel() for p in parameters))
     logits = logits_of(model(x))
-    check_categorical(loss, logits, "model")
+    checked_distribution(loss, logits, "matrix='ggn'")
     values = torch.linalg.eigvalsh(ggn_matrix(logits, parameters))
     floor = float64_noise(values.numel(), max(0.0, float(values.max())))
     return from_blocks(values[None], floor, logits.numel(), arithmetic="exact, float64")
+
+
+def check_loss(matrix: str, loss: Loss | None) -> None:
+    """G is the cross-entropy's: of its logits' Hessian diag(p) - p p^T, which class weights would change.
+
+    Raises:
+        ValueError: matrix="ggn" with another loss.
+    """
+    if matrix == "ggn" and (distribution_of(loss) != "softmax" or getattr(loss, "weight", None) is not None):
+        raise ValueError(
+            f"matrix='ggn' needs the cross-entropy loss without class weights, got {name_of(loss)}; "
+            "'fisher' takes more losses, 'hessian' and 'grad_moment' any"
+        )
 
 
 def samples_interact(model: nn.Module) -> bool:

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from condzoo.probe.batches import batch_size
+from condzoo.probe.label_models import checked_distribution, weighted_gradients
 from condzoo.probe.layers import CONVOLUTIONS
-from condzoo.probe.losses import Loss, check_categorical, logits_of, mean_loss, weighted_class_gradients
-from condzoo.probe.passes import batch_size
+from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.patches import unfolded
 
 SAMPLES = 64  # samples whose gradients are formed at a time
@@ -111,7 +112,7 @@ def _product_in_parts(layer: LayerRows) -> Float[Tensor, "v v"]:
 def gradient_rows(
     model: nn.Module, layers: dict[str, nn.Module], x: Tensor, y: Any, loss: Loss | None
 ) -> tuple[list[LayerRows], int]:
-    """The layers' factors with labels y, or for y = None for every class weighted by sqrt(p_c); and P.
+    """The layers' factors with labels y, or for y = None for the expectation over the loss's distribution; and P.
 
     Raises:
         ValueError: a layer whose gradient is not of this form (transposed convolutions).
@@ -125,10 +126,9 @@ def gradient_rows(
         if y is not None:
             _backward(mean_loss(loss, output, y, count), weights, rows, None)
         else:
-            logits = logits_of(output)
-            check_categorical(loss, logits, "model")
-            for signal in weighted_class_gradients(logits):
-                _backward(logits, weights, rows, signal)
+            predicted = logits_of(output)
+            for signal in weighted_gradients(checked_distribution(loss, predicted, "matrix='fisher'"), predicted):
+                _backward(predicted, weights, rows, signal)
     finally:
         for handle in handles:
             handle.remove()

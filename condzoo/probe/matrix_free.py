@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condzoo.probe.exact import MATRICES, samples_interact
+from condzoo.probe.batches import batch_size
+from condzoo.probe.exact import MATRICES, check_loss, samples_interact
 from condzoo.probe.gradient_rows import LayerRows, gradient_rows
+from condzoo.probe.label_models import checked_distribution
 from condzoo.probe.lanczos import TopEigenvalues, largest_eigenvalues
 from condzoo.probe.layers import choose
-from condzoo.probe.losses import Loss, check_categorical, logits_of, mean_loss
+from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.measuring import checked
-from condzoo.probe.passes import batch_size
 from condzoo.probe.preserving import preserved
 
 Product = Callable[[Tensor], Tensor]
@@ -52,6 +53,7 @@ def top_curvature(
     checked("matrix", matrix, MATRICES)
     if y is None and matrix in ("grad_moment", "hessian"):
         raise ValueError(f"matrix={matrix!r} needs targets y; only 'fisher' and 'ggn' do without")
+    check_loss(matrix, loss)
     model = copy.deepcopy(model).double()
     layers, _ = choose(model, None if block is None else [block])
     parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
@@ -70,7 +72,7 @@ def top_curvature(
 
 def _checked_logits(model: nn.Module, x: Tensor, loss: Loss | None) -> Tensor:
     logits = logits_of(model(x))
-    check_categorical(loss, logits, "model")
+    checked_distribution(loss, logits, "matrix='ggn'")
     return logits
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from condzoo.probe.arithmetic import PRECISIONS
+from condzoo.probe.batches import Adapter, as_pair, each, in_float64
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.layers import CONVS, choose
-from condzoo.probe.losses import LABELS, Labels, Loss
+from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss
 from condzoo.probe.passes import Passes
 from condzoo.probe.preserving import preserved
-
-Adapter = Callable[[Any], tuple[Any, Any]]
 
 
 def measure(
@@ -35,6 +34,7 @@ def measure(
     seed: int = 0,
     bias: bool = False,
     adapter: Adapter | None = None,
+    reduction: str | None = None,
     certify: bool = False,
 ) -> Conditioning:
     """Measure the conditioning of every linear and convolution layer of any network.
@@ -45,12 +45,15 @@ def measure(
 
     Args:
         model: any module.
-        batches: (x, y) pairs, for example a DataLoader, or one pair. x is a tensor, or a dict or tuple of
-            the model's arguments.
+        batches: (x, y) pairs, for example a DataLoader, or one pair, of any sizes. x is a tensor, or a dict
+            or tuple of the model's arguments. Or dicts of the model's arguments with the targets under
+            "labels" (Hugging Face's).
         labels: whose labels the gradients have: "data" (M's factor), "model" (F's: the exact expectation
-            over the softmax, one backward pass a class) or "sample" (F's: one draw from the softmax).
-        loss: callable of (output, y), mean or, with `.reduction == "sum"`, sum over the batch; or one
-            number a sample. None: cross-entropy.
+            over the loss's own distribution, one backward pass a class or output coordinate) or "sample"
+            (F's: one draw from it). The distribution is a softmax for cross-entropy, a unit-variance
+            Gaussian for MSE, Bernoulli for BCE with logits.
+        loss: callable of (output, y), a mean or sum over the batch or one number a sample. None: the loss
+            that the model returns in its output, else cross-entropy.
         layers: names or shell patterns ("layer4.*"); None measures all.
         conv: "channels": every position of a feature map is a row; "patches": every patch is (K-FAC).
         device: where to measure; None: where the model is. Elsewhere a copy of the model is used.
@@ -58,7 +61,8 @@ def measure(
             float64 at once for a layer whose spectrum reaches under fast's noise floor.
         seed: of dropout and of label draws.
         bias: add a constant 1 to the inputs of layers that have a bias.
-        adapter: turns one of `batches` into (x, y), where they are not pairs.
+        adapter: turns one of `batches` into (x, y), where they are of another form.
+        reduction: of the loss over the batch, "mean" or "sum"; None: as its `.reduction` says, else mean.
         certify: measure the first batch again, also through a float64 copy of the model, and report in
             `certificate` how far the dtype of the forward and backward pass moved each spectrum.
 
@@ -78,13 +82,15 @@ def measure(
     capture = capture_of(model, chosen)
     capture.bias = bias
     capture.conv, capture.precision = checked("conv", conv, CONVS), checked("precision", precision, PRECISIONS)
-    run = Passes(model, capture, whose, loss, seed)
+    if reduction is not None:
+        checked("reduction", reduction, REDUCTIONS)
+    run = Passes(model, capture, whose, loss, seed, reduction)
     first: list[tuple[Any, Any]] = []
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
         capture.attach()
         try:
-            for batch in _each(batches):
-                x, y = (adapter or _pair)(batch)
+            for batch in each(batches):
+                x, y = as_pair(batch, own_loss=loss is None) if adapter is None else adapter(batch)
                 first = first or [(x, y)]
                 run.one(x, y)
         finally:
@@ -93,6 +99,7 @@ def measure(
     if not certify:
         return result
     options = {"labels": labels, "loss": loss, "layers": layers, "conv": conv, "bias": bias, "seed": seed}
+    options["reduction"] = reduction
     return replace(result, certificate=certificate(model, first, options))
 
 
@@ -105,7 +112,7 @@ def certificate(model: nn.Module, batch: list[tuple[Any, Any]], options: dict[st
         second pass in float64 shows this: no arithmetic of the probe restores what the first one lost.
     """
     own = measure(model, batch, precision="float64", **options)
-    wide = [(_double(x), _double(y)) for x, y in batch]
+    wide = [(in_float64(x), in_float64(y)) for x, y in batch]
     exact = measure(copy.deepcopy(model).double(), wide, precision="float64", **options)
     found: dict[str, dict[str, float]] = {}
     for name in own.keys() & exact.keys():
@@ -119,14 +126,6 @@ def certificate(model: nn.Module, batch: list[tuple[Any, Any]], options: dict[st
     return {name: found[name] for name in own if name in found}
 
 
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {k: _double(v) for k, v in value.items()}
-    return type(value)(_double(v) for v in value) if isinstance(value, (tuple, list)) else value
-
-
 def checked(name: str, value: str, allowed: Sequence[str]) -> Any:
     """The value if it is allowed, else a ValueError that names the closest."""
     if value not in allowed:
@@ -134,15 +133,3 @@ def checked(name: str, value: str, allowed: Sequence[str]) -> Any:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
     return value
-
-
-def _each(batches: Iterable[Any]) -> Iterator[Any]:
-    one_pair = isinstance(batches, (tuple, list)) and len(batches) == 2 and isinstance(batches[0], (Tensor, dict))
-    return iter([batches] if one_pair else batches)
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-        raise TypeError(f"a batch must be a pair (x, y), got a {got}; pass adapter=lambda batch: (x, y)")
-    return batch[0], batch[1]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condzoo.probe import losses
+from condzoo.probe import label_models, losses
+from condzoo.probe.batches import batch_size, call, on_device
 from condzoo.probe.capture import Capture
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
@@ -19,8 +20,17 @@ from condzoo.probe.weights import largest_singular_values, own_weight
 class Passes:
     """The state of one measurement: the capture's sums, the mean weight gradients and the mean loss."""
 
-    def __init__(self, model: nn.Module, capture: Capture, labels: Labels, loss: Loss | None, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        capture: Capture,
+        labels: Labels,
+        loss: Loss | None,
+        seed: int,
+        reduction: str | None = None,
+    ) -> None:
         self.model, self.capture, self.labels, self.loss, self.seed = model, capture, labels, loss, seed
+        self.reduction, self.loss_name = reduction, losses.name_of(loss)
         self.mode = "train" if model.training else "eval"
         self.generator = torch.Generator().manual_seed(seed)
         self.weights = {n: w for n, m in capture.layers.items() if (w := own_weight(m)) is not None}
@@ -30,28 +40,28 @@ class Passes:
     def one(self, x: Any, y: Any) -> None:
         """One batch: a forward pass and the backward passes that the labels ask for."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        x, y = _to(x, device), _to(y, device)
-        count = self.capture.batch = batch_size(x)
-        self.capture.scale = float(count)
+        x, y = on_device(x, device), on_device(y, device)
+        count = batch_size(x)
+        self.capture.begin(count, scale=float(count))
         self.samples, self.batches = self.samples + count, self.batches + 1
-        output = _call(self.model, x)
-        logits = losses.logits_of(output)
+        output = call(self.model, x)
+        if self.loss is None and losses.own_loss_of(output) is not None:
+            self.loss_name = "output.loss"
         self.capture.gradients = self.labels == "data"
         if self.labels != "data":
-            losses.check_categorical(self.loss, logits, self.labels)
-            self._from_model(logits)
+            self._from_model(losses.logits_of(output))
         if y is not None:
-            self._from_data(losses.mean_loss(self.loss, output, y, count), count)
+            self._from_data(losses.mean_loss(self.loss, output, y, count, self.reduction), count)
 
-    def _from_model(self, logits: Tensor) -> None:
+    def _from_model(self, output: Any) -> None:
+        kind = label_models.checked_distribution(self.loss, output, f"labels={self.labels!r}")
         self.capture.gradients = True
         if self.labels == "sample":
-            drawn = losses.drawn_labels(logits, self.generator)
-            self._backward(nn.functional.cross_entropy(logits, drawn))
+            self._backward(output, label_models.drawn_gradient(kind, output, self.generator))
         else:
-            for c, signal in enumerate(losses.class_gradients(logits, self.generator)):
+            for c, signal in enumerate(label_models.signed_gradients(kind, output, self.generator)):
                 self.capture.further = c > 0
-                self._backward(logits, signal)
+                self._backward(output, signal)
         self.capture.gradients = self.capture.further = False
 
     def _from_data(self, value: Tensor, count: int) -> None:
@@ -85,7 +95,7 @@ class Passes:
             dtype=coarsest(dtypes),
             labels=self.labels,
             loss=mean if self.weight_grads and abs(mean) < float("inf") else None,
-            loss_name=losses.name_of(self.loss),
+            loss_name=self.loss_name,
             conv=self.capture.conv,
             bias=self.capture.bias,
             precision=self.capture.precision,
@@ -99,34 +109,3 @@ class Passes:
 def coarsest(dtypes: set[torch.dtype]) -> str:
     """The dtype with the largest eps, as text."""
     return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
-
-
-def batch_size(x: Any) -> int:
-    """Samples in a batch: the leading dimension of the first tensor in it.
-
-    Raises:
-        TypeError: there is no tensor in it.
-    """
-    if isinstance(x, Tensor) and x.ndim:
-        return x.shape[0]
-    parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ()
-    for part in parts:
-        if isinstance(part, Tensor) and part.ndim:
-            return part.shape[0]
-    raise TypeError(f"a batch must hold a tensor with a leading batch dimension, got {type(x).__name__}")
-
-
-def _call(model: nn.Module, x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return model(**x)
-    return model(*x) if isinstance(x, (tuple, list)) else model(x)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {k: _to(v, device) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(v, device) for v in value)
-    return value

@@ -15,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe import distributed
 from condzoo.probe.arithmetic import PRECISIONS
+from condzoo.probe.batches import batch_size
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
 from condzoo.probe.layers import CONVS, choose
 from condzoo.probe.measuring import checked
-from condzoo.probe.passes import batch_size, coarsest
+from condzoo.probe.passes import coarsest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
 from condzoo.probe.tensorboard import open_writer, write_tensorboard
 from condzoo.probe.weights import largest_singular_values, own_weight
@@ -180,9 +181,9 @@ class Probe:
         self._capture.recording = module.training and torch.is_grad_enabled()
         if not self._capture.recording or in_backward:
             return
-        self._capture.batch = batch_size([*args, *kwargs.values()])
-        self._capture.scale = float(self._capture.batch) if self.reduction == "mean" else 1.0
-        self._samples += self._capture.batch
+        samples = batch_size([args, kwargs])
+        self._capture.begin(samples, scale=float(samples) if self.reduction == "mean" else 1.0)
+        self._samples += samples
         if not self._forwards:
             self._tops = largest_singular_values(self._capture.layers, self._weights)
         self._forwards += 1

@@ -227,7 +227,6 @@ def test_layers_are_chosen_by_name_or_pattern(kit):
         ({"labels": "modle"}, r"labels must be one of 'data', 'model', 'sample', got 'modle'; did you mean 'model'\?"),
         ({"conv": "patch"}, r"conv must be one of 'channels', 'patches', got 'patch'; did you mean 'patches'\?"),
         ({"precision": "float32"}, r"precision must be one of 'auto', 'float64', 'fast', got 'float32'"),
-        ({"labels": "model", "loss": F.mse_loss}, r"needs the cross-entropy loss, got mse_loss; use labels='data'"),
         (
             {"loss": lambda output, y: output},
             r"loss must return a scalar, or one number a sample \[12\]; got \[12, 4\]",
@@ -243,8 +242,10 @@ def test_no_batch_and_wrong_batches_are_explained(kit):
     model = kit.build("mlp")
     with pytest.raises(ValueError, match="batches gave no batch"):
         measure(model, [])
-    with pytest.raises(TypeError, match=r"must be a pair \(x, y\), got a dict of 1; pass adapter"):
+    with pytest.raises(TypeError, match=r"must hold 'labels', got a dict with image; pass adapter"):
         measure(model, [{"image": kit.images()[0]}])
+    with pytest.raises(TypeError, match=r"must be a pair \(x, y\), got a list of 3; pass adapter"):
+        measure(model, [[1, 2, 3]])
     x, y = kit.images()
     adapted = measure(model, [{"image": x, "label": y}], adapter=lambda batch: (batch["image"], batch["label"]))
     close(adapted["1"].input, measure(model, (x, y))["1"].input.eigenvalues)

@@ -1,0 +1,100 @@
+"""What a batch may look like: pairs, dicts as Hugging Face's models take them, tuples of arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Adapter = Callable[[Any], tuple[Any, Any]]
+
+TARGETS = ("labels", "label")  # the targets' keys in a batch that is a dict
+
+
+def each(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches one by one; a single pair or dict counts as one batch."""
+    if isinstance(batches, Mapping):
+        return iter([batches])
+    one_pair = isinstance(batches, (tuple, list)) and len(batches) == 2 and isinstance(batches[0], (Tensor, Mapping))
+    return iter([batches] if one_pair else batches)
+
+
+def as_pair(batch: Any, *, own_loss: bool) -> tuple[Any, Any]:
+    """A batch as (x, y): model arguments and targets.
+
+    Args:
+        batch: a pair, or a dict of the model's keyword arguments with the targets under "labels" or "label".
+        own_loss: leave the targets among a dict's arguments too, so that the model returns its own loss.
+
+    Raises:
+        TypeError: neither of these; says what to pass.
+    """
+    if isinstance(batch, Mapping):
+        key = next((key for key in TARGETS if key in batch), None)
+        if key is not None:
+            return {k: v for k, v in batch.items() if k != key or own_loss}, batch[key]
+        got = f"dict with {', '.join(map(str, batch)) or 'nothing in it'}"
+        raise TypeError(f"a batch that is a dict must hold 'labels', got a {got}; pass adapter=lambda batch: (x, y)")
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        raise TypeError(f"a batch must be a pair (x, y), got a {got}; pass adapter=lambda batch: (x, y)")
+    return batch[0], batch[1]
+
+
+def batch_size(x: Any) -> int:
+    """Samples in a batch: the leading dimension of the first tensor in it, also inside dicts and tuples.
+
+    Raises:
+        TypeError: there is no tensor in it.
+    """
+    found = next(_leading(x), None)
+    if found is None:
+        raise TypeError(f"a batch must hold a tensor with a leading batch dimension, got {_kinds(x)}")
+    return found
+
+
+def _leading(x: Any) -> Iterator[int]:
+    if isinstance(x, Tensor):
+        if x.ndim:
+            yield x.shape[0]
+    elif isinstance(x, (Mapping, tuple, list)):
+        for part in x.values() if isinstance(x, Mapping) else x:
+            yield from _leading(part)
+
+
+def _kinds(x: Any) -> str:
+    parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else None
+    inside = "" if parts is None else f" of {', '.join(sorted({type(p).__name__ for p in parts})) or 'nothing'}"
+    return type(x).__name__ + inside
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    """The model's output for a tensor, a dict of keyword arguments or a tuple of arguments."""
+    if isinstance(x, Mapping):
+        return model(**x)
+    return model(*x) if isinstance(x, (tuple, list)) else model(x)
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A batch, or part of one, with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: mapped(v, change) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its parts one by one
+        return type(value)(*(mapped(v, change) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(v, change) for v in value)
+    return value
+
+
+def in_float64(value: Any) -> Any:
+    """A batch with its floating-point tensors in float64."""
+    return mapped(value, lambda t: t.double() if t.is_floating_point() else t)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device."""
+    return mapped(value, lambda t: t.to(device))

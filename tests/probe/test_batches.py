@@ -1,0 +1,180 @@
+"""Batches and outputs of every form give the numbers of the plain pair."""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condzoo.probe import Probe, measure
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class Keyword(nn.Module):
+    """Called as Hugging Face's classifiers are: by keywords, labels or not, an output object."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.factor = nn.Linear(4, 6), nn.Linear(6, 3), factor
+
+    def forward(self, pixel_values, mask=None, labels=None):
+        logits = self.head(torch.tanh(self.first(pixel_values)))
+        return Output(logits, None if labels is None else self.factor * F.cross_entropy(logits, labels))
+
+
+class Plain(Keyword):
+    def forward(self, x, scale=None):
+        return super().forward(x if scale is None else x * scale).logits
+
+
+def data(samples=10):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((samples, 4), generator=generator).double(), torch.randint(3, (samples,), generator=generator)
+
+
+def same(a, b, factor=1.0):
+    assert list(a) == list(b)
+    for name in a:
+        assert torch.allclose(a[name].input.eigenvalues, b[name].input.eigenvalues, rtol=1e-12)
+        mine, others = a[name].output_grad.eigenvalues, factor * b[name].output_grad.eigenvalues
+        assert torch.allclose(mine, others, rtol=1e-10, atol=1e-15)
+
+
+@pytest.fixture
+def expected():
+    return measure(Plain().double(), data())
+
+
+def test_a_dict_with_labels_is_a_batch_and_the_models_own_loss_is_measured(expected):
+    x, y = data()
+    model = Keyword(factor=2.0).double()
+    for batches in ({"pixel_values": x, "labels": y}, [{"pixel_values": x, "mask": None, "labels": y}]):
+        found = measure(model, batches)
+        same(found, expected, 4.0)
+        assert (found.loss_name, expected.loss_name) == ("output.loss", "cross_entropy")
+        assert found.loss == pytest.approx(2 * expected.loss)
+
+
+def test_a_given_loss_is_used_instead_and_labels_do_not_reach_the_model(expected):
+    x, y = data()
+    model = Keyword(factor=2.0).double()
+    for loss in (nn.CrossEntropyLoss(), lambda output, target: F.cross_entropy(output.logits, target)):
+        same(measure(model, {"pixel_values": x, "labels": y}, loss=loss), expected)
+    same(measure(model, ({"pixel_values": x}, y)), expected)
+
+
+def test_labels_of_the_model_come_from_its_logits():
+    x, y = data()
+    same(
+        measure(Keyword().double(), {"pixel_values": x, "labels": y}, labels="model"),
+        measure(Plain().double(), (x, y), labels="model"),
+    )
+
+
+def test_tuples_of_arguments_and_named_tuples(expected):
+    class Pair(NamedTuple):
+        x: Tensor
+        scale: Tensor
+
+    x, y = data()
+    ones = torch.ones(10, 1).double()
+    same(measure(Plain().double(), [((x, ones), y)]), expected)
+    same(measure(Plain().double(), [(Pair(x, ones), y)]), expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reduction"),
+    [
+        (nn.CrossEntropyLoss(reduction="sum"), None),
+        (functools.partial(F.cross_entropy, reduction="sum"), None),
+        (lambda output, y: F.cross_entropy(output, y, reduction="sum"), "sum"),
+        (lambda output, y: F.cross_entropy(output, y), "mean"),
+        (lambda output, y: F.cross_entropy(output, y, reduction="none"), None),
+    ],
+)
+def test_reductions_are_known_by_name_or_given(expected, loss, reduction):
+    x, y = data()
+    found = measure(Plain().double(), [(x[:7], y[:7]), (x[7:], y[7:])], loss=loss, reduction=reduction)
+    same(found, expected)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+    assert found["head"].weight_grad == pytest.approx(expected["head"].weight_grad, rel=1e-10)
+
+
+def test_mean_squared_error_and_binary_cross_entropy_on_data(expected):
+    x, _ = data()
+    target = torch.rand(10, 3, generator=torch.Generator().manual_seed(2)).double()
+    model = Plain().double()
+    p = model(x).detach()
+    for loss, g in ((nn.MSELoss(), 2 / 3 * (p - target)), (nn.BCEWithLogitsLoss(), (p.sigmoid() - target) / 3)):
+        found = measure(model, [(x[:4], target[:4]), (x[4:], target[4:])], loss=loss)["head"].output_grad
+        assert torch.allclose(found.eigenvalues, torch.linalg.svdvals(g).square() / 10, rtol=1e-10)
+
+
+def test_a_probe_takes_the_batch_from_the_first_tensor_anywhere(expected):
+    x, y = data()
+    model = Keyword().double()
+    with Probe(model) as probe:
+        model(mask=None, pixel_values=x, labels=y).loss.backward()
+        probe.step()
+    same(probe.latest, expected)
+    assert probe.latest.samples == 10
+
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Plain()
+
+        def forward(self, batch):
+            return self.inner(batch["images"][0])
+
+    nested = Nested().double()
+    with Probe(nested) as probe:
+        F.cross_entropy(nested({"images": [x]}), y).backward()
+        probe.step()
+    assert probe.latest["inner.head"].output_grad.lambda_max == pytest.approx(expected["head"].output_grad.lambda_max)
+
+
+def test_what_is_no_batch_is_explained():
+    x, y = data()
+    model = Plain().double()
+    with pytest.raises(
+        TypeError, match=r"a dict must hold 'labels', got a dict with image, class; pass adapter=lambda"
+    ):
+        measure(model, [{"image": x, "class": y}])
+    with pytest.raises(TypeError, match="must hold a tensor with a leading batch dimension, got dict of NoneType"):
+        measure(model, [({"x": None}, y)])
+    with pytest.raises(ValueError, match=r"logits .* got tuple and Tensor; pass loss=lambda output, y"):
+        measure(nn.Sequential(model, Split()), (x, y))
+    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', got 'none'"):
+        measure(model, (x, y), reduction="none")
+
+
+class Split(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def test_real_models_of_hugging_face(expected):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
+        num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config).double()
+    batch = {"pixel_values": torch.randn(4, 3, 8, 8).double(), "labels": torch.tensor([0, 1, 2, 0])}
+    found = measure(model, [batch])
+    by_hand = measure(model, ({"pixel_values": batch["pixel_values"]}, batch["labels"]), loss=nn.CrossEntropyLoss())
+    assert found.loss_name == "output.loss"
+    assert len(found) == 8
+    same(found, by_hand)
+    assert measure(model, [batch], labels="model").labels == "model"

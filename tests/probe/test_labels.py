@@ -1,0 +1,142 @@
+"""Labels from the model: exact expectations against sums or quadrature over labels, one sample at a time."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Bernoulli, Categorical, Normal
+
+from condzoo.probe import curvature, measure
+
+SAMPLES, WIDTH = 5, 3
+
+
+def network(last=None):
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, WIDTH)]
+    return nn.Sequential(*layers, *([last] if last else [])).double()
+
+
+def inputs(samples=SAMPLES):
+    return torch.randn((samples, 4), generator=torch.Generator().manual_seed(1)).double()
+
+
+def likelihood(loss, f):
+    """The distribution of one sample's labels, by torch.distributions, and every label with its probability."""
+    every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * WIDTH)
+    if loss in ("cross_entropy", "nll"):
+        d = Categorical(logits=f) if loss == "cross_entropy" else Categorical(probs=f.exp())
+        return d.log_prob if loss == "cross_entropy" else lambda y: f[y], [
+            (y, float(d.probs[y].detach())) for y in torch.arange(WIDTH)
+        ]
+    if loss == "bce":
+        d = Bernoulli(logits=f)
+        return lambda y: d.log_prob(y).sum(), [(y, float(d.log_prob(y).sum().exp().detach())) for y in every]
+    nodes, weights = np.polynomial.hermite_e.hermegauss(3)  # exact for polynomials of degree 5
+    points = torch.cartesian_prod(*[torch.tensor(nodes)] * WIDTH)
+    probabilities = torch.cartesian_prod(*[torch.tensor(weights / weights.sum())] * WIDTH).prod(1)
+    d = Normal(f, 1.0)
+    labels = [(f.detach() + e, float(p)) for e, p in zip(points, probabilities, strict=True)]
+    return lambda y: d.log_prob(y).sum(), labels
+
+
+LOSSES = {
+    "cross_entropy": [
+        None,
+        nn.CrossEntropyLoss(label_smoothing=0.2),
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]).double()),
+        functools.partial(F.cross_entropy, label_smoothing=0.1, reduction="sum"),
+    ],
+    "nll": [nn.NLLLoss()],
+    "mse": [nn.MSELoss(), F.mse_loss, nn.MSELoss(reduction="sum")],
+    "bce": [nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits],
+}
+CASES = [(name, loss) for name, losses in LOSSES.items() for loss in losses]
+
+
+@pytest.mark.parametrize(("name", "loss"), CASES)
+def test_model_labels_are_the_expectation_over_the_losss_distribution(name, loss):
+    model = network(nn.LogSoftmax(1) if name == "nll" else None)
+    x = inputs()
+    moments = {"0": 0.0, "2": 0.0}
+    fisher = 0.0
+    for sample in x:
+        hidden = [model[0](sample)]
+        f = model[2](model[1](hidden[0]))
+        hidden.append(f)
+        f = model[3](f[None])[0] if name == "nll" else f
+        log_prob, labels = likelihood(name, f)
+        for y, p in labels:
+            grads = torch.autograd.grad(-log_prob(y), [*hidden, *model.parameters()], retain_graph=True)
+            for key, g in zip(moments, grads[:2], strict=True):
+                moments[key] = moments[key] + p * torch.outer(g, g) / SAMPLES
+            whole = torch.cat([g.flatten() for g in grads[2:]])
+            fisher = fisher + p * torch.outer(whole, whole) / SAMPLES
+    found = measure(model, [(x[:2], None), (x[2:], None)], labels="model", loss=loss)
+    for key, moment in moments.items():
+        expected = torch.linalg.eigvalsh(moment).flip(0)
+        assert torch.allclose(found[key].output_grad.eigenvalues, expected, rtol=1e-9, atol=1e-12)
+        assert found[key].output_grad.rows == SAMPLES * WIDTH
+    expected = torch.linalg.eigvalsh(fisher).flip(0)
+    assert torch.allclose(curvature(model, x, None, loss=loss).eigenvalues, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "loss"), [(name, losses[0]) for name, losses in LOSSES.items()])
+def test_sampled_labels_approach_it(name, loss):
+    model = network(nn.LogSoftmax(1) if name == "nll" else None)
+    x = inputs(4000)
+    exact = measure(model, (x, None), labels="model", loss=loss)["2"].output_grad.eigenvalues
+    drawn = measure(model, (x, None), labels="sample", loss=loss)["2"].output_grad.eigenvalues
+    assert float((drawn - exact).abs().max()) < 0.1 * float(exact[0])
+    assert not torch.equal(drawn, exact)
+    other = measure(model, (x, None), labels="sample", loss=loss, seed=1)["2"].output_grad.eigenvalues
+    assert not torch.equal(drawn, other)
+
+
+def test_outputs_of_any_shape_have_one_coordinate_a_number():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 1, 2)).double()
+    x = torch.randn(4, 2, 4, 4).double()
+    found = measure(model, (x, None), labels="model", loss=nn.MSELoss())["2"].output_grad
+    assert found.lambda_max == pytest.approx(1.0, rel=1e-12)  # each of four positions has gradient 1 once
+    flat = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).double()
+    found = measure(flat, (inputs(), None), labels="model", loss=nn.MSELoss())["0"].output_grad
+    assert found.lambda_max == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("labels", ["model", "sample"])
+def test_a_free_function_has_no_distribution_and_the_error_says_what_has(labels):
+    def own(output, target):
+        return output.square().mean()
+
+    message = (
+        rf"labels='{labels}' takes labels from .* needs cross-entropy \(softmax\), NLL .*, MSE \(Gaussian\) or BCE .*; "
+        r"own is a free function. Pass one of these as loss, or use the labels of the data \(labels='data'\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        measure(network(), (inputs(), None), labels=labels, loss=own)
+
+
+def test_outputs_that_do_not_fit_the_distribution_are_explained():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            return self.inner(x), x
+
+    with pytest.raises(ValueError, match=r"needs logits \[n, classes\], got \[5, 2, 3\]"):
+        measure(network(), (inputs(10).reshape(5, 2, 4), None), labels="model")
+    with pytest.raises(ValueError, match=r"needs a model output that is a tensor \[n, ...\], got tuple"):
+        measure(Pair(), (inputs(), None), labels="model", loss=nn.MSELoss())
+
+
+def test_the_ggn_is_the_cross_entropys_alone():
+    weighted = nn.CrossEntropyLoss(weight=torch.ones(3).double())
+    for loss, name in ((nn.MSELoss(), "MSELoss"), (weighted, "CrossEntropyLoss")):
+        with pytest.raises(ValueError, match=rf"'ggn' needs the cross-entropy .* without class weights, got {name}"):
+            curvature(network(), inputs(), None, "ggn", loss=loss)

@@ -1,0 +1,131 @@
+"""Dying and full units, against counts by comparing the outputs themselves."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+
+from condzoo.probe import Probe, measure
+
+UNITS = 5
+
+
+class Preset(nn.Module):
+    """Linear layer whose units are, on standard-normal inputs: always off, always on, mixed, mixed, large."""
+
+    def __init__(self, relu):
+        super().__init__()
+        self.first, self.head, self.relu = nn.Linear(4, UNITS), nn.Linear(UNITS, 3), relu
+        with torch.no_grad():
+            self.first.bias.copy_(torch.tensor([-99.0, 99.0, 0.0, 0.1, 3.0]))
+
+    def forward(self, x):
+        return self.head(self.relu(self.first(x)))
+
+
+def batch(samples=64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((samples, 4), generator=generator), torch.randint(3, (samples,), generator=generator)
+
+
+def preset(relu):
+    torch.manual_seed(0)
+    return Preset(relu)
+
+
+def by_hand(model, flat, linear):
+    h = model.first(batch()[0]).detach()
+    return int(flat(h).all(0).sum()), int(linear(h).all(0).sum())
+
+
+@pytest.mark.parametrize(
+    ("relu", "flat", "linear"),
+    [
+        (nn.ReLU(), lambda h: h <= 0, lambda h: h > 0),
+        (nn.ReLU(inplace=True), lambda h: h <= 0, lambda h: h > 0),
+        (nn.ReLU6(), lambda h: (h <= 0) | (h >= 6), lambda h: (h > 0) & (h < 6)),
+        (nn.Threshold(0.5, 0.0), lambda h: h <= 0.5, lambda h: h > 0.5),
+    ],
+)
+def test_units_of_a_module_are_counted_by_where_it_is_flat_and_linear(relu, flat, linear):
+    model = preset(relu)
+    found = measure(model, batch()).neurons["relu"]
+    assert (found.units, found.rows) == (UNITS, 64)
+    assert (found.dying, found.full) == by_hand(model, flat, linear)
+    assert found.dying == (2 if isinstance(relu, nn.ReLU6) else 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (F.relu, "relu()"),
+        (lambda x: F.relu(x, inplace=True), "relu()"),
+        (torch.relu, "relu()"),
+        (torch.relu_, "relu()"),
+        (lambda x: x.relu(), "relu()"),
+        (lambda x: x.relu_(), "relu()"),
+        (F.relu6, "relu6()"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_functional_ones_are_counted_like_modules(function, name, training):
+    relu = nn.ReLU6() if name == "relu6()" else nn.ReLU()
+    expected = measure(preset(relu), batch()).neurons["relu"]
+    model = preset(function)
+    if training:
+        with Probe(model) as probe:
+            F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+            probe.step()
+        assert probe.latest.neurons == {name: expected}
+    else:
+        assert measure(model, batch()).neurons == {name: expected}
+    assert not _get_current_function_mode_stack()
+
+
+def test_every_call_in_a_forward_has_its_own_units_and_every_batch_adds_to_them():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.narrow, self.head = nn.Linear(4, 7), nn.Linear(7, 5), nn.Linear(5, 3)
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            return self.head(F.relu(self.relu(self.narrow(torch.relu(self.relu(self.wide(x)))))))
+
+    x, y = batch()
+    found = measure(Twice(), [(x[:40], y[:40]), (x[40:], y[40:])]).neurons
+    assert {n: (u.units, u.rows) for n, u in found.items()} == {
+        "relu": (7, 64),
+        "relu()": (7, 64),
+        "relu#1": (5, 64),
+        "relu()#1": (5, 64),
+    }
+
+
+def test_activations_that_are_flat_nowhere_are_not_counted():
+    for activation in (nn.GELU(), nn.SiLU(), nn.LeakyReLU(), nn.ELU(), nn.PReLU()):
+        assert measure(preset(activation), batch()).neurons == {}
+
+
+def test_the_mode_is_left_when_the_forward_raises():
+    class Failing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = preset(F.relu)
+
+        def forward(self, x):
+            self.inner(x)
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        measure(Failing(), batch())
+    assert not _get_current_function_mode_stack()
+
+
+def test_torchvisions_one_relu_for_three_widths():
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.resnet.Bottleneck(8, 2)
+    net = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    found = measure(net, (torch.randn(6, 8, 5, 5), torch.randint(3, (6,)))).neurons
+    assert {n: u.units for n, u in found.items()} == {"0.relu": 2, "0.relu#1": 2, "0.relu#2": 8}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from condzoo.catalog import model_info
-from condzoo.data import BatchPlan, ImageData, load_data, train_batches
+from condzoo.data import IMAGE_FOLDER, BatchPlan, DataSet, load_data
 from condzoo.models import create_model
 from condzoo.probe import Conditioning, measure
 from condzoo.training import load_run, read_data
@@ -53,7 +53,7 @@ def answer(question: Question) -> Conditioning:
     model, images = network_and_data(question)
     model.train(not question.eval_mode)
     plan = BatchPlan(question.batch_size, seed=question.seed)
-    batches = islice(train_batches(images, plan, epoch=0), question.batches)
+    batches = islice(images.train_batches(plan, epoch=0), question.batches)
     return measure(
         model,
         batches,
@@ -65,7 +65,7 @@ def answer(question: Question) -> Conditioning:
     )
 
 
-def network_and_data(question: Question) -> tuple[torch.nn.Module, ImageData]:
+def network_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
     """The network, and the images it takes."""
     if Path(question.target).is_dir():
         run = load_run(question.target)
@@ -73,12 +73,14 @@ def network_and_data(question: Question) -> tuple[torch.nn.Module, ImageData]:
             raise ValueError(f"the run was trained on {run.recipe.data.name}, got --data {question.data}; leave it out")
         return run.load_model(), read_data(run.recipe, question.data_root)
     info = model_info(question.target)
-    name = question.data or info.dataset
-    if name == "imagenet":
-        raise ValueError(f"{info.name} is made for ImageNet, which is not read yet; name a data set with --data")
+    name = question.data or (IMAGE_FOLDER if info.dataset == "imagenet" else info.dataset)
     size = info.input_size[1]
     images = load_data(
-        name, question.data_root, crop=PAPER_CROP if (name, size) == ("mnist", 12) else None, resize=size
+        name,
+        question.data_root,
+        crop=PAPER_CROP if (name, size) == ("mnist", 12) else None,
+        resize=size,
+        image_size=size,
     )
     channels = images.image_shape[0]
     arguments = dict(input_size=images.image_shape) if info.family == "mlp" else dict(in_chans=channels)

@@ -22,14 +22,14 @@ from condzoo.checkpoints.writing import (
     write_checkpoint,
     write_table,
 )
-from condzoo.data import ImageData, data_info
+from condzoo.data import DataSet
 from condzoo.models import released
 from condzoo.models.weight_files import sha256
 from condzoo.probe import Conditioning, plot_records
 from condzoo.probe.serialization import to_record
 from condzoo.training import Recipe, Run, dump_recipe, evaluate_run, load_recipe, load_run, recipe_files
+from condzoo.training.data_sets import centre_share, read_data
 from condzoo.training.networks import build_network
-from condzoo.training.preparation import read_data
 from condzoo.training.run_directory import CONDITIONING as STEPS
 from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json
 
@@ -78,7 +78,7 @@ def release(
     start, end = (measure_conditioning(net, data, run.recipe.data.batch_size) for net in (at_init, model))
     records = {
         RECIPE: dump_recipe(run.recipe),
-        METRICS: collect_metrics(run, paths, tag, sha256(weights), count_correct(model, data), len(data.test)),
+        METRICS: collect_metrics(run, paths, tag, sha256(weights), count_correct(model, data), data.size("test")),
         CONDITIONING: {"at_init": to_record(start), "at_end": to_record(end)},
         PICTURE: picture(run, f"{target.name}, seed {run.recipe.seed}", end),
     }
@@ -172,24 +172,23 @@ def check_evaluation(run: Run, data_root: str | Path | None) -> None:
         )
 
 
-def initial_network(recipe: Recipe, data: ImageData) -> nn.Module:
+def initial_network(recipe: Recipe, data: DataSet) -> nn.Module:
     """The network before the first step, as `train` builds it; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return build_network(recipe.model, data.image_shape, data.num_classes)
 
 
-def input_fields(recipe: Recipe, data: ImageData) -> dict[str, Any]:
+def input_fields(recipe: Recipe, data: DataSet) -> dict[str, Any]:
     """What timm is to know of the input: size, constants of images in [0, 1], the share that a crop keeps."""
     info = model_info(recipe.model.name)
     if info.family == "mlp" and data.image_shape != info.input_size:
         raise ValueError(f"{info.name} takes {info.input_size} by its name, the recipe's data is {data.image_shape}")
-    section = recipe.data
     return {
         "input_size": list(data.image_shape),
         "mean": [value / 255 for value in data.mean],
         "std": [value / 255 for value in data.std],
-        "crop_pct": section.crop / data_info(section.name).size if section.crop else 1.0,
+        "crop_pct": centre_share(recipe.data),
     }
 
 

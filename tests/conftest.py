@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # One thread a worker (pytest -n auto runs one a core): threads of several processes that share cores wait for each
 # other far longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # Real images for development lie beside the repository, when they are there at all.
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -34,3 +37,22 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, folder in (("cifar10", root), ("mnist", root), ("imagenette10", root / "imagenette10")):
         subprocess.run([sys.executable, str(SHARED_DATA / "unpack.py"), name, str(folder)], check=True)
     return root
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Callable[..., Path]:
+    """folders(): class folders of small made-up images, a colour a class; JPEGs but for one PNG a class."""
+
+    def make(train: int = 4, test: int = 2, size: int = 24) -> Path:
+        rng = np.random.default_rng(0)
+        for split, count in (("train", train), ("val", test)):
+            for label, name in enumerate(("ant", "bee", "cat")):
+                folder = tmp_path / "images" / split / name
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    pixels = rng.integers(0, 120, (size, size + 2 * number, 3), dtype=np.uint8)
+                    pixels[..., label] += 120
+                    Image.fromarray(pixels).save(folder / f"{number}.{'png' if number == 0 else 'jpg'}")
+        return tmp_path / "images"
+
+    return make

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condzoo.data import BatchPlan, ImageData, load_data, ordered_batches, train_batches
+from condzoo.data import BatchPlan, DataSet, load_data
 from condzoo.probe import Conditioning, measure
 
 EXPECTED_IMAGES = 2
+IMAGE_FIELDS = ("crop", "resize", "image_size", "eval_resize", "interpolation", "num_classes")
 EVALUATION_BATCH = 1000
 MEASURED_IMAGES = 1024  # at least: as many batches of the recipe's size as that takes
 
@@ -32,25 +33,25 @@ def logits_of(model: nn.Module, shape: tuple[int, int, int, int]) -> Tensor:  # 
     return model.eval()(fixed_input(shape))
 
 
-def read_images(recipe: dict[str, Any], data_root: str | Path | None) -> ImageData:
+def read_images(recipe: dict[str, Any], data_root: str | Path | None) -> DataSet:
     """The data set of a recipe, as its network saw it."""
     section = recipe["data"]
-    return load_data(section["name"], data_root, crop=section.get("crop"), resize=section.get("resize"))
+    return load_data(section["name"], data_root, **{field: section.get(field) for field in IMAGE_FIELDS})
 
 
 @torch.no_grad()
-def count_correct(model: nn.Module, data: ImageData) -> int:
+def count_correct(model: nn.Module, data: DataSet) -> int:
     """Test images classified rightly, in eval mode, over every image."""
     model.eval()
     return sum(
-        int((model(x).argmax(1) == y).sum()) for x, y in ordered_batches(data.test, data, BatchPlan(EVALUATION_BATCH))
+        int((model(x).argmax(1) == y).sum()) for x, y in data.ordered_batches("test", BatchPlan(EVALUATION_BATCH))
     )
 
 
-def measure_conditioning(model: nn.Module, data: ImageData, batch_size: int) -> Conditioning:
+def measure_conditioning(model: nn.Module, data: DataSet, batch_size: int) -> Conditioning:
     """The probe in train mode (batch statistics) on the first training batches in seeded order, not augmented."""
-    plan = BatchPlan(min(batch_size, len(data.train)), seed=0)
-    batches = islice(train_batches(data, plan, epoch=0), -(-MEASURED_IMAGES // plan.batch_size))
+    plan = BatchPlan(min(batch_size, data.size("train")), seed=0)
+    batches = islice(data.train_batches(plan, epoch=0), -(-MEASURED_IMAGES // plan.batch_size))
     return measure(copy.deepcopy(model).train(), batches, seed=0)
 
 

@@ -28,7 +28,7 @@ from condzoo.checkpoints.remeasuring import (
     measure_conditioning,
     read_images,
 )
-from condzoo.data import ImageData
+from condzoo.data import DataSet
 from condzoo.models.released import Release, fetch, find_folder, read_index
 from condzoo.models.weight_files import sha256
 from condzoo.probe.serialization import from_record
@@ -163,18 +163,16 @@ def check_on_data(folder: CheckpointFolder, model: nn.Module, data_root: str | P
     yield attempt("conditioning", check_conditioning, folder, model, data, recipe["data"]["batch_size"])
 
 
-def check_accuracy(folder: CheckpointFolder, model: nn.Module, data: ImageData) -> tuple[bool, str]:
+def check_accuracy(folder: CheckpointFolder, model: nn.Module, data: DataSet) -> tuple[bool, str]:
     """The number of test images classified rightly."""
     metrics = read_record(folder, METRICS, Metrics)
-    correct, images = count_correct(model, data), len(data.test)
+    correct, images = count_correct(model, data), data.size("test")
     same = (correct, images) == (metrics.test_correct, metrics.test_images)
     recorded = "as recorded" if same else f"recorded {metrics.test_correct:,} of {metrics.test_images:,}"
     return same, f"{correct:,} of {images:,} test images right, {recorded}"
 
 
-def check_conditioning(
-    folder: CheckpointFolder, model: nn.Module, data: ImageData, batch_size: int
-) -> tuple[bool, str]:
+def check_conditioning(folder: CheckpointFolder, model: nn.Module, data: DataSet, batch_size: int) -> tuple[bool, str]:
     """lambda_max of every layer's input and output gradient."""
     try:
         recorded = from_record(json.loads(folder.text(CONDITIONING))["at_end"])

@@ -1,24 +1,32 @@
-"""Image data sets held in memory, augmented and batched on the device they are on."""
+"""Image data sets: in memory on the device they are trained on, or on disk and decoded by workers."""
 
-from condzoo.data.arrays import ImageData, LabelledImages, crop_and_resize
+from condzoo.data.arrays import LabelledImages, crop_and_resize
 from condzoo.data.augment import AUGMENTATIONS
-from condzoo.data.batches import BatchPlan, batches_per_epoch, epoch_order, ordered_batches, train_batches
+from condzoo.data.batches import Batch, BatchPlan, DataSet, Split, batches_per_epoch, epoch_order
 from condzoo.data.counter_random import derived_seed
-from condzoo.data.sources import DATASETS, DataInfo, data_info, load_data
+from condzoo.data.image_folder import check_images
+from condzoo.data.memory import ImageData
+from condzoo.data.sources import DATASETS, IMAGE_FOLDER, DataInfo, data_info, folder_view, load_data
+from condzoo.data.stored import StoredData
 
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
+    "IMAGE_FOLDER",
+    "Batch",
     "BatchPlan",
     "DataInfo",
+    "DataSet",
     "ImageData",
     "LabelledImages",
+    "Split",
+    "StoredData",
     "batches_per_epoch",
+    "check_images",
     "crop_and_resize",
     "data_info",
     "derived_seed",
     "epoch_order",
+    "folder_view",
     "load_data",
-    "ordered_batches",
-    "train_batches",
 ]

@@ -3,7 +3,7 @@
 Shapes: n images, c channels, h x w pixels.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -24,31 +24,6 @@ class LabelledImages:
     def to(self, device: torch.device | str) -> "LabelledImages":
         """The same images on a device; no copy where they are there already."""
         return LabelledImages(self.images.to(device), self.labels.to(device))
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """A data set ready for training: both splits, and what a network must know about them.
-
-    `mean` and `std` are per channel, in units of a byte (0 to 255), of the training images.
-    """
-
-    name: str
-    num_classes: int
-    train: LabelledImages
-    test: LabelledImages
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one image."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
-
-    def to(self, device: torch.device | str) -> "ImageData":
-        """The same data with the images of both splits on a device."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
 def crop_and_resize(

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, from images held in memory: no workers, no state.
+"""How batches are made of a data set, and what training needs of one.
 
 What batch k of epoch e holds is a function of (seed, e, k), so a run goes on from any batch.
 Shapes: n images of a batch, c channels, h x w pixels.
@@ -6,16 +6,16 @@ Shapes: n images of a batch, c channels, h x w pixels.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int64, Shaped
 from torch import Tensor
 
-from condzoo.data.arrays import ImageData, LabelledImages
-from condzoo.data.augment import apply_moves, draw_moves
 from condzoo.data.counter_random import derived_seed
 
 Batch = tuple[Tensor, Tensor]
+Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,54 @@ class BatchPlan:
     parts: int = 1
 
 
+@runtime_checkable
+class DataSet(Protocol):
+    """What training needs of a data set, wherever its images are.
+
+    `mean` and `std` are per channel, in units of a byte (0 to 255).
+    """
+
+    @property
+    def name(self) -> str:
+        """As recipes call it."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes, numbered from 0."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Subtracted from the bytes."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Divided by."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image, as the network sees it."""
+
+    def size(self, split: Split) -> int:
+        """Number of images of a split."""
+
+    def train_batches(self, plan: BatchPlan, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Shuffled, augmented, normalized batches of one epoch, from its batch `start` on.
+
+        Yields:
+            (images, labels): [n, c, h, w] float32 and [n] int64, this process's part of each global batch.
+        """
+
+    def ordered_batches(self, split: Split, plan: BatchPlan) -> Iterator[Batch]:
+        """Every image of a split once, in order, not augmented: for evaluation and full-batch gradients.
+
+        Yields:
+            (images, labels): [n, c, h, w] float32 and [n] int64, this process's part of each batch.
+        """
+
+    def to(self, device: torch.device | str) -> "DataSet":
+        """The same data set, giving its batches on a device."""
+
+
 def batches_per_epoch(examples: int, batch_size: int, drop_last: bool = True) -> int:
     """Number of batches an epoch.
 
@@ -61,44 +109,20 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Int64[Tensor, "examples
     return torch.randperm(examples, generator=generator)
 
 
-def train_batches(data: ImageData, plan: BatchPlan, epoch: int, start: int = 0) -> Iterator[Batch]:
-    """Shuffled, augmented, normalized batches of one epoch, from its batch `start` on.
-
-    Yields:
-        (images, labels): [n, c, h, w] float32 and [n], this process's part of each global batch.
-    """
-    count = batches_per_epoch(len(data.train), plan.batch_size, plan.drop_last)
-    normalize = normalizer(data, plan.channels_last)
-    order = epoch_order(len(data.train), plan.seed, epoch).to(data.train.labels.device)
-    for batch in range(start, count):
-        index = order[batch * plan.batch_size : (batch + 1) * plan.batch_size]
-        moves = draw_moves(plan.augment, index, seed=plan.seed, epoch=epoch, batch=batch)
-        mine = slice(plan.part, None, plan.parts)
-        images = data.train.images[index[mine]]
-        if moves is not None:
-            images = apply_moves(images, moves[mine])
-        yield normalize(images), data.train.labels[index[mine]]
+def ordered_parts(examples: int, plan: BatchPlan) -> Iterator[slice]:
+    """This process's part of each batch of images taken in order."""
+    for start in range(0, examples, plan.batch_size):
+        yield slice(start + plan.part, min(start + plan.batch_size, examples), plan.parts)
 
 
-def ordered_batches(split: LabelledImages, data: ImageData, plan: BatchPlan) -> Iterator[Batch]:
-    """Every image of a split once, in order, not augmented: for evaluation and full-batch gradients.
-
-    Yields:
-        (images, labels): [n, c, h, w] float32 and [n], this process's part of each batch.
-    """
-    normalize = normalizer(data, plan.channels_last)
-    for start in range(0, len(split), plan.batch_size):
-        mine = slice(start + plan.part, min(start + plan.batch_size, len(split)), plan.parts)
-        yield normalize(split.images[mine]), split.labels[mine]
-
-
-def normalizer(data: ImageData, channels_last: bool = False) -> Callable[[Tensor], Tensor]:
-    """The function (images - mean) / std by channel: uint8 [n, c, h, w] -> float32 [n, c, h, w]."""
-    device = data.train.images.device
-    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (data.mean, data.std))
+def normalizer(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, channels_last: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """The function (images - mean) / std by channel: bytes [n, c, h, w] -> float32 [n, c, h, w]."""
+    shift, scale = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-    def normalize(images: UInt8[Tensor, "n c h w"]) -> Float32[Tensor, "n c h w"]:
-        return images.to(torch.float32, memory_format=memory_format).sub_(mean).div_(std)
+    def normalize(images: Shaped[Tensor, "n c h w"]) -> Float32[Tensor, "n c h w"]:
+        return images.to(torch.float32, memory_format=memory_format, copy=True).sub_(shift).div_(scale)
 
     return normalize

@@ -1,6 +1,7 @@
 """The data sets by name, and where their files are looked for.
 
-A data root is a folder in torchvision's own layout (`cifar-10-batches-py/`, `MNIST/raw/`, ...).
+A data root is a folder in torchvision's own layout (`cifar-10-batches-py/`, `MNIST/raw/`, ...), or for `imagefolder`
+the one that holds train/ and val/.
 """
 
 import difflib
@@ -8,11 +9,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from condzoo.data.arrays import ImageData, LabelledImages, channel_moments, crop_and_resize
+from condzoo.data.arrays import LabelledImages, channel_moments, crop_and_resize
+from condzoo.data.batches import DataSet
 from condzoo.data.digits import load_digits
+from condzoo.data.image_folder import load_image_folder
+from condzoo.data.memory import ImageData
 from condzoo.data.torchvision_sets import load_torchvision
+from condzoo.data.views import View
 
 DATA_ROOT_VARIABLE = "CONDZOO_DATA"
+IMAGE_FOLDER = "imagefolder"
+DEFAULT_SIZE, USUAL_SHARE = 224, 0.875  # ImageNet's: 224 pixels of 256
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class DataInfo:
     std: tuple[float, ...] | None = None
 
 
-# CIFAR's constants: the authors' code, from fb.resnet.torch.
+# What fits into memory. CIFAR's constants: the authors' code, from fb.resnet.torch.
 DATASETS = {
     "digits": DataInfo(channels=1, size=8),
     "mnist": DataInfo(channels=1, size=28),
@@ -41,15 +48,16 @@ DATASETS = {
 
 
 def data_info(name: str) -> DataInfo:
-    """The entry of a data set.
+    """The entry of a data set that fits into memory.
 
     Raises:
         ValueError: an unknown name; the closest is given.
     """
     if name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, n=1)
+        known = [*DATASETS, IMAGE_FOLDER]
+        close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown data set {name!r}; {hint}one of: {', '.join(DATASETS)}")
+        raise ValueError(f"unknown data set {name!r}; {hint}one of: {', '.join(known)}")
     return DATASETS[name]
 
 
@@ -74,21 +82,61 @@ def load_data(
     crop: int | None = None,
     resize: int | None = None,
     download: bool = False,
-) -> ImageData:
-    """Read a data set into memory.
+    image_size: int | None = None,
+    eval_resize: int | None = None,
+    interpolation: str | None = None,
+    workers: int | None = None,
+    num_classes: int | None = None,
+) -> DataSet:
+    """A data set, ready for training: in memory, or for `imagefolder` on disk.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`, or `imagefolder`.
         root: the data root; None looks in CONDZOO_DATA, then in the user's cache.
-        crop, resize: see `crop_and_resize`; the paper's 12x12 MNIST is crop=20, resize=12.
+        crop, resize: in memory, see `crop_and_resize`; the paper's 12x12 MNIST is crop=20, resize=12.
         download: let torchvision fetch what is missing into the first data root.
+        image_size, eval_resize, interpolation: imagefolder's `condzoo.data.views.View`; see `folder_view`.
+        workers, num_classes: see `load_image_folder`.
 
     Raises:
         ValueError: an unknown name, a wrong size, or damaged files (with their path).
         FileNotFoundError: not found; says where it looked and how to get it.
     """
+    if name == IMAGE_FOLDER:
+        view = folder_view(image_size, eval_resize, interpolation)
+        return load_image_folder(folder_root(data_roots(root)), view, workers, num_classes)
+    return load_into_memory(name, root, crop=crop, resize=resize, download=download)
+
+
+def load_into_memory(
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    crop: int | None = None,
+    resize: int | None = None,
+    download: bool = False,
+) -> ImageData:
+    """One of `DATASETS`; see `load_data`."""
     info = data_info(name)
     train, test = load_digits() if name == "digits" else load_torchvision(name, data_roots(root), download)
     train, test = (LabelledImages(crop_and_resize(split.images, crop, resize), split.labels) for split in (train, test))
     mean, std = (info.mean, info.std) if info.mean and info.std else channel_moments(train.images)
     return ImageData(name, info.num_classes, train, test, mean, std)
+
+
+def folder_view(size: int | None = None, resize: int | None = None, interpolation: str | None = None) -> View:
+    """The view of an imagefolder: 224 pixels, of a shorter side of size / 0.875, bilinear, where nothing is said."""
+    size = size or DEFAULT_SIZE
+    return View(size, resize or round(size / USUAL_SHARE), interpolation or "bilinear")
+
+
+def folder_root(roots: dict[str, Path]) -> Path:
+    """The first root that holds train/ or val/; what else it lacks is told when it is read."""
+    for root in roots.values():
+        if (root / "train").is_dir() or (root / "val").is_dir():
+            return root
+    looked = ",".join(f" {root} (from {source})" for source, root in roots.items())
+    raise FileNotFoundError(
+        f"no class folders were found: an imagefolder's root holds train/ and val/, each with a folder of images "
+        f"for every class; looked for them in{looked}; name the root by --data-root DIR or data.root"
+    )

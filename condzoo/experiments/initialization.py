@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condzoo.data import BatchPlan, load_data, train_batches
+from condzoo.data import BatchPlan, load_data
 from condzoo.experiments.schema import InitializationSettings
 from condzoo.experiments.training import rounded
 from condzoo.models import create_model
@@ -48,7 +48,7 @@ def first_batch(settings: InitializationSettings, seed: int, data_root: str | Pa
     """`settings.examples` training images, drawn with the seed: x [N, C, H, W], y [N]."""
     fields = dict(settings.data)
     data = load_data(fields.pop("name"), data_root, **fields)
-    return next(iter(train_batches(data, BatchPlan(settings.examples, seed=seed), epoch=0)))
+    return next(iter(data.train_batches(BatchPlan(settings.examples, seed=seed), epoch=0)))
 
 
 def summarized(spectrum: Spectrum, p: list[float]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Recipes, and the loop that trains them: resumable, seeded, probed."""
 
+from condzoo.training.data_sets import read_data
 from condzoo.training.evaluation import Evaluation, evaluate
 from condzoo.training.events import EpochDone, Event, Finished, Notice, Started, StepDone
 from condzoo.training.loop import train
-from condzoo.training.preparation import read_data
 from condzoo.training.recipe import dump_recipe, load_recipe
 from condzoo.training.recipe_errors import RecipeError
 from condzoo.training.recipe_files import recipe_files

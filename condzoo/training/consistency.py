@@ -6,23 +6,23 @@ from typing import Any
 
 import torch
 
-from condzoo.data import DataInfo, data_info
+from condzoo.data import IMAGE_FOLDER, data_info, folder_view
+from condzoo.training.data_sets import class_count, image_shape
 from condzoo.training.networks import build_network, freeze
-from condzoo.training.schema import FullBatch, ModelSection, Recipe, Sgd, Step
+from condzoo.training.schema import DataSection, FullBatch, ModelSection, Recipe, Sgd, Step
 
 FOLLOWS_DATA = ("num_classes", "in_chans", "input_size")
 OWN_FIELDS = ("init", "last_bn_init", "drop_rate")
+ONLY_IN_MEMORY = ("crop", "resize", "download")
+ONLY_ON_DISK = ("image_size", "eval_resize", "interpolation", "workers", "num_classes")
+SOME_CLASSES = 10  # to try a network out where only the folders say how many there are
 
 
 def problems(recipe: Recipe) -> list[str]:
     """One line for each thing in the recipe that cannot work; empty where it can."""
     found = [*_lengths(recipe), *_optimizer(recipe), *_arguments(recipe.model)]
-    try:
-        info = data_info(recipe.data.name)
-    except ValueError as error:
-        return [*found, f"data.name: {error}"]
-    found += _images(recipe, info)
-    return found or list(_network(recipe, info))
+    found += _images(recipe.data)
+    return found or list(_network(recipe))
 
 
 def _lengths(recipe: Recipe) -> Iterator[str]:
@@ -63,15 +63,28 @@ def _holds_none(value: Any) -> bool:
     return value is None or any(_holds_none(entry) for entry in entries)
 
 
-def _images(recipe: Recipe, info: DataInfo) -> Iterator[str]:
-    if recipe.data.crop is not None and recipe.data.crop > info.size:
-        yield f"data.crop: got {recipe.data.crop}, must be at most {info.size}, the size of {recipe.data.name}"
+def _images(data: DataSection) -> Iterator[str]:
+    stored = data.name == IMAGE_FOLDER
+    try:
+        largest = None if stored else data_info(data.name).size
+    except ValueError as error:
+        yield f"data.name: {error}"
+        return
+    own, others = (ONLY_ON_DISK, ONLY_IN_MEMORY) if stored else (ONLY_IN_MEMORY, ONLY_ON_DISK)
+    for field in others:
+        if getattr(data, field) not in (None, False):
+            yield f"data.{field}: is not for data.name = {data.name!r}, which has: {', '.join(own)}"
+    view = folder_view(data.image_size, data.eval_resize)
+    if stored and view.resize < view.size:
+        yield f"data.eval_resize: got {view.resize}, must be at least data.image_size ({view.size})"
+    if largest is not None and data.crop is not None and data.crop > largest:
+        yield f"data.crop: got {data.crop}, must be at most {largest}, the size of {data.name}"
 
 
-def _network(recipe: Recipe, info: DataInfo) -> Iterator[str]:
-    size = recipe.data.resize or recipe.data.crop or info.size
+def _network(recipe: Recipe) -> Iterator[str]:
     key = recipe.model.model_dump_json()
-    fault, path = _build_fault(key, tuple(recipe.freeze), (info.channels, size, size), info.num_classes)
+    classes = class_count(recipe.data) or SOME_CLASSES
+    fault, path = _build_fault(key, tuple(recipe.freeze), image_shape(recipe.data), classes)
     if fault:
         yield f"{path}: {fault}"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from condzoo.data import BatchPlan, ImageData, ordered_batches
+from condzoo.data import BatchPlan, DataSet, Split
 from condzoo.training.precision import Numerics
 
 EVALUATION_BATCH = {"cpu": 125, "cuda": 1000}  # images; larger ones fall out of a CPU's caches
@@ -31,7 +31,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: ImageData, numerics: Numerics, split: str = "test") -> Evaluation:
+def evaluate(model: nn.Module, data: DataSet, numerics: Numerics, split: Split = "test") -> Evaluation:
     """Evaluate in eval mode, in the data set's order, every image once; the model's mode is restored.
 
     Args:
@@ -40,18 +40,18 @@ def evaluate(model: nn.Module, data: ImageData, numerics: Numerics, split: str =
         numerics: autocast and memory format of the forward pass.
         split: "test" or "train".
     """
-    images = data.test if split == "test" else data.train
     plan = BatchPlan(EVALUATION_BATCH.get(numerics.device.type, 1000), channels_last=numerics.channels_last)
     correct = torch.zeros((), dtype=torch.int64, device=numerics.device)
     loss = torch.zeros((), dtype=torch.float64, device=numerics.device)
     was_training = model.training
     model.eval()
     try:
-        for x, y in ordered_batches(images, data, plan):
+        for x, y in data.ordered_batches(split, plan):
             with numerics.autocast():
                 logits = model(x)
             loss += nn.functional.cross_entropy(logits.float(), y, reduction="sum").double()
             correct += (logits.argmax(1) == y).sum()
     finally:
         model.train(was_training)
-    return Evaluation(int(correct), len(images), float(loss) / len(images))
+    total = data.size(split)
+    return Evaluation(int(correct), total, float(loss) / total)

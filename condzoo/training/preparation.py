@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from condzoo.data import BatchPlan, ImageData, batches_per_epoch, load_data, ordered_batches, train_batches
-from condzoo.data.batches import Batch
+from condzoo.data import Batch, BatchPlan, DataSet, batches_per_epoch
+from condzoo.training.data_sets import read_data
 from condzoo.training.networks import build_network, freeze
 from condzoo.training.optimizers import build_optimizer
 from condzoo.training.precision import Numerics, resolve_numerics
@@ -21,7 +21,7 @@ class Training:
     """The parts of a run. `forward` is the network as trained, compiled where the recipe says so."""
 
     recipe: Recipe
-    data: ImageData
+    data: DataSet
     plan: BatchPlan
     numerics: Numerics
     model: nn.Module
@@ -68,7 +68,7 @@ def prepare(recipe: Recipe, device: torch.device, data_root: str | Path | None =
         numerics.channels_last,
     )
     full_batch = isinstance(recipe.optim, FullBatch)
-    steps = 1 if full_batch else batches_per_epoch(len(data.train), plan.batch_size, plan.drop_last)
+    steps = 1 if full_batch else batches_per_epoch(data.size("train"), plan.batch_size, plan.drop_last)
     average = None
     if recipe.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
@@ -84,18 +84,6 @@ def prepare(recipe: Recipe, device: torch.device, data_root: str | Path | None =
         scaler=torch.amp.GradScaler(device.type, enabled=numerics.precision == "fp16"),
         steps_per_epoch=steps,
         total_steps=recipe.iterations or (recipe.epochs or 0) * steps,
-    )
-
-
-def read_data(recipe: Recipe, data_root: str | Path | None = None) -> ImageData:
-    """The recipe's data set, cropped and resized, on the CPU."""
-    section = recipe.data
-    return load_data(
-        section.name,
-        data_root or section.root,
-        crop=section.crop,
-        resize=section.resize,
-        download=section.download,
     )
 
 
@@ -121,10 +109,10 @@ def training_steps(training: Training, start: int, stop: int) -> Iterator[StepBa
     while step < stop:
         epoch, first = divmod(step, training.steps_per_epoch)
         if training.full_batch:
-            yield StepBatch(step, len(data.train), ordered_batches(data.train, data, training.plan))
+            yield StepBatch(step, data.size("train"), data.ordered_batches("train", training.plan))
             step += 1
             continue
-        for x, y in train_batches(data, training.plan, epoch, first):
+        for x, y in data.train_batches(training.plan, epoch, first):
             yield StepBatch(step, len(y), zip(x.chunk(parts), y.chunk(parts), strict=True))
             step += 1
             if step == stop:

@@ -83,6 +83,7 @@ def write_results(
         **status,
         "model": training.recipe.model.name,
         "data": training.recipe.data.name,
+        "num_classes": training.data.num_classes,
         "seed": training.recipe.seed,
         "parameters": sum(p.numel() for p in training.model.parameters()),
         "steps": progress.step,

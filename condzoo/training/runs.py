@@ -8,11 +8,12 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
-from condzoo.data import data_info
+from condzoo.data import Split
+from condzoo.training.data_sets import class_count, image_shape, read_data
 from condzoo.training.evaluation import Evaluation, evaluate
 from condzoo.training.networks import build_network
 from condzoo.training.precision import resolve_device, resolve_numerics
-from condzoo.training.preparation import place, read_data
+from condzoo.training.preparation import place
 from condzoo.training.recipe import dump_recipe, load_recipe
 from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, read_json
 from condzoo.training.schema import Recipe
@@ -50,9 +51,8 @@ class Run:
     def load_model(self) -> nn.Module:
         """The trained network, on the CPU, in eval mode."""
         section = self.recipe.data
-        info = data_info(section.name)
-        size = section.resize or section.crop or info.size
-        model = build_network(self.recipe.model, (info.channels, size, size), info.num_classes)
+        classes = class_count(section) or self.summary["num_classes"]
+        model = build_network(self.recipe.model, image_shape(section), classes)
         model.load_state_dict(load_file(self.path / MODEL))
         return model.eval()
 
@@ -71,7 +71,7 @@ def load_run(path: str | Path) -> Run:
 
 
 def evaluate_run(
-    path: str | Path, data_root: str | Path | None = None, device: str | None = None, split: str = "test"
+    path: str | Path, data_root: str | Path | None = None, device: str | None = None, split: Split = "test"
 ) -> Evaluation:
     """Measure a finished run's accuracy again, in the arithmetic it was trained in.
 

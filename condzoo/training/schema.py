@@ -40,13 +40,31 @@ class ModelSection(Section):
 class DataSection(Section):
     """The images, how they are prepared, and how batches are made of them."""
 
-    name: str = Field(description="digits, mnist, fashion_mnist, cifar10 or cifar100")
+    name: str = Field(description="digits, mnist, fashion_mnist, cifar10, cifar100 or imagefolder")
     batch_size: int = Field(gt=0, description="images in a batch, over all processes")
-    augment: Literal["none", "paper", "standard"] = Field("none", description="see condzoo.data.augment")
+    augment: Literal["none", "paper", "standard"] = Field(
+        "none", description="see condzoo.data.augment, and condzoo.data.views for imagefolder"
+    )
     drop_last: bool = Field(True, description="leave the last, incomplete training batch of an epoch out")
-    crop: int | None = Field(None, gt=0, description="centre crop to this many pixels a side")
-    resize: int | None = Field(None, gt=0, description="then resize to this many pixels a side, antialiased")
-    root: str | None = Field(None, description="the data root; default: CONDZOO_DATA, then the user's cache")
+    crop: int | None = Field(None, gt=0, description="in memory: centre crop to this many pixels a side")
+    resize: int | None = Field(None, gt=0, description="in memory: then resize to this many a side, antialiased")
+    image_size: int | None = Field(None, gt=0, description="imagefolder: pixels a side of a view; default: 224")
+    eval_resize: int | None = Field(
+        None, gt=0, description="imagefolder: shorter side before evaluation's centre crop; default: image_size / 0.875"
+    )
+    interpolation: Literal["bilinear", "bicubic"] | None = Field(None, description="imagefolder: default bilinear")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="imagefolder: processes that decode; default: a core each, at most 8; no result depends on it",
+    )
+    num_classes: int | None = Field(
+        None, gt=0, description="imagefolder: how many class folders there must be; default: as many as there are"
+    )
+    root: str | None = Field(
+        None,
+        description="the data root (of train/ and val/, for imagefolder); default: CONDZOO_DATA, then the user's cache",
+    )
     download: bool = Field(False, description="let torchvision fetch a missing set")
 
 

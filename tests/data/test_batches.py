@@ -12,8 +12,6 @@ from condzoo.data import (
     LabelledImages,
     batches_per_epoch,
     epoch_order,
-    ordered_batches,
-    train_batches,
 )
 
 
@@ -28,7 +26,7 @@ PLAN = BatchPlan(batch_size=8, seed=3)
 
 
 def labels(plan: BatchPlan, epoch: int, start: int = 0) -> list[list[int]]:
-    return [y.tolist() for _, y in train_batches(DATA, plan, epoch, start)]
+    return [y.tolist() for _, y in DATA.train_batches(plan, epoch, start)]
 
 
 def test_an_epoch_holds_every_image_at_most_once_and_drops_the_rest() -> None:
@@ -51,8 +49,8 @@ def test_order_is_seeded_by_epoch_and_seed() -> None:
 @pytest.mark.parametrize("start", [0, 1, 5])
 def test_an_epoch_goes_on_from_any_batch(augment: str, start: int) -> None:
     plan = replace(PLAN, augment=augment)
-    whole = list(train_batches(DATA, plan, 2))
-    rest = list(train_batches(DATA, plan, 2, start))
+    whole = list(DATA.train_batches(plan, 2))
+    rest = list(DATA.train_batches(plan, 2, start))
     assert len(rest) == 6 - start
     for (x, y), (x_rest, y_rest) in zip(whole[start:], rest, strict=True):
         assert torch.equal(x, x_rest)
@@ -63,8 +61,8 @@ def test_an_epoch_goes_on_from_any_batch(augment: str, start: int) -> None:
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
 def test_parts_split_each_global_batch_without_overlap_or_omission(augment: str, parts: int) -> None:
     plan = replace(PLAN, augment=augment, drop_last=False)
-    split = [list(train_batches(DATA, replace(plan, part=k, parts=parts), 1)) for k in range(parts)]
-    for number, (x, y) in enumerate(train_batches(DATA, plan, 1)):
+    split = [list(DATA.train_batches(replace(plan, part=k, parts=parts), 1)) for k in range(parts)]
+    for number, (x, y) in enumerate(DATA.train_batches(plan, 1)):
         for k in range(parts):
             x_part, y_part = split[k][number]
             assert torch.equal(y_part, y[k::parts])
@@ -74,8 +72,7 @@ def test_parts_split_each_global_batch_without_overlap_or_omission(augment: str,
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_ordered_batches_hold_every_image_once(parts: int) -> None:
     seen = [
-        [y.tolist() for _, y in ordered_batches(DATA.test, DATA, BatchPlan(8, part=k, parts=parts))]
-        for k in range(parts)
+        [y.tolist() for _, y in DATA.ordered_batches("test", BatchPlan(8, part=k, parts=parts))] for k in range(parts)
     ]
     assert sorted(chain(*chain(*seen))) == list(range(23))
     if parts == 1:
@@ -83,7 +80,7 @@ def test_ordered_batches_hold_every_image_once(parts: int) -> None:
 
 
 def test_pixels_are_normalized_by_channel() -> None:
-    for x, y in train_batches(DATA, PLAN, 0):
+    for x, y in DATA.train_batches(PLAN, 0):
         expected = torch.stack([y, (y - 1) / 2], 1).float()
         assert torch.equal(x, expected[:, :, None, None].expand_as(x))
         assert x.dtype == torch.float32
@@ -91,7 +88,7 @@ def test_pixels_are_normalized_by_channel() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_memory_format(channels_last: bool) -> None:
-    x, _ = next(iter(train_batches(DATA, replace(PLAN, channels_last=channels_last), 0)))
+    x, _ = next(iter(DATA.train_batches(replace(PLAN, channels_last=channels_last), 0)))
     assert x.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert x.is_contiguous() != channels_last
 
@@ -99,5 +96,5 @@ def test_memory_format(channels_last: bool) -> None:
 def test_a_batch_larger_than_the_set_is_an_error() -> None:
     message = r"batch_size 51 is larger than the 50 training images and drop_last leaves no batch; use at most 50"
     with pytest.raises(ValueError, match=message):
-        next(train_batches(DATA, replace(PLAN, batch_size=51), 0))
+        next(DATA.train_batches(replace(PLAN, batch_size=51), 0))
     assert batches_per_epoch(50, 51, drop_last=False) == 1

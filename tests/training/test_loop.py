@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from condzoo.data import BatchPlan, load_data, train_batches
+from condzoo.data import BatchPlan, load_data
 from condzoo.models import create_model
 from condzoo.training import (
     EpochDone,
@@ -51,7 +51,7 @@ def plain_loop(recipe: Recipe, steps: int) -> nn.Module:
     plan = BatchPlan(128, recipe.data.augment, recipe.seed)
     taken = 0
     for epoch in range(10):
-        for x, y in train_batches(data, plan, epoch):
+        for x, y in data.train_batches(plan, epoch):
             if taken == steps:
                 return model
             optimizer.zero_grad()

@@ -1,0 +1,156 @@
+"""Data sets too large for memory: images are decoded by workers as they are needed.
+
+What a worker does to an image is a function of (seed, epoch, the image's number), so neither the number of
+workers nor the number of processes changes a batch.
+Shapes: n images of a batch, s pixels a side.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from condzoo.data.batches import Batch, BatchPlan, Split, batches_per_epoch, epoch_order, normalizer, ordered_parts
+from condzoo.data.image_files import ImageError
+from condzoo.data.views import View, centre_view, random_view, seeded
+
+MOST_WORKERS = 8
+CPU = torch.device("cpu")
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """The images of a split, read one by one; it must pickle, for the workers."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image as RGB, and its class."""
+
+
+@dataclass(frozen=True)
+class StoredData:
+    """A data set that is read while it is trained on; see `condzoo.data.DataSet`.
+
+    Attributes:
+        view: what the network sees of an image.
+        workers: processes that decode, for each process that trains; None: a core each, at most 8.
+        device: where batches are put.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: ImageSource
+    test: ImageSource
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    view: View
+    workers: int | None = None
+    device: torch.device = field(default=CPU)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes, numbered in the order of their names."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a view."""
+        return 3, self.view.size, self.view.size
+
+    def to(self, device: torch.device | str) -> "StoredData":
+        """The same data set, giving its batches on a device."""
+        return replace(self, device=torch.device(device))
+
+    def size(self, split: Split) -> int:
+        """Number of images of a split."""
+        return len(self._split(split))
+
+    def train_batches(self, plan: BatchPlan, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Shuffled, augmented, normalized batches of one epoch, from its batch `start` on; see `DataSet`."""
+        count = batches_per_epoch(len(self.train), plan.batch_size, plan.drop_last)
+        order = epoch_order(len(self.train), plan.seed, epoch)
+        batches = [
+            order[batch * plan.batch_size : (batch + 1) * plan.batch_size][plan.part :: plan.parts].tolist()
+            for batch in range(start, count)
+        ]
+        return self._loaded(Views(self.train, self.view, plan.augment, plan.seed, epoch), batches, plan)
+
+    def ordered_batches(self, split: Split, plan: BatchPlan) -> Iterator[Batch]:
+        """Every image of a split once, in order, not augmented; see `DataSet`."""
+        source = self._split(split)
+        batches = [list(range(len(source))[mine]) for mine in ordered_parts(len(source), plan)]
+        return self._loaded(Views(source, self.view), batches, plan)
+
+    def _split(self, split: Split) -> ImageSource:
+        return self.train if split == "train" else self.test
+
+    def _loaded(self, views: "Views", batches: list[list[int]], plan: BatchPlan) -> Iterator[Batch]:
+        on_gpu = self.device.type == "cuda"
+        workers = usual_workers() if self.workers is None else self.workers
+        loader = DataLoader(
+            views,
+            batch_sampler=batches,
+            num_workers=min(workers, len(batches)),
+            pin_memory=on_gpu,
+            collate_fn=Stacked(self.view.size),
+            generator=torch.Generator(),  # its own: the global one is the training's
+        )
+        normalize = normalizer(self.mean, self.std, self.device, plan.channels_last)
+        for loaded in loader:
+            if isinstance(loaded, ImageError):
+                raise loaded
+            images, labels = (tensor.to(self.device, non_blocking=True) for tensor in loaded)
+            yield normalize(images), labels
+
+
+@dataclass(frozen=True)
+class Views(Dataset[Any]):
+    """What a worker makes of an image: its view and its class, or the error of reading it.
+
+    An error that a worker raised would come back wrapped in its traceback; it is handed over instead.
+    """
+
+    source: ImageSource
+    view: View
+    augment: str | None = None
+    seed: int = 0
+    epoch: int = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | ImageError:
+        try:
+            image, label = self.source.read(index)
+        except ImageError as error:
+            return error
+        if self.augment is None:
+            return centre_view(image, self.view), label
+        with seeded(self.seed, self.epoch, index):
+            return random_view(image, self.view, self.augment), label
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Views as a batch; the first error where there is one. A process's part of a last batch may be empty."""
+
+    size: int
+
+    def __call__(self, views: Sequence[tuple[Tensor, int] | ImageError]) -> tuple[Tensor, Tensor] | ImageError:
+        for view in views:
+            if isinstance(view, ImageError):
+                return view
+        pairs = [view for view in views if not isinstance(view, ImageError)]
+        labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
+        if not pairs:
+            return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8), labels
+        return torch.stack([image for image, _ in pairs]), labels
+
+
+def usual_workers() -> int:
+    """A worker a core that this process may use, at most `MOST_WORKERS`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)

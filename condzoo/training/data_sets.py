@@ -1,0 +1,51 @@
+"""The data set a recipe describes, and what is known of its images before it is read."""
+
+from pathlib import Path
+
+from condzoo.data import IMAGE_FOLDER, DataSet, data_info, folder_view, load_data
+from condzoo.training.schema import DataSection, Recipe
+
+
+def read_data(recipe: Recipe, data_root: str | Path | None = None) -> DataSet:
+    """The recipe's data set, on the CPU.
+
+    Args:
+        recipe: checked.
+        data_root: instead of the recipe's data.root.
+    """
+    section = recipe.data
+    return load_data(
+        section.name,
+        data_root or section.root,
+        crop=section.crop,
+        resize=section.resize,
+        download=section.download,
+        image_size=section.image_size,
+        eval_resize=section.eval_resize,
+        interpolation=section.interpolation,
+        workers=section.workers,
+        num_classes=section.num_classes,
+    )
+
+
+def image_shape(section: DataSection) -> tuple[int, int, int]:
+    """(channels, height, width) of the images as the network sees them."""
+    if section.name == IMAGE_FOLDER:
+        size = folder_view(section.image_size).size
+        return 3, size, size
+    info = data_info(section.name)
+    size = section.resize or section.crop or info.size
+    return info.channels, size, size
+
+
+def class_count(section: DataSection) -> int | None:
+    """Number of classes; None where only the folders say."""
+    return section.num_classes if section.name == IMAGE_FOLDER else data_info(section.name).num_classes
+
+
+def centre_share(section: DataSection) -> float:
+    """The share of an image's side that evaluation sees, as timm's crop_pct."""
+    if section.name == IMAGE_FOLDER:
+        view = folder_view(section.image_size, section.eval_resize)
+        return view.size / view.resize
+    return section.crop / data_info(section.name).size if section.crop else 1.0

@@ -1,0 +1,129 @@
+"""Training on class folders: the same promises as in memory, to the last image and the last bit."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from condzoo.probe import read_records
+from condzoo.training import EpochDone, RecipeError, Run, Stopped, evaluate_run, reports, train
+
+STORED: dict[str, Any] = {
+    "model.name": "cifar_resnet8_lastbn",
+    "data.name": "imagefolder",
+    "data.batch_size": 4,
+    "data.augment": "paper",
+    "data.image_size": 16,
+    "data.workers": 0,
+    "probe.every": 3,
+    "ema": 0.9,
+    "save_every": 0.3,
+}
+RECORDS = ("metrics.jsonl", "conditioning.jsonl")
+TIMES = ("seconds", "test_seconds", "images_per_second")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these trainings."""
+    monkeypatch.setattr(reports, "plot_records", lambda *_: None)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for name in RECORDS for line in (run / name).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def equal(a: Path, b: Path) -> bool:
+    ours, theirs = (load_file(run / "model.safetensors") for run in (a, b))
+    same = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    return same and records(a) == records(b)
+
+
+def trained(recipe: Any, out: Path, root: Path, **options: Any) -> Run:
+    return train(recipe, out=out, device="cpu", data_root=root, **options)
+
+
+def test_a_run_is_probed_and_evaluated_again_to_the_last_image(tiny: Any, tmp_path: Path, folders: Any) -> None:
+    root = folders()
+    run = trained(tiny(**STORED), tmp_path / "run", root)
+    assert (run.summary["steps"], run.summary["test_images"], run.summary["num_classes"]) == (6, 6, 3)
+    assert [list(record)[-1] for record in read_records(run.path)] == ["fc", "fc"]
+    again = evaluate_run(run.path, data_root=root, device="cpu")
+    assert (again.correct, again.total, again.loss) == (
+        run.summary["test_correct"],
+        run.summary["test_images"],
+        run.summary["test_loss"],
+    )
+    assert run.load_model()(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+
+
+def test_workers_change_nothing(tiny: Any, tmp_path: Path, folders: Any) -> None:
+    root, recipe = folders(), tiny(**STORED)
+    trained(recipe, tmp_path / "none", root)
+    trained(recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 2})}), tmp_path / "two", root)
+    assert equal(tmp_path / "none", tmp_path / "two")
+
+
+def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch(tiny: Any, tmp_path: Path, folders: Any) -> None:
+    root, recipe = folders(), tiny(**STORED)
+    trained(recipe, tmp_path / "whole", root)
+
+    def stop(event: Any) -> None:
+        if getattr(event, "step", None) == 4 and not isinstance(event, EpochDone):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM at step 5"):
+        trained(recipe, tmp_path / "stopped", root, on_event=stop)
+    trained(recipe, tmp_path / "stopped", root)
+    assert equal(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_killed_run_ends_where_an_undisturbed_one_does(tiny: Any, tmp_path: Path, folders: Any) -> None:
+    root = folders()
+    recipe = tiny(**{**STORED, "data.workers": 1, "epochs": 4})
+    trained(recipe, tmp_path / "whole", root)
+    killed = tmp_path / "killed"
+    child = os.fork()
+    if child == 0:
+        trained(recipe, killed, root, on_event=lambda event: time.sleep(0.1))
+        os._exit(0)
+    while not list(killed.glob("checkpoints/*5.json")):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (killed / "summary.json").exists()
+    trained(recipe, killed, root)
+    assert equal(tmp_path / "whole", killed)
+
+
+def test_a_damaged_image_ends_the_run_with_its_path(tiny: Any, tmp_path: Path, folders: Any) -> None:
+    root = folders()
+    victim = root / "train/cat/3.jpg"
+    victim.write_bytes(victim.read_bytes()[:200])
+    with pytest.raises(ValueError, match=f"{victim} cannot be read") as caught:
+        trained(tiny(**STORED), tmp_path / "run", root)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.crop": 8}, r"data\.crop: is not for data\.name = 'imagefolder', which has: image_size, eval_resize, "),
+        ({"data.download": True}, r"data\.download: is not for data\.name = 'imagefolder'"),
+        ({"data.eval_resize": 12}, r"data\.eval_resize: got 12, must be at least data\.image_size \(16\)"),
+        ({"data.workers": -1}, r"data\.workers: got -1, must be greater than or equal to 0"),
+        ({"data.interpolation": "cubic"}, r"data\.interpolation: got 'cubic', must be one of: bilinear, bicubic; did"),
+        ({"data.name": "digits"}, r"data\.image_size: is not for data\.name = 'digits', which has: crop, resize"),
+    ],
+)
+def test_fields_of_the_other_kind_are_refused(changes: dict[str, Any], message: str, tiny: Callable[..., Any]) -> None:
+    with pytest.raises(RecipeError, match=message):
+        tiny(**{**STORED, **changes})

@@ -91,7 +91,7 @@ def print_runs(runs: "Sequence[Run]", picture: Path) -> None:
         if summary["status"] == "failed":
             table.add_row(label, "failed")
             continue
-        error = f"{summary['test_error']:.2%}" if summary["status"] == "done" else summary["status"]
+        error = f"{summary['test_error']:.2%}" if summary.get("test_error") is not None else summary["status"]
         magnitude, kappa = last_layer_texts(run)
         loss = summary.get("train_loss")
         table.add_row(

@@ -111,6 +111,8 @@ def read_finished(path: Path) -> Recipe:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} holds no finished run: it has no {name}; finish it by `condzoo train`")
     recipe, summary = load_recipe(path / RECIPE), read_json(path / SUMMARY)
+    if recipe.eval_every == 0:
+        raise ValueError(f"{path} was never evaluated (eval_every = 0), and a release says how well it does")
     done = summary["steps"] == recipe.iterations if recipe.iterations else summary["epochs"] == recipe.epochs
     if summary["status"] == "done" and not done:
         length = f"{recipe.iterations} steps" if recipe.iterations else f"{recipe.epochs} epochs"

@@ -19,13 +19,14 @@ def finished_at(path: Path, step: int) -> bool:
 
 
 def finish(training: Training, progress: Progress, path: Path) -> dict[str, Any]:
-    """Evaluate where the last step has not been, and write the results; returns the summary.
+    """Evaluate where the last step has not been (unless the recipe says never), and write the results.
 
     A run cut short by max_steps gets its evaluation as a line of kind "end", after its last
     checkpoint: a longer call cuts the line off and goes on.
     """
     record = last_epoch(path)
-    if record.get("step") != progress.step or "test_error" not in record:
+    evaluated = "test_error" in record or training.recipe.eval_every == 0
+    if record.get("step") != progress.step or not evaluated:
         lr = learning_rate_of(training, progress.step - 1)
         record = record_epoch(training, progress, path, lr, kind="end")
     return write_results(training, progress, path, record, {"status": "done"})

@@ -159,7 +159,7 @@ def outcome(ray: Any, reference: Any) -> dict[str, Any]:
 def outcome_text(summary: Mapping[str, Any]) -> str:
     """What became of a run, in a few words."""
     if summary["status"] == "done":
-        return f"test error {summary['test_error']:.2%}"
+        return f"test error {summary['test_error']:.2%}" if "test_error" in summary else "done, not evaluated"
     return f"failed: {summary['error']}" if summary["status"] == "failed" else str(summary["status"])
 
 

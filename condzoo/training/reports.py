@@ -45,7 +45,7 @@ def record_epoch(training: Training, progress: Progress, path: Path, lr: float, 
         "images_per_second": progress.images_per_second,
         "seconds": progress.epoch_seconds,
     }
-    if kind == "end" or evaluation_due(training, progress.step):
+    if training.recipe.eval_every and (kind == "end" or evaluation_due(training, progress.step)):
         record |= measure_test(training)
     append_record(path / METRICS, record)
     return record

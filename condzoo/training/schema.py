@@ -171,7 +171,7 @@ class Recipe(Section):
     grad_clip: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
     accumulate: int = Field(1, gt=0, description="parts a batch is processed in, one after the other")
     freeze: list[str] = Field([], description="patterns (fnmatch) of parameters that are not updated")
-    eval_every: int = Field(1, gt=0, description="epochs between evaluations; the last epoch always is")
+    eval_every: int = Field(1, ge=0, description="epochs between evaluations; the last epoch always is; 0: never")
     save_every: float = Field(1.0, gt=0, description="epochs (or a part of one) between checkpoints")
     log_every: int = Field(50, gt=0, description="steps between lines of metrics.jsonl")
     on_divergence: Literal["stop", "record"] = Field("stop", description="record: diverging is a result")

@@ -201,6 +201,15 @@ def test_evaluation_every_few_epochs_and_at_the_end(tiny: Any, tmp_path: Path) -
     assert evaluated == [1, 3, 4]
 
 
+def test_never_evaluated_where_the_recipe_says_so(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("condzoo.training.reports.evaluate", lambda *_: pytest.fail("evaluated"))
+    run = train(tiny(eval_every=0), out=tmp_path / "never")
+    assert run.summary["status"] == "done"
+    assert run.test_error is None
+    assert run.summary["train_loss"] > 0
+    assert train(tiny(eval_every=0), out=tmp_path / "never").summary == run.summary
+
+
 def test_a_recipe_whose_parts_contradict_is_refused_before_a_folder_is_made(tiny: Any, tmp_path: Path) -> None:
     broken = tiny().model_copy(update={"epochs": None})
     with pytest.raises(RecipeError, match="got neither of epochs and iterations, give exactly one"):

@@ -50,7 +50,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("freeze", "fc.*", "freeze: got 'fc.*', must be a list [...]"),
     ("freeze", [1], "freeze[0]: got 1, must be a text in quotes"),
     ("freeze", ["fc.*", "nope"], "freeze: 'nope' matches no parameter; they are called like "),
-    ("eval_every", 0, "eval_every: got 0, must be greater than 0"),
+    ("eval_every", -1, "eval_every: got -1, must be greater than or equal to 0"),
     ("eval_every", 0.5, "eval_every: got 0.5, must be a whole number"),
     ("save_every", 0, "save_every: got 0, must be greater than 0"),
     ("log_every", "all", "log_every: got 'all', must be a whole number"),

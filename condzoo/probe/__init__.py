@@ -3,6 +3,7 @@
 from condzoo.probe.conditioning import Conditioning, LayerConditioning
 from condzoo.probe.exact import curvature
 from condzoo.probe.kronecker import KroneckerSpectrum
+from condzoo.probe.kronecker_quality import KroneckerQuality, KroneckerReport, kronecker_report
 from condzoo.probe.lanczos import TopEigenvalues
 from condzoo.probe.matrix_free import top_curvature
 from condzoo.probe.measuring import measure
@@ -16,6 +17,8 @@ from condzoo.probe.training_probe import Probe
 
 __all__ = [
     "Conditioning",
+    "KroneckerQuality",
+    "KroneckerReport",
     "KroneckerSpectrum",
     "LayerConditioning",
     "Neurons",
@@ -25,6 +28,7 @@ __all__ = [
     "condition_number",
     "curvature",
     "input_moment",
+    "kronecker_report",
     "measure",
     "output_grad_moment",
     "plot_comparison",

@@ -24,6 +24,8 @@ class LayerConditioning:
         weight_grad: sigma_max(dL/dW) for the mean loss; None where there is no such gradient.
         samples: examples seen (a layer called twice in a forward pass sees each twice).
         positions: rows of the input an example, on average (1 for [n, d], h * w for a convolution).
+        weight_frobenius, weight_grad_frobenius: Frobenius norms of W and dL/dW; None as above, and in records
+            of before they were measured.
     """
 
     kind: str
@@ -33,6 +35,8 @@ class LayerConditioning:
     weight_grad: float | None
     samples: int
     positions: int
+    weight_frobenius: float | None = None
+    weight_grad_frobenius: float | None = None
 
     @cached_property
     def fisher(self) -> KroneckerSpectrum:

@@ -79,11 +79,12 @@ def curvature(
             return _hessian(model, layers, x, y, loss)
         if matrix == "ggn" and samples_interact(model):
             return _interacting_ggn(model, layers, x, loss)
-        rows, parameters = gradient_rows(model, layers, x, y if matrix == "grad_moment" else None, loss)
-    return _from_rows(rows, batch_size(x), parameters)
+        rows = gradient_rows(model, layers, x, y if matrix == "grad_moment" else None, loss)
+    parameters = sum(p.numel() for m in layers.values() for p in m.parameters(recurse=False))
+    return spectrum_of_rows(list(rows.values()), batch_size(x), parameters)
 
 
-def _from_rows(rows: list[LayerRows], samples: int, parameters: int) -> Spectrum:
+def spectrum_of_rows(rows: list[LayerRows], samples: int, parameters: int) -> Spectrum:
     """The spectrum of (1/N) R^T R, R: [N * K, P], without forming R where N * K is the smaller side."""
     vectors = rows[0].vectors
     side = min(vectors, parameters)

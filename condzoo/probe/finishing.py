@@ -15,19 +15,20 @@ from condzoo.probe.layers import kind
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.nulls import structural_nulls, zero_coordinates, zero_sum_remainder
 from condzoo.probe.spectra import Spectrum, from_blocks
+from condzoo.probe.weights import Norms
 
 NOT_CALLED = "not called in the forward pass"
 NO_GRADIENT = "no gradient reaches its output: the loss does not depend on it, or all before it is frozen"
 
 
 def finish(
-    capture: Capture, weights: Mapping[str, float], weight_grads: Mapping[str, float]
+    capture: Capture, weights: Mapping[str, Norms], weight_grads: Mapping[str, Norms]
 ) -> tuple[dict[str, LayerConditioning], dict[str, str], dict[str, str]]:
     """What the capture has seen.
 
     Args:
         capture: after its forward and backward passes.
-        weights, weight_grads: sigma_max of W and of dL/dW by layer name, where known.
+        weights, weight_grads: of W and of dL/dW by layer name, where known.
 
     Returns:
         Layers in forward order, the skipped with their reasons, and the first layer with NaN or Inf
@@ -47,10 +48,12 @@ def finish(
             kind=kind(capture.layers[name]),
             input=spectra[2 * i],
             output_grad=spectra[2 * i + 1],
-            weight=weights.get(name),
-            weight_grad=weight_grads.get(name),
+            weight=weights[name].sigma_max if name in weights else None,
+            weight_grad=weight_grads[name].sigma_max if name in weight_grads else None,
             samples=sums.samples,
             positions=sums.input.rows // max(1, sums.samples),
+            weight_frobenius=weights[name].frobenius if name in weights else None,
+            weight_grad_frobenius=weight_grads[name].frobenius if name in weight_grads else None,
         )
         for i, (name, sums) in enumerate(good.items())
     }

@@ -111,12 +111,17 @@ def _product_in_parts(layer: LayerRows) -> Float[Tensor, "v v"]:
 
 def gradient_rows(
     model: nn.Module, layers: dict[str, nn.Module], x: Tensor, y: Any, loss: Loss | None
-) -> tuple[list[LayerRows], int]:
-    """The layers' factors with labels y, or for y = None for the expectation over the loss's distribution; and P.
+) -> dict[str, LayerRows]:
+    """The layers' factors with labels y, or for y = None for the expectation over the loss's distribution.
 
     Raises:
-        ValueError: a layer whose gradient is not of this form (transposed convolutions).
+        ValueError: a layer whose gradient is not of this form (transposed convolutions), or that is not called
+            as a module (projections inside nn.MultiheadAttention).
     """
+    inside = set(model.modules())
+    for name, module in layers.items():
+        if module not in inside:
+            raise ValueError(_unavailable(name, "a projection inside nn.MultiheadAttention"))
     count = batch_size(x)
     rows = {n: LayerRows(bias=getattr(m, "bias", None) is not None, samples=count) for n, m in layers.items()}
     handles = [m.register_forward_hook(_listener(n, rows[n])) for n, m in layers.items()]
@@ -132,8 +137,14 @@ def gradient_rows(
     finally:
         for handle in handles:
             handle.remove()
-    total = sum(p.numel() for m in layers.values() for p in m.parameters(recurse=False))
-    return [layer for layer in rows.values() if layer.inputs], total
+    return {name: layer for name, layer in rows.items() if layer.inputs}
+
+
+def _unavailable(name: str, what: str) -> str:
+    return (
+        f"layer {name!r} is {what}, whose exact curvature is not available; "
+        "pass block='<a linear or convolution layer>'"
+    )
 
 
 def _backward(value: Tensor, weights: list[Any], rows: dict[str, LayerRows], signal: Tensor | None) -> None:
@@ -150,10 +161,7 @@ def _backward(value: Tensor, weights: list[Any], rows: dict[str, LayerRows], sig
 def _listener(name: str, rows: LayerRows) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> None:
         if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-            raise ValueError(
-                f"layer {name!r} is a {type(module).__name__}, whose exact curvature is not available; "
-                "pass block='<a linear or convolution layer>'"
-            )
+            raise ValueError(_unavailable(name, f"a {type(module).__name__}"))
         call = len(rows.inputs)
         rows.inputs.append(_positions_of_input(module, args[0].detach()))
         groups = rows.inputs[-1].shape[1]

@@ -64,8 +64,8 @@ def top_curvature(
         elif matrix == "ggn" and samples_interact(model):
             product = _ggn_product(_checked_logits(model, x, loss), parameters)
         else:
-            rows, _ = gradient_rows(model, layers, x, y if matrix == "grad_moment" else None, loss)
-            product = _rows_product(rows, batch_size(x))
+            rows = gradient_rows(model, layers, x, y if matrix == "grad_moment" else None, loss)
+            product = _rows_product(list(rows.values()), batch_size(x))
         dim = sum(p.numel() for p in parameters)
         return largest_eigenvalues(product, dim, k, tolerance=tolerance, seed=seed)
 

@@ -14,7 +14,7 @@ from condzoo.probe.capture import Capture
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
 from condzoo.probe.losses import Labels, Loss
-from condzoo.probe.weights import largest_singular_values, own_weight
+from condzoo.probe.weights import norms_of, own_weight
 
 
 class Passes:
@@ -83,8 +83,8 @@ class Passes:
         modules = self.capture.layers
         with torch.no_grad():
             grads = {name: grad / self.samples for name, grad in self.weight_grads.items()}
-            tops = largest_singular_values(modules, self.weights), largest_singular_values(modules, grads)
-            layers, unseen, nonfinite = finish(self.capture, *tops)
+            norms = norms_of(modules, self.weights), norms_of(modules, grads)
+            layers, unseen, nonfinite = finish(self.capture, *norms)
         mean = self.total_loss / self.samples
         dtypes = self.capture.dtypes or {torch.get_default_dtype()}
         return Conditioning(

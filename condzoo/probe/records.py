@@ -77,7 +77,7 @@ def record_columns(records: Iterable[Conditioning], p: tuple[float, ...] = (0.5,
 
     Columns: step, layer, depth (the layer's place in the forward pass), kind, samples; for `input` and
     `output_grad` {..}_lambda_max, {..}_rank, {..}_dim, and for each p {..}_kappa{100 p} with
-    {..}_status{100 p}; weight, weight_grad (NaN where there is none).
+    {..}_status{100 p}; weight, weight_grad and their {..}_frobenius (NaN where there is none).
     """
     rows: list[dict[str, object]] = []
     for record in records:
@@ -90,7 +90,7 @@ def record_columns(records: Iterable[Conditioning], p: tuple[float, ...] = (0.5,
                 for q in p:
                     row[f"{side}_kappa{100 * q:g}"] = s.condition_number(q)
                     row[f"{side}_status{100 * q:g}"] = s.status(q)
-            for value in ("weight", "weight_grad"):
+            for value in ("weight", "weight_grad", "weight_frobenius", "weight_grad_frobenius"):
                 number = getattr(layer, value)
                 row[value] = np.nan if number is None else number
             rows.append(row)

@@ -9,7 +9,7 @@ LEGEND = """\
 lmax: largest eigenvalue of the second moment of the layer's inputs x and output gradients g
 k50, k: condition numbers over half and all of the spectrum; >: at least this much (the rest is noise);
   0!: structural zero, rows!: fewer rows than dimensions (k of the rest stands behind)
-dW/W: largest singular value of the weight's gradient over the weight's"""
+dW/W: largest singular value of the weight's gradient over the weight's; F(dW/W): the same of Frobenius norms"""
 
 
 def shown(spectrum: Spectrum, p: float) -> str:
@@ -26,17 +26,21 @@ def shown(spectrum: Spectrum, p: float) -> str:
 def conditioning_table(conditioning: Conditioning, p: float = 0.5) -> str:
     """One line a layer, a header that says what was measured, and what was skipped."""
     head = ["layer", "kind", "d(x)", "lmax(x)", f"k{100 * p:g}(x)", "k(x)", "d(g)", "lmax(g)"]
-    rows = [[*head, f"k{100 * p:g}(g)", "k(g)", "dW/W"]]
+    rows = [[*head, f"k{100 * p:g}(g)", "k(g)", "dW/W", "F(dW/W)"]]
     for name, layer in conditioning.items():
         rows.append([name or "(model)", layer.kind])
         for s in (layer.input, layer.output_grad):
             rows[-1] += [str(s.dim), f"{s.lambda_max:.3g}", shown(s, p), shown(s, 1.0)]
-        ratio = layer.weight_domination
-        rows[-1].append("-" if ratio is None else f"{ratio:.2g}")
+        of_norms = _ratio(layer.weight_grad_frobenius, layer.weight_frobenius)
+        rows[-1] += ["-" if ratio is None else f"{ratio:.2g}" for ratio in (layer.weight_domination, of_norms)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(map(_aligned, range(len(row)), row, widths)) for row in rows]
     legend = LEGEND.replace("k50", f"k{100 * p:g}").replace("half", f"{100 * p:g} %")
     return "\n".join([_title(conditioning), *lines, *_below(conditioning), legend])
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or not below else above / below
 
 
 def _aligned(column: int, cell: str, width: int) -> str:

@@ -24,7 +24,7 @@ from condzoo.probe.measuring import checked
 from condzoo.probe.passes import coarsest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
 from condzoo.probe.tensorboard import open_writer, write_tensorboard
-from condzoo.probe.weights import largest_singular_values, own_weight
+from condzoo.probe.weights import Norms, norms_of, own_weight
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -101,7 +101,7 @@ class Probe:
         self._stance: Any = None
         self._handles: list[RemovableHandle] = []
         self._samples = self._forwards = 0
-        self._tops: dict[str, float] = {}
+        self._norms: dict[str, Norms] = {}
         self._grads: dict[str, Tensor] = {}
 
     def __enter__(self) -> Probe:
@@ -185,7 +185,7 @@ class Probe:
         self._capture.begin(samples, scale=float(samples) if self.reduction == "mean" else 1.0)
         self._samples += samples
         if not self._forwards:
-            self._tops = largest_singular_values(self._capture.layers, self._weights)
+            self._norms = norms_of(self._capture.layers, self._weights)
         self._forwards += 1
 
     def _record(self) -> None:
@@ -202,8 +202,8 @@ class Probe:
             grads = {n: g / self.loss_scale for n, g in self._grads.items()}
             if self.reduction == "sum":
                 grads = {n: g / samples for n, g in grads.items()}
-            tops = largest_singular_values(capture.layers, grads)
-            layers, unseen, nonfinite = finish(capture, self._tops, tops)
+            grad_norms = norms_of(capture.layers, grads)
+            layers, unseen, nonfinite = finish(capture, self._norms, grad_norms)
         self.latest = Conditioning(
             layers=layers,
             neurons={name: n.count() for name, n in capture.neurons.items()},

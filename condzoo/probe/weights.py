@@ -1,4 +1,6 @@
-"""Largest singular values of a layer's weight and of its gradient; their ratio is weight domination.
+"""Largest singular value and Frobenius norm of a layer's weight and of its gradient.
+
+The ratio of the largest singular values is weight domination:
 
 sigma_max(dL/dW) / sigma_max(W) small means that one step hardly changes the layer
 (arXiv:2002.10801, sec. 4.1).
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,6 +18,14 @@ from torch import Tensor, nn
 
 EXACT = 1024  # smaller side up to which all singular values are computed
 BLOCK, ITERATIONS = 8, 24  # of the subspace iteration beyond it
+
+
+@dataclass(frozen=True)
+class Norms:
+    """sigma_max and Frobenius norm of one weight or gradient, in its units; sigma_max of the largest group."""
+
+    sigma_max: float
+    frobenius: float
 
 
 def own_weight(module: nn.Module) -> nn.Parameter | None:
@@ -33,13 +44,13 @@ def weight_matrices(module: nn.Module, weight: Tensor) -> Float[Tensor, "g out i
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
-def largest_singular_values(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """sigma_max of weights, or of their gradients, by layer name, in their units.
+def norms_of(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Norms]:
+    """Norms of weights, or of their gradients, by layer name.
 
-    Exact (from the smaller Gram side, in float64, all of one size at once) up to 1,024; beyond, subspace
-    iteration (`dominant`). A tensor with NaN or Inf has none and is left out.
+    Exact (from the smaller Gram side, in float64, all of one size at once) up to 1,024; sigma_max beyond by
+    subspace iteration (`dominant`). A tensor with NaN or Inf has none and is left out.
     """
-    found: dict[str, float] = {}
+    found: dict[str, Norms] = {}
     grams: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
     for name, tensor in tensors.items():
         blocks = weight_matrices(layers[name], tensor.detach())
@@ -47,14 +58,15 @@ def largest_singular_values(layers: Mapping[str, nn.Module], tensors: Mapping[st
         if not bool(torch.isfinite(wide.sum(dtype=torch.float64))):
             continue
         if wide.shape[1] > EXACT:
-            found[name] = dominant(wide)
+            found[name] = Norms(dominant(wide), float(torch.linalg.vector_norm(wide, dtype=torch.float64)))
         else:
             grams[wide.shape[1], wide.device].append((name, wide.double() @ wide.double().mT))
     for same_size in grams.values():
-        tops = torch.linalg.eigvalsh(torch.cat([gram for _, gram in same_size]))[:, -1]
-        per_layer = tops.split([gram.shape[0] for _, gram in same_size])
-        for (name, _), top in zip(same_size, per_layer, strict=True):
-            found[name] = float(top.max().clamp(min=0).sqrt())
+        together = torch.cat([gram for _, gram in same_size])
+        tops, traces = torch.linalg.eigvalsh(together)[:, -1], together.diagonal(dim1=-2, dim2=-1).sum(1)
+        groups = [gram.shape[0] for _, gram in same_size]
+        for (name, _), top, trace in zip(same_size, tops.split(groups), traces.split(groups), strict=True):
+            found[name] = Norms(float(top.max().clamp(min=0).sqrt()), float(trace.sum().sqrt()))
     return {name: found[name] for name in tensors if name in found}
 
 

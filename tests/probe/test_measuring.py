@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from condzoo.probe import measure
+from condzoo.probe import measure, weights
 
 NAMES = ["mlp", "bn_mlp", "conv", "odd_conv", "residual", "other_dimensions", "tokens"]
 
@@ -193,7 +193,7 @@ def test_frozen_layers_are_measured_like_others(kit):
         assert layer.weight_grad == free[name].weight_grad
 
 
-def test_weights_are_their_largest_singular_values(kit):
+def test_weights_are_their_largest_singular_values_and_frobenius_norms(kit, monkeypatch):
     model = kit.build("conv")
     x, y = kit.images()
     found = measure(model, (x, y))
@@ -203,6 +203,13 @@ def test_weights_are_their_largest_singular_values(kit):
     assert found["6"].weight_grad == pytest.approx(float(torch.linalg.svdvals(model[6].weight.grad)[0]), rel=1e-12)
     halves = max(float(torch.linalg.svdvals(half.flatten(1))[0]) for half in grouped.chunk(2))
     assert found["2"].weight == pytest.approx(halves, rel=1e-12)
+    monkeypatch.setattr(weights, "EXACT", 0)
+    for measured in (found, measure(model, (x, y))):
+        for name, module in (("0", model[0]), ("2", model[2]), ("6", model[6])):
+            layer = measured[name]
+            assert layer.weight_frobenius == pytest.approx(float(module.weight.detach().norm()), rel=1e-12)
+            assert layer.weight_grad_frobenius == pytest.approx(float(module.weight.grad.norm()), rel=1e-12)
+            assert layer.weight <= layer.weight_frobenius * (1 + 1e-12)
 
 
 def test_the_bias_enters_as_a_constant_input(kit):

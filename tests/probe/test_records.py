@@ -21,7 +21,7 @@ def same(a, b):
             assert x.blocks is None or torch.equal(x.blocks, y.blocks)
             kept = ("noise_floor", "rows", "nulls", "null_reason", "arithmetic")
             assert [getattr(x, k) for k in kept] == [getattr(y, k) for k in kept]
-        kept = ("kind", "weight", "weight_grad", "samples", "positions")
+        kept = ("kind", "weight", "weight_grad", "samples", "positions", "weight_frobenius", "weight_grad_frobenius")
         assert [getattr(layer, k) for k in kept] == [getattr(b[name], k) for k in kept]
     rest = [k for k in vars(a) if k != "layers"]
     assert [getattr(a, k) for k in rest] == [getattr(b, k) for k in rest]
@@ -54,11 +54,17 @@ def test_other_files_are_rejected_by_name(tmp_path):
         Conditioning.from_json(tmp_path / "none.json")
 
 
-def test_a_record_of_before_certificates_is_read_and_one_without_layers_is_not(log):
+def test_a_record_of_an_older_version_is_read_and_one_without_layers_is_not(log):
     record = json.loads(log.read_text().splitlines()[0])
     del record["certificate"]
+    for layer in record["layers"].values():
+        del layer["weight_frobenius"], layer["weight_grad_frobenius"]
     log.write_text(json.dumps(record) + "\n")
-    assert read_records(log)[0].certificate == {}
+    old = read_records(log)[0]
+    assert old.certificate == {}
+    assert all(layer.weight_frobenius is None for layer in old.values())
+    assert np.isnan(record_columns([old])["weight_frobenius"]).all()
+    assert "F(dW/W)" in old.table()
     del record["layers"]
     log.write_text(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match="lacks the field 'layers'; was the file edited"):
@@ -110,6 +116,7 @@ def test_the_table_names_every_layer_its_numbers_and_what_was_skipped(measured):
         assert layer.kind in line
         assert f"{layer.input.lambda_max:.3g}" in line
         assert f"{layer.weight_domination:.2g}" in line
+        assert line.endswith(f" {layer.weight_grad_frobenius / layer.weight_frobenius:.2g}")
     assert "0! " in text  # the classifier's softmax null
     assert "skipped embed: its input is indices" in text
     assert "train mode, 64 samples, labels from the data" in text

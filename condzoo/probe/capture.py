@@ -41,6 +41,7 @@ class Capture:
         layers: layers to read, by name.
         relus: ReLU modules to count, by name.
         attentions: modules whose inner projections are among the layers, by name.
+        kappa: full spectra are wanted, not the largest eigenvalues alone.
         recording: read forwards at all.
         gradients: read the gradients of the backwards that follow.
         further: the gradient is one more class of rows already counted.
@@ -58,6 +59,7 @@ class Capture:
     conv: Conv = "channels"
     precision: Precision = "auto"
     bias: bool = False
+    kappa: bool = True
     recording: bool = True
     gradients: bool = True
     further: bool = False

@@ -64,6 +64,7 @@ class Conditioning(Mapping[str, LayerConditioning]):
         loss_name: which loss.
         conv: "channels" or "patches"; bias: whether a constant 1 was added to the inputs.
         precision: as asked for; each spectrum's `arithmetic` says what was used.
+        kappa: False where only the largest eigenvalues were computed.
         samples: examples; batches: batches; step: training step of a `Probe`, else None.
         first_nonfinite: the layer where NaN or Inf appears first, by direction.
         certificate: with `certify=True`, how far the dtype of the pass moved each layer's spectra.
@@ -81,6 +82,7 @@ class Conditioning(Mapping[str, LayerConditioning]):
     conv: str = "channels"
     bias: bool = False
     precision: str = "auto"
+    kappa: bool = True
     samples: int = 0
     batches: int = 0
     step: int | None = None

@@ -6,16 +6,21 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from condzoo.probe.arithmetic import SAFETY, data_noise, float64_noise
 from condzoo.probe.capture import Capture, LayerSums
 from condzoo.probe.conditioning import LayerConditioning
+from condzoo.probe.lanczos import largest_eigenvalues
 from condzoo.probe.layers import kind
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.nulls import structural_nulls, zero_coordinates, zero_sum_remainder
 from condzoo.probe.spectra import Spectrum, from_blocks
 from condzoo.probe.weights import Norms
+
+DECOMPOSED = 256  # side up to which one eigenvalue costs no less than all
+LANCZOS = 1e-8  # residual over lambda_max
 
 NOT_CALLED = "not called in the forward pass"
 NO_GRADIENT = "no gradient reaches its output: the loss does not depend on it, or all before it is frozen"
@@ -42,7 +47,7 @@ def finish(
             good[name] = sums
         else:
             skipped[name] = why
-    spectra = spectra_of([m for sums in good.values() for m in (sums.input, sums.output_grad)])
+    spectra = spectra_of([m for sums in good.values() for m in (sums.input, sums.output_grad)], kappa=capture.kappa)
     layers = {
         name: LayerConditioning(
             kind=kind(capture.layers[name]),
@@ -60,45 +65,76 @@ def finish(
     return layers, skipped, _first_nonfinite(capture)
 
 
-def spectra_of(moments: list[RunningMoment]) -> list[Spectrum]:
-    """The spectra of input and output-gradient moments in turn, all of one size decomposed at once."""
-    matrices = [moment.decomposable() for moment in moments]
-    by_size: dict[tuple[int, torch.device], list[int]] = defaultdict(list)
-    for i, matrix in enumerate(matrices):
-        by_size[matrix.shape[-1], matrix.device].append(i)
-    values: dict[int, Tensor] = {}
-    for members in by_size.values():
-        found = torch.linalg.eigvalsh(torch.cat([matrices[i] for i in members])).cpu()
-        for i, part in zip(members, found.split([matrices[i].shape[0] for i in members]), strict=True):
-            values[i] = part
+def spectra_of(moments: list[RunningMoment], *, kappa: bool = True) -> list[Spectrum]:
+    """The spectra of input and output-gradient moments in turn; without `kappa` their largest eigenvalues alone."""
+    values = eigenvalues_of(moments, top_only=not kappa)
     remainders = [
-        zero_sum_remainder(matrices[i], m.dtype, last=i == len(moments) - 1) if i % 2 and m.total is not None else None
+        zero_sum_remainder(m.decomposable(), m.dtype, last=i == len(moments) - 1)
+        if i % 2 and m.total is not None
+        else None
         for i, m in enumerate(moments)
     ]
     # The gradient p - y of a softmax cross-entropy loses digits where p is close to y. How far its rows are
     # from a sum of zero shows that noise, and the gradients of all layers before it have it too.
     noise = max((r / float(m.diagonal().max()) for r, m in zip(remainders, moments, strict=True) if r), default=0.0)
     return [
-        _spectrum(m, matrices[i], values[i], noise if i % 2 else 0.0, remainders[i] is not None)
+        _spectrum(m, values[i], noise if i % 2 else 0.0, kappa=kappa, sums_to_zero=remainders[i] is not None)
         for i, m in enumerate(moments)
     ]
 
 
-def _spectrum(moment: RunningMoment, matrix: Tensor, values: Tensor, noise: float, sums_to_zero: bool) -> Spectrum:
-    """values: [g, m] with m = d, or the number of vectors where that is smaller; noise: over E[x_i^2]."""
+def eigenvalues_of(moments: list[RunningMoment], *, top_only: bool = False) -> list[Float[Tensor, "g m"]]:
+    """Eigenvalues of each moment's groups from the smaller Gram side, all of one size decomposed at once.
+
+    Args:
+        moments: with at least one row each.
+        top_only: only the largest, [g, 1], above side 256 by Lanczos.
+    """
+    by_size: dict[tuple[int, torch.device], list[int]] = defaultdict(list)
+    values: dict[int, Tensor] = {}
+    for i, moment in enumerate(moments):
+        if top_only and moment.side > DECOMPOSED:
+            values[i] = _largest(moment)
+        else:
+            by_size[moment.side, moment.diagonal().device].append(i)
+    for members in by_size.values():
+        matrices = [moments[i].decomposable() for i in members]
+        found = torch.linalg.eigvalsh(torch.cat(matrices)).cpu()
+        for i, part in zip(members, found.split([m.shape[0] for m in matrices]), strict=True):
+            values[i] = part[:, -1:] if top_only else part
+    return [values[i] for i in range(len(moments))]
+
+
+def _largest(moment: RunningMoment) -> Float[Tensor, "g 1"]:
+    """Each group's largest eigenvalue, by Lanczos to 1e-8 of itself, or in full where that does not converge."""
+    tops = []
+    for product in moment.products():
+        found = largest_eigenvalues(product, moment.side, tolerance=LANCZOS)
+        if float(found.residuals[0]) > LANCZOS * float(found.values[0]):
+            return torch.linalg.eigvalsh(moment.decomposable())[:, -1:].cpu()
+        tops.append(found.values)
+    return torch.stack(tops)
+
+
+def _spectrum(
+    moment: RunningMoment, values: Float[Tensor, "g m"], noise: float, *, kappa: bool, sums_to_zero: bool
+) -> Spectrum:
+    """values: m = d, or the number of vectors where that is smaller, or 1 without kappa; noise: over E[x_i^2]."""
     dim, largest = moment.dim, max(0.0, float(values.max()))
-    padded = torch.cat([values, values.new_zeros((values.shape[0], dim - values.shape[1]))], dim=1)
     diagonal = float(moment.diagonal().max())
     of_data = max(data_noise(moment.dtype, diagonal), SAFETY * noise * diagonal)
     floor = of_data + moment.noise / max(1, moment.rows) + float64_noise(dim, largest)
     how = f"{'float32' if moment.fast else 'float64'} products of {str(moment.dtype).removeprefix('torch.')} data"
+    if not kappa:
+        return from_blocks(values, floor, moment.vectors, arithmetic=how, size=dim * values.shape[0])
+    padded = torch.cat([values, values.new_zeros((values.shape[0], dim - values.shape[1]))], dim=1)
     plain = from_blocks(padded, floor, moment.vectors, arithmetic=how)
     if plain.rank >= plain.reachable:
         return plain
     if moment.total is None:
         nulls, why = zero_coordinates(moment.diagonal())
     else:
-        nulls, why = structural_nulls(matrix, sums_to_zero=sums_to_zero)
+        nulls, why = structural_nulls(moment.total, sums_to_zero=sums_to_zero)
     nulls = min(nulls, plain.dim - plain.rank)
     return from_blocks(padded, floor, moment.vectors, nulls=nulls, null_reason=why, arithmetic=how)
 

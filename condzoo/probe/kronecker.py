@@ -36,7 +36,13 @@ class KroneckerSpectrum:
     @property
     def dim(self) -> int:
         """Number of eigenvalues: d_in * d_out summed over groups."""
-        return sum(a.numel() * b.numel() for a, b in self._pairs)
+        groups = len(self._pairs)
+        return self.input.dim * self.output_grad.dim // groups
+
+    @property
+    def computed(self) -> int:
+        """How many of the largest eigenvalues can be told: d_in * d_out, or 1 with `kappa=False`."""
+        return self.dim if self.input.size is None and self.output_grad.size is None else 1
 
     @property
     def lambda_max(self) -> float:
@@ -45,7 +51,7 @@ class KroneckerSpectrum:
 
     @cached_property
     def eigenvalues(self) -> Float[Tensor, " n"]:
-        """All products, descending; what lies under a factor's noise floor enters as it was measured."""
+        """All products of what the factors hold, descending, those under a noise floor as they were measured."""
         return torch.cat([torch.outer(a, b).flatten() for a, b in self._pairs]).sort(descending=True).values
 
     @property
@@ -62,12 +68,16 @@ class KroneckerSpectrum:
         return self._count(self.noise_floor)
 
     def condition_number(self, p: float = 1.0) -> float:
-        """kappa_p of the product, without forming it where it is large; inf where it is not known."""
+        """kappa_p of the product, without forming it where it is large; inf where not known, NaN where not computed."""
         j = kept(p, self.dim)
+        if j > self.computed:
+            return math.nan
         return self.lambda_max / self._largest(j) if j <= self.rank else math.inf
 
     def status(self, p: float = 1.0) -> Status:
         """As `Spectrum.status`: "ok", else why kappa_p of the product is not known."""
+        if kept(p, self.dim) > self.computed:
+            return "not computed"
         if kept(p, self.dim) <= self.rank:
             return "ok"
         return next((s for s in (self.input.status(), self.output_grad.status()) if s != "ok"), "bound")

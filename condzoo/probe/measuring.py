@@ -36,6 +36,7 @@ def measure(
     adapter: Adapter | None = None,
     reduction: str | None = None,
     certify: bool = False,
+    kappa: bool = True,
 ) -> Conditioning:
     """Measure the conditioning of every linear and convolution layer of any network.
 
@@ -65,6 +66,8 @@ def measure(
         reduction: of the loss over the batch, "mean" or "sum"; None: as its `.reduction` says, else mean.
         certify: measure the first batch again, also through a float64 copy of the model, and report in
             `certificate` how far the dtype of the forward and backward pass moved each spectrum.
+        kappa: False computes lambda_max alone, of large moments by Lanczos; condition numbers are then NaN,
+            with the status "not computed". "auto" precision is "fast" then.
 
     Returns:
         A `Conditioning`: layer name to `LayerConditioning`, in forward order.
@@ -80,8 +83,10 @@ def measure(
         model = copy.deepcopy(model).to(device)
         chosen, skipped = choose(model, layers)
     capture = capture_of(model, chosen)
-    capture.bias = bias
+    capture.bias, capture.kappa = bias, kappa
     capture.conv, capture.precision = checked("conv", conv, CONVS), checked("precision", precision, PRECISIONS)
+    if not kappa and precision == "auto":
+        capture.precision = "fast"
     if reduction is not None:
         checked("reduction", reduction, REDUCTIONS)
     run = Passes(model, capture, whose, loss, seed, reduction)

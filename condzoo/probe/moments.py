@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -181,6 +182,17 @@ class RunningMoment:
         return rows.mT @ rows / max(1, self.rows)
 
     @property
+    def side(self) -> int:
+        """Side of `decomposable`: d, or the number of vectors where that is smaller."""
+        return self.dim if self.total is not None else sum(part.shape[2] for part in self.pending)
+
+    def products(self) -> list[Callable[[Tensor], Tensor]]:
+        """For each group, v to A v with A that of `decomposable`, which is not formed."""
+        gram = self.total is None
+        matrices = torch.cat(self.pending, dim=2) if self.total is None else self.total
+        return [partial(_applied, matrix, gram, max(1, self.rows)) for matrix in matrices]
+
+    @property
     def dim(self) -> int:
         """d, coordinates a group."""
         return (self.total if self.total is not None else self.pending[0]).shape[1]
@@ -190,3 +202,9 @@ class RunningMoment:
         if self.total is not None:
             return self.total.diagonal(dim1=-2, dim2=-1) / max(1, self.rows)
         return torch.cat(self.pending, dim=2).square().sum(2) / max(1, self.rows)
+
+
+def _applied(matrix: Tensor, gram: bool, rows: int, vector: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """matrix @ vector / rows, or matrix^T matrix @ vector / rows, back on the vector's device."""
+    image = matrix @ vector.to(matrix)
+    return ((matrix.mT @ image if gram else image) / rows).to(vector)

@@ -99,6 +99,7 @@ class Passes:
             conv=self.capture.conv,
             bias=self.capture.bias,
             precision=self.capture.precision,
+            kappa=self.capture.kappa,
             samples=self.samples,
             batches=self.batches,
             seed=self.seed,

@@ -20,7 +20,7 @@ SCHEMA = "condzoo.conditioning/1"
 
 _PLAIN = [f.name for f in fields(Conditioning) if f.name not in ("layers", "neurons")]
 
-_LATER = ("certificate",)  # fields that the first records of this schema do not have
+_LATER = ("certificate", "kappa")  # fields that the first records of this schema do not have
 
 
 def to_record(conditioning: Conditioning) -> dict[str, Any]:
@@ -84,7 +84,8 @@ def _layer(record: dict[str, Any]) -> LayerConditioning:
 def _spectrum_record(s: Spectrum) -> dict[str, Any]:
     values = s.eigenvalues if s.blocks is None else s.blocks
     record = {"eigenvalues": values.tolist(), "noise_floor": s.noise_floor, "rows": s.rows}
-    return record | {"nulls": s.nulls, "null_reason": s.null_reason, "arithmetic": s.arithmetic}
+    record |= {"nulls": s.nulls, "null_reason": s.null_reason, "arithmetic": s.arithmetic}
+    return record if s.size is None else record | {"size": s.size}
 
 
 def _spectrum(record: dict[str, Any]) -> Spectrum:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Status = Literal["ok", "bound", "structural null", "rank-limited"]
+Status = Literal["ok", "bound", "structural null", "rank-limited", "not computed"]
 
 
 def kept(p: float, dim: int) -> int:
@@ -36,13 +36,15 @@ class Spectrum:
     """Eigenvalues of one second moment and what is known about them.
 
     Attributes:
-        eigenvalues: float64, descending, [d]; for a grouped layer those of all groups together.
+        eigenvalues: float64, descending, [d]; for a grouped layer those of all groups together. With
+            `kappa=False` only the largest, [1], or that of each group.
         noise_floor: an eigenvalue at or under it counts as zero; one above it is right to about 5 %.
         rows: vectors behind the moment (None if unknown); each group's rank cannot exceed it.
         nulls: eigenvalues that are exactly zero by structure, not by arithmetic.
         null_reason: what makes them so ("2 coordinates always 0", ...).
         arithmetic: how the moment was formed, for example "float64 products of float32 data".
         blocks: [groups, d / groups] eigenvalues group by group, None if there is one group.
+        size: d, where only the largest eigenvalues were computed; None: all of them are there.
     """
 
     eigenvalues: Float[Tensor, " d"]
@@ -52,11 +54,17 @@ class Spectrum:
     null_reason: str = ""
     arithmetic: str = ""
     blocks: Float[Tensor, "g b"] | None = None
+    size: int | None = None
 
     @property
     def dim(self) -> int:
-        """d, the number of eigenvalues."""
-        return self.eigenvalues.numel()
+        """d, the number of eigenvalues, computed or not."""
+        return self.eigenvalues.numel() if self.size is None else self.size
+
+    @property
+    def computed(self) -> int:
+        """How many of the largest eigenvalues are there: d, or 1 with `kappa=False`."""
+        return self.dim if self.size is None else 1
 
     @property
     def lambda_max(self) -> float:
@@ -65,7 +73,7 @@ class Spectrum:
 
     @property
     def rank(self) -> int:
-        """How many eigenvalues are above the noise floor."""
+        """How many of the eigenvalues that are there are above the noise floor."""
         return int((self.eigenvalues > self.noise_floor).sum())
 
     @property
@@ -76,17 +84,22 @@ class Spectrum:
         return min(by_rows, self.dim - self.nulls)
 
     def condition_number(self, p: float = 1.0) -> float:
-        """kappa_p = lambda_max / lambda_j, j = ceil(p * d); inf where lambda_j is not above the noise floor.
+        """kappa_p = lambda_max / lambda_j, j = ceil(p * d).
 
         Args:
             p: fraction of the spectrum kept, in (0, 1].
+
+        Returns:
+            inf where lambda_j is not above the noise floor, NaN where it was not computed; see `status`.
         """
         j = kept(p, self.dim)
+        if j > self.computed:
+            return math.nan
         return self.lambda_max / float(self.eigenvalues[j - 1]) if j <= self.rank else math.inf
 
     def at_least(self, p: float = 1.0) -> float:
         """What kappa_p is at least: kappa_p itself where it is known, else lambda_max / noise_floor."""
-        if kept(p, self.dim) <= self.rank:
+        if kept(p, self.dim) <= self.rank or kept(p, self.dim) > self.computed:
             return self.condition_number(p)
         return self.lambda_max / self.noise_floor if self.noise_floor > 0 else math.inf
 
@@ -95,6 +108,8 @@ class Spectrum:
         if self.reachable == 0:
             return math.inf
         j = kept(p, self.reachable)
+        if j > self.computed:
+            return math.nan
         return self.lambda_max / float(self.eigenvalues[j - 1]) if j <= self.rank else math.inf
 
     def status(self, p: float = 1.0) -> Status:
@@ -103,9 +118,11 @@ class Spectrum:
         Returns:
             "ok": the value is above the noise; "rank-limited": fewer rows than it spans;
             "structural null": an eigenvalue it spans is exactly zero; "bound": all that is known is
-            that kappa_p is at least `at_least(p)`.
+            that kappa_p is at least `at_least(p)`; "not computed": measured with `kappa=False`.
         """
         j = kept(p, self.dim)
+        if j > self.computed:
+            return "not computed"
         if j <= self.rank:
             return "ok"
         if j <= self.reachable:
@@ -150,10 +167,12 @@ def from_blocks(
     null_reason: str = "",
     arithmetic: str = "",
     signed: bool = False,
+    size: int | None = None,
 ) -> Spectrum:
     """A Spectrum from eigenvalues [groups, d] in any order; what round-off made negative becomes 0.
 
-    `signed` keeps negative ones (a Hessian's), which count as not above the noise floor.
+    `signed` keeps negative ones (a Hessian's), which count as not above the noise floor. `size`: d, where the
+    values are but the largest of each group.
     """
     blocks = values.detach().cpu().double()
     blocks = (blocks if signed else blocks.clamp(min=0)).sort(dim=1, descending=True).values
@@ -165,6 +184,7 @@ def from_blocks(
         null_reason=null_reason,
         arithmetic=arithmetic,
         blocks=blocks if blocks.shape[0] > 1 else None,
+        size=size,
     )
 
 

@@ -15,6 +15,8 @@ dW/W: largest singular value of the weight's gradient over the weight's; F(dW/W)
 def shown(spectrum: Spectrum, p: float) -> str:
     """kappa_p as text: "3.1e+04", ">1e+12", "0! 7.1", "rows! 2.0e+03"."""
     status = spectrum.status(p)
+    if status == "not computed":
+        return "-"
     if status == "ok":
         return f"{spectrum.condition_number(p):.2g}"
     if status == "bound":
@@ -49,10 +51,11 @@ def _aligned(column: int, cell: str, width: int) -> str:
 
 def _title(c: Conditioning) -> str:
     loss = "" if c.loss is None else f", loss {c.loss:.4g}"
+    only = "" if c.kappa else ", lambda_max only"
     step = "" if c.step is None else f"step {c.step}: "
     return (
         f"{step}{len(c)} layers, {c.mode} mode, {c.samples} samples, labels from the {c.labels}{loss}, "
-        f"{c.dtype} pass, conv={c.conv}, precision={c.precision}"
+        f"{c.dtype} pass, conv={c.conv}, precision={c.precision}{only}"
     )
 
 

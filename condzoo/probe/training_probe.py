@@ -55,7 +55,7 @@ class Probe:
             there. None writes nothing: see `latest`.
         tensorboard: a folder for TensorBoard's event files, or an open `SummaryWriter`; needs the
             `tensorboard` extra. What it shows: `write_tensorboard`.
-        layers, conv, precision, bias: as in `measure`.
+        layers, conv, precision, bias, kappa: as in `measure`.
         start_step: the number of the next step, where a run goes on.
         reduction: whether the loss is the "mean" or the "sum" over the batch.
         loss_scale: what the loss was multiplied by before backward, for example
@@ -77,6 +77,7 @@ class Probe:
         conv: str = "channels",
         precision: str = "auto",
         bias: bool = False,
+        kappa: bool = True,
         start_step: int = 0,
         reduction: str = "mean",
         loss_scale: float = 1.0,
@@ -91,9 +92,11 @@ class Probe:
         self.latest: Conditioning | None = None
         chosen, self._unmeasurable = choose(model, layers)
         self._capture = capture_of(model, chosen)
-        self._capture.bias = bias
+        self._capture.bias, self._capture.kappa = bias, kappa
         self._capture.conv = checked("conv", conv, CONVS)
         self._capture.precision = checked("precision", precision, PRECISIONS)
+        if not kappa and precision == "auto":
+            self._capture.precision = "fast"
         self._weights = {n: w for n, m in chosen.items() if (w := own_weight(m)) is not None}
         self._step = start_step
         self._tensorboard, self._own_writer = tensorboard, False
@@ -214,6 +217,7 @@ class Probe:
             conv=capture.conv,
             bias=capture.bias,
             precision=capture.precision,
+            kappa=capture.kappa,
             samples=samples,
             batches=self._forwards,
             step=self._step,

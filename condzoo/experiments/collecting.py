@@ -20,6 +20,7 @@ from condzoo.training.events import OnEvent
 from condzoo.training.precision import Numerics
 from condzoo.training.run_directory import write_atomically
 
+IMAGENET = (1000, 1_281_167)  # classes, training images
 SCHEMA = "condzoo.experiment/1"
 
 
@@ -84,7 +85,7 @@ def collect(
         )
     result: dict[str, Any] = {"schema": SCHEMA, "id": experiment.id, "scale": scale, "seeds": wanted}
     result |= {
-        "reductions": reductions(experiment, scale, wanted, labels),
+        "reductions": [*reductions(experiment, scale, wanted, labels), *folder_reduction(data)],
         "made": made(found.pop("environment", None)),
         **found,
     }
@@ -103,6 +104,18 @@ def reductions(experiment: Experiment, scale: str, seeds: list[int], labels: lis
     if len(seeds) < len(chosen.seeds):
         found.append(f"{len(seeds)} of {len(chosen.seeds)} seeds")
     return found
+
+
+def folder_reduction(data: dict[str, Any] | None) -> list[str]:
+    """What the user's folder of images is, where it is not ImageNet: nobody may take the result for ImageNet's."""
+    if data is None or "root" not in data:
+        return []
+    train = Path(data["root"]) / "train"
+    folders = [folder for folder in train.iterdir() if folder.is_dir()]
+    images = sum(1 for folder in folders for file in folder.rglob("*") if file.is_file())
+    if (len(folders), images) == IMAGENET:
+        return []
+    return [f"not ImageNet: {len(folders)} classes and {images:,} training images in place of 1,000 and 1,281,167"]
 
 
 def stem(name: str, scale: str) -> str:

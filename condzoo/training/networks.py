@@ -10,13 +10,14 @@ from condzoo.models import create_model
 from condzoo.training.schema import ModelSection
 
 _MLP = re.compile(r"mlp\d+x\d+")
+NO_NORM = "none"
 
 
 def build_network(section: ModelSection, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """Build the network of a recipe's [model], its weights drawn from torch's global generator.
 
     Args:
-        section: the recipe's [model].
+        section: the recipe's [model]; `args.norm_layer = "none"` builds a timm network without normalization.
         image_shape: (channels, height, width) of the images.
         num_classes: outputs.
 
@@ -32,7 +33,14 @@ def build_network(section: ModelSection, image_shape: tuple[int, int, int], num_
         arguments["drop_rate"] = section.drop_rate
     if section.last_bn_init is not None:
         arguments["last_bn_init"] = section.last_bn_init
+    if arguments.get("norm_layer") == NO_NORM:  # timm knows its norms by name, but has none for their absence
+        arguments["norm_layer"] = without_norm
     return create_model(section.name, num_classes=num_classes, init=section.init, **arguments)
+
+
+def without_norm(features: int, **_: object) -> nn.Identity:
+    """What timm's networks take in place of a norm's class."""
+    return nn.Identity()
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:

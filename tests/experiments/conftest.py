@@ -10,7 +10,11 @@ import pytest
 from condzoo.experiments import Experiment, load_experiment
 from condzoo.experiments.loading import parse_experiment, training_of
 
-SHALLOW = [(r"(mlp)\d+x\d+", r"\g<1>4x24"), (r"(cifar_(?:pre)?(?:resnet|vgg))\d{2,}(?!\d)", r"\g<1>8")]
+SHALLOW = [
+    (r"^resnet\d+", "cifar_resnet8"),
+    (r"(mlp)\d+x\d+", r"\g<1>4x24"),
+    (r"(cifar_(?:pre)?(?:resnet|vgg))\d{2,}(?!\d)", r"\g<1>8"),
+]
 TINY_SCALE = {
     "minutes": 0.1,
     "hardware": "any",
@@ -44,12 +48,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Experiment]:
             training["recipe"] = shallow(training["recipe"])
             if training["recipe"].get("probe"):
                 tables["scales"]["cpu"]["recipe"]["probe.every"] = 1
-            if training["recipe"]["model"]["name"] == "cifar_vgg16":  # its five poolings need 32 pixels
+            if training["recipe"].get("model", {}).get("name") == "cifar_vgg16":  # its five poolings need 32 pixels
                 tables["scales"]["cpu"]["recipe"] |= {"data.resize": 32, "data.batch_size": 8}
                 monkeypatch.setattr("condzoo.models.cifar_vgg.GROUP_WIDTHS", (4, 4, 4, 4, 4))
+            training["recipe"].get("model", {}).pop("args", None)  # of timm's networks
             for run in training["runs"]:
                 run["grid"] = {field: values[:1] for field, values in run["grid"].items()}
-                own = {"data.name", "data.batch_size"} & set(run["set"])
+                own = {"data.name", "data.batch_size", "model.args"} & set(run["set"])
                 run["set"] = {field: value for field, value in run["set"].items() if field not in own}
         elif "initialization" in tables:
             tables["scales"]["cpu"]["settings"] = {"examples": 24, "data": {"name": "digits", "resize": 4}}

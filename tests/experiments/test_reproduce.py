@@ -8,7 +8,7 @@ import pytest
 
 from condzoo.cli import main
 from condzoo.experiments import collect, experiment_ids, load_experiment, report
-from condzoo.experiments.collecting import SCHEMA
+from condzoo.experiments.collecting import SCHEMA, folder_reduction
 from condzoo.experiments.loading import labels_run, planned_runs
 from condzoo.training import Stopped
 from condzoo.training.loop import train
@@ -39,6 +39,7 @@ def test_the_list_names_every_experiment(capsys):
         (["thm1", "--scale", "gpu"], "thm1 has no scale 'gpu'; it has: cpu, paper"),
         (["table_b", "--only", "*-21*"], "table_b has no run like '*-21*'; it has: VGG-20, VGG-20 LastBN, "),
         (["table_b", "--engine", "slurm"], "engine: got 'slurm', must be one of: local, ray"),
+        (["table_a", "fig10"], "table_a, fig10: on ImageNet; name a folder with train/ and val/ class folders by --im"),
         (["thm1", "--seeds", "x"], "seeds 'x': must be like 1-5 or 1,3,7"),
     ],
 )
@@ -134,6 +135,28 @@ def test_only_some_curves(tiny, tmp_path):
 def test_fewer_seeds_than_the_scale_has_are_a_reduction(tmp_path):
     data = collect(load_experiment("thm1"), "cpu", tmp_path, seeds=[1])
     assert data["reductions"][-1] == "1 of 3 seeds"
+
+
+def test_all_without_a_folder_of_images_leaves_those_that_need_one_out_aloud(monkeypatch, tmp_path, capsys):
+    names = []
+    monkeypatch.setattr(
+        "condzoo.reproduce_commands.run_experiments", lambda experiments, *_: names.extend(e.id for e in experiments)
+    )
+    assert condzoo("reproduce", "--all", "--out", str(tmp_path)) == 0
+    assert set(experiment_ids()) - set(names) == {"fig10", "fig14", "table_a"}
+    assert "left out: fig10, fig14, table_a: on ImageNet" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_that_is_not_imagenet_is_called_that(tmp_path, monkeypatch):
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(3):
+            (tmp_path / "train" / name / f"{index}.jpeg").touch()
+    data = {"root": str(tmp_path)}
+    assert folder_reduction(data) == ["not ImageNet: 2 classes and 6 training images in place of 1,000 and 1,281,167"]
+    assert folder_reduction(None) == []
+    monkeypatch.setattr("condzoo.experiments.collecting.IMAGENET", (2, 6))
+    assert folder_reduction(data) == []
 
 
 def test_another_file_is_refused(tmp_path, capsys):

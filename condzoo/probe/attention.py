@@ -27,6 +27,12 @@ def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
     return {name: _linear(weight, None) for name, weight in separate.items() if weight is not None}
 
 
+def packed_weights(attention: nn.MultiheadAttention) -> dict[str, Tensor | None]:
+    """The weights as they are now (sharded training puts others in their place), by the local names of layers."""
+    separate = {f"{x}_proj": getattr(attention, f"{x}_proj_weight") for x in "qkv"}
+    return {"in_proj": attention.in_proj_weight, "out_proj": attention.out_proj.weight, **separate}
+
+
 def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[RemovableHandle]:
     """Report (layer name, module, input, output) of each projection while `attention` runs."""
     original: list[Any] = []

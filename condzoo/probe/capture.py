@@ -21,6 +21,7 @@ from condzoo.probe.functional_relus import watch_functions
 from condzoo.probe.layers import CONVOLUTIONS, TRANSPOSED, Conv, input_columns, output_columns
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, RunningNeurons, linear_range
+from condzoo.probe.wrappers import named_modules
 
 
 @dataclass(eq=False)
@@ -45,6 +46,7 @@ class Capture:
         recording: read forwards at all.
         gradients: read the gradients of the backwards that follow.
         further: the gradient is one more class of rows already counted.
+        split: layers to leave alone, since no process sees the whole of them.
         batch: samples of the current batch.
         scale: what an output gradient is multiplied by: the batch, for a loss that is its mean.
         sums: by layer name, in the order of their first call.
@@ -63,6 +65,7 @@ class Capture:
     recording: bool = True
     gradients: bool = True
     further: bool = False
+    split: set[str] = field(default_factory=set)
     batch: int = 0
     scale: float = 1.0
     sums: dict[str, LayerSums] = field(default_factory=dict)
@@ -100,7 +103,7 @@ class Capture:
         self._forward_seen = set()
 
     def _on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> None:
-        if not self.recording or not torch.is_grad_enabled() or self._recomputed(name):
+        if not self.recording or not torch.is_grad_enabled() or name in self.split or self._recomputed(name):
             return
         x = args[0] if args else kwargs["input"]
         sums = self.sums.setdefault(name, LayerSums())
@@ -168,7 +171,7 @@ def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k
 
 def capture_of(model: nn.Module, layers: dict[str, nn.Module]) -> Capture:
     """A capture of these layers and of all ReLUs of the model."""
-    named = list(model.named_modules())
+    named = list(named_modules(model))
     relus: dict[str, nn.Module] = {name: module for name, module in named if isinstance(module, RELUS)}
     attentions = {name: module for name, module in named if isinstance(module, nn.MultiheadAttention)}
     return Capture(model, layers, relus, attentions)

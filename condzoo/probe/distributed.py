@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from condzoo.probe.capture import Capture, LayerSums
 from condzoo.probe.moments import RunningMoment
@@ -28,20 +28,28 @@ def first() -> bool:
     return not active() or dist.get_rank() == 0
 
 
-def total(number: int, device: torch.device) -> int:
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if active() else 1
+
+
+def total(number: int, model: nn.Module) -> int:
     """The sum of a number over the processes."""
-    value = torch.tensor(number, device=device)
+    if not active():
+        return number
+    value = torch.tensor(number, device=_device(model))
     dist.all_reduce(value)
     return int(value)
 
 
-def sum_over_ranks(capture: Capture, device: torch.device) -> None:
+def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
     """Make every process's sums those of all processes; all must call it at the same step.
 
     Layers that only some processes called are summed over those; the order is that of the first process.
     """
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (_described(capture), {n: u.rows for n, u in capture.neurons.items()}))
+    device = _device(model)
+    units = {name: (u.rows, u.count().units) for name, u in capture.neurons.items()}
+    gathered = _gathered((_described(capture), units))
     names = list(dict.fromkeys(name for layers, _ in gathered for name in layers))
     merged: dict[str, LayerSums] = {}
     parts: list[tuple[RunningMoment, tuple[int, ...]]] = []
@@ -60,11 +68,35 @@ def sum_over_ranks(capture: Capture, device: torch.device) -> None:
     _sum_neurons(capture, [neurons for _, neurons in gathered], device)
 
 
-def average_gradients(grads: dict[str, Tensor]) -> None:
-    """The mean over processes of each weight's gradient, in place, as data-parallel training takes it."""
-    for grad in grads.values():
-        dist.all_reduce(grad)
-        grad /= dist.get_world_size()
+def summed(grads: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The sum over processes of each weight's gradient, in at least float32; who has none adds nothing.
+
+    The gradients came in the order of each process's own backward pass; here they go in one order.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for of_rank in _gathered({name: tuple(grad.shape) for name, grad in grads.items()}):
+        shapes |= of_rank
+    wide = any(grad.dtype == torch.float64 for grad in grads.values())
+    wide = total(int(wide), model) > 0
+    found: dict[str, Tensor] = {}
+    for name, shape in sorted(shapes.items()):
+        grad = grads[name] if name in grads else torch.zeros(shape)
+        found[name] = grad.to(_device(model), torch.float64 if wide else torch.float32, copy=True)
+        dist.all_reduce(found[name])
+    return found
+
+
+def _gathered(mine: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where tensors must be for the processes to exchange them."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return next(p.device for p in model.parameters())
 
 
 def _described(capture: Capture) -> dict[str, dict[str, Any]]:
@@ -100,14 +132,15 @@ def _sum_totals(parts: list[tuple[RunningMoment, tuple[int, ...]]], device: torc
         moment.total = values.reshape(shape).clone()
 
 
-def _sum_neurons(capture: Capture, rows: list[dict[str, int]], device: torch.device) -> None:
-    for name in rows[0]:  # ReLUs that every process has called
-        if not all(name in seen for seen in rows):
-            continue
-        units: RunningNeurons = capture.neurons[name]
-        assert units.been_positive is not None
-        assert units.been_zero is not None
-        seen = torch.stack([units.been_positive, units.been_zero]).to(device, torch.int32)
+def _sum_neurons(capture: Capture, of_ranks: list[dict[str, tuple[int, int]]], device: torch.device) -> None:
+    merged: dict[str, RunningNeurons] = {}
+    for name in dict.fromkeys(name for units in of_ranks for name in units):
+        known = [units[name] for units in of_ranks if name in units]
+        mine = capture.neurons.get(name)
+        seen = torch.zeros((2, known[0][1]), dtype=torch.int32, device=device)
+        if mine is not None and mine.been_positive is not None and mine.been_zero is not None:
+            seen = torch.stack([mine.been_positive, mine.been_zero]).to(seen)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        units.been_positive, units.been_zero = seen.bool().unbind()
-        units.rows = sum(of_rank[name] for of_rank in rows)
+        positive, zero = seen.bool().unbind()
+        merged[name] = RunningNeurons(positive, zero, sum(rows for rows, _ in known))
+    capture.neurons = merged

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.neurons import OF_RELU, OF_RELU6, RELUS
+from condzoo.probe.wrappers import named_modules
 
 Report = Callable[[str, Tensor, tuple[float, float]], None]
 
@@ -51,7 +52,7 @@ def watch_functions(model: nn.Module, report: Report) -> list[RemovableHandle]:
     """Report (name, output, linear range) of each functional ReLU while `model` runs forward."""
     calls = _Calls(report)
     handles: list[RemovableHandle] = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         inner = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
         if inner and module is not model and not isinstance(module, RELUS):
             continue  # torch's own layers call no ReLU

@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from condzoo.probe.attention import projections
 from condzoo.probe.patches import unfolded
+from condzoo.probe.wrappers import named_modules
 
 Conv = Literal["channels", "patches"]
 CONVS = ("channels", "patches")
@@ -56,7 +57,7 @@ def choose(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[str, nn.
     """
     found: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if (why := _reason(module)) is not None:
             skipped[name] = why
         elif isinstance(module, MEASURED):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe import distributed
@@ -23,11 +24,15 @@ from condzoo.probe.layers import CONVS, choose
 from condzoo.probe.measuring import checked
 from condzoo.probe.passes import coarsest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
+from condzoo.probe.step_weights import StepWeights
 from condzoo.probe.tensorboard import open_writer, write_tensorboard
-from condzoo.probe.weights import Norms, norms_of, own_weight
+from condzoo.probe.weights import norms_of
+from condzoo.probe.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+SPLIT = "it is split over processes in the forward pass (tensor parallelism), where none sees the whole layer"
 
 
 class Probe:
@@ -44,12 +49,12 @@ class Probe:
     the steps that are due, and read forwards in train mode with gradients enabled: evaluation between
     steps is not recorded. Backward passes within a step add up (gradient accumulation).
 
-    Under data-parallel training every process runs its Probe; the sums over all of them are measured, and
-    the first one writes. A compiled model runs uncompiled in the steps that are due, since a compiled graph
-    has no hooks: those steps cost what an eager step costs, and round as it does.
+    Under data-parallel training (also FSDP's) every process runs its Probe; the sums over all of them are
+    measured, and the first one writes. What is compiled runs uncompiled in the steps that are due, since a
+    compiled graph has no hooks: those steps cost what an eager step costs, and round as it does.
 
     Args:
-        model: the module that trains, or its DistributedDataParallel or torch.compile wrapper.
+        model: the module that trains, or its DDP, FSDP or torch.compile wrapper.
         every: steps 0, every, 2 * every, ... are measured; 0 measures none.
         out: folder for `conditioning.jsonl`, one line a measurement; made if need be, appended to if
             there. None writes nothing: see `latest`.
@@ -58,9 +63,10 @@ class Probe:
         layers, conv, precision, bias, kappa: as in `measure`.
         start_step: the number of the next step, where a run goes on.
         reduction: whether the loss is the "mean" or the "sum" over the batch.
-        loss_scale: what the loss was multiplied by before backward, for example
-            `scaler.get_scale()`, or 1 / n for n accumulated batches; may be set anew each step,
-            at any time before `step()`.
+        loss_scale: what the loss was multiplied by before backward, for example 1 / n for n
+            accumulated batches; may be set anew each step, at any time before `step()`.
+        scaler: the GradScaler that scales the loss on top of that; its scale at the step's first
+            forward pass is undone.
 
     Attributes:
         latest: the last `Conditioning`, None before the first.
@@ -81,11 +87,11 @@ class Probe:
         start_step: int = 0,
         reduction: str = "mean",
         loss_scale: float = 1.0,
+        scaler: GradScaler | None = None,
     ) -> None:
         if every < 0 or start_step < 0:
             raise ValueError(f"every and start_step must be 0 or more, got {every} and {start_step}")
         checked("reduction", reduction, ("mean", "sum"))
-        compiled = is_compiled(model)
         model = unwrapped(model)
         self.model, self.every, self.reduction, self.loss_scale = model, every, reduction, loss_scale
         self.path = None if out is None else Path(out) / FILE_NAME
@@ -97,15 +103,15 @@ class Probe:
         self._capture.precision = checked("precision", precision, PRECISIONS)
         if not kappa and precision == "auto":
             self._capture.precision = "fast"
-        self._weights = {n: w for n, m in chosen.items() if (w := own_weight(m)) is not None}
+        self._weights = StepWeights(chosen, self._capture.attentions)
+        self._capture.split = self._weights.split
         self._step = start_step
         self._tensorboard, self._own_writer = tensorboard, False
-        self._compiled = compiled
+        self._scaler, self._scaler_scale = scaler, 1.0
         self._stance: Any = None
         self._handles: list[RemovableHandle] = []
         self._samples = self._forwards = 0
-        self._norms: dict[str, Norms] = {}
-        self._grads: dict[str, Tensor] = {}
+        self._begun = False
 
     def __enter__(self) -> Probe:
         """Ready for the first step: the output folder exists, and the hooks are on if it is due."""
@@ -115,7 +121,8 @@ class Probe:
         if isinstance(self._tensorboard, (str, Path)) and distributed.first():
             self._tensorboard = open_writer(self._tensorboard, start_step=self._step)
             self._own_writer = True
-        self._attach_if_due()
+        if self.due:
+            self._attach()
         return self
 
     def __exit__(
@@ -133,11 +140,24 @@ class Probe:
         """Whether the step now being taken is measured."""
         return self.every > 0 and self._step % self.every == 0
 
+    def begin(self, batch: Any) -> None:
+        """Say that a forward pass over this batch begins; needed only where the model itself is not called.
+
+        A model that is called, as `model(x)`, says so itself. One whose methods or parts are called, as
+        `model.encode(x)`, does not; then this comes before each batch of the step.
+
+        Args:
+            batch: a tensor with a leading batch dimension, or a tuple, list or dict that holds one.
+        """
+        if self.due:
+            self._begun = True
+            self._open(batch)
+
     def step(self) -> None:
         """Say that a training step is over; measures it if it was due."""
         if self.due:
             self._detach()
-            if self._forwards:
+            if distributed.total(self._forwards, self.model):
                 self._record()
             else:
                 warnings.warn(
@@ -147,70 +167,67 @@ class Probe:
                     stacklevel=2,
                 )
         self._step += 1
-        self._attach_if_due()
+        if self.due:
+            self._attach()
 
-    def _attach_if_due(self) -> None:
-        if not self.due:
-            return
+    def _attach(self) -> None:
         self._samples = self._forwards = 0
-        self._grads.clear()
+        self._begun = False
         self._capture.clear()
         self._capture.recording, self._capture.gradients = False, True
         self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        for name, weight in self._weights.items():
-            if weight.requires_grad:
-                self._handles.append(weight.register_post_accumulate_grad_hook(self._keeper(name)))
+        self._weights.attach()
         self._capture.attach()
-        if self._compiled:
+        if "torch._dynamo" in sys.modules:  # only then can anything be compiled; importing it takes seconds
             self._stance = torch.compiler.set_stance("force_eager")
 
     def _detach(self) -> None:
         self._capture.detach()
+        self._weights.detach()
         if self._stance is not None:
             self._stance.__exit__(None, None, None)
             self._stance = None
         while self._handles:
             self._handles.pop().remove()
 
-    def _keeper(self, name: str) -> Any:
-        def keep(weight: Tensor) -> None:
-            if weight.grad is not None:
-                self._grads[name] = weight.grad.detach().clone()
-
-        return keep
-
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1
-        self._capture.recording = module.training and torch.is_grad_enabled()
-        if not self._capture.recording or in_backward:
+        if self._begun:
             return
-        samples = batch_size([args, kwargs])
+        self._capture.recording = module.training and torch.is_grad_enabled()
+        repeated = self._forwards > 0 and torch._C._current_graph_task_id() != -1  # by checkpointing
+        if self._capture.recording and not repeated:
+            self._open([args, kwargs])
+
+    def _open(self, batch: Any) -> None:
+        samples = batch_size(batch)
+        self._capture.recording = True
         self._capture.begin(samples, scale=float(samples) if self.reduction == "mean" else 1.0)
         self._samples += samples
         if not self._forwards:
-            self._norms = norms_of(self._capture.layers, self._weights)
+            self._weights.measure()
+            self._scaler_scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         self._forwards += 1
 
     def _record(self) -> None:
         capture, scale = self._capture, self._scale()
-        samples = self._samples
+        grads = self._weights.mean_gradients() if self.reduction == "mean" else self._weights.grads
+        samples = distributed.total(self._samples, self.model)
         if distributed.active():
-            device = next(self.model.parameters()).device
-            distributed.sum_over_ranks(capture, device)
-            distributed.average_gradients(self._grads)
-            samples = distributed.total(self._samples, device)
+            distributed.sum_over_ranks(capture, self.model)
+            grads = distributed.summed(grads, self.model)
         for sums in capture.sums.values():
             sums.output_grad.rescale(1 / scale)
         with torch.no_grad():
-            grads = {n: g / self.loss_scale for n, g in self._grads.items()}
-            if self.reduction == "sum":
-                grads = {n: g / samples for n, g in grads.items()}
-            grad_norms = norms_of(capture.layers, grads)
-            layers, unseen, nonfinite = finish(capture, self._norms, grad_norms)
+            count = distributed.processes() if self.reduction == "mean" else samples
+            norms = norms_of(capture.layers, {n: g / (count * scale) for n, g in grads.items()})
+            layers, unseen, nonfinite = finish(capture, self._weights.norms, norms)
+        split = dict.fromkeys(self._weights.split, SPLIT)
+        if split:
+            split |= dict.fromkeys(capture.neurons, SPLIT)
         self.latest = Conditioning(
             layers=layers,
-            neurons={name: n.count() for name, n in capture.neurons.items()},
-            skipped={**self._unmeasurable, **unseen},
+            neurons={} if split else {name: n.count() for name, n in capture.neurons.items()},
+            skipped={**self._unmeasurable, **unseen, **split},
             mode="train",
             dtype=coarsest(capture.dtypes) if capture.dtypes else "",
             labels="data",
@@ -223,7 +240,7 @@ class Probe:
             step=self._step,
             first_nonfinite=nonfinite,
         )
-        self._grads.clear()
+        self._weights.clear()
         capture.clear()
         if not distributed.first():
             return
@@ -235,16 +252,4 @@ class Probe:
     def _scale(self) -> float:
         if not self.loss_scale > 0:
             raise ValueError(f"probe.loss_scale must be above 0, got {self.loss_scale}")
-        return float(self.loss_scale)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile wrappers, whose names are the user's."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else cast(nn.Module, model._orig_mod)
-    return model
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether some part of the model is compiled."""
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+        return float(self.loss_scale) * self._scaler_scale

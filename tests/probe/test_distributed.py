@@ -1,104 +1,108 @@
 """Data-parallel training over real processes: the numbers of one process with the whole batch."""
 
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import torch
 import torch.nn.functional as F
 
 from condzoo.probe import Probe, read_records
 
-WORKER = """
-import sys
-import torch, torch.distributed as dist, torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-from condzoo.probe import Probe
-sys.path.insert(0, sys.argv[5])
-from conftest import build, images
-
-torch.set_num_threads(1)
-rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world)
-model = DistributedDataParallel(build("conv"))
-x, y = images(24)
-mine = slice(rank * 24 // world, (rank + 1) * 24 // world)
-with Probe(model, every=1, out=out) as probe:
-    F.cross_entropy(model(x[mine]), y[mine]).backward()
-    probe.step()
-dist.barrier()
-dist.destroy_process_group()
-"""
+PROCESSES = Path(__file__).parent / "processes.py"
+EXACT = ["ddp", "ddp_uneven", "ddp_accumulated", "fully_shard", "fully_shard_accumulated", "fully_shard_attention"]
+EXACT += ["fsdp", "fsdp_orig_params"]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_processes_together_measure_what_one_measures_on_the_whole_batch(kit, world, tmp_path, request):
-    model = kit.build("conv")
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(world, folder, kinds):
+    """The one record that each kind of training has written."""
+    command = [sys.executable, "-W", "error::RuntimeWarning", str(PROCESSES), str(world), str(folder), *kinds]
+    subprocess.run(command, check=True, timeout=500)
+    found = {}
+    for kind in kinds:
+        (found[kind],) = read_records(folder / kind)
+        assert len((folder / kind / "conditioning.jsonl").read_text().splitlines()) == 1
+    return found
+
+
+def expected(kit, kind, world):
+    """The same from one process: the whole batch at once, and the processes' batches one after the other."""
+    processes = module_of(PROCESSES)
     x, y = kit.images(24)
-    with Probe(model) as probe:
+    model = processes.network(kind)
+    with Probe(model) as whole:
         F.cross_entropy(model(x), y).backward()
-        probe.step()
-    here = str(request.path.parent)
-    command = [sys.executable, "-c", WORKER]
-    runs = [
-        subprocess.Popen([*command, str(rank), str(world), str(tmp_path / "store"), str(tmp_path), here])
-        for rank in range(world)
-    ]
-    assert [run.wait(timeout=300) for run in runs] == [0] * world
-    (record,) = read_records(tmp_path)
-    assert len((tmp_path / "conditioning.jsonl").read_text().splitlines()) == 1
-    assert (record.samples, record.neurons) == (24, probe.latest.neurons)
-    assert list(record) == list(probe.latest)
-    for name, layer in probe.latest.items():
+        whole.step()
+    model.zero_grad()
+    with Probe(model, loss_scale=1 / world) as in_turn:
+        for rank in range(world):
+            mine = processes.part(kind, rank, world)
+            (F.cross_entropy(model(x[mine]), y[mine]) / world).backward()
+        in_turn.step()
+    return whole.latest, in_turn.latest
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return run(2, tmp_path_factory.mktemp("pair"), [*EXACT, "tensor_parallel", "absent", "fully_shard_bf16"])
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_two_processes_measure_what_one_measures_on_the_whole_batch(kit, pair, kind):
+    same(pair[kind], *expected(kit, kind, 2))
+
+
+def test_four_processes_do_too(kit, tmp_path):
+    for kind, record in run(4, tmp_path, ["ddp", "ddp_uneven"]).items():
+        same(record, *expected(kit, kind, 4))
+
+
+def same(record, whole, in_turn):
+    assert (record.samples, record.neurons, record.skipped) == (24, whole.neurons, {})
+    assert list(record) == list(whole)
+    for name, layer in whole.items():
         for side in ("input", "output_grad"):
             a, b = getattr(record[name], side), getattr(layer, side)
             assert float((a.eigenvalues - b.eigenvalues).abs().max()) <= 1e-10 * b.lambda_max
             assert a.rows == b.rows
-        assert record[name].weight_grad == pytest.approx(layer.weight_grad, rel=1e-10)
+        assert record[name].weight == pytest.approx(layer.weight, rel=1e-10)
+        assert record[name].weight_grad == pytest.approx(in_turn[name].weight_grad, rel=1e-10)
         assert (record[name].samples, record[name].positions) == (layer.samples, layer.positions)
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_a_compiled_model_runs_eagerly_in_the_steps_that_are_due(kit):
-    model = kit.build("mlp", torch.float32)
-    x, y = kit.images(dtype=torch.float32)
-    with Probe(model, every=2) as plain:
-        F.cross_entropy(model(x), y).backward()
-        plain.step()
-    calls = []
-
-    def counting(graph, inputs):
-        calls.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=counting)
-    with Probe(compiled, every=2) as probe:
-        for _ in range(2):
-            F.cross_entropy(compiled(x), y).backward()
-            assert bool(calls) != probe.due
-            probe.step()
-    assert list(probe.latest) == list(plain.latest)
-    for name, layer in plain.latest.items():
-        assert torch.equal(probe.latest[name].input.eigenvalues, layer.input.eigenvalues)
+def test_what_no_process_sees_whole_is_skipped(pair):
+    split = pair["tensor_parallel"]
+    assert list(split) == ["4"]
+    assert set(split.skipped) == {"1", "2", "3"}
+    assert "split over processes in the forward pass (tensor parallelism)" in split.skipped["1"]
+    assert split.neurons == {}
 
 
-def test_a_grad_scaler_is_undone(kit):
-    model = kit.build("conv")
-    x, y = kit.images()
-    with Probe(model) as plain:
-        F.cross_entropy(model(x), y).backward()
-        plain.step()
-    model.zero_grad()
-    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+def test_a_process_without_a_batch_adds_nothing(kit, pair):
+    model, (x, y) = kit.build("conv"), kit.images(24)
     with Probe(model) as probe:
-        scaler.scale(F.cross_entropy(model(x), y)).backward()
-        probe.loss_scale = scaler.get_scale()
+        F.cross_entropy(model(x[:10]), y[:10]).backward()
         probe.step()
-    for name, layer in plain.latest.items():
-        found = probe.latest[name]
-        assert torch.allclose(found.output_grad.eigenvalues, layer.output_grad.eigenvalues, rtol=1e-10, atol=1e-18)
-        assert found.weight_grad == pytest.approx(layer.weight_grad, rel=1e-12)
-    with Probe(model, loss_scale=0.0) as probe:
-        model(x).sum().backward()
-        with pytest.raises(ValueError, match=r"loss_scale must be above 0, got 0"):
-            probe.step()
+    alone = pair["absent"]
+    assert (alone.samples, alone.neurons) == (10, probe.latest.neurons)
+    for name, layer in probe.latest.items():
+        assert alone[name].output_grad.lambda_max == pytest.approx(layer.output_grad.lambda_max, rel=1e-10)
+
+
+def test_sharded_weights_in_bf16_are_measured_as_the_forward_pass_sees_them(kit, pair):
+    whole, _ = expected(kit, "fully_shard", 2)
+    coarse = pair["fully_shard_bf16"]
+    assert coarse.dtype == "bfloat16"
+    for name, layer in whole.items():
+        for quantity in ("weight", "weight_grad"):
+            assert getattr(coarse[name], quantity) == pytest.approx(getattr(layer, quantity), rel=0.05)
+        assert coarse[name].input.lambda_max == pytest.approx(layer.input.lambda_max, rel=0.05)
+        assert coarse[name].output_grad.lambda_max == pytest.approx(layer.output_grad.lambda_max, rel=0.05)

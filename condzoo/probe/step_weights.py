@@ -1,0 +1,103 @@
+"""The layers' weights in one training step: the norms of each, and its gradient summed over the backward passes.
+
+A weight is read as the forward pass sees it: one sharded over processes (FSDP) is whole only then, and its
+gradient is the process's own only before it is averaged.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from condzoo.probe.attention import packed_weights
+from condzoo.probe.weights import Norms, norms_of, own_weight
+
+
+class StepWeights:
+    """Watches the weights of some layers from `attach` to `detach`.
+
+    Attributes:
+        norms: of each weight, by layer name.
+        grads: sum of each weight's gradients over the backward passes seen.
+        split: layers whose weight is split over processes even in the forward pass (tensor parallelism).
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], attentions: Mapping[str, nn.MultiheadAttention]) -> None:
+        self.layers, self.attentions = layers, attentions
+        self.norms: dict[str, Norms] = {}
+        self.grads: dict[str, Tensor] = {}
+        self.split: set[str] = set()
+        self._seen: dict[str, Tensor] = {}
+        self._passes: dict[str, set[int]] = defaultdict(set)
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Put the hooks on, after forgetting all that was seen."""
+        self.clear()
+        for name, module in self.layers.items():
+            self._handles.append(module.register_forward_pre_hook(partial(self._before_layer, name)))
+            weight = own_weight(module)
+            if weight is not None and weight.ndim > 1 and not _is_split(weight):
+                self._watch(name, weight)
+        for name, attention in self.attentions.items():
+            self._handles.append(attention.register_forward_pre_hook(partial(self._before_attention, name)))
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._seen.clear()
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self.norms, self.grads = {}, {}
+        self.split.clear()
+        self._passes.clear()
+
+    def measure(self) -> None:
+        """The norms of all weights that are whole at rest; the others follow when their layers run."""
+        self.norms |= norms_of(self.layers, self._seen)
+
+    def mean_gradients(self) -> dict[str, Tensor]:
+        """The gradients' mean over the backward passes, as of n accumulated batches the mean loss has it."""
+        passes = max((len(ids) for ids in self._passes.values()), default=1)
+        return {name: grad / passes for name, grad in self.grads.items()}
+
+    def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._look(name, module._parameters.get("weight", module.__dict__.get("weight")))
+
+    def _before_attention(self, name: str, attention: nn.MultiheadAttention, args: tuple[Any, ...]) -> None:
+        for local, weight in packed_weights(attention).items():
+            if (layer := f"{name}.{local}".lstrip(".")) in self.layers:
+                self._look(layer, weight)
+
+    def _look(self, name: str, weight: Tensor | None) -> None:
+        if weight is None or weight is self._seen.get(name):
+            return
+        if _is_split(weight):
+            self.split.add(name)
+            return
+        self._watch(name, weight)
+        if name not in self.norms:
+            self.norms |= norms_of(self.layers, {name: weight})
+
+    def _watch(self, name: str, weight: Tensor) -> None:
+        self._seen[name] = weight
+        if weight.requires_grad:
+            self._handles.append(weight.register_hook(partial(self._add, name)))
+
+    def _add(self, name: str, grad: Tensor) -> None:
+        held = self.grads.get(name)
+        self.grads[name] = grad.detach().clone() if held is None else held + grad.detach()
+        self._passes[name].add(torch._C._current_graph_task_id())
+
+
+def _is_split(weight: Tensor) -> bool:
+    """Whether this is a DTensor; without importing them, which takes torch.distributed."""
+    return hasattr(weight, "placements")

@@ -1,0 +1,31 @@
+"""A model's modules by the names its author gave them, whatever wraps them: DDP, FSDP, torch.compile, checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# attributes under which FullyShardedDataParallel, checkpoint_wrapper and torch.compile keep what they wrap
+INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside its wrappers."""
+    while (inner := _inside(model)) is not None:
+        model = inner
+    return model
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without wrappers, neither as modules nor in the names."""
+    for name, module in model.named_modules():
+        if _inside(module) is None:
+            yield ".".join(part for part in name.split(".") if part not in INSIDE), module
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, DistributedDataParallel):
+        return module.module
+    return next((module._modules[key] for key in INSIDE if key in module._modules), None)

@@ -1,0 +1,121 @@
+"""Data-parallel training in several processes, run by test_distributed.py: python processes.py WORLD OUT KIND...
+
+The processes are forks of one that has imported everything and computed nothing.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import build, images
+
+from condzoo.probe import Probe
+
+
+class Attending(nn.Module):
+    """Images as tokens through nn.MultiheadAttention."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x):
+        h = x.flatten(2)
+        return self.head(self.attention(h, h, h, need_weights=False)[0].mean(1))
+
+
+def network(kind):
+    """The model before it is distributed; test_distributed.py makes the same one."""
+    torch.manual_seed(1)
+    if kind == "tensor_parallel":
+        return nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 6), nn.Linear(6, 4)).double()
+    if "attention" not in kind:
+        return build("conv")
+    return Attending().double()
+
+
+def part(kind, rank, world):
+    """Which of 24 samples a process takes."""
+    if kind == "absent":
+        return slice(0, 10) if rank == 0 else slice(0, 0)
+    edges = [24 * i // world for i in range(world + 1)]
+    if "uneven" in kind:
+        edges = [0, *(edge + 3 for edge in edges[1:-1]), 24]
+    return slice(edges[rank], edges[rank + 1])
+
+
+def distributed(model, kind, mesh):
+    """The model as this kind of training wraps it."""
+    if kind.startswith("ddp"):
+        return nn.parallel.DistributedDataParallel(model)
+    if kind.startswith("fully_shard"):
+        bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if kind.endswith("bf16") else MixedPrecisionPolicy()
+        for module in model.children():
+            if any(True for _ in module.parameters()):
+                fully_shard(module, mesh=mesh, mp_policy=bf16)
+        return fully_shard(model, mesh=mesh, mp_policy=bf16)
+    if kind.startswith("fsdp"):
+        settings = {"use_orig_params": kind.endswith("orig_params"), "device_id": torch.device("cpu")}
+        model[0] = FullyShardedDataParallel(model[0], **settings)
+        return FullyShardedDataParallel(model, **settings)
+    if kind == "tensor_parallel":
+        return parallelize_module(model, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
+    return model
+
+
+def train(model, kind, rank, world, probe=None):
+    """Two steps; the second one moves on from what the first has made."""
+    x, y = images(24)
+    mine = slice(None) if kind == "tensor_parallel" else part(kind, rank, world)
+    x, y = x[mine], y[mine]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        halves = (slice(0, 6), slice(6, 12)) if "accumulated" in kind else (slice(None),)
+        for half in halves:
+            if len(x):
+                (F.cross_entropy(model(x[half]), y[half]) / len(halves)).backward()
+        optimizer.step()
+        if probe is not None:
+            probe.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def one(rank, world, out, kinds):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
+    mesh = dist.init_device_mesh("cpu", (world,))
+    for kind in kinds:
+        plain = train(distributed(network(kind), kind, mesh), kind, rank, world)
+        model = distributed(network(kind), kind, mesh)
+        scale = 0.5 if "accumulated" in kind else 1.0
+        with Probe(model, every=2, out=f"{out}/{kind}", loss_scale=scale) as probe:
+            probed = train(model, kind, rank, world, probe)
+        for a, b in zip(plain, probed, strict=True):
+            a, b = (t.to_local() if hasattr(t, "to_local") else t for t in (a, b))
+            assert torch.equal(a, b), kind
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(world, out, kinds):
+    children = []
+    for rank in range(world):
+        children.append(os.fork())
+        if not children[-1]:
+            one(rank, world, out, kinds)
+            return
+    if any(os.waitpid(child, 0)[1] for child in children):
+        sys.exit("a process failed")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

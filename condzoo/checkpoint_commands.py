@@ -20,6 +20,7 @@ def release(
     data_root: DataRoot = None,
     default: Annotated[bool, typer.Option("--default", help="Let the model's bare name stand for this one.")] = False,
     push: Annotated[bool, typer.Option("--push", help="Upload the folder to the Hugging Face Hub afterwards.")] = False,
+    owner: Annotated[str | None, typer.Option(help="With --push: user or organization. Default: condzoo.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: list what would be uploaded.")] = False,
 ) -> None:
     """Make a checkpoint of finished runs: weights, recipe, results of every seed, conditioning, model card.
@@ -27,12 +28,15 @@ def release(
     Refuses a run that is unfinished, diverged, of uncommitted source, or whose evaluation differs from its record.
     """
     from condzoo.checkpoints.hub import push as upload
+    from condzoo.models.released import HUB_OWNER
     from condzoo.release import release as make_release
 
+    if not push and (dry_run or owner is not None):
+        raise ValueError("--dry-run and --owner say how to --push; give that too, or leave them out")
     folder = make_release(runs, tag, out=out, data_root=data_root, default=default)
     typer.echo(f"released {folder}")
     if push:
-        uploaded = upload(folder, dry_run=dry_run)
+        uploaded = upload(folder, owner=owner or HUB_OWNER, dry_run=dry_run)
         typer.echo(
             f"{'uploaded' if uploaded.done else 'would upload'} {len(uploaded.files)} files to {uploaded.repository}"
         )

@@ -1,15 +1,12 @@
-"""README.md of a checkpoint and of the folder of all: made from the checkpoints' own files, never written by hand."""
+"""README.md of a checkpoint: made from its own files, never written by hand."""
 
 import functools
 import json
-import re
 import statistics
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from condzoo.checkpoints.folder import CONDITIONING, CONFIG, CONVERSION, METRICS, CheckpointFolder, read_folder
+from condzoo.checkpoints.folder import CONDITIONING, CONFIG, CONVERSION, METRICS, CheckpointFolder
 from condzoo.checkpoints.loading import read_recipe
 from condzoo.checkpoints.records import Config, Conversion, Metrics, read_record
 from condzoo.probe import Conditioning, Spectrum
@@ -192,48 +189,3 @@ def training(folder: CheckpointFolder, metrics: Metrics) -> str:
 def origin_sum(conversion: Conversion) -> str:
     """The origin's SHA-256, where it was a file."""
     return f" (SHA-256 {conversion.origin_sha256})" if conversion.origin_sha256 else ""
-
-
-def checkpoints_table(folders: Iterable[Path]) -> str:
-    """README.md of the folder of all checkpoints: errors, and the last layer's input beside its plain twin's.
-
-    Raises:
-        ValueError: a folder that is no checkpoint.
-    """
-    rows = sorted((row_of(read_folder(folder)) for folder in folders), key=lambda row: row["order"])
-    columns = ("checkpoint", "data", "test error, %", "seeds", "lambda_max", "kappa p = 0.5", "kappa p = 1")
-    lines = [
-        "# Released checkpoints",
-        "",
-        "Made by `condzoo release`; `condzoo verify --all` measures all of it again. Test error: mean over all seeds "
-        "trained, +- their standard deviation. lambda_max and kappa: of the last layer's input, of the released "
-        "weights, in train mode on training images; a network with a last BN stands below its plain twin.",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|" + "---|" * len(columns),
-        *("| " + " | ".join(row[column] for column in columns) + " |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def row_of(folder: CheckpointFolder) -> dict[str, Any]:
-    """One row of the table of all."""
-    config = read_record(folder, CONFIG, Config)
-    name = f"{config.architecture}.{config.pretrained_cfg.tag}"
-    row: dict[str, Any] = {"checkpoint": f"[{name}]({name}/README.md)", "order": natural_order(name)}
-    if not folder.trained:
-        origin = read_record(folder, CONVERSION, Conversion).origin
-        return (
-            row
-            | {"data": f"from {origin}", "test error, %": "-", "seeds": "-"}
-            | dict.fromkeys(("lambda_max", "kappa p = 0.5", "kappa p = 1"), "-")
-        )
-    metrics = read_record(folder, METRICS, Metrics)
-    s = last_input(read_conditioning(folder)["at_end"])
-    row |= {"data": str(metrics.data["name"]), "test error, %": error_of(metrics), "seeds": str(len(metrics.seeds))}
-    return row | {"lambda_max": f"{s.lambda_max:.4g}", "kappa p = 0.5": kappa(s, 0.5), "kappa p = 1": kappa(s, 1.0)}
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """A sorting key: numbers by their size, so that a network stands above its deeper ones and its twins."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]

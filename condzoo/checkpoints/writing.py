@@ -22,7 +22,8 @@ from condzoo.checkpoints.folder import (
     write_sums,
 )
 from condzoo.checkpoints.loading import load_folder
-from condzoo.checkpoints.model_card import checkpoints_table, model_card
+from condzoo.checkpoints.model_card import model_card
+from condzoo.checkpoints.overview import checkpoints_table
 from condzoo.checkpoints.remeasuring import EXPECTED_IMAGES, logits_of
 from condzoo.models import released
 

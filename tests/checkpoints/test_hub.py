@@ -1,13 +1,88 @@
-"""Uploading, against a stand-in for huggingface_hub's client that keeps what it is given."""
+"""Uploading and downloading: the real client against a local stand-in of the Hub's HTTP API, and a stand-in client."""
 
+import importlib.util
 import inspect
+import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 
-from condzoo.checkpoints import load_checkpoint
+from condzoo.checkpoints import load_checkpoint, verify_checkpoint
 from condzoo.checkpoints.hub import push
+from condzoo.cli import main
+from condzoo.models import released
+
+spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
+hub_server = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hub_server)
+ORIGINAL_DOWNLOAD = released.download  # the fixture `index` puts one in its place that fails
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stand-in server, and huggingface_hub's client pointed at it."""
+    for name, value in (("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_standin")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with hub_server.serve() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        yield server
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # huggingface_hub's own
+def test_release_push_sends_every_file_over_http(hub, runs, tmp_path, capsys):
+    command = ["release", *map(str, runs), "--tag", "digits", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--push", "--owner", "someone"])
+    assert not stop.value.code
+    assert "uploaded 9 files to someone/mlp4x24_bn.digits" in capsys.readouterr().out
+    made = tmp_path / "out" / "mlp4x24_bn.digits"
+    assert hub.files == {"someone/mlp4x24_bn.digits": {path.name: path.read_bytes() for path in made.iterdir()}}
+    assert hub.tokens == {"Bearer hf_standin"}
+
+
+def test_a_release_that_is_nowhere_here_is_fetched_over_http(hub, index, checkpoint, images, monkeypatch):
+    shutil.rmtree(released.cache_folder() / checkpoint.name)
+    hub.files[f"condzoo/{checkpoint.name}"] = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    monkeypatch.setattr(released, "download", ORIGINAL_DOWNLOAD)
+    model = load_checkpoint(checkpoint.name)
+    assert torch.equal(model(images), load_checkpoint(checkpoint)(images))
+    assert verify_checkpoint(checkpoint.name).ok
+    assert (released.cache_folder() / checkpoint.name / "README.md").is_file()
+
+
+def test_a_file_that_was_changed_on_the_hub_is_refused(hub, index, checkpoint, monkeypatch):
+    shutil.rmtree(released.cache_folder() / checkpoint.name)
+    content = bytearray((checkpoint / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    hub.files[f"condzoo/{checkpoint.name}"] = {"model.safetensors": bytes(content)}
+    monkeypatch.setattr(released, "download", ORIGINAL_DOWNLOAD)
+    with pytest.raises(ValueError, match="is not the released file: its SHA-256 differs; not kept"):
+        load_checkpoint(checkpoint.name)
+    assert list(released.cache_folder().iterdir()) == []
+
+
+def test_a_repository_that_is_not_on_the_hub_is_one_clear_error(hub, index, checkpoint, monkeypatch):
+    shutil.rmtree(released.cache_folder() / checkpoint.name)
+    monkeypatch.setattr(released, "download", ORIGINAL_DOWNLOAD)
+    with pytest.raises(FileNotFoundError, match=r"is in none of .*, and the Hub did not give it: .*404"):
+        load_checkpoint(checkpoint.name)
+
+
+@pytest.mark.parametrize("options", [("--dry-run",), ("--owner", "someone")])
+def test_options_of_push_without_it_are_refused(runs, capsys, options):
+    with pytest.raises(SystemExit) as stop:
+        main(["release", str(runs[0]), "--tag", "digits", *options])
+    assert stop.value.code == 2
+    assert "--dry-run and --owner say how to --push" in capsys.readouterr().err
 
 
 class Hub:

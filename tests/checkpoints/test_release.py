@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from condzoo.catalog import list_models
 from condzoo.checkpoints.folder import ALWAYS, SUMS, TRAINED, read_folder, write_sums
-from condzoo.checkpoints.model_card import checkpoints_table, natural_order
+from condzoo.checkpoints.overview import Row, checkpoints_table, natural_order, pairs_section
 from condzoo.checkpoints.writing import add_to_index, refresh_cards
 from condzoo.models import released
 from condzoo.probe.serialization import from_record
@@ -74,6 +74,20 @@ def test_twins_stand_together_by_depth():
         "cifar_resnet110.a",
         "mlp8x24.a",
     ]
+
+
+def test_each_plain_network_stands_beside_its_twins_of_the_same_tag():
+    names = ["cifar_resnet20.a", "cifar_resnet20.b", "cifar_resnet20_lastbn.a", "mlp8x24.m", "mlp8x24_bn.m"]
+    names += ["mlp8x24_lastbn.m", "cifar_resnet56_lastbn.a"]
+    rows = [Row(*name.split("."), data="d", lambda_max=f"{i}") for i, name in enumerate(names)]
+    lines = [line for line in pairs_section(rows) if " -> " in line and line.startswith("| ")][1:]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [
+        "cifar_resnet20.a -> cifar_resnet20_lastbn",
+        "mlp8x24.m -> mlp8x24_bn",
+        "mlp8x24.m -> mlp8x24_lastbn",
+    ]
+    assert "| 3 -> 4 |" in lines[1]
+    assert pairs_section(rows[:2]) == []
 
 
 def test_cards_can_be_made_again(checkpoint):

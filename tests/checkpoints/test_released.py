@@ -9,7 +9,8 @@ import timm
 import condzoo
 from condzoo.checkpoints import load_checkpoint, verify_checkpoint
 from condzoo.checkpoints.folder import read_folder
-from condzoo.checkpoints.model_card import checkpoints_table, model_card
+from condzoo.checkpoints.model_card import model_card
+from condzoo.checkpoints.overview import checkpoints_table
 from condzoo.checkpoints.writing import checkpoint_folders_in
 from condzoo.models.released import read_index, releases_of
 

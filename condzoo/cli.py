@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from condzoo import checkpoint_commands, reproduce_commands
+from condzoo import checkpoint_commands, reproduce_commands, training_commands
+from condzoo.training_commands import AsJson, DataRoot, Device
 
-EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 75
+EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,19 +25,6 @@ app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(help="A model's name, e.g. cifar_resnet20_lastbn; `condzoo list` shows them.")]
-RecipeArg = Annotated[
-    str, typer.Argument(help="A TOML file, or a recipe's name, e.g. cifar10/resnet20_lastbn (`condzoo recipes`).")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe, e.g. optim.lr=0.05; repeatable."),
-]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(help="Folder with the data sets, as torchvision lays them out. Default: CONDZOO_DATA, then a cache."),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command("list")
@@ -65,101 +53,9 @@ def info(name: Name, as_json: AsJson = False) -> None:
     display.print_info(model_info(name), as_json)
 
 
-@app.command()
-def recipes(as_json: AsJson = False) -> None:
-    """List the training recipes, with what each reproduces."""
-    from condzoo import display
-    from condzoo.training import recipe_files
-
-    display.print_recipes(recipe_files(), as_json)
-
-
-@app.command()
-def train(
-    recipe: RecipeArg,
-    set_: Set = None,
-    seed: Annotated[int | None, typer.Option(help="In place of the recipe's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/DATA-MODEL-HASH-seedN.")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps, and evaluate.")] = None,
-    device: Device = None,
-    data_root: DataRoot = None,
-) -> None:
-    """Train a network by a recipe, probing it as it learns; the same command again goes on where it stopped."""
-    from condzoo import display
-    from condzoo.progress import TrainingProgress
-    from condzoo.training import load_recipe
-    from condzoo.training import train as run_training
-
-    with TrainingProgress(display.console) as progress:
-        run = run_training(
-            load_recipe(recipe, set_ or ()),
-            out=out,
-            seed=seed,
-            device=device,
-            max_steps=max_steps,
-            data_root=data_root,
-            on_event=progress,
-        )
-    display.print_runs([run], picture=run.path / "conditioning.png")
-
-
-@app.command()
-def sweep(
-    recipe: RecipeArg,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD=A,B,...", help="Values of a field to try, e.g. optim.lr=0.1,0.01; repeatable."),
-    ] = None,
-    set_: Set = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 1-5 or 1,3. Default: the recipe's.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the runs, one folder each in it.")] = Path("runs/sweep"),
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop each run after this many steps.")] = None,
-    device: Device = None,
-    data_root: DataRoot = None,
-) -> None:
-    """Train every combination of a grid and seeds, one after the other, and compare them.
-
-    A finished run is not trained again; a run that diverges is recorded and the others go on.
-    """
-    from condzoo import display
-    from condzoo.probe import plot_comparison
-    from condzoo.progress import TrainingProgress
-    from condzoo.training import load_recipe, parse_grid, parse_seeds
-    from condzoo.training import sweep as run_sweep
-
-    with TrainingProgress(display.console) as progress:
-        runs = run_sweep(
-            load_recipe(recipe, set_ or ()),
-            parse_grid(grid or ()),
-            parse_seeds(seeds) if seeds else None,
-            out=out,
-            max_steps=max_steps,
-            device=device,
-            data_root=data_root,
-            on_event=progress,
-        )
-    picture = out / "conditioning.png"
-    labels = display.run_labels(runs)
-    probed = {label: run.path for label, run in labels.items() if (run.path / "conditioning.jsonl").exists()}
-    if probed:
-        plot_comparison(probed, picture)
-    display.print_runs(runs, picture)
-    if any(run.summary["status"] == "failed" for run in runs):
-        raise typer.Exit(EXIT_CHECK_FAILED)
-
-
-@app.command("eval")
-def eval_command(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
-    data_root: DataRoot = None,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Evaluate a finished run on its test images again, to the last image."""
-    from condzoo import display
-    from condzoo.training import evaluate_run
-
-    display.print_evaluation(evaluate_run(run, data_root=data_root, device=device), as_json)
+for command in (training_commands.recipes, training_commands.train, training_commands.sweep):
+    app.command()(command)
+app.command("eval")(training_commands.eval_command)
 
 
 @app.command()
@@ -247,13 +143,13 @@ def run_label(run: Path, runs: list[Path]) -> str:
     return str(run) if sum((r if r.is_dir() else r.parent).name == name for r in runs) > 1 else name
 
 
-for command in (
+for other in (
     checkpoint_commands.release,
     checkpoint_commands.verify,
     checkpoint_commands.convert,
     reproduce_commands.reproduce,
 ):
-    app.command()(command)
+    app.command()(other)
 
 
 def main(args: list[str] | None = None) -> None:

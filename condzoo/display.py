@@ -1,6 +1,7 @@
 """What the command line shows: tables, and the progress of a training."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -70,16 +71,15 @@ def print_info(info: ModelInfo, as_json: bool) -> None:
         console.print(f"{key:12} {text}", soft_wrap=True)
 
 
-def print_recipes(files: Mapping[str, Path], as_json: bool) -> None:
+def print_recipes(headers: Mapping[str, str], as_json: bool) -> None:
     """Each recipe's name and the first line of its header."""
-    heads = {name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, path in files.items()}
     if as_json:
-        print_json(heads)
+        print_json(headers)
         return
     table = plain_table("", "recipe", "what it is")
-    table.columns[1].justify = "left"
-    for name, head in heads.items():
-        table.add_row(name, head)
+    table.columns[1].justify, table.columns[1].no_wrap = "left", False
+    for name, header in headers.items():
+        table.add_row(name, header)
     console.print(table)
 
 
@@ -103,13 +103,45 @@ def print_runs(runs: "Sequence[Run]", picture: Path) -> None:
             f"{summary['seconds'] / 60:.1f}",
         )
     console.print(table)
+    for label, run in run_labels(runs).items():
+        if run.summary["status"] != "done":
+            console.print(f"{label} {ending_text(run.summary)}", soft_wrap=True, markup=False)
     if picture.exists():
         console.print(
-            "lambda_max and kappa are of the last linear layer's input, first -> last measurement: how large its\n"
+            "lambda_max and kappa are of the last linear layer's input, first -> last measurement: how large its "
             "largest direction is, and how many times larger than the median one. Smaller is easier to train."
         )
         console.print(f"picture: {picture}", soft_wrap=True)
     console.print(f"runs:    {runs[0].path if len(runs) == 1 else runs[0].path.parent}", soft_wrap=True)
+
+
+def ending_text(summary: Mapping[str, Any]) -> str:
+    """Why a run did not come to its last step."""
+    if summary["status"] == "failed":
+        return f"failed: {summary['error']}"
+    return f"diverged: {summary['diverged']['text']}"
+
+
+def print_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Mean +- sample standard deviation over the seeds of each setting that has several."""
+    for name, group in settings.items():
+        if len(group["seeds"]) == 1:
+            continue
+        lost = [f"{group[outcome]} {outcome}" for outcome in ("diverged", "failed") if group[outcome]]
+        parts = [f"{group['done']} of {len(group['seeds'])} seeds" + (f" ({', '.join(lost)})" if lost else "")]
+        for key, label, scale, unit in (("test_error", "test error", 100, " %"), ("train_loss", "train loss", 1, "")):
+            if key in group:
+                parts.append(f"{label} {spread_text(group[key], scale)}{unit}")
+        console.print(f"{name or 'mean +- std'}: {', '.join(parts)}", soft_wrap=True, markup=False)
+
+
+def spread_text(number: Mapping[str, Any], scale: float) -> str:
+    """mean +- std, with the digits that std leaves meaningful."""
+    mean, std = number["mean"] * scale, number["std"]
+    if std is None:
+        return f"{mean:.4g}"
+    digits = 2 if std == 0 else max(2, 1 - math.floor(math.log10(std * scale)))
+    return f"{mean:.{digits}f} +- {std * scale:.{digits}f}"
 
 
 def run_labels(runs: "Sequence[Run]") -> "dict[str, Run]":

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from condzoo.training import EpochDone, Event, Finished, Notice, Started, StepDone
+from condzoo.training import EpochDone, Event, Finished, Message, Notice, Started, StepDone
 
 SECONDS_BETWEEN_LINES = 30.0  # off a terminal, within an epoch
 
@@ -15,17 +15,16 @@ SECONDS_BETWEEN_LINES = 30.0  # off a terminal, within an epoch
 class TrainingProgress:
     """Shows the events of `condzoo.train`; used as a context manager, and as its `on_event`.
 
-    Several runs may follow each other (a sweep): each gets a bar, or lines, of its own.
+    Several runs may follow each other (a sweep): each gets a bar, or lines, of its own. The bar fits 80 columns.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.started: Started | None = None
-        self.last_line = 0.0
+        self.last_line = self.began = 0.0
         self.task: TaskID | None = None
         self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(compact=True),
@@ -52,8 +51,10 @@ class TrainingProgress:
             self.say(epoch_line(event, self.started))
         elif isinstance(event, Notice):
             self.say(Text(event.text, style="yellow"))
-        elif isinstance(event, Finished) and self.task is not None:
-            self.bar.stop_task(self.task)
+        elif isinstance(event, Message):
+            self.say(Text(event.text, style="bold"))
+        elif isinstance(event, Finished):
+            self.finish(event)
 
     def say(self, line: str | Text) -> None:
         """A line above the bar, or a plain line."""
@@ -67,17 +68,39 @@ class TrainingProgress:
         resumed = f", going on from step {event.start_step}" if event.start_step else ""
         where = f"{event.parameters:,} parameters, {event.device} in {event.precision}, into {event.path}"
         self.say(f"{name}: {where}{resumed}")
+        self.began = time.monotonic()
         self.task = self.bar.add_task(name, total=event.last_step, completed=event.start_step, state="")
 
     def step(self, event: StepDone) -> None:
         """Loss, accuracy, speed, and the conditioning of the last layer's input when it was last probed."""
         state = f"loss {event.loss:.3f}  acc {event.accuracy:.1%}  {event.images_per_second:,.0f} images/s"
-        if event.last_layer:
-            state += f"  last layer: {conditioning_text(event.last_layer)}"
+        last_layer = event.last_layer or {}
         if self.task is not None and not self.bar.disable:
-            self.bar.update(self.task, completed=event.step + 1, state=state)
+            kappa = next((f"  kappa {value:.3g}" for name, value in last_layer.items() if "kappa" in name), "")
+            self.bar.update(self.task, completed=event.step + 1, state=state + kappa)
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            self.say(f"step {event.step + 1}  {state}")
+            left = f"  {time_text(self.seconds_left(event))} left"
+            conditioning = f"  last layer: {conditioning_text(last_layer)}" if last_layer else ""
+            self.say(f"step {event.step + 1}  {state}{conditioning}{left}")
+
+    def seconds_left(self, event: StepDone) -> float:
+        """Until the last step, at the speed of this run so far."""
+        assert self.started is not None
+        done = event.step + 1 - self.started.start_step
+        return (self.started.last_step - event.step - 1) * (time.monotonic() - self.began) / done
+
+    def finish(self, event: Finished) -> None:
+        """The bar of a run goes when the run does; its result is in the table to come."""
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+            self.task = None
+
+
+def time_text(seconds: float) -> str:
+    """A duration as people read it: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def conditioning_text(last_layer: dict[str, float]) -> str:

@@ -23,7 +23,16 @@ ALLOWED = {
     "release": {"models", "data", "probe", "catalog", "checkpoints", "conversion", "training"},
     "experiments": {"models", "data", "probe", "catalog", "checkpoints", "training"},
 }
-TOP = {"cli", "display", "progress", "checkpoint_commands", "reproduce_commands", "__main__", "__init__"}
+TOP = {
+    "cli",
+    "display",
+    "progress",
+    "checkpoint_commands",
+    "reproduce_commands",
+    "training_commands",
+    "__main__",
+    "__init__",
+}
 
 
 def imports_of(source: str) -> set[str]:

@@ -1,5 +1,6 @@
 """One run among many: what became of it, whatever that was, and whether it is still to be done."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,30 +13,49 @@ from condzoo.training.runs import Diverged, Run
 from condzoo.training.schema import Recipe
 
 
-def attempt(
-    recipe: Recipe,
-    path: Path,
-    *,
-    max_steps: int | None = None,
-    device: str | torch.device | None = None,
-    data_root: str | Path | None = None,
-    on_event: OnEvent | None = None,
-) -> Run:
-    """Train a recipe in `path`; a run that diverges or fails is returned as one, with its summary's `status` so.
+@dataclass(frozen=True)
+class RunOptions:
+    """What runs share beside their recipes; as for `train`."""
+
+    max_steps: int | None = None
+    device: str | torch.device | None = None
+    data_root: str | Path | None = None
+    on_event: OnEvent | None = None
+
+
+def attempt(recipe: Recipe, path: Path, options: RunOptions) -> Run:
+    """As `train_to_any_end`; a run that fails is returned, too, with its summary's `status` "failed" and why.
 
     Raises:
         Stopped: on a signal; nothing is wrong with the run.
     """
     try:
-        return train(recipe, out=path, max_steps=max_steps, device=device, data_root=data_root, on_event=on_event)
-    except Diverged as error:
-        return Run(path, recipe, error.summary)
+        return train_to_any_end(recipe, path, options)
     except (ValueError, OSError, RuntimeError) as error:
         if hasattr(error, "exit_code"):  # Stopped: the others stop, too
             raise
-        if on_event is not None:
-            on_event(Notice(f"{path} failed: {error}"))
+        if options.on_event is not None:
+            options.on_event(Notice(f"{path} failed: {error}"))
         return failed(recipe, path, str(error))
+
+
+def train_to_any_end(recipe: Recipe, path: Path, options: RunOptions) -> Run:
+    """Train a recipe in `path`; a run that diverges is returned with its summary's `status` so.
+
+    Raises:
+        Exception: what `train` raises but for `Diverged`.
+    """
+    try:
+        return train(
+            recipe,
+            out=path,
+            max_steps=options.max_steps,
+            device=options.device,
+            data_root=options.data_root,
+            on_event=options.on_event,
+        )
+    except Diverged as error:
+        return Run(path, recipe, error.summary)
 
 
 def failed(recipe: Recipe, path: Path, error: str) -> Run:

@@ -52,11 +52,18 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Message:
+    """How a set of runs gets on, e.g. which one is next."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Finished:
     """The run ended; `summary` is its summary.json."""
 
     summary: dict[str, Any]
 
 
-Event = Started | StepDone | EpochDone | Notice | Finished
+Event = Started | StepDone | EpochDone | Notice | Message | Finished
 OnEvent = Callable[[Event], None]

@@ -7,15 +7,13 @@ root, and the folder of the runs (a file system they share).
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from condzoo.data.sources import DATA_ROOT_VARIABLE
-from condzoo.training.attempts import attempt, failed
-from condzoo.training.events import Notice, OnEvent
+from condzoo.training.attempts import RunOptions, attempt, failed
+from condzoo.training.events import Message, Notice
 from condzoo.training.recipe import parse_recipe, recipe_tables
 from condzoo.training.run_directory import RECIPE
 from condzoo.training.runs import Run
@@ -29,31 +27,23 @@ DEVICES = (None, "cpu", "cuda")  # which GPU is Ray's to say
 
 @dataclass(frozen=True)
 class Resources:
-    """What one run takes of the cluster."""
+    """What one run takes of the cluster. GPUs None: one where there are any; a fraction lets runs share one."""
 
-    gpus: float
-    cpus: float
+    gpus: float | None = None
+    cpus: float = 1  # Ray also sets the threads of a run by it, where OMP_NUM_THREADS does not
 
 
 def run_all_on_ray(
-    planned: Mapping[str, Recipe],
-    out: str | Path,
-    *,
-    max_steps: int | None = None,
-    device: str | torch.device | None = None,
-    data_root: str | Path | None = None,
-    on_event: OnEvent | None = None,
-    gpus_per_run: float | None = None,
-    cpus_per_run: float = 1,
+    planned: Mapping[str, Recipe], out: Path, options: RunOptions, resources: Resources
 ) -> dict[str, Run]:
     """Train each recipe in its folder under `out`, as many at a time as the cluster has room for.
 
     Args:
-        planned, out, max_steps, data_root: as `run_all`; both paths as the machines of the cluster see them.
-        device: None, "cpu" or "cuda".
-        on_event: gets a `Notice` as each run ends.
-        gpus_per_run: default: one where the cluster has any; a fraction lets runs share one.
-        cpus_per_run: Ray also sets the threads of a run by it, where OMP_NUM_THREADS does not.
+        planned: folder name -> recipe.
+        out: the folder of the runs, as the machines of the cluster see it.
+        options: `device` is None, "cpu" or "cuda"; `on_event` gets a `Message` as each run ends, a `Notice`
+            where it failed.
+        resources: of one run.
 
     Returns:
         Folder name -> run. One that diverged, failed, or whose process was lost more than `RETRIES` times is
@@ -63,18 +53,20 @@ def run_all_on_ray(
         ValueError: Ray is not installed; a device that is not Ray's to choose; no machine that a run fits on.
         Stopped: SIGTERM or Ctrl-C; every run saved its state, the same call goes on.
     """
-    if device not in DEVICES:
-        raise ValueError(f"device: got {str(device)!r}, must be cpu or cuda on Ray, which chooses the GPU of each run")
+    if options.device not in DEVICES:
+        got = str(options.device)
+        raise ValueError(f"device: got {got!r}, must be cpu or cuda on Ray, which chooses the GPU of each run")
     ray = connected()
-    gpus = gpus_per_run if gpus_per_run is not None else default_gpus(ray, device)
-    room = checked_room(ray, Resources(gpus, cpus_per_run))
-    notify = on_event or (lambda event: None)
-    notify(Notice(f"{len(planned)} runs on Ray, {room.gpus:g} GPUs and {room.cpus:g} CPUs each, into {out}"))
-    task = ray.remote(remote_attempt).options(num_gpus=room.gpus, num_cpus=room.cpus, max_retries=RETRIES)
+    gpus = default_gpus(ray, options.device) if resources.gpus is None else resources.gpus
+    check_room(ray, gpus, resources.cpus)
+    notify = options.on_event or (lambda event: None)
+    notify(Message(f"{len(planned)} runs on Ray, {gpus:g} GPUs and {resources.cpus:g} CPUs each, into {out}"))
+    task = ray.remote(remote_attempt).options(num_gpus=gpus, num_cpus=resources.cpus, max_retries=RETRIES)
 
     def submit(name: str) -> Any:
-        root = absolute_data_root(planned[name], data_root)
-        return task.remote(recipe_tables(planned[name]), str(Path(out).resolve() / name), max_steps, device, root)
+        root = absolute_data_root(planned[name], options.data_root)
+        own = replace(options, data_root=root, on_event=None)
+        return task.remote(recipe_tables(planned[name]), out.resolve() / name, own)
 
     ended: dict[str, Run] = {}
     with stop_signals() as request:  # after ray.init, which sets handlers of its own
@@ -86,22 +78,20 @@ def run_all_on_ray(
                 raise Stopped(f"stopped by {request.asked}, the runs on Ray with it; run the same command to go on")
             for reference in ready:
                 name = pending.pop(reference)
-                summary = outcome(ray, reference)
-                if summary["status"] == "stopped":  # its machine was asked for back, not the sweep
+                run = outcome(ray, reference, planned[name], out / name)
+                if run is None:  # its machine was asked for back, not the sweep
                     pending[submit(name)] = name
                     continue
-                ended[name] = Run(Path(out) / name, planned[name], summary)
-                notify(Notice(f"{name}: {outcome_text(summary)} ({len(ended)} of {len(planned)} runs)"))
-    return {name: visible(ended[name]) for name in planned}
+                ended[name] = run
+                event = Notice if run.summary["status"] == "failed" else Message
+                notify(event(f"[{len(ended)}/{len(planned)}] {name}: {outcome_text(run.summary)}"))
+    return ended
 
 
-def remote_attempt(
-    tables: dict[str, Any], path: str, max_steps: int | None, device: str | None, data_root: str | None
-) -> dict[str, Any]:
+def remote_attempt(tables: dict[str, Any], path: Path, options: RunOptions) -> dict[str, Any]:
     """What a Ray worker does: one run; returns its summary, or {"status": "stopped"} after a signal."""
     try:
-        recipe = parse_recipe(tables)
-        return attempt(recipe, Path(path), max_steps=max_steps, device=device, data_root=data_root).summary
+        return attempt(parse_recipe(tables), path, options).summary
     except Stopped:
         return {"status": "stopped"}
 
@@ -126,19 +116,19 @@ def default_gpus(ray: Any, device: object) -> float:
     return 1.0 if device != "cpu" and ray.cluster_resources().get("GPU") else 0.0
 
 
-def checked_room(ray: Any, wanted: Resources) -> Resources:
-    """`wanted`, where a machine of the cluster is large enough: Ray would wait for one for ever.
+def check_room(ray: Any, gpus: float, cpus: float) -> None:
+    """See that a machine of the cluster is large enough for a run: Ray would wait for one for ever.
 
     Raises:
         ValueError: none is.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(m.get("GPU", 0) >= wanted.gpus and m.get("CPU", 0) >= wanted.cpus for m in machines):
-        return wanted
+    if any(machine.get("GPU", 0) >= gpus and machine.get("CPU", 0) >= cpus for machine in machines):
+        return
     sizes = ", ".join(sorted({f"{m.get('GPU', 0):g} GPUs and {m.get('CPU', 0):g} CPUs" for m in machines}))
     raise ValueError(
-        f"a run needs {wanted.gpus:g} GPUs and {wanted.cpus:g} CPUs, and no machine of the Ray cluster has them "
-        f"({sizes}); ask for fewer by --gpus-per-run and --cpus-per-run"
+        f"a run needs {gpus:g} GPUs and {cpus:g} CPUs, and no machine of the Ray cluster has them ({sizes}); "
+        "ask for fewer by --gpus-per-run and --cpus-per-run"
     )
 
 
@@ -148,12 +138,17 @@ def absolute_data_root(recipe: Recipe, data_root: str | Path | None) -> str | No
     return str(Path(root).expanduser().resolve()) if root else None
 
 
-def outcome(ray: Any, reference: Any) -> dict[str, Any]:
-    """The summary a task returned, or that of a failure: its process was lost, or an error nobody foresaw."""
+def outcome(ray: Any, reference: Any, recipe: Recipe, path: Path) -> Run | None:
+    """The run a task ended as; None where it was stopped. Failed, too, where its process or its files were lost."""
     try:
-        return ray.get(reference)  # type: ignore[no-any-return]
-    except ray.exceptions.RayError as error:
-        return {"status": "failed", "error": str(error).strip().splitlines()[-1]}
+        summary = ray.get(reference)
+    except ray.exceptions.RayError as error:  # after its retries, or what nobody foresaw
+        return failed(recipe, path, str(error).strip().splitlines()[-1])
+    if summary["status"] == "stopped":
+        return None
+    if summary["status"] != "failed" and not (path / RECIPE).is_file():
+        return failed(recipe, path, f"{path} is not a folder that all machines share; use another --out")
+    return Run(path, recipe, summary)
 
 
 def outcome_text(summary: Mapping[str, Any]) -> str:
@@ -168,10 +163,3 @@ def stop_all(ray: Any, pending: Mapping[Any, str]) -> None:
     for reference in pending:
         ray.cancel(reference, force=False)
     ray.wait(list(pending), num_returns=len(pending), timeout=None)
-
-
-def visible(run: Run) -> Run:
-    """The run, where its files can be seen from here; a failed one where another machine keeps them to itself."""
-    if run.summary["status"] == "failed" or (run.path / RECIPE).is_file():
-        return run
-    return failed(run.recipe, run.path, f"{run.path} is not a folder that all machines share; use another --out")

@@ -23,6 +23,21 @@ def recipe_files() -> dict[str, Path]:
     return {name: path for name, path in found.items() if not name.startswith(f"{EXPERIMENTS}/")}
 
 
+def recipe_headers() -> dict[str, str]:
+    """Name -> the first line of its header, which says what the recipe reproduces; "" where there is none."""
+    return {name: header_of(path.read_text(encoding="utf-8")) for name, path in recipe_files().items()}
+
+
+def header_of(text: str) -> str:
+    """The first line of a file's opening comment that says something."""
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            break
+        if line.strip("# "):
+            return line.strip("# ")
+    return ""
+
+
 def find_recipe(path: str | Path) -> Path:
     """The file of a recipe, given as a path or by its name.
 

@@ -86,5 +86,11 @@ def evaluate_run(
 
 def default_run_directory(recipe: Recipe) -> Path:
     """runs/<data>-<model>-<six digits of the recipe's SHA-256>-seed<seed>, under the working directory."""
+    folder = default_seeds_directory(recipe)
+    return folder.with_name(f"{folder.name}-seed{recipe.seed}")
+
+
+def default_seeds_directory(recipe: Recipe) -> Path:
+    """The same without the seed, for several of them."""
     digest = hashlib.sha256(dump_recipe(recipe.model_copy(update={"seed": 0})).encode()).hexdigest()
-    return Path("runs") / f"{recipe.data.name}-{recipe.model.name}-{digest[:6]}-seed{recipe.seed}"
+    return Path("runs") / f"{recipe.data.name}-{recipe.model.name}-{digest[:6]}"

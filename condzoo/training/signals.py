@@ -18,28 +18,45 @@ class Stopped(RuntimeError):
 
 @dataclass
 class StopRequest:
-    """The name of the signal that asked the run to stop; empty while none has."""
+    """The signal that asked the run to stop; 0 while none has."""
 
-    asked: str = ""
+    number: int = 0
+
+    @property
+    def asked(self) -> str:
+        """The signal's name; empty while none has asked."""
+        return signal.Signals(self.number).name if self.number else ""
+
+
+@dataclass(frozen=True)
+class _Note:
+    """The signal handler that fills a request."""
+
+    request: StopRequest
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.request.number:
+            raise KeyboardInterrupt
+        self.request.number = number
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
     """Note SIGTERM and SIGINT instead of dying of them; a second one raises KeyboardInterrupt at once.
 
+    Within another `stop_signals` (a run among many) the request is the same: a signal stops both.
     Outside the main thread, where Python delivers no signals, nothing is changed.
     """
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, _Note):
+        yield handler.request
+        return
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if request.asked:
-            raise KeyboardInterrupt
-        request.asked = signal.Signals(number).name
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, _Note(request)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request
     finally:

@@ -1,4 +1,4 @@
-"""Many runs of one recipe: every combination of a grid, every seed, one after the other."""
+"""Many runs of one recipe: every seed, every combination of a grid."""
 
 import itertools
 import re
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from condzoo.training.attempts import attempt, finished_run
+from condzoo.training.attempts import RunOptions, train_to_any_end
 from condzoo.training.events import OnEvent
+from condzoo.training.many_runs import run_all, run_all_here
 from condzoo.training.recipe import RecipeError, parse_override, parse_recipe, recipe_tables, set_field
-from condzoo.training.runs import Run
+from condzoo.training.runs import Run, default_seeds_directory
 from condzoo.training.schema import Recipe
-
-ENGINES = ("local", "ray")
+from condzoo.training.summaries import write_summary
 
 
 def sweep(
@@ -21,19 +21,20 @@ def sweep(
     seeds: Sequence[int] | None = None,
     out: str | Path = "runs/sweep",
     *,
-    max_steps: int | None = None,
-    device: str | None = None,
-    data_root: str | Path | None = None,
-    on_event: OnEvent | None = None,
+    shard: str | None = None,
+    **options: Any,
 ) -> list[Run]:
     """Train every combination, each in a folder of its own under `out`; finished ones are not trained again.
+
+    What they came to, with mean +- std over seeds, is written to out/summary.json: see `summarize`.
 
     Args:
         recipe: what all runs share.
         grid: field's path -> its values, e.g. {"optim.lr": [0.1, 0.01], "model.name": [...]}.
         seeds: default: the recipe's own.
         out: the folder of the runs.
-        max_steps, device, data_root, on_event: as for `train`.
+        shard: "2/4": of four parts the second, for as many machines without a cluster.
+        options: engine, max_steps, device, data_root, on_event ...: as for `run_all`.
 
     Returns:
         The runs in the grid's order, the last field and then the seed fastest. A diverged run is among
@@ -42,54 +43,33 @@ def sweep(
     Raises:
         RecipeError: a combination that is no valid recipe, before anything is trained.
     """
-    planned = plan_sweep(recipe, grid, seeds)
-    return run_all(planned, out, max_steps=max_steps, device=device, data_root=data_root, on_event=on_event)
+    planned = take_shard(plan_sweep(recipe, grid, seeds), shard)
+    runs = run_all(planned, out, **options)
+    write_summary(out, dict(zip(planned, runs, strict=True)), shard)
+    return runs
 
 
-def run_all(
-    planned: Mapping[str, Recipe],
-    out: str | Path,
+def train_seeds(
+    recipe: Recipe,
+    seeds: Sequence[int],
+    out: str | Path | None = None,
     *,
-    engine: str = "local",
     max_steps: int | None = None,
     device: str | None = None,
     data_root: str | Path | None = None,
     on_event: OnEvent | None = None,
-    gpus_per_run: float | None = None,
-    cpus_per_run: float = 1,
 ) -> list[Run]:
-    """Train each recipe in its folder under `out`, whatever becomes of the others; finished ones are left alone.
+    """Train a recipe once a seed, in out/seedN; mean +- std are written to out/summary.json: see `summarize`.
 
-    Args:
-        planned: folder name -> recipe.
-        out: the folder of the runs.
-        engine: "local": here, one after the other; "ray": see `condzoo.training.ray_engine`.
-        max_steps, device, data_root, on_event: as for `train`.
-        gpus_per_run, cpus_per_run: what Ray sets apart for a run; the local engine has no use for them.
-
-    Returns:
-        The runs in the order planned; see `sweep`.
-
-    Raises:
-        ValueError: an engine that there is not.
-        Stopped: on a signal; the same call goes on.
+    A finished seed is not trained again, one that diverges is recorded and the others go on. Arguments and
+    other errors are those of `train`; the default of `out` is `default_run_directory(recipe)` less the seed.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine: got {engine!r}, must be one of: {', '.join(ENGINES)}")
-    done = {name: finished_run(recipe, Path(out) / name, max_steps) for name, recipe in planned.items()}
-    missing = {name: recipe for name, recipe in planned.items() if done[name] is None}
-    options: dict[str, Any] = {"max_steps": max_steps, "device": device, "data_root": data_root, "on_event": on_event}
-    if engine == "ray" and missing:
-        from condzoo.training.ray_engine import run_all_on_ray
-
-        room: dict[str, Any] = {"gpus_per_run": gpus_per_run, "cpus_per_run": cpus_per_run}
-        return in_order(planned, done | run_all_on_ray(missing, out, **options, **room))
-    return in_order(planned, done | {n: attempt(recipe, Path(out) / n, **options) for n, recipe in missing.items()})
-
-
-def in_order(planned: Mapping[str, Recipe], runs: Mapping[str, Run | None]) -> list[Run]:
-    """The runs as they were planned."""
-    return [run for name in planned if (run := runs[name]) is not None]
+    folder = Path(out) if out is not None else default_seeds_directory(recipe)
+    planned = plan_sweep(recipe, {}, seeds)
+    options = RunOptions(max_steps, device, data_root, on_event)
+    runs = run_all_here(planned, folder, options, one=train_to_any_end)
+    write_summary(folder, dict(zip(planned, runs, strict=True)))
+    return runs
 
 
 def plan_sweep(
@@ -106,6 +86,21 @@ def plan_sweep(
             name = "-".join([*(f"{field}={value}" for field, value in chosen.items()), f"seed{seed}"])
             planned[re.sub(r"[^\w.=+-]+", "_", name)] = parse_recipe(tables, source=name)
     return planned
+
+
+def take_shard(planned: Mapping[str, Recipe], shard: str | None) -> dict[str, Recipe]:
+    """The runs of shard "i/n": every n-th, from the i-th on, so that each run is in one of the n; None: all.
+
+    Raises:
+        RecipeError: no such shard.
+    """
+    if shard is None:
+        return dict(planned)
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise RecipeError(f"shard {shard!r}: must be I/N with I from 1 to N, e.g. 2/4")
+    first, parts = int(match[1]) - 1, int(match[2])
+    return dict(list(planned.items())[first::parts])
 
 
 def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:

@@ -1,14 +1,30 @@
 """Many runs of one recipe: planned, skipped where finished, and not stopped by one that fails."""
 
+import json
 import os
 import signal
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from condzoo.training import Notice, RecipeError, Started, StepDone, Stopped, parse_grid, parse_seeds, sweep
-from condzoo.training.sweep import plan_sweep
+from condzoo.training import (
+    Finished,
+    Notice,
+    RecipeError,
+    Started,
+    StepDone,
+    Stopped,
+    finished_among,
+    parse_grid,
+    parse_seeds,
+    plan_sweep,
+    run_all,
+    sweep,
+    take_shard,
+    train_seeds,
+)
 
 
 def test_every_combination_is_a_run_of_its_own(tiny: Any, tmp_path: Path) -> None:
@@ -53,6 +69,75 @@ def test_a_signal_stops_the_whole_sweep(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         sweep(tiny(), {}, [1, 2], tmp_path, device="cpu", on_event=interrupt)
     assert not (tmp_path / "seed2").exists()
+
+
+def test_a_signal_between_two_runs_stops_there(tiny: Any, tmp_path: Path) -> None:
+    def interrupt(event: Any) -> None:  # after the last step: the run itself has nothing left to stop
+        if isinstance(event, Finished):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    planned = {"a": tiny(epochs=1), "b": tiny(epochs=1, seed=2)}
+    with pytest.raises(Stopped, match=r"stopped by SIGINT between two runs; run the same command to go on"):
+        run_all(planned, tmp_path, device="cpu", on_event=interrupt)
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_summary_has_mean_and_sample_deviation_of_the_seeds_that_are_done(tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny(**{"optim.momentum": 0.0, "optim.nesterov": False})
+    runs = sweep(recipe, {"optim.lr": [0.1, 1e30]}, [1, 2, 3], tmp_path, max_steps=3, device="cpu")
+    written = json.loads((tmp_path / "summary.json").read_text())
+    good, wild = written["settings"]["optim.lr=0.1"], written["settings"]["optim.lr=1e+30"]
+    errors = [run.summary["test_error"] for run in runs[:3]]
+    assert good["test_error"] == {"mean": statistics.fmean(errors), "std": statistics.stdev(errors), "n": 3}
+    assert (good["done"], good["diverged"], good["seeds"]) == (3, 0, [1, 2, 3])
+    assert (wild["done"], wild["diverged"]) == (0, 3)
+    assert "test_error" not in wild, "a diverged run has no place in a mean"
+    assert list(written["runs"]) == [run.path.name for run in runs]
+    assert written["runs"]["optim.lr=1e+30-seed2"]["diverged"]["step"] == 1
+
+
+def test_seeds_of_one_recipe_train_once_each(tiny: Any, tmp_path: Path) -> None:
+    first = train_seeds(tiny(), [1, 2], tmp_path, max_steps=3, device="cpu")
+    events: list[Any] = []
+    both = train_seeds(tiny(), [1, 2, 5], tmp_path, max_steps=3, device="cpu", on_event=events.append)
+    assert [run.path.name for run in both] == ["seed1", "seed2", "seed5"]
+    assert [run.recipe.seed for run in both] == [1, 2, 5]
+    assert both[:2] == first
+    assert [e.recipe.seed for e in events if isinstance(e, Started)] == [5]
+    assert json.loads((tmp_path / "summary.json").read_text())["settings"][""]["test_error"]["n"] == 3
+
+
+def test_what_fails_for_every_seed_is_an_error(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="cifar10"):
+        train_seeds(tiny(**{"data.name": "cifar10"}), [1, 2], tmp_path, data_root=tmp_path / "nowhere")
+
+
+def test_a_run_counts_as_finished_only_as_far_as_it_is_asked_to_go(tiny: Any, tmp_path: Path) -> None:
+    run_all({"run": tiny()}, tmp_path, max_steps=3, device="cpu")
+    finished = {steps: bool(finished_among({"run": tiny()}, tmp_path, steps)) for steps in (2, 3, 4, None)}
+    assert finished == {2: True, 3: True, 4: False, None: False}
+    assert not finished_among({"run": tiny(seed=2)}, tmp_path, 3), "of another recipe"
+    run_all({"run": tiny()}, tmp_path, device="cpu")
+    assert finished_among({"run": tiny()}, tmp_path)
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert not finished_among({"run": tiny()}, tmp_path)
+
+
+def test_shards_have_every_run_once(tiny: Any) -> None:
+    planned = plan_sweep(tiny(), {"optim.lr": [0.1, 0.2]}, [1, 2, 3, 4, 5])
+    shards = [take_shard(planned, f"{i}/3") for i in (1, 2, 3)]
+    assert [len(shard) for shard in shards] == [4, 3, 3]
+    assert sorted(name for shard in shards for name in shard) == sorted(planned)
+    assert take_shard(planned, None) == planned
+    for wrong in ("0/3", "4/3", "1", "a/b", "1/0"):
+        with pytest.raises(RecipeError, match=rf"shard '{wrong}': must be I/N with I from 1 to N, e.g. 2/4"):
+            take_shard(planned, wrong)
+
+
+def test_a_shard_has_a_summary_of_its_own(tiny: Any, tmp_path: Path) -> None:
+    sweep(tiny(), {}, [1, 2, 3], tmp_path, shard="2/2", max_steps=1, device="cpu")
+    assert list(json.loads((tmp_path / "summary-2of2.json").read_text())["runs"]) == ["seed2"]
+    assert not (tmp_path / "seed1").exists()
 
 
 def test_an_invalid_combination_is_refused_before_anything_is_trained(tiny: Any, tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""What many runs came to: each one's result, and mean +- standard deviation over the seeds of a setting."""
+
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from condzoo.training.run_directory import SUMMARY, write_json
+from condzoo.training.runs import Run
+
+SUMMARIZED = ("test_error", "test_accuracy", "test_loss", "train_error", "train_loss", "train_accuracy", "seconds")
+OUTCOMES = ("done", "diverged", "failed")
+KEPT = ("status", "seed", "steps", *SUMMARIZED, "diverged", "error")
+
+
+def summarize(runs: Mapping[str, Run]) -> dict[str, Any]:
+    """The results of runs by folder name, as strict JSON.
+
+    Returns:
+        `runs`: folder -> its summary in short; `settings`: what is the same but for the seed ("" where there
+        is nothing else) -> how many runs are done, diverged and failed, and of each number {"mean", "std",
+        "n"} over those that are done. std is the sample's, with n - 1 below; None for one run.
+    """
+    short = {name: {key: run.summary[key] for key in KEPT if key in run.summary} for name, run in runs.items()}
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for name, summary in short.items():
+        settings.setdefault(setting_of(name), []).append(summary)
+    return {"settings": {name: spread(group) for name, group in settings.items()}, "runs": short}
+
+
+def setting_of(folder: str) -> str:
+    """ "optim.lr=0.1" of "optim.lr=0.1-seed3"; "" of "seed3"."""
+    return re.sub(r"-?seed\d+$", "", folder)
+
+
+def spread(group: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of outcomes, and mean and sample standard deviation of each number over the runs that are done."""
+    result: dict[str, Any] = {
+        "seeds": [summary["seed"] for summary in group],
+        **{outcome: sum(summary["status"] == outcome for summary in group) for outcome in OUTCOMES},
+    }
+    for key in SUMMARIZED:
+        values = [summary[key] for summary in group if summary["status"] == "done" and summary.get(key) is not None]
+        if values:
+            std = statistics.stdev(values) if len(values) > 1 else None
+            result[key] = {"mean": statistics.fmean(values), "std": std, "n": len(values)}
+    return result
+
+
+def write_summary(out: str | Path, runs: Mapping[str, Run], shard: str | None = None) -> dict[str, Any]:
+    """Write `summarize(runs)` to out/summary.json, or the part of a shard to out/summary-2of4.json; returns it."""
+    summary = summarize(runs)
+    name = SUMMARY if shard is None else f"{Path(SUMMARY).stem}-{shard.replace('/', 'of')}.json"
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_json(Path(out) / name, summary)
+    return summary

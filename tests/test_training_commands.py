@@ -12,7 +12,8 @@ import pytest
 
 from condzoo.cli import main
 
-TINY = ["digits/resnet20_nobn_lastbn", "--set", "model.name=mlp4x24", "--set", "data.resize=8", "--set", "probe.every=0"]
+CHANGES = ("model.name=mlp4x24", "data.resize=8", "probe.every=0")
+TINY = ["digits/resnet20_nobn_lastbn", *(word for change in CHANGES for word in ("--set", change))]
 SHORT = [*TINY, "--max-steps", "3", "--device", "cpu"]
 
 

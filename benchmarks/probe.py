@@ -3,17 +3,21 @@
     python benchmarks/probe.py cost [--batch 128] [--pairs 7] [--threads 2] [--conv channels] [--precision auto ...]
     python benchmarks/probe.py kappa
     python benchmarks/probe.py exact [--samples 1024]
+    python benchmarks/probe.py memory [--network resnet50 cifar_resnet1202] [--batch 2]
 
 `cost`: ResNet-20 on CIFAR-sized images, float32, every convolution and linear layer, both moments, full
 spectra: a probed training step over the plain step just before it, median of pairs, with the range; and the
 peak resident memory over that of plain steps. `kappa`: layers of known condition number, the value reported.
-`exact`: curvature of the 8-layer MLP of arXiv:2002.10801, Fig. I, in seconds.
+`exact`: curvature of the 8-layer MLP of arXiv:2002.10801, Fig. I, in seconds. `memory`: every layer of a large
+network on one batch, in a process of its own: seconds and peak resident memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import multiprocessing
 import resource
 import statistics
 import time
@@ -27,15 +31,16 @@ from condzoo.probe import Probe, curvature, measure, top_curvature
 
 
 def main() -> None:
-    """Run one of the three benchmarks."""
+    """Run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cost", "kappa", "exact"])
+    parser.add_argument("what", choices=["cost", "kappa", "exact", "memory"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--conv", default="channels", choices=["channels", "patches"])
     parser.add_argument("--precision", nargs="+", default=["auto", "fast", "float64"])
     parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--network", nargs="+", default=["resnet50", "cifar_resnet1202"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -44,8 +49,10 @@ def main() -> None:
         cost(options.batch, options.pairs, options.conv, options.precision)
     elif options.what == "kappa":
         known_kappa()
-    else:
+    elif options.what == "exact":
         exact(options.samples)
+    else:
+        memory(options.network, options.batch, options.conv)
 
 
 def cost(batch: int, pairs: int, conv: str, precisions: list[str]) -> None:
@@ -120,6 +127,33 @@ def exact(samples: int) -> None:
         alone = time.perf_counter() - start - full
         agreement = abs(float(top.values[0]) / found.lambda_max - 1)
         print(f"{matrix:12} full spectrum {full:.2f} s; lambda_max alone {alone:.2f} s, equal to {agreement:.0e}")
+
+
+def memory(networks: list[str], batch: int, conv: str) -> None:
+    """Each network with full spectra and with lambda_max alone, in a child process each."""
+    for name, kappa in itertools.product(networks, (True, False)):
+        child = multiprocessing.get_context("spawn").Process(target=probe_once, args=(name, batch, conv, kappa))
+        child.start()
+        child.join()
+        if child.exitcode:
+            print(f"{name}: the process ended with {child.exitcode}")
+
+
+def probe_once(name: str, batch: int, conv: str, kappa: bool) -> None:
+    """Measure one network in train mode and print what it took."""
+    torch.manual_seed(0)
+    model, size = condzoo.create_model(name), condzoo.model_info(name).input_size
+    x, y = torch.randn(batch, *size), torch.randint(10, (batch,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    found = measure(model, (x, y), conv=conv, kappa=kappa)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        f"{name} {'x'.join(map(str, size))}, batch {batch}, conv={conv}, kappa={kappa}: {len(found)} layers, "
+        f"{seconds:.1f} s, peak memory {peak / 2**20:.2f} GiB ({before / 2**20:.2f} before)",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -174,6 +174,9 @@ class Kit:
     build = staticmethod(build)
     images = staticmethod(images)
     oracle = staticmethod(oracle)
+    rows_of = staticmethod(rows_of)
+    patch_rows = staticmethod(patch_rows)
+    eigenvalues = staticmethod(eigenvalues)
 
 
 @pytest.fixture(autouse=True)

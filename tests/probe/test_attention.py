@@ -77,3 +77,44 @@ def test_the_function_is_restored_when_attention_raises():
     with pytest.raises(AssertionError, match="embedding dimension"), Probe(model):
         model(torch.zeros(2, 3, 5).double())
     assert F.linear is before
+
+
+def test_separate_weights_for_keys_and_values_are_three_layers():
+    class Separate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, 2, kdim=4, vdim=5, batch_first=True)
+            self.head = nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return self.head(self.attention(x, keys, values, need_weights=False)[0].mean(1))
+
+    class AsLayers(nn.Module):
+        def __init__(self, model: Separate) -> None:
+            super().__init__()
+            self.head, self.out, inner = model.head, model.attention.out_proj, model.attention
+            weights = inner.q_proj_weight, inner.k_proj_weight, inner.v_proj_weight
+            self.inner = nn.ModuleList(nn.Linear(w.shape[1], WIDTH) for w in weights)
+            biases = inner.in_proj_bias.detach().split(WIDTH)
+            for layer, w, b in zip(self.inner, weights, biases, strict=True):
+                layer.weight, layer.bias = nn.Parameter(w.detach()), nn.Parameter(b)
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            parts = [layer(x) for layer, x in zip(self.inner, inputs, strict=True)]
+            q, k, v = (t.unflatten(2, (2, 3)).transpose(1, 2) for t in parts)
+            return self.head(self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1))
+
+    torch.manual_seed(0)
+    model = Separate().double()
+    x, y = batch()
+    arguments = (x, torch.randn(8, 7, 4).double(), torch.randn(8, 7, 5).double())
+    found, expected = measure(model, [(arguments, y)]), measure(AsLayers(model).double(), [(arguments, y)])
+    names = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj", "head"]
+    assert list(found) == names
+    for name, other in zip(names, ["inner.0", "inner.1", "inner.2", "out", "head"], strict=True):
+        for side in ("input", "output_grad"):
+            a, b = getattr(found[name], side), getattr(expected[other], side)
+            # the gradient of keys sums to zero over tokens: tiny eigenvalues differ by round-off
+            assert float((a.eigenvalues - b.eigenvalues).abs().max()) < 1e-10 * b.lambda_max
+        assert found[name].weight == pytest.approx(expected[other].weight, rel=1e-12)
+        assert found[name].weight_grad == pytest.approx(expected[other].weight_grad, rel=1e-9)

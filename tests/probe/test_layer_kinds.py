@@ -1,0 +1,124 @@
+"""Every kind of layer, alone, shared and called only sometimes, against rows written out one by one."""
+
+import pytest
+import torch
+from torch import nn
+
+from condzoo.probe import measure
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(4, 3), (4,)),
+    "linear on tokens": (lambda: nn.Linear(4, 3), (5, 4)),
+    "linear on maps": (lambda: nn.Linear(4, 3, bias=False), (2, 3, 4)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, dilation=2, padding=3, padding_mode="circular"), (4, 9)),
+    "grouped conv1d": (lambda: nn.Conv1d(4, 6, 2, groups=2), (4, 6)),
+    "conv2d": (lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(1, 2)), (3, 6, 5)),
+    "1x1 conv2d, strided": (lambda: nn.Conv2d(3, 4, 1, stride=2, bias=False), (3, 6, 5)),
+    "same conv2d": (lambda: nn.Conv2d(3, 2, 3, padding="same", padding_mode="replicate"), (3, 5, 5)),
+    "grouped conv2d": (lambda: nn.Conv2d(6, 9, 3, groups=3, padding=1), (6, 4, 4)),
+    "depthwise conv2d": (lambda: nn.Conv2d(4, 4, 3, groups=4, stride=2), (4, 5, 5)),
+    "depthwise conv2d, twice the channels": (lambda: nn.Conv2d(3, 6, 2, groups=3), (3, 4, 4)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, (1, 2, 2), stride=(1, 2, 1), dilation=(1, 1, 2), padding=1), (2, 3, 4, 4)),
+    "grouped conv3d": (lambda: nn.Conv3d(4, 2, 2, groups=2), (4, 3, 3, 3)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(3, 2, 3, stride=2, output_padding=1), (3, 5)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2, dilation=2, padding=1), (4, 3, 4)),
+    "transposed conv3d": (lambda: nn.ConvTranspose3d(2, 2, 2, stride=2, groups=2), (2, 2, 3, 2)),
+}
+
+
+class Around(nn.Module):
+    """Calls its layer as often as asked for, each time on another transformation of the input."""
+
+    def __init__(self, layer, calls):
+        super().__init__()
+        self.layer, self.calls = layer, calls
+
+    def forward(self, x):
+        return torch.stack([self.layer((k + 1) * (x + k).tanh()).sin() for k in range(self.calls)])
+
+
+def loss(output, target):
+    return (output.flatten(2) ** 2).sum((0, 2))  # one number a sample
+
+
+def expected(kit, layer, inputs, conv, bias):
+    """Eigenvalues from all rows: the layer's inputs as it reads them, and B times its outputs' gradients."""
+    spatial, groups = not isinstance(layer, nn.Linear), getattr(layer, "groups", 1)
+    patches = conv == "patches" and spatial and "Transpose" not in type(layer).__name__
+    input_rows, grad_rows = [], []
+    for x in inputs:
+        h = layer(x).detach().requires_grad_()
+        loss(h.sin()[None], None).sum().backward()  # B times the mean
+        grad_rows.append(kit.rows_of(h.grad, spatial))
+        input_rows.append(kit.patch_rows(layer, x).flatten(1) if patches else kit.rows_of(x, spatial))
+    x, g = torch.cat(input_rows), torch.cat(grad_rows)
+    if bias and layer.bias is not None:
+        ones = torch.ones(len(x), 1, dtype=x.dtype)
+        x = torch.cat([part for block in x.chunk(groups, dim=1) for part in (block, ones)], dim=1)
+    return kit.eigenvalues(x, groups, len(x)), kit.eigenvalues(g, groups, len(g)), len(x)
+
+
+def check(kit, layer, found, inputs, conv, bias):
+    x, g, rows = expected(kit, layer, inputs, conv, bias)
+    for spectrum, values in ((found.input, x), (found.output_grad, g)):
+        assert spectrum.eigenvalues.shape == values.shape
+        assert float((spectrum.eigenvalues - values).abs().max()) <= 1e-10 * float(values.max())
+    assert found.input.rows == rows
+    assert found.samples == sum(len(x) for x in inputs)
+
+
+def drawn(shape, samples, seed=0):
+    return torch.randn((samples, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("conv", ["channels", "patches"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_called_twice_over_batches_of_different_sizes(kit, name, conv, bias):
+    torch.manual_seed(0)
+    build, shape = LAYERS[name]
+    layer = build().double()
+    batches = [drawn(shape, 7), drawn(shape, 2, seed=1)]
+    found = measure(Around(layer, 2), [(x, x) for x in batches], loss=loss, conv=conv, bias=bias)
+    inputs = [(k + 1) * (x + k).tanh() for x in batches for k in range(2)]
+    check(kit, layer, found["layer"], inputs, conv, bias)
+
+
+@pytest.mark.parametrize("name", ["linear", "grouped conv2d", "transposed conv1d"])
+def test_a_layer_called_only_sometimes_is_measured_over_the_batches_that_call_it(kit, name):
+    class Sometimes(Around):
+        def forward(self, x):
+            return super().forward(x) if len(x) > 4 else (self.always * x).flatten(1).sin()[None]
+
+        always = nn.Parameter(torch.ones(()).double())
+
+    torch.manual_seed(0)
+    build, shape = LAYERS[name]
+    layer = build().double()
+    x, few = drawn(shape, 6), drawn(shape, 3, seed=1)
+    found = measure(Sometimes(layer, 1), [(few, few), (x, x), (few, few)], loss=loss)
+    assert found.samples == 12
+    check(kit, layer, found["layer"], [x.tanh()], "channels", False)
+    gradient = torch.autograd.grad(loss(Around(layer, 1)(x), None).mean(), layer.weight)[0]
+    mean = gradient * 6 / 12  # of the loss over all 12 samples
+    assert found["layer"].weight_grad_frobenius == pytest.approx(float(mean.norm()), rel=1e-10)
+
+
+def test_a_shared_layer_whose_maps_differ_in_size_counts_every_position_once(kit):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 3, 3, padding=1).double()
+
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return torch.cat([self.layer(x).sin().flatten(1), self.layer(x[:, :, ::2, ::2]).sin().flatten(1)], dim=1)[
+                None
+            ]
+
+    x = drawn((3, 8, 8), 5)
+    for conv in ("channels", "patches"):
+        found = measure(Pyramid(), (x, x), loss=loss, conv=conv)["layer"]
+        check(kit, layer, found, [x, x[:, :, ::2, ::2]], conv, False)

@@ -139,7 +139,7 @@ class Conditioning(Mapping[str, LayerConditioning]):
         return read_json(Path(path))
 
     def plot(self, path: str | Path) -> None:
-        """Draw the layers' magnitudes, condition numbers and spectra into a PNG, PDF or SVG file."""
-        from condzoo.probe.plots import plot_conditioning
+        """Draw magnitudes, condition numbers, spectra and units by depth, and the last layer, as PNG, PDF or SVG."""
+        from condzoo.probe.depth_plots import plot_conditioning
 
         plot_conditioning(self, Path(path))

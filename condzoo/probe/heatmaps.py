@@ -17,6 +17,7 @@ from condzoo.probe.spectra import Spectrum
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 NAMES = 10  # layer names written at an axis at most
+STEPS = 8  # iterations written, at most
 UNKNOWN = "0.82"  # grey
 
 QUANTITIES = (
@@ -77,6 +78,7 @@ def draw_heatmap(ax: Axes, panel: Panel, norm: Normalize, *, names: bool) -> Qua
     ax.axhline(count - 1.5, color="white", lw=1.2)  # the last layer stands apart
     shown = list(range(count - 1, -1, -math.ceil(count / NAMES)))  # evenly, the last layer always
     ax.set_yticks(shown, [panel.layers[i] or "(model)" for i in shown] if names else [str(i) for i in shown])
+    ax.set_xticks(panel.steps[:: math.ceil(len(panel.steps) / STEPS)])
     ax.tick_params(labelsize=7.5)
     note = "  (grey: not known)" if np.isnan(panel.values).any() else ""
     ax.set_title(_plain(panel.quantity) + note, fontsize=9, loc="left")

@@ -12,21 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.depth_plots import draw_units, widened
 from condzoo.probe.heatmaps import OKABE_ITO, draw_heatmap, panels, value_range
 from condzoo.probe.records import read_records
-from condzoo.probe.spectra import Spectrum
 
 Records = str | Path | Sequence[Conditioning]
 
 
 def plot_records(records: Records, png: str | Path, title: str | None = None) -> None:
-    """Layer-by-iteration heat maps of one run, and its last layer's input as lines.
+    """Layer-by-iteration heat maps of one run, its last layer's input as lines, its units by depth at the end.
 
     Args:
         records: a `conditioning.jsonl`, its run directory, or measurements.
@@ -41,7 +40,7 @@ def plot_records(records: Records, png: str | Path, title: str | None = None) ->
 
 
 def plot_comparison(runs: Mapping[str, Records], png: str | Path, title: str | None = None) -> None:
-    """The heat maps of several runs side by side on common colours, and their last layers in one axes.
+    """The heat maps of several runs side by side on common colours, their last layers and units in one axes.
 
     Args:
         runs: label to `conditioning.jsonl`, run directory or measurements.
@@ -58,7 +57,7 @@ def plot_comparison(runs: Mapping[str, Records], png: str | Path, title: str | N
 
 def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | None) -> None:
     columns = len(runs)
-    figure = Figure(figsize=(max(9.0, 1.2 + 4.6 * columns), 11.5), layout="constrained")
+    figure = Figure(figsize=(max(10.0, 1.2 + 4.6 * columns), 11.5), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, fontsize=14)
@@ -77,15 +76,20 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
         if columns > 1:
             axes[0, column].set_title(f"{label}\n{axes[0, column].get_title()}", fontsize=10)
         axes[3, column].set_xlabel("iteration")
-    _last_layers(lines.subplots(1, 2), runs)
+    below = lines.subplots(1, 3)
+    _last_layers(below[:2], runs)
+    last = {label if columns > 1 else "": _with_layers(records)[-1] for label, records in runs.items()}
+    draw_units(below[2], {label: record.neurons for label, record in last.items()})
+    below[2].set_title("ReLU units by depth, last record", fontsize=10)
+    below[2].spines[["top", "right"]].set_visible(False)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=130)
 
 
 def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
     for i, (label, records) in enumerate(runs.items()):
-        spectra = [list(r.values())[-1].input for r in records if len(r)]
-        steps = [r.step or 0 for r in records if len(r)]
+        spectra = [list(r.values())[-1].input for r in _with_layers(records)]
+        steps = [r.step or 0 for r in _with_layers(records)]
         style: dict[str, Any] = {
             "color": OKABE_ITO[i % len(OKABE_ITO)],
             "marker": "osD^v<>"[i % 7],
@@ -95,11 +99,10 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
         axes[0].plot(steps, [s.lambda_max for s in spectra], **style)
         kappas = np.array([s.condition_number(0.5) for s in spectra])
         axes[1].plot(steps, np.where(np.isfinite(kappas), kappas, np.nan), **style)
-    for ax, what in zip(
-        axes, (r"largest eigenvalue $\lambda_{max}$", r"condition number $\kappa_{50\%}$"), strict=True
-    ):
+    for ax, what in zip(axes, (r"$\lambda_{max}$", r"$\kappa_{50\%}$"), strict=True):
         ax.set_yscale("log")
-        ax.set_title(f"Input of the last layer: {what}", fontsize=10)
+        widened(ax)
+        ax.set_title(f"Input of the last layer, {what}", fontsize=10)
         ax.set_xlabel("iteration")
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
@@ -107,45 +110,8 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
             ax.legend(fontsize=9, frameon=False)
 
 
-def plot_conditioning(conditioning: Conditioning, path: Path) -> None:
-    """One measurement: magnitude, condition and units by depth, and every layer's spectra."""
-    if not len(conditioning):
-        raise ValueError("nothing to plot: no layer was measured; see .skipped for the reasons")
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
-    for side, color, label in (("input", OKABE_ITO[0], "input x"), ("output_grad", OKABE_ITO[1], "output gradient g")):
-        spectra: list[Spectrum] = [getattr(layer, side) for layer in conditioning.values()]
-        depth = np.arange(len(spectra))
-        axes[0, 0].plot(depth, [s.lambda_max for s in spectra], "o-", color=color, label=label)
-        for p, line in ((0.5, "o-"), (1.0, "s:")):
-            kappa = np.array([s.condition_number(p) for s in spectra])
-            kappa[~np.isfinite(kappa)] = np.nan
-            axes[0, 1].plot(depth, kappa, line, color=color, label=rf"{label}, $\kappa_{{{100 * p:g}\%}}$")
-        _spectra(axes[1, 0 if side == "input" else 1], spectra, f"Spectra: {label}")
-    for ax, what in ((axes[0, 0], r"$\lambda_{max}$"), (axes[0, 1], r"$\kappa$ (missing: not known)")):
-        ax.set(yscale="log", xlabel="layer, in forward order", title=f"{what} by depth")
-        ax.legend(fontsize=8, frameon=False)
-        ax.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-
-
-def _spectra(ax: Axes, spectra: Sequence[Spectrum], title: str) -> None:
-    """Eigenvalues over lambda_max against their place, first layers dark and last ones light."""
-    from matplotlib import colormaps
-
-    for i, s in enumerate(spectra):
-        if s.rank:
-            known = s.eigenvalues[: s.rank].numpy() / s.lambda_max
-            place = (np.arange(s.rank) + 1) / s.dim
-            last = i == len(spectra) - 1
-            color = OKABE_ITO[3] if last else colormaps["viridis"](0.85 * i / max(1, len(spectra) - 1))
-            ax.plot(place, known, color=color, lw=2.2 if last else 1, label="last layer" if last else None)
-    ax.set(yscale="log", xlim=(0, 1), xlabel="place in the spectrum, of d", ylabel=r"$\lambda / \lambda_{max}$")
-    ax.set_title(title + " (dark: first layers)", fontsize=11)
-    ax.legend(fontsize=8, frameon=False)
-    ax.grid(alpha=0.3)
+def _with_layers(records: Sequence[Conditioning]) -> list[Conditioning]:
+    return [record for record in records if len(record)]
 
 
 def _loaded(records: Records) -> list[Conditioning]:

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from condzoo.probe import Conditioning, measure, plot_comparison, plot_records, read_records, record_columns
+from condzoo.probe import Conditioning, Neurons, measure, plot_comparison, plot_records, read_records, record_columns
 from condzoo.probe.records import append_record, drop_torn_line
 
 
@@ -132,6 +133,25 @@ def test_pictures_are_drawn_without_pyplot(log, measured, tmp_path):
     for name in ("one/run.png", "two.png", "single.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_units_and_the_last_layer_are_in_the_pictures(measured, monkeypatch, tmp_path):
+    """What the lines show, read back from the figure before it is saved."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    units = {"a": Neurons(10, 2, 0, 64), "b": Neurons(10, 5, 1, 64)}
+    replace(measured, neurons=units).plot(tmp_path / "one.png")
+    plot_records([replace(measured, neurons=units, step=0)], tmp_path / "run.png")
+    for figure in drawn:
+        by_title = {ax.get_title(): ax for ax in figure.axes}
+        ax = next(ax for title, ax in by_title.items() if title.startswith("ReLU units by depth"))
+        lines = {line.get_label(): list(line.get_ydata()) for line in ax.get_lines()}
+        assert lines == {"dying": [0.2, 0.5], "full": [0.0, 0.1]}
+    last = next(ax for ax in drawn[0].axes if ax.get_title().startswith("Last layer, 6"))
+    s = measured["6"].input
+    assert list(last.get_lines()[0].get_ydata()) == s.eigenvalues[: s.rank].tolist()
+    styles = [(line.get_marker(), line.get_linestyle()) for line in last.get_lines() if len(line.get_xdata()) > 2]
+    assert len(set(styles)) == len(styles)  # told apart without colour
 
 
 def test_nothing_to_plot_is_an_error(tmp_path):

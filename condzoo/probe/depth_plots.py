@@ -1,0 +1,159 @@
+"""One measurement as a picture: magnitude, condition, spectra and units by depth, the last layer by itself.
+
+Colours are Okabe-Ito's and viridis; every line also has a marker or a dash of its own, for print in grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.heatmaps import OKABE_ITO
+from condzoo.probe.neurons import Neurons
+from condzoo.probe.spectra import Spectrum
+
+SIDES = (("input", OKABE_ITO[0], "o", "inputs x"), ("output_grad", OKABE_ITO[1], "s", "output gradients g"))
+LAST = OKABE_ITO[3]
+MARKS = 20  # markers a line, about
+
+
+def plot_conditioning(conditioning: Conditioning, path: Path) -> None:
+    """One measurement: magnitude, condition, spectra and units by depth, and the last layer's spectra.
+
+    Raises:
+        ValueError: no layer was measured.
+    """
+    if not len(conditioning):
+        raise ValueError("nothing to plot: no layer was measured; see .skipped for the reasons")
+    figure = Figure(figsize=(11.5, 11), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, 2)
+    _magnitudes(axes[0, 0], conditioning)
+    _conditions(axes[0, 1], conditioning)
+    for ax, (side, *_, label) in zip(axes[1], SIDES, strict=True):
+        _spectra(ax, [getattr(layer, side) for layer in conditioning.values()], f"Spectra of the {label}")
+    draw_units(axes[2, 0], {"": conditioning.neurons})
+    _last_layer(axes[2, 1], conditioning)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:
+    """Shares of dying (solid) and full (dashed) units by depth, a colour a run."""
+    ax.set_title("ReLU units by depth", fontsize=10)
+    most = max((len(neurons) for neurons in runs.values()), default=0)
+    if not most:
+        ax.text(0.5, 0.5, "no ReLU", ha="center", va="center", color="0.4", transform=ax.transAxes)
+        ax.set(xticks=[], yticks=[])
+        return
+    for i, (label, neurons) in enumerate(runs.items()):
+        depth = np.arange(len(neurons))
+        for what, dash, marker, color in (("dying", "-", "v", i), ("full", "--", "^", i + (len(runs) == 1))):
+            shares = [getattr(n, f"{what}_share") for n in neurons.values()]
+            style: dict[str, Any] = {"color": OKABE_ITO[color % len(OKABE_ITO)], "ls": dash, "lw": 1.4}
+            name = f"{label}, {what}" if label else what
+            ax.plot(depth, shares, marker=marker, ms=5, markevery=spaced(most), label=name, **style)
+    largest = max(
+        (max(n.dying_share, n.full_share) for neurons in runs.values() for n in neurons.values()), default=0.0
+    )
+    top = max(0.1, 1.1 * largest)
+    ax.set(xlabel="ReLU, in forward order", ylim=(-0.03 * top, min(top, 1.03)))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, frameon=False)
+
+
+def _magnitudes(ax: Axes, conditioning: Conditioning) -> None:
+    for side, color, marker, label in SIDES:
+        _by_depth(ax, [getattr(c, side).lambda_max for c in conditioning.values()], color, marker, "-", label)
+    _finish_depth(ax, r"Largest eigenvalue $\lambda_{max}$ by depth", conditioning)
+
+
+def _conditions(ax: Axes, conditioning: Conditioning) -> None:
+    known = False
+    for side, color, marker, label in SIDES:
+        for p, dash in ((0.5, "-"), (1.0, ":")):
+            kappas = np.array([getattr(c, side).condition_number(p) for c in conditioning.values()])
+            known |= bool(np.isfinite(kappas).any())
+            name = rf"{label}, $\kappa_{{{100 * p:g}\%}}$"
+            _by_depth(ax, np.where(np.isfinite(kappas), kappas, np.nan), color, marker, dash, name, hollow=p == 1.0)
+    title = r"Condition number $\kappa_p$ by depth (missing: not known)"
+    _finish_depth(ax, title if known else r"Condition number $\kappa_p$: none is known", conditioning)
+
+
+def spaced(points: int) -> int:
+    """Every which point of a line has a marker."""
+    return max(1, points // MARKS)
+
+
+def widened(ax: Axes, decades: float = 2.2) -> None:
+    """A logarithmic y axis over so many decades at least, so that small changes look small."""
+    low, high = np.log10(ax.get_ylim())
+    if 0 < high - low < decades:
+        middle = (low + high) / 2
+        ax.set_ylim(10 ** (middle - decades / 2), 10 ** (middle + decades / 2))
+
+
+def _by_depth(ax: Axes, values: Any, color: str, marker: str, dash: str, label: str, *, hollow: bool = False) -> None:
+    depth = np.arange(len(values))
+    style: dict[str, Any] = {"marker": marker, "ms": 4.5, "mfc": "white" if hollow else color, "lw": 1.4}
+    ax.plot(depth, values, color=color, ls=dash, markevery=spaced(len(values)), label=label, **style)
+    ax.plot(depth[-1:], values[-1:], color=color, marker=marker, ms=9, mfc="none", mew=1.6, ls="none")
+
+
+def _finish_depth(ax: Axes, title: str, conditioning: Conditioning) -> None:
+    last = list(conditioning)[-1] or "(model)"
+    ax.set(yscale="log", xlabel=f"layer, in forward order (ringed: the last, {last})")
+    ax.set_title(title, fontsize=10)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    widened(ax)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, frameon=False)
+
+
+def _spectra(ax: Axes, spectra: Sequence[Spectrum], title: str) -> None:
+    """Eigenvalues over lambda_max against their place, first layers dark and later ones light."""
+    for i, s in enumerate(spectra):
+        last = i == len(spectra) - 1
+        if not s.rank or not s.lambda_max:
+            continue
+        known = s.eigenvalues[: s.rank].numpy() / s.lambda_max
+        style: dict[str, Any] = {"color": colormaps["viridis"](0.9 * i / max(1, len(spectra) - 1)), "lw": 1, "ls": "-"}
+        if last:
+            style = {"color": LAST, "lw": 2.4, "ls": "--", "label": "last layer"}
+        ax.plot((np.arange(len(known)) + 1) / s.dim, known, marker="." if len(known) < 4 else None, **style)
+    ax.set(yscale="log", xlim=(0, 1.02), xlabel="place in the spectrum, of d", ylabel=r"$\lambda / \lambda_{max}$")
+    ax.set_title(title + " (dark: first layers)", fontsize=10)
+    ax.grid(alpha=0.3)
+    widened(ax)
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(fontsize=8, frameon=False)
+
+
+def _last_layer(ax: Axes, conditioning: Conditioning) -> None:
+    """The last layer's two spectra as they are, with their noise floors."""
+    name, layer = list(conditioning.items())[-1]
+    for side, color, marker, label in SIDES:
+        s: Spectrum = getattr(layer, side)
+        values = s.eigenvalues[: s.rank].numpy()
+        style: dict[str, Any] = {"marker": marker, "ms": 4.5, "markevery": spaced(len(values)), "lw": 1.4}
+        ax.plot(np.arange(len(values)) + 1, values, color=color, label=label, **style)
+        if s.noise_floor > 0:
+            ax.axhline(s.noise_floor, color=color, lw=1, ls=":")
+    ax.set(yscale="log", xlabel="eigenvalue, largest first", ylabel=r"$\lambda$")
+    ax.set_title(f"Last layer, {name or '(model)'} (dotted: noise floors)", fontsize=10)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, frameon=False)

@@ -10,7 +10,7 @@ from condzoo.probe.measuring import measure
 from condzoo.probe.moments import input_moment, output_grad_moment
 from condzoo.probe.neurons import Neurons
 from condzoo.probe.plots import plot_comparison, plot_records
-from condzoo.probe.records import read_records, record_columns
+from condzoo.probe.records import read_records, record_columns, to_pandas
 from condzoo.probe.spectra import Spectrum, condition_number, spectrum
 from condzoo.probe.tensorboard import write_tensorboard
 from condzoo.probe.training_probe import Probe
@@ -36,6 +36,7 @@ __all__ = [
     "read_records",
     "record_columns",
     "spectrum",
+    "to_pandas",
     "top_curvature",
     "write_tensorboard",
 ]

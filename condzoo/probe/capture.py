@@ -52,6 +52,7 @@ class Capture:
         sums: by layer name, in the order of their first call.
         neurons: by the ReLU's name, its further calls within a forward by that name and "#1", "#2", ...
         dtypes: of the layers' outputs.
+        origin: the layer where NaN or Inf appeared first in a forward pass, None as long as there was none.
     """
 
     model: nn.Module
@@ -71,10 +72,12 @@ class Capture:
     sums: dict[str, LayerSums] = field(default_factory=dict)
     neurons: dict[str, RunningNeurons] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
+    origin: str | None = None
     _handles: list[RemovableHandle] = field(default_factory=list)
     _forward_seen: set[str] = field(default_factory=set)
     _relu_calls: dict[str, int] = field(default_factory=dict)
     _channels_first: bool = False
+    _latest: tuple[str, Tensor] | None = None
 
     def attach(self) -> None:
         """Put the hooks on."""
@@ -88,7 +91,8 @@ class Capture:
 
     def begin(self, samples: int, scale: float) -> None:
         """A forward pass over `samples` samples follows, its gradients to be multiplied by `scale`."""
-        self.batch, self.scale = samples, scale
+        self.find_origin()
+        self.batch, self.scale, self._latest = samples, scale, None
         self._relu_calls.clear()
 
     def detach(self) -> None:
@@ -100,7 +104,7 @@ class Capture:
     def clear(self) -> None:
         """Forget everything seen, for the next measurement."""
         self.sums, self.neurons, self.dtypes = {}, {}, set()
-        self._forward_seen = set()
+        self._forward_seen, self._latest, self.origin = set(), None, None
 
     def _on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> None:
         if not self.recording or not torch.is_grad_enabled() or name in self.split or self._recomputed(name):
@@ -112,8 +116,17 @@ class Capture:
         self._channels_first = isinstance(module, CONVOLUTIONS + TRANSPOSED)
         with plain_products(x.device.type):
             self._add_input(sums.input, module, x.detach())
+        if not sums.input.finite:
+            self.find_origin(name)
+        self._latest = name, h.detach()
         if h.requires_grad:
             h.register_hook(partial(self._on_gradient, module, sums.output_grad, self.scale))
+
+    def find_origin(self, reader: str | None = None) -> None:
+        """Name the layer where NaN or Inf came in: the latest, if its output holds it, else the one that reads it."""
+        if self.origin is None:
+            made = self._latest is not None and not bool(torch.isfinite(self._latest[1]).all())
+            self.origin = self._latest[0] if made and self._latest is not None else reader
 
     def _add_input(self, moment: RunningMoment, module: nn.Module, x: Tensor) -> None:
         bias = self._adds_bias(module)

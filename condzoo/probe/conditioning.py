@@ -66,7 +66,8 @@ class Conditioning(Mapping[str, LayerConditioning]):
         precision: as asked for; each spectrum's `arithmetic` says what was used.
         kappa: False where only the largest eigenvalues were computed.
         samples: examples; batches: batches; step: training step of a `Probe`, else None.
-        first_nonfinite: the layer where NaN or Inf appears first, by direction.
+        first_nonfinite: by direction, the layer where NaN or Inf appears first: "forward", in its output (or in
+            its input, where it arises between layers); "backward", in its output's gradient.
         certificate: with `certify=True`, how far the dtype of the pass moved each layer's spectra.
         seed: what dropout and label draws were seeded with, None in a `Probe`.
     """

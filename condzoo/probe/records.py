@@ -11,11 +11,15 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.serialization import dumps, from_record
+
+if TYPE_CHECKING:
+    import pandas
 
 FILE_NAME = "conditioning.jsonl"
 
@@ -95,3 +99,26 @@ def record_columns(records: Iterable[Conditioning], p: tuple[float, ...] = (0.5,
                 row[value] = np.nan if number is None else number
             rows.append(row)
     return {key: np.array([row[key] for row in rows]) for key in (rows[0] if rows else {})}
+
+
+def to_pandas(
+    records: str | Path | Conditioning | Iterable[Conditioning], p: tuple[float, ...] = (0.5, 1.0)
+) -> pandas.DataFrame:
+    """`record_columns` as a DataFrame, one row a step and layer.
+
+    Args:
+        records: a `conditioning.jsonl`, its run directory, one measurement, or several.
+        p: fractions of the spectrum for which kappa_p gets a column.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        from pandas import DataFrame
+    except ImportError:
+        raise ImportError("to_pandas needs pandas (pip install pandas); record_columns does without") from None
+    if isinstance(records, (str, Path)):
+        records = read_records(records)
+    elif isinstance(records, Conditioning):
+        records = [records]
+    return DataFrame(record_columns(records, p))

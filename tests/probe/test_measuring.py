@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from condzoo.probe import measure, weights
+from condzoo.probe import Probe, measure, weights
 
 NAMES = ["mlp", "bn_mlp", "conv", "odd_conv", "residual", "other_dimensions", "tokens"]
 
@@ -172,9 +172,97 @@ def test_the_first_layer_with_nan_is_named_in_both_directions(kit):
     with torch.no_grad():
         model[3].weight[0, 0] = torch.nan
     found = measure(model, kit.images())
-    assert found.first_nonfinite == {"forward": "5", "backward": "5"}
+    assert found.first_nonfinite == {"forward": "3", "backward": "5"}
     assert found.skipped["5"] == "its input holds NaN or Inf"
     assert found.loss is None
+
+
+class LogBetween(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.second(self.first(x.flatten(1)).log())
+
+
+class InfiniteGradient(nn.Module):
+    """sqrt at 0: the forward pass is finite, the gradient is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(48, 5), nn.Linear(5, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        h = self.second(self.first(x.flatten(1)).tanh())
+        return self.third((h * torch.tensor([1.0, 1, 1, 1, 0]).double()).abs().sqrt())
+
+
+@pytest.mark.parametrize("probed", [False, True])
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("input", {"forward": "1", "backward": "5"}),
+        ("last weight", {"forward": "5", "backward": "5"}),
+        ("between", {"forward": "second", "backward": "second"}),
+        ("gradient", {"backward": "second"}),
+        ("none", {}),
+    ],
+)
+def test_nan_and_inf_are_found_where_they_come_in(kit, place, expected, probed):
+    torch.manual_seed(0)
+    model = {"between": LogBetween, "gradient": InfiniteGradient}.get(place, lambda: kit.build("mlp"))().double()
+    x, y = kit.images()
+    with torch.no_grad():
+        if place == "input":
+            x[3, 1, 2, 0] = torch.inf
+        if place == "last weight":
+            model[5].weight[2, 1] = torch.nan
+    if probed:
+        with Probe(model) as probe:
+            F.cross_entropy(model(x), y).backward()
+            probe.step()
+        assert probe.latest.first_nonfinite == expected
+    else:
+        fine = kit.images(seed=1)
+        assert measure(model, [fine, (x, y), fine]).first_nonfinite == expected
+
+
+@pytest.mark.parametrize("labels", ["data", "model"])
+@pytest.mark.parametrize("where", ["forward", "loss of the second batch", "backward"])
+def test_the_model_is_left_as_it_was_wherever_it_raises(kit, where, labels):
+    class Raises(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("in the middle")
+
+    class Failing(nn.Module):
+        def forward(self, x):
+            if where == "forward":
+                raise RuntimeError("in the middle")
+            return Raises.apply(x) if where == "backward" else x
+
+    model = kit.build("residual")
+    model.insert(4, Failing())
+    model.insert(3, nn.Dropout(0.5))
+    model[0].weight.requires_grad_(False)
+    before = state_of(model)
+    calls = []
+
+    class Loss(nn.CrossEntropyLoss):
+        def forward(self, output, target):
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("in the middle")
+            return super().forward(output, target)
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        measure(model, [kit.images(), kit.images()], loss=Loss(), labels=labels)
+    assert same_state(before, state_of(model))
 
 
 def test_dropout_is_seeded_and_the_seed_matters(kit):

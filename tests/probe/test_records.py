@@ -1,6 +1,7 @@
 """JSON there and back, the log's rules, columns, tables and pictures."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,16 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from condzoo.probe import Conditioning, Neurons, measure, plot_comparison, plot_records, read_records, record_columns
+from condzoo.probe import (
+    Conditioning,
+    Neurons,
+    measure,
+    plot_comparison,
+    plot_records,
+    read_records,
+    record_columns,
+    to_pandas,
+)
 from condzoo.probe.records import append_record, drop_torn_line
 
 
@@ -110,6 +120,25 @@ def test_columns_hold_one_entry_a_step_and_layer(log, measured):
     assert columns["input_lambda_max"].dtype == np.float64
 
 
+def test_columns_become_a_data_frame_where_pandas_is_installed(log, measured, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    records = read_records(log)
+    frame = to_pandas(log)
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame.columns) == list(record_columns(records))
+    assert len(frame) == 3 * len(measured)
+    one = frame[(frame.step == 10) & (frame.layer == "2")].iloc[0]
+    assert one.input_lambda_max == measured["2"].input.lambda_max
+    assert one.weight_frobenius == measured["2"].weight_frobenius
+    pandas.testing.assert_frame_equal(to_pandas(records), frame)
+    assert len(to_pandas(measured, p=(0.25,))) == len(measured)
+    assert "input_kappa25" in to_pandas(measured, p=(0.25,))
+    assert to_pandas([]).empty
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"needs pandas \(pip install pandas\); record_columns does without"):
+        to_pandas(measured)
+
+
 def test_the_table_names_every_layer_its_numbers_and_what_was_skipped(measured):
     text = replace(measured, skipped={"embed": "its input is indices"}).table(p=0.5)
     for name, layer in measured.items():
@@ -124,8 +153,6 @@ def test_the_table_names_every_layer_its_numbers_and_what_was_skipped(measured):
 
 
 def test_pictures_are_drawn_without_pyplot(log, measured, tmp_path):
-    import sys
-
     before = "matplotlib.pyplot" in sys.modules
     plot_records(log, tmp_path / "one" / "run.png", title="a run")
     plot_comparison({"plain": log, "again": read_records(log)}, tmp_path / "two.png")

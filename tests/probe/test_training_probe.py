@@ -1,5 +1,7 @@
 """`Probe` in a training loop: the same numbers as `measure`, and the same weights as without it."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,6 +181,23 @@ def test_hooks_come_off_when_the_loop_raises(kit):
     with pytest.raises(RuntimeError, match="mat1 and mat2"), Probe(model):
         model(torch.zeros(2, 3, 9, 9, dtype=torch.float64))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_memory_does_not_grow_with_the_number_of_measurements(kit):
+    def alive():
+        gc.collect()
+        objects = gc.get_objects()
+        return sum(1 for o in objects if type(o) in (torch.Tensor, nn.Parameter)), len(objects)
+
+    model, counts = kit.build("residual", torch.float32), []
+    with Probe(model) as probe:
+        for _ in range(4):
+            train(model, kit, 3, probe)
+            model.zero_grad()
+            measure(model, kit.images(dtype=torch.float32))
+            counts.append(alive())
+    assert counts[1][0] == counts[2][0] == counts[3][0]
+    assert counts[3][1] - counts[1][1] < 200  # Python objects after 8 more measurements
 
 
 def test_a_due_step_without_a_forward_pass_warns(kit):

@@ -14,6 +14,7 @@ ALLOWED = {
     "models": set(),
     "data": set(),
     "probe": set(),
+    "integrations": {"probe"},
     "catalog": {"models", "checkpoints"},
     "training": {"models", "data", "probe"},
     "checkpoints": {"models", "data", "probe", "catalog"},
@@ -75,7 +76,8 @@ def test_no_module_has_the_name_of_something_condzoo_exports():
 
 @pytest.mark.parametrize("statement", ["import condzoo", "import condzoo.cli", "import condzoo; condzoo.list_models()"])
 def test_light_imports_leave_torch_alone(statement):
-    code = f"import sys\n{statement}\nassert not {{'torch', 'timm', 'matplotlib'}} & set(sys.modules)"
+    heavy = {"torch", "timm", "matplotlib", "lightning", "transformers"}
+    code = f"import sys\n{statement}\nassert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -83,5 +85,5 @@ def test_the_probe_needs_nothing_else_of_condzoo():
     code = "import sys, condzoo.probe; print(sorted(m for m in sys.modules if m.startswith('condzoo.')))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert "condzoo.probe" in loaded
-    for other in ("condzoo.models", "condzoo.data", "condzoo.training", "timm"):
+    for other in ("condzoo.models", "condzoo.data", "condzoo.training", "condzoo.integrations", "timm"):
         assert other not in loaded

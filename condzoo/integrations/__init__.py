@@ -1,0 +1,1 @@
+"""The probe inside other libraries' training loops: `lightning` and `transformers`, each with an extra of its name."""

@@ -1,0 +1,68 @@
+"""The probe as a Lightning callback: Trainer(callbacks=[ProbeCallback(every=100)]). Extra: `lightning`."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from condzoo.probe import Probe
+
+
+class ProbeCallback(pl.Callback):
+    """Measures the LightningModule every so many optimizer steps; weights come out bitwise as without it.
+
+    Accumulated batches, mixed precision's loss scale, resumed runs and Lightning's distributed strategies are
+    taken care of. `training_step` must return the mean loss over its batch (or set `reduction="sum"`).
+
+    Args:
+        every: optimizer steps from one measurement to the next, as in `Probe`.
+        out: folder for `conditioning.jsonl`; None takes the trainer's `log_dir`, else its `default_root_dir`.
+        settings: further ones of `Probe`: layers, conv, precision, bias, tensorboard, reduction.
+
+    Attributes:
+        probe: the `Probe`, from the start of training on; `probe.latest` is the last measurement.
+    """
+
+    def __init__(self, every: int = 100, *, out: str | Path | None = None, **settings: Any) -> None:
+        inspect.signature(Probe).bind(None, every, out=out, **settings)  # a wrong name fails here, not in training
+        self.every, self.out, self.settings = every, out, settings
+        self.probe: Probe | None = None
+        self._steps = 0
+        self._open = ExitStack()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ready for the first step, or the one where the run goes on."""
+        out = self.out or trainer.log_dir or trainer.default_root_dir
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._steps = trainer.global_step
+        probe = Probe(pl_module, self.every, out=out, start_step=self._steps, scaler=scaler, **self.settings)
+        self.probe = self._open.enter_context(probe)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """`training_step` follows, which may call any part of the module."""
+        assert self.probe is not None
+        self.probe.begin(batch)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A step is over if the optimizer has moved; else the batch is one of several accumulated."""
+        assert self.probe is not None
+        if trainer.global_step > self._steps:
+            self._steps = trainer.global_step
+            self.probe.loss_scale = 1 / trainer.accumulate_grad_batches
+            self.probe.step()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hooks off."""
+        self._open.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Hooks off."""
+        self._open.close()

@@ -1,0 +1,130 @@
+"""The callback in real Lightning runs: the records of a plain loop over the same batches, and the same weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from condzoo.probe import Probe, read_records
+
+pl = pytest.importorskip("lightning.pytorch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning's own, torch >= 2.10
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+]
+
+
+class Module(pl.LightningModule):
+    """A small network that training_step calls by its parts, with a validation loop in between."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten())
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(24, 4))
+
+    def training_step(self, batch, index):
+        x, y = batch
+        return F.cross_entropy(self.head(self.body(x)), y)
+
+    def validation_step(self, batch, index):
+        self.training_step(batch, index)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def loader(samples=40):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(samples, 3, 4, 4, generator=generator), torch.randint(4, (samples,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=4)
+
+
+def fit(folder, callbacks=(), module=None, ckpt_path=None, **settings):
+    module = module or Module()
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings = dict.fromkeys(quiet, False) | {"max_epochs": 1, "num_sanity_val_steps": 1} | settings
+    torch.manual_seed(7)
+    trainer = pl.Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **settings)
+    trainer.fit(module, loader(), loader(8), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def plain_loop(accumulate, every):
+    """What Lightning does, by hand."""
+    module, records = Module().train(), []
+    optimizer = module.configure_optimizers()
+    batches = list(loader())
+    with Probe(module, every=every, loss_scale=1 / accumulate) as probe:
+        for start in range(0, len(batches), accumulate):
+            optimizer.zero_grad()
+            for i, batch in enumerate(batches[start : start + accumulate]):
+                probe.begin(batch)
+                (module.training_step(batch, start + i) / accumulate).backward()
+            optimizer.step()
+            if probe.due:
+                probe.step()
+                records.append(probe.latest)
+            else:
+                probe.step()
+    return module, records
+
+
+def same_records(found, expected):
+    assert [r.step for r in found] == [r.step for r in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert (list(a), a.samples, a.batches, a.neurons) == (list(b), b.samples, b.batches, b.neurons)
+        for name in a:
+            assert torch.equal(a[name].input.eigenvalues, b[name].input.eigenvalues)
+            assert torch.equal(a[name].output_grad.eigenvalues, b[name].output_grad.eigenvalues)
+            assert (a[name].weight, a[name].weight_grad) == (b[name].weight, b[name].weight_grad)
+
+
+def same_weights(a, b):
+    for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])  # 10 batches: the last step of 3 has only one
+def test_a_fit_records_what_a_plain_loop_does_and_trains_as_without(tmp_path, accumulate):
+    from condzoo.integrations.lightning import ProbeCallback
+
+    settings = {"accumulate_grad_batches": accumulate, "val_check_interval": 2}
+    without, _ = fit(tmp_path / "without", module=Module(dropout=0.2), **settings)
+    probed, _ = fit(tmp_path / "probed", [ProbeCallback(every=3)], Module(dropout=0.2), **settings)
+    same_weights(probed, without)
+    callback = ProbeCallback(every=3)
+    module, _ = fit(tmp_path, [callback], **settings)
+    by_hand, expected = plain_loop(accumulate, every=3)  # without dropout, as Lightning draws numbers of its own
+    same_weights(module, by_hand)
+    assert [r.step for r in expected] == ([0, 3, 6, 9] if accumulate == 1 else [0, 3])
+    same_records(read_records(tmp_path), expected)
+    same_records([callback.probe.latest], expected[-1:])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_a_resumed_fit_goes_on_with_its_step_and_an_exception_takes_the_hooks_off(tmp_path):
+    from condzoo.integrations.lightning import ProbeCallback
+
+    module, trainer = fit(tmp_path, [ProbeCallback(every=5, out=tmp_path / "run")], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    fit(tmp_path, [ProbeCallback(every=5, out=tmp_path / "run")], ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+    assert [r.step for r in read_records(tmp_path / "run")] == [0, 5, 10, 15]
+
+    class Fails(Module):
+        def training_step(self, batch, index):
+            super().training_step(batch, index)
+            raise RuntimeError("in the middle")
+
+    module = Fails()
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fit(tmp_path, [ProbeCallback()], module)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_a_wrong_setting_fails_at_once():
+    from condzoo.integrations.lightning import ProbeCallback
+
+    with pytest.raises(TypeError, match="unexpected keyword argument 'convs'"):
+        ProbeCallback(convs="patches")

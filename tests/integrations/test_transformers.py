@@ -1,0 +1,141 @@
+"""The callback in real runs of Hugging Face's Trainer: the records of a plain loop, and the same weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from condzoo.probe import Probe, read_records
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+
+class Tiny(nn.Module):
+    """A module that takes what the Trainer passes and returns what it expects."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.drop = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.2)
+        self.fc = nn.Linear(24, 4)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.fc(self.drop(F.relu(self.bn(self.conv(pixel_values)).flatten(1))))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def tiny_vit():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(**sizes, image_size=4, patch_size=2, num_labels=4, hidden_dropout_prob=0.1)
+    return transformers.ViTForImageClassification(config)
+
+
+MODELS = {"module": Tiny, "vit": tiny_vit}
+
+
+def images(samples=40):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(samples, 3, 4, 4, generator=generator), torch.randint(4, (samples,), generator=generator)
+    return [{"pixel_values": a, "labels": b} for a, b in zip(x, y, strict=True)]
+
+
+def fit(name, folder, callbacks=(), resume=None, **settings):
+    """The model and the batches that the Trainer took, in its order."""
+    model, batches = MODELS[name](), []
+
+    def collate(samples):
+        batches.append({key: torch.stack([s[key] for s in samples]) for key in samples[0]})
+        return dict(batches[-1])
+
+    quiet = {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
+    plain = {"num_train_epochs": 1, "max_grad_norm": 0.0, "per_device_train_batch_size": 4, "seed": 7, "use_cpu": True}
+    arguments = transformers.TrainingArguments(str(folder), **(quiet | plain | settings))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        data_collator=collate,
+        train_dataset=images(),
+        optimizers=(optimizer, constant),
+        callbacks=list(callbacks),
+    )
+    torch.manual_seed(7)
+    trainer.train(resume_from_checkpoint=resume)
+    return model, batches
+
+
+def plain_loop(name, batches, accumulate, every):
+    model, records = MODELS[name]().train(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Probe(model, every=every) as probe:
+        for start in range(0, len(batches), accumulate):
+            together = batches[start : start + accumulate]
+            optimizer.zero_grad()
+            for batch in together:
+                (model(**batch)["loss"] / len(together)).backward()
+            optimizer.step()
+            due, probe.loss_scale = probe.due, 1 / len(together)
+            probe.step()
+            if due:
+                records.append(probe.latest)
+    return model, records
+
+
+def same_records(found, expected, tolerance):
+    assert [r.step for r in found] == [r.step for r in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert (list(a), a.samples, a.batches, a.neurons) == (list(b), b.samples, b.batches, b.neurons)
+        for name in a:
+            for side in ("input", "output_grad"):
+                x, y = getattr(a[name], side), getattr(b[name], side)
+                assert float((x.eigenvalues - y.eigenvalues).abs().max()) <= tolerance * y.lambda_max
+            assert a[name].weight == pytest.approx(b[name].weight, rel=tolerance)
+            assert a[name].weight_grad == pytest.approx(b[name].weight_grad, rel=tolerance)
+
+
+# 10 batches: the last step of 3 has only one. A ViT's loss is a sum divided by the samples of all 3, not a mean.
+@pytest.mark.parametrize(("name", "accumulate"), [("module", 1), ("module", 3), ("vit", 3)])
+def test_a_run_records_what_a_plain_loop_does_and_trains_as_without(tmp_path, name, accumulate, monkeypatch):
+    from condzoo.integrations.transformers import ProbeCallback
+
+    without, _ = fit(name, tmp_path / "without", gradient_accumulation_steps=accumulate)
+    probed, _ = fit(name, tmp_path / "probed", [ProbeCallback(every=3)], gradient_accumulation_steps=accumulate)
+    for (key, a), (_, b) in zip(without.state_dict().items(), probed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), key
+    # What dropout draws depends on what else the Trainer draws; a plain loop cannot repeat it.
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    callback = ProbeCallback(every=3, out=tmp_path / "run")
+    model, batches = fit(name, tmp_path, [callback], gradient_accumulation_steps=accumulate)
+    _, expected = plain_loop(name, batches, accumulate, every=3)
+    assert [r.step for r in expected] == ([0, 3, 6, 9] if accumulate == 1 else [0, 3])
+    same_records(
+        read_records(tmp_path / "run"), expected, tolerance=1e-5
+    )  # float32: a ViT's loss is a sum divided by n, not a mean
+    assert read_records(tmp_path / "probed")[-1].step == expected[-1].step
+    assert callback.probe.latest.step == expected[-1].step
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_resumed_run_goes_on_with_its_step(tmp_path):
+    from condzoo.integrations.transformers import ProbeCallback
+
+    saves = {"save_strategy": "steps", "save_steps": 10}
+    fit("module", tmp_path, [ProbeCallback(every=5)], **saves)
+    fit("module", tmp_path, [ProbeCallback(every=5)], str(tmp_path / "checkpoint-10"), **saves, num_train_epochs=2)
+    assert [r.step for r in read_records(tmp_path)] == [0, 5, 10, 15]
+
+
+def test_a_wrong_setting_fails_at_once():
+    from condzoo.integrations.transformers import ProbeCallback
+
+    with pytest.raises(TypeError, match="unexpected keyword argument 'convs'"):
+        ProbeCallback(convs="patches")

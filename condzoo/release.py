@@ -243,7 +243,7 @@ def seed_result(path: Path) -> dict[str, Any]:
 def repository_recipe(recipe: Recipe) -> tuple[str | None, dict[str, str]]:
     """(name, its header's Source and Departs) of condzoo's own recipe that equals this one but for the seed."""
     for name, path in recipe_files().items():
-        if load_recipe(path).model_copy(update={"seed": recipe.seed}) == recipe:
+        if load_recipe(name).model_copy(update={"seed": recipe.seed}) == recipe:
             return name, header_fields(path.read_text(encoding="utf-8"))
     return None, {}
 

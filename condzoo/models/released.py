@@ -108,8 +108,10 @@ def recipes_by_model() -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*.toml"), key=lambda path: (len(path.parts), path)):
         with contextlib.suppress(tomllib.TOMLDecodeError):  # a broken recipe is no reason to say less here
-            model = tomllib.loads(path.read_text(encoding="utf-8")).get("model", {}).get("name", "")
-            found.setdefault(model, path.relative_to(folder).with_suffix("").as_posix())
+            tables, name = tomllib.loads(path.read_text(encoding="utf-8")), path.relative_to(folder).with_suffix("")
+            found.setdefault(tables.get("model", {}).get("name", ""), name.as_posix())
+            for variant, changes in tables.get("variants", {}).items():
+                found.setdefault(changes.get("model.name", ""), name.with_name(variant).as_posix())
     return found
 
 

@@ -89,7 +89,7 @@ def _network(recipe: Recipe) -> Iterator[str]:
         yield f"{path}: {fault}"
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _build_fault(
     model_json: str, patterns: tuple[str, ...], image_shape: tuple[int, int, int], num_classes: int
 ) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from condzoo.training.consistency import problems
 from condzoo.training.recipe_errors import RecipeError, describe_errors
-from condzoo.training.recipe_files import find_recipe
+from condzoo.training.recipe_files import read_recipe
 from condzoo.training.schema import Recipe
 
 
@@ -18,7 +18,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: a TOML file, or the name of a recipe that comes with condzoo ("cifar10/resnet20_lastbn").
+        path: a TOML file, the name of a recipe that comes with condzoo ("cifar10/resnet20_lastbn"), or one of a
+            file's variants ("mine.toml:deep"; see `condzoo.training.recipe_files`).
         overrides: changes like "optim.lr=0.05": a field's path and a TOML value; a bare word is a text,
             `none` takes the field out. Setting `epochs` takes `iterations` out, and the other way round.
 
@@ -26,11 +27,9 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         FileNotFoundError: no such file or recipe; the closest names are given.
         RecipeError: one line for each fault, with the field's path, what came and what is allowed.
     """
-    file = find_recipe(path)
-    try:
-        given = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RecipeError(f"{path}: not a TOML file: {error}") from error
+    given, changes = read_recipe(path)
+    for field, value in changes.items():
+        set_field(given, field, value)
     for override in overrides:
         set_field(given, *parse_override(override))
     return parse_recipe(given, source=str(path))

@@ -116,6 +116,7 @@ def epoch_line(event: EpochDone, started: Started | None) -> str:
     for key, label, form in (
         ("train_loss", "loss", ".4f"),
         ("train_accuracy", "train acc", ".2%"),
+        ("val_error", "val error", ".2%"),
         ("test_error", "test error", ".2%"),
         ("images_per_second", "images/s", ",.0f"),
     ):

@@ -15,7 +15,7 @@ from torch import Tensor
 from condzoo.data.counter_random import derived_seed
 
 Batch = tuple[Tensor, Tensor]
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DataSet(Protocol):
         """(channels, height, width) of one image, as the network sees it."""
 
     def size(self, split: Split) -> int:
-        """Number of images of a split."""
+        """Number of images of a split; 0 for a validation split that was not held out."""
 
     def train_batches(self, plan: BatchPlan, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Shuffled, augmented, normalized batches of one epoch, from its batch `start` on.

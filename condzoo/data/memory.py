@@ -16,9 +16,10 @@ from condzoo.data.batches import Batch, BatchPlan, Split, batches_per_epoch, epo
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set ready for training: both splits, and what a network must know about them.
+    """A data set ready for training: its splits, and what a network must know about them.
 
-    `mean` and `std` are per channel, in units of a byte (0 to 255), of the training images.
+    `mean` and `std` are per channel, in units of a byte (0 to 255), of the training images. `validation` are the
+    training images that are held out, where a recipe asks for it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ImageData:
     test: LabelledImages
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    validation: LabelledImages | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -35,12 +37,13 @@ class ImageData:
         return channels, height, width
 
     def to(self, device: torch.device | str) -> "ImageData":
-        """The same data with the images of both splits on a device."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        """The same data with the images of every split on a device."""
+        validation = None if self.validation is None else self.validation.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
 
     def size(self, split: Split) -> int:
         """Number of images of a split."""
-        return len(self._split(split))
+        return len({"train": self.train, "validation": self.validation or (), "test": self.test}[split])
 
     def train_batches(self, plan: BatchPlan, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Shuffled, augmented, normalized batches of one epoch, from its batch `start` on; see `DataSet`."""
@@ -63,7 +66,10 @@ class ImageData:
             yield normalize(held.images[mine]), held.labels[mine]
 
     def _split(self, split: Split) -> LabelledImages:
-        return self.train if split == "train" else self.test
+        held = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        if held is None:
+            raise ValueError("no validation images were held out: data.validation says how many")
+        return held
 
     def _normalizer(self, plan: BatchPlan) -> Callable[[Tensor], Tensor]:
         return normalizer(self.mean, self.std, self.train.images.device, plan.channels_last)

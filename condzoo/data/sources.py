@@ -9,9 +9,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from condzoo.data.arrays import LabelledImages, channel_moments, crop_and_resize
 from condzoo.data.batches import DataSet
 from condzoo.data.digits import load_digits
+from condzoo.data.holding_out import held_out
 from condzoo.data.image_folder import load_image_folder
 from condzoo.data.memory import ImageData
 from condzoo.data.torchvision_sets import load_torchvision
@@ -87,6 +90,7 @@ def load_data(
     interpolation: str | None = None,
     workers: int | None = None,
     num_classes: int | None = None,
+    validation: int | float | None = None,
 ) -> DataSet:
     """A data set, ready for training: in memory, or for `imagefolder` on disk.
 
@@ -97,6 +101,7 @@ def load_data(
         download: let torchvision fetch what is missing into the first data root.
         image_size, eval_resize, interpolation: imagefolder's `condzoo.data.views.View`; see `folder_view`.
         workers, num_classes: see `load_image_folder`.
+        validation: share or number of training images to hold out as the split "validation"; see `held_out`.
 
     Raises:
         ValueError: an unknown name, a wrong size, or damaged files (with their path).
@@ -104,8 +109,9 @@ def load_data(
     """
     if name == IMAGE_FOLDER:
         view = folder_view(image_size, eval_resize, interpolation)
-        return load_image_folder(folder_root(data_roots(root)), view, workers, num_classes)
-    return load_into_memory(name, root, crop=crop, resize=resize, download=download)
+        data = load_image_folder(folder_root(data_roots(root)), view, workers, num_classes)
+        return data if validation is None else data.holding_out(validation)
+    return load_into_memory(name, root, crop=crop, resize=resize, download=download, validation=validation)
 
 
 def load_into_memory(
@@ -115,13 +121,18 @@ def load_into_memory(
     crop: int | None = None,
     resize: int | None = None,
     download: bool = False,
+    validation: int | float | None = None,
 ) -> ImageData:
     """One of `DATASETS`; see `load_data`."""
     info = data_info(name)
     train, test = load_digits() if name == "digits" else load_torchvision(name, data_roots(root), download)
     train, test = (LabelledImages(crop_and_resize(split.images, crop, resize), split.labels) for split in (train, test))
+    rest = None
+    if validation is not None:
+        stay, out = (torch.from_numpy(index) for index in held_out(train.labels.numpy(), validation))
+        train, rest = (LabelledImages(train.images[index], train.labels[index]) for index in (stay, out))
     mean, std = (info.mean, info.std) if info.mean and info.std else channel_moments(train.images)
-    return ImageData(name, info.num_classes, train, test, mean, std)
+    return ImageData(name, info.num_classes, train, test, mean, std, rest)
 
 
 def folder_view(size: int | None = None, resize: int | None = None, interpolation: str | None = None) -> View:

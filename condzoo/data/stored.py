@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from condzoo.data.batches import Batch, BatchPlan, Split, batches_per_epoch, epoch_order, normalizer, ordered_parts
+from condzoo.data.holding_out import held_out
 from condzoo.data.image_files import ImageError
 from condzoo.data.views import View, centre_view, random_view, seeded
 
@@ -27,10 +29,34 @@ CPU = torch.device("cpu")
 class ImageSource(Protocol):
     """The images of a split, read one by one; it must pickle, for the workers."""
 
+    @property
+    def labels(self) -> np.ndarray:
+        """[n] class numbers."""
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """An image as RGB, and its class."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a source, by their positions in it."""
+
+    source: ImageSource
+    index: np.ndarray  # [n] positions
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[n] class numbers."""
+        return self.source.labels[self.index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image as RGB, and its class."""
+        return self.source.read(int(self.index[index]))
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,7 @@ class StoredData:
         view: what the network sees of an image.
         workers: processes that decode, for each process that trains; None: a core each, at most 8.
         device: where batches are put.
+        validation: the training images that are held out, where a recipe asks for it.
     """
 
     name: str
@@ -52,6 +79,7 @@ class StoredData:
     view: View
     workers: int | None = None
     device: torch.device = field(default=CPU)
+    validation: ImageSource | None = None
 
     @property
     def num_classes(self) -> int:
@@ -69,7 +97,12 @@ class StoredData:
 
     def size(self, split: Split) -> int:
         """Number of images of a split."""
-        return len(self._split(split))
+        return len({"train": self.train, "validation": self.validation or (), "test": self.test}[split])
+
+    def holding_out(self, validation: int | float) -> "StoredData":
+        """The same data set, a share or number of its training images held out; see `held_out`."""
+        stay, out = held_out(self.train.labels, validation)
+        return replace(self, train=Part(self.train, stay), validation=Part(self.train, out))
 
     def train_batches(self, plan: BatchPlan, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Shuffled, augmented, normalized batches of one epoch, from its batch `start` on; see `DataSet`."""
@@ -88,7 +121,10 @@ class StoredData:
         return self._loaded(Views(source, self.view), batches, plan)
 
     def _split(self, split: Split) -> ImageSource:
-        return self.train if split == "train" else self.test
+        held = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        if held is None:
+            raise ValueError("no validation images were held out: data.validation says how many")
+        return held
 
     def _loaded(self, views: "Views", batches: list[list[int]], plan: BatchPlan) -> Iterator[Batch]:
         on_gpu = self.device.type == "cuda"

@@ -74,6 +74,8 @@ def _images(data: DataSection) -> Iterator[str]:
     for field in others:
         if getattr(data, field) not in (None, False):
             yield f"data.{field}: is not for data.name = {data.name!r}, which has: {', '.join(own)}"
+    if data.validation is not None and data.validation > 1 and data.validation != int(data.validation):
+        yield f"data.validation: got {data.validation}, must be a share under 1 or a whole number of images"
     view = folder_view(data.image_size, data.eval_resize)
     if stored and view.resize < view.size:
         yield f"data.eval_resize: got {view.resize}, must be at least data.image_size ({view.size})"

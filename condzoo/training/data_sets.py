@@ -25,6 +25,7 @@ def read_data(recipe: Recipe, data_root: str | Path | None = None) -> DataSet:
         interpolation=section.interpolation,
         workers=section.workers,
         num_classes=section.num_classes,
+        validation=section.validation,
     )
 
 

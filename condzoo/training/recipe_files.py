@@ -67,11 +67,21 @@ def recipe_headers() -> dict[str, str]:
 def described(source: RecipeSource, file_name: str) -> str:
     """A line on a recipe; `file_name` is what its file is called."""
     if source.variant is None:
-        return next((line.strip("# ") for line in source.path.read_text("utf-8").splitlines() if line.strip("# ")), "")
+        return header_of(source.path.read_text(encoding="utf-8"))
     changes = dict(read_tables(source.path)[1][source.variant])
     about = changes.pop(ABOUT, "")
     fields = ", ".join(f"{field} = {value}" for field, value in changes.items())
     return f"{file_name} with {fields}" + (f"; {about}" if about else "")
+
+
+def header_of(text: str) -> str:
+    """The first line of a file's opening comment that says something."""
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            break
+        if line.strip("# "):
+            return line.strip("# ")
+    return ""
 
 
 def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

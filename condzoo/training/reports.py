@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.torch import save
 
+from condzoo.data import Split
 from condzoo.probe import Probe, plot_records
 from condzoo.training.evaluation import evaluate
 from condzoo.training.preparation import Training
@@ -25,6 +26,8 @@ from condzoo.training.run_directory import (
     write_json,
 )
 from condzoo.training.steps import StepResult
+
+PREFIXES: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
 
 
 def record_step(path: Path, step: int, epoch: int, result: StepResult) -> None:
@@ -45,30 +48,41 @@ def record_epoch(training: Training, progress: Progress, path: Path, lr: float, 
         "images_per_second": progress.images_per_second,
         "seconds": progress.epoch_seconds,
     }
-    if training.recipe.eval_every and (kind == "end" or evaluation_due(training, progress.step)):
-        record |= measure_test(training)
+    for split in splits_due(training, progress.step, kind == "end"):
+        record |= measure_split(training, split)
     append_record(path / METRICS, record)
     return record
 
 
-def evaluation_due(training: Training, step: int) -> bool:
-    """Whether the network is evaluated after `step` steps: every eval_every epochs and at the end."""
+def splits_due(training: Training, step: int, ending: bool) -> list[Split]:
+    """What the network is evaluated on after `step` steps: every eval_every epochs and at the end.
+
+    Where validation images are held out, the test images wait for the end.
+    """
+    every = training.recipe.eval_every
+    if not every:
+        return []
     epochs, rest = divmod(step, training.steps_per_epoch)
-    return step == training.total_steps or (rest == 0 and epochs % training.recipe.eval_every == 0)
+    ending = ending or step == training.total_steps
+    held_out: list[Split] = ["validation"] if training.recipe.data.validation is not None else []
+    if ending:
+        return [*held_out, "test"]
+    return (held_out or ["test"]) if rest == 0 and epochs % every == 0 else []
 
 
-def measure_test(training: Training) -> dict[str, Any]:
-    """Loss and error over every test image of the network as it is, and what measuring took."""
+def measure_split(training: Training, split: Split) -> dict[str, Any]:
+    """Loss and error over every image of a split, by the network as it is, and what measuring took."""
     began = time.perf_counter()
-    test = evaluate(training.result, training.data, training.numerics)
-    return {
-        "test_loss": test.loss,
-        "test_error": test.error,
-        "test_accuracy": test.accuracy,
-        "test_correct": test.correct,
-        "test_images": test.total,
-        "test_seconds": time.perf_counter() - began,
+    found = evaluate(training.result, training.data, training.numerics, split)
+    numbers = {
+        "loss": found.loss,
+        "error": found.error,
+        "accuracy": found.accuracy,
+        "correct": found.correct,
+        "images": found.total,
+        "seconds": time.perf_counter() - began,
     }
+    return {f"{PREFIXES[split]}_{name}": number for name, number in numbers.items()}
 
 
 def write_results(
@@ -88,7 +102,7 @@ def write_results(
         "parameters": sum(p.numel() for p in training.model.parameters()),
         "steps": progress.step,
         "epochs": progress.step / training.steps_per_epoch,
-        **{key: value for key, value in record.items() if key.startswith(("train_", "test_"))},
+        **{key: value for key, value in record.items() if key.startswith(("train_", "val_", "test_"))},
         "seconds": progress.seconds,
         "device": str(training.numerics.device),
         "precision": training.numerics.precision,

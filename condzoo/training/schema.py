@@ -45,6 +45,12 @@ class DataSection(Section):
     augment: Literal["none", "paper", "standard"] = Field(
         "none", description="see condzoo.data.augment, and condzoo.data.views for imagefolder"
     )
+    validation: float | None = Field(
+        None,
+        gt=0,
+        description="share (under 1) or number of training images held out, the same share of each class, the same for "
+        "every seed; they are evaluated (val_*) as the run goes on, and the test images at its end only",
+    )
     drop_last: bool = Field(True, description="leave the last, incomplete training batch of an epoch out")
     crop: int | None = Field(None, gt=0, description="in memory: centre crop to this many pixels a side")
     resize: int | None = Field(None, gt=0, description="in memory: then resize to this many a side, antialiased")

@@ -9,7 +9,8 @@ from typing import Any
 from condzoo.training.run_directory import SUMMARY, write_json
 from condzoo.training.runs import Run
 
-SUMMARIZED = ("test_error", "test_accuracy", "test_loss", "train_error", "train_loss", "train_accuracy", "seconds")
+MEASURES = tuple(f"{split}_{what}" for split in ("test", "val", "train") for what in ("error", "accuracy", "loss"))
+SUMMARIZED = (*MEASURES, "seconds")
 OUTCOMES = ("done", "diverged", "failed")
 KEPT = ("status", "seed", "steps", *SUMMARIZED, "diverged", "error")
 

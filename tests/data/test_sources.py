@@ -108,7 +108,18 @@ def test_a_changed_byte_is_an_error_with_the_files_path(name: str, make_set: Mak
     assert str(victim) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+@pytest.mark.parametrize("name", ON_DISK)
+def test_a_truncated_file_is_an_error_with_its_path(name: str, make_set: MakeSet, tmp_path: Path) -> None:
+    make_set(name)
+    victim = max((p for p in tmp_path.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    with pytest.raises(
+        ValueError, match=f"data set '{name}' is damaged: .*{victim.name} has md5 .*; delete .* and fetch"
+    ):
+        load_data(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ON_DISK)
 def test_a_missing_file_is_an_error_with_its_path(name: str, make_set: MakeSet, tmp_path: Path) -> None:
     make_set(name)
     victim = sorted(p for p in tmp_path.rglob("*") if p.is_file())[-1]

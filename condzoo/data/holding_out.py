@@ -1,0 +1,40 @@
+"""The validation split: training images that are held out, the same share of each class."""
+
+import numpy as np
+import torch
+
+from condzoo.data.counter_random import derived_seed
+
+# The same images for every seed of a recipe, so that its runs are compared on one validation set.
+SPLIT_SEED = derived_seed(0x5EED)
+
+
+def held_out(labels: np.ndarray, validation: int | float) -> tuple[np.ndarray, np.ndarray]:
+    """(positions that stay, positions that are held out), each ascending; a function of its arguments alone.
+
+    Args:
+        labels: [n] class numbers of the training images.
+        validation: the share held out (under 1), or their number (1 or more, whole). Every class gives its share,
+            rounded so that the number is met (largest remainders first).
+
+    Raises:
+        ValueError: none or all would be held out.
+    """
+    n = len(labels)
+    count = round(validation * n) if validation < 1 else int(validation)
+    if not 0 < count < n:
+        raise ValueError(
+            f"data.validation: {validation:g} holds out {count} of {n} training images; it must hold out at least one "
+            "and leave at least one"
+        )
+    classes, sizes = np.unique(labels, return_counts=True)
+    exact = sizes * (count / n)
+    quotas = np.floor(exact + 1e-9).astype(int)  # a share of 0.1 of 10 images is 1, whatever round-off says
+    short = np.argsort(quotas - exact, kind="stable")[: count - quotas.sum()]
+    quotas[short] += 1
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    order = torch.randperm(n, generator=generator).numpy()
+    taken = [order[labels[order] == label][:quota] for label, quota in zip(classes, quotas, strict=True)]
+    chosen = np.zeros(n, dtype=bool)
+    chosen[np.concatenate(taken)] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)

@@ -1,0 +1,43 @@
+"""Real images in ImageNet's layout, through the ImageNet recipe, with the probe."""
+
+from pathlib import Path
+
+import pytest
+
+from condzoo.data import check_images
+from condzoo.probe import read_records
+from condzoo.training import evaluate_run, load_recipe, train
+
+REDUCED = [
+    "data.num_classes=none",
+    "data.image_size=64",
+    "data.eval_resize=72",
+    "data.batch_size=32",
+    "probe.every=2",
+    "log_every=1",
+    "eval_every=1000",
+    "precision=fp32",
+]
+
+
+@pytest.mark.real_data
+def test_resnet18_lastbn_through_the_imagenet_recipe(data_root: Path, tmp_path: Path) -> None:
+    root = data_root / "imagenette10"
+    recipe = load_recipe("imagenet/resnet18_lastbn", REDUCED)
+    run = train(recipe, out=tmp_path / "run", max_steps=4, device="cpu", data_root=root)
+    summary = run.summary
+    assert (summary["status"], summary["steps"], summary["num_classes"]) == ("done", 4, 10)
+    assert summary["test_images"] == len(list((root / "val").glob("*/*")))
+    assert 0 < summary["train_loss"] < 10
+    records = read_records(run.path)
+    assert len(records) == 2
+    assert len(records[0]) == 21  # 20 convolutions with those of the shortcuts, and fc
+    assert records[0]["fc"].input.eigenvalues.numel() == 512
+    assert records[0]["fc"].input.lambda_max > 0
+    again = evaluate_run(run.path, data_root=root, device="cpu")
+    assert (again.correct, again.loss) == (summary["test_correct"], summary["test_loss"])
+
+
+@pytest.mark.real_data
+def test_real_images_have_no_fault(data_root: Path) -> None:
+    assert list(check_images(data_root / "imagenette10")) == []

@@ -110,7 +110,7 @@ def draw_losses(ax: Axes, runs: Sequence[dict[str, Any]]) -> None:
 
 def tidy(ax: Axes) -> None:
     """Small ticks, a light grid."""
-    ax.tick_params(labelsize=7)
+    ax.tick_params(which="both", labelsize=7)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
 

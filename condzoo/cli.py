@@ -92,21 +92,27 @@ def probe(
 
 @app.command()
 def validate(
-    name: Annotated[str | None, typer.Argument(help="A model's name; or --all.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every model of the zoo (minutes).")] = False,
+    name: Annotated[str | None, typer.Argument(help="A model's name, or a released checkpoint's; or --all.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every model of the zoo, and every released checkpoint (minutes).")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the initialization and the images.")] = 0,
 ) -> None:
-    """Hold a model against what its family promises: size, initial weights, signals, scale invariance, last BN.
+    """Hold a model against what its family promises.
 
-    One line a check; exit 1 where one does not hold.
+    Size, cost and function as recorded, initial weights, signals over depth, finite gradients, scale invariance (or
+    Theorem 1), the last BN's bound, and conditioning at initialization against the record shipped for the model; of
+    a released checkpoint (MODEL.TAG) those that training does not end. One line a check; exit 1 where one does not
+    hold.
     """
     from condzoo.catalog import list_models
+    from condzoo.checkpoints import list_checkpoints
     from condzoo.validation import validate as validate_model
 
     if every == (name is not None):
         raise ValueError("validate takes a model's name, or --all")
     failed = False
-    for each in list_models() if name is None else [name]:
+    for each in [*list_models(), *list_checkpoints()] if name is None else [name]:
         validation = validate_model(each, seed=seed)
         typer.echo(validation.table())
         failed |= not validation.ok

@@ -1,10 +1,16 @@
 """validate holds the zoo's promises, and catches a network that breaks one, by the right check."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
 
+from condzoo.checkpoints import list_checkpoints, load_checkpoint
+from condzoo.cli import main
 from condzoo.models import create_model, init_weights
+from condzoo.promises import check_last_bn, check_scaling
+from condzoo.subject import prepare
 from condzoo.validation import validate
 
 ONE_A_FAMILY = [
@@ -27,7 +33,9 @@ ONE_A_FAMILY = [
 def test_a_model_of_each_family_keeps_its_promises(name):
     validation = validate(name)
     assert validation.ok, validation.table()
-    assert ("last BN" in {check.name for check in validation.checks}) == name.endswith("lastbn")
+    names = {check.name for check in validation.checks}
+    assert ("last BN" in names) == name.endswith("lastbn")
+    assert {"function", "conditioning"} <= names
 
 
 def broken(checks):
@@ -84,9 +92,118 @@ def a_nan(model):
     model.layer1[0].conv1.weight.data[0, 0, 0, 0] = float("nan")
 
 
+class Times(nn.Module):
+    """A module whose output is multiplied."""
+
+    def __init__(self, inner, factor):
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, x):
+        return self.factor * self.inner(x)
+
+
+def a_shortcut_left_out(model):
+    model.layer2[1].shortcut = None
+
+
+def a_shortcut_halved(model):
+    model.layer2[1].shortcut = Times(nn.Identity(), 0.5)
+
+
+def shortcuts_halved(model):
+    for block in [*model.layer1, *model.layer2, *model.layer3]:
+        block.shortcut = Times(block.shortcut, 0.5)
+
+
+def a_shortcut_padded_in_front(model):
+    """The new channels before the old ones: as good a network at initialization, and not the one of the weights."""
+    shortcut = model.layer2[0].shortcut
+    shortcut.register_forward_hook(lambda module, args, out: out.roll(out.shape[1] // 2, 1))
+
+
+def a_shortcut_of_other_pixels(model):
+    model.layer2[0].shortcut.register_forward_pre_hook(lambda module, args: (args[0].roll(-1, 2),))
+
+
+def bn_after_the_relu(model):
+    layer = model.layers[2]
+    model.layers[2] = nn.Sequential(OrderedDict(linear=layer.linear, relu=layer.relu, bn=layer.bn))
+
+
+def a_shortcut_of_zeros(model):
+    model.layer3[0].shortcut = Times(model.layer3[0].shortcut, 0.0)
+
+
+def a_shortcut_put_in(model):  # into the net without any: BN keeps the magnitudes
+    model.layer2[1].shortcut = nn.Identity()
+
+
+def a_relu_left_out(model):
+    model.layer2[1].relu1 = nn.Identity()
+
+
+def relus_that_are_tanh(model):
+    for layer in model.layers:
+        layer.relu = nn.Tanh()
+
+
+def a_gelu_for_a_relu(model):
+    model.layer2[1].relu2 = nn.GELU()
+
+
+def a_large_eps(model):
+    model.layer2[1].bn1.eps = 10.0
+
+
+def a_fork_before_the_bn(model):  # the first block of a PreResNet's stage: its shortcut takes the raw signal
+    model.layer2[0].first = False
+
+
+def images_shifted(model):
+    model.conv1.register_forward_pre_hook(lambda _, args: (args[0] + 3,))
+
+
+def a_stride_left_out(model):
+    model.layer3[0].conv1.stride = (1, 1)
+    model.layer3[0].shortcut.stride = 1
+
+
+def weights_doubled(model):
+    model.layer3[1].conv2.weight.data.mul_(2)
+
+
+def a_bias_in_the_body(model):
+    nn.init.constant_(model.layers[3].linear.bias, 0.3)
+
+
+def last_bn_rescaled(model):
+    """The classifier's input is no longer what the last BN's gamma and beta say."""
+    model.last_bn.register_forward_hook(lambda bn, args, out: out * torch.linspace(0.5, 2, out.shape[1]).to(out))
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "check"),
     [
+        ("cifar_resnet14", a_shortcut_left_out, "conditioning"),
+        ("cifar_resnet14", a_shortcut_halved, "conditioning"),
+        ("cifar_resnet14_lastbn", a_shortcut_of_zeros, "conditioning"),
+        ("cifar_vgg14", a_shortcut_put_in, "conditioning"),
+        ("cifar_preresnet14", shortcuts_halved, "conditioning"),
+        ("cifar_preresnet14", a_fork_before_the_bn, "function"),
+        ("cifar_resnet14_nobn", a_shortcut_left_out, "function"),
+        ("cifar_resnet14", a_shortcut_padded_in_front, "function"),
+        ("cifar_resnet14", a_shortcut_of_other_pixels, "function"),
+        ("mlp8x24_bn", bn_after_the_relu, "function"),
+        ("cifar_resnet14", a_relu_left_out, "conditioning"),
+        ("cifar_resnet14", a_large_eps, "conditioning"),
+        ("cifar_resnet14", images_shifted, "conditioning"),
+        ("cifar_resnet14", a_stride_left_out, "size"),
+        ("cifar_resnet14", weights_doubled, "weights"),
+        ("cifar_resnet14_nobn", a_gelu_for_a_relu, "scaling"),
+        ("mlp8x24", relus_that_are_tanh, "scaling"),
+        ("mlp8x24", a_bias_in_the_body, "conditioning"),
+        ("cifar_resnet14_lastbn", last_bn_rescaled, "last BN"),
         ("cifar_resnet14", without_he, "weights"),
         ("cifar_vgg20_nobn", without_he, "signals"),
         ("cifar_resnet14", without_normalization, "scaling"),
@@ -108,6 +225,73 @@ def test_a_broken_model_is_caught_by_the_check_it_breaks(name, damage, check):
 def test_another_initializer_than_the_familys_is_caught():
     torch.manual_seed(0)
     assert {"weights", "signals"} <= broken(validate(init_weights(create_model("mlp8x24"), "he")).checks)
+
+
+def test_what_the_conditioning_check_says_names_the_number():
+    torch.manual_seed(0)
+    model = create_model("cifar_resnet14")
+    a_shortcut_left_out(model)
+    (check,) = (check for check in validate(model).checks if check.name == "conditioning")
+    assert check.detail.startswith("worst of 56: input lambda_max of layer3.0.conv1 ")
+    assert "times allowed" in check.detail
+
+
+@pytest.mark.parametrize("name", ["cifar_vgg230", "cifar_vgg230_nobn_lastbn"])
+def test_scaling_is_exact_where_depth_amplifies_round_off(name):
+    check = check_scaling(prepare(name, 0))
+    assert check.ok
+    assert "but for 0, relative" in check.detail
+
+
+def test_the_last_bn_bounds_what_grows_with_depth_without_it():
+    def both(depth):
+        detail = check_last_bn(prepare(f"cifar_resnet{depth}_nobn_lastbn", 0)).detail
+        with_it, without = detail.split("input ")[1].split(" of at most ")[0], detail.split("without it ")[1]
+        return float(with_it), float(without.split(";")[0])
+
+    (shallow, plain_shallow), (deep, plain_deep) = both(8), both(56)
+    assert max(shallow, deep) <= 64
+    assert plain_deep > 100 * plain_shallow
+
+
+@pytest.mark.parametrize("name", list_checkpoints())
+def test_a_released_checkpoint_keeps_the_promises_that_training_does_not_end(name):
+    validation = validate(name)
+    assert validation.ok, validation.table()
+    assert {"size", "finite", "scaling"} <= {check.name for check in validation.checks}
+    assert "weights" not in {check.name for check in validation.checks}
+
+
+def test_trained_weights_are_held_against_what_applies_to_them():
+    model = load_checkpoint("mlp8x24")
+    assert validate(model, trained=True).ok
+    assert {"weights", "conditioning"} <= broken(validate(model).checks)
+    model.fc.weight.data[0, 0] = float("nan")
+    assert "finite" in broken(validate(model, trained=True).checks)
+
+
+def test_theorem_1_holds_with_biases_that_are_scaled_along():
+    model = load_checkpoint("mlp8x24")  # trained: its biases are not zero
+    assert model.layers[0].linear.bias.abs().max() > 0
+    assert check_scaling(prepare(model, 0)).ok
+    model.layers[2].relu = nn.LeakyReLU(0.1)  # homogeneous too, and no other is
+    assert check_scaling(prepare(model, 0)).ok
+    model.layers[2].relu = nn.GELU()
+    assert not check_scaling(prepare(model, 0)).ok
+
+
+def test_validate_all_goes_through_models_and_checkpoints_and_fails_with_the_reason(capsys, monkeypatch):
+    monkeypatch.setattr("condzoo.catalog.list_models", lambda: ["mlp4x24", "cifar_resnet8"])
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", "--all"])
+    assert not stop.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == {"mlp4x24", "cifar_resnet8", *list_checkpoints()}
+    monkeypatch.setattr("condzoo.promises.GROWTH", {"mlp": (0.9, 1.0)})
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", "mlp4x24"])
+    assert stop.value.code == 1
+    assert "FAIL  signals      times 0." in capsys.readouterr().out
 
 
 def test_the_model_is_left_as_it_was():

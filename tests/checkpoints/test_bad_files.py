@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save, save_file
 
 from condzoo.checkpoints import load_checkpoint
 from condzoo.checkpoints.folder import read_folder, write_sums
+from condzoo.models import released
 from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
 
 WEIGHTS = "model.safetensors"
@@ -57,10 +59,48 @@ def test_a_thousand_flipped_bits_are_each_noticed(checkpoint):
         content[bit // 8] ^= 1 << bit % 8
         original = path.read_bytes()
         path.write_bytes(content)
-        with pytest.raises((ValueError, FileNotFoundError)):
-            read_folder(checkpoint)
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(str(checkpoint))):
+            load_checkpoint(checkpoint)
         path.write_bytes(original)
     read_folder(checkpoint)
+
+
+def test_a_thousand_flipped_bits_of_the_weights_are_noticed_by_name_too(index):
+    """A release by its name is held against the index alone, whatever its folder's own sums say."""
+    path = released.cache_folder() / "mlp4x24_bn.digits" / WEIGHTS
+    original = path.read_bytes()
+    rng = random.Random(1)
+    for _ in range(1000):
+        content = bytearray(original)
+        bit = rng.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"is not the file released as mlp4x24_bn\.digits: its SHA-256 is"):
+            released.read_release(released.find_release("mlp4x24_bn", None))
+    path.write_bytes(original)
+    load_checkpoint("mlp4x24_bn")
+
+
+def test_a_folder_that_links_out_of_itself_is_refused_without_reading_there(checkpoint, tmp_path):
+    """A name that is fine in SHA256SUMS and leads elsewhere on the disk."""
+    (tmp_path / "secret").write_text("do not read")
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "config.json").symlink_to("../secret")
+    write = "0" * 64 + "  config.json\n"
+    sums = [line for line in (checkpoint / "SHA256SUMS").read_text().splitlines(True) if "config.json" not in line]
+    (checkpoint / "SHA256SUMS").write_text("".join([*sums, write]))
+    with pytest.raises(ValueError, match=r"config\.json is a symbolic link") as caught:
+        load_checkpoint(checkpoint)
+    assert "do not read" not in str(caught.value)
+
+
+def test_release_names_that_lead_elsewhere_are_no_names(index):
+    for name in ("mlp4x24_bn.../../secret", "../mlp4x24_bn.digits", "mlp4x24_bn.digits/.."):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            load_checkpoint(name)
+    for name in ("mlp4x24_bn...", "mlp4x24_bn..digits"):
+        with pytest.raises(ValueError, match="unknown tag"):
+            load_checkpoint(name)
 
 
 FLOAT = {"dtype": "F32", "shape": [1]}

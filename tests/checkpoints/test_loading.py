@@ -6,6 +6,7 @@ import shutil
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import condzoo
 from condzoo.checkpoints import load_checkpoint
@@ -75,6 +76,42 @@ def test_features_out_and_features_only(index, checkpoint, images):
 def test_more_channels_see_equal_channels_as_the_one_they_were_trained_on(index, checkpoint, images):
     three = create_model("mlp4x24_bn", pretrained=True, in_chans=3).eval()
     torch.testing.assert_close(three(images.expand(-1, 3, -1, -1)), load_checkpoint(checkpoint)(images))
+
+
+@pytest.fixture
+def convolutional(tmp_path, monkeypatch):
+    """A released cifar_resnet8_lastbn, in the cache only: (its network, images)."""
+    torch.manual_seed(0)
+    network = create_model("cifar_resnet8_lastbn").eval()
+    network.last_bn.running_mean.normal_()
+    folder = tmp_path / "cache" / "checkpoints" / "cifar_resnet8_lastbn.test"
+    folder.mkdir(parents=True)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    digest = released.sha256((folder / "model.safetensors").read_bytes())
+    (tmp_path / "index.toml").write_text(
+        f'["{folder.name}"]\nsha256 = "{digest}"\ndefault = true\nmean = [0.1, 0.2, 0.3]\nstd = [1.0, 2.0, 3.0]\n'
+    )
+    monkeypatch.setattr(released, "INDEX", tmp_path / "index.toml")
+    monkeypatch.setenv(released.CACHE_VARIABLE, str(tmp_path / "cache"))
+    return network, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("create", [create_model, timm.create_model])
+def test_a_convolutional_release_takes_other_classes_channels_and_gives_features(convolutional, create):
+    network, x = convolutional
+    name = "cifar_resnet8_lastbn"
+    assert torch.equal(create(name, pretrained=True).eval()(x), network(x))
+    assert list(create(name, pretrained=True).pretrained_cfg["mean"]) == [0.1, 0.2, 0.3]
+    few = create(name, pretrained=True, num_classes=3).eval()
+    assert few(x).shape == (2, 3)
+    assert torch.equal(few.forward_features(x), network.forward_features(x))
+    assert torch.equal(few.last_bn.running_mean, network.last_bn.running_mean)
+    grey = create(name, pretrained=True, in_chans=1).eval()
+    assert torch.equal(grey.conv1.weight, network.conv1.weight.sum(1, keepdim=True))  # as timm does it
+    torch.testing.assert_close(grey(x[:, :1]), network(x[:, :1].expand(-1, 3, -1, -1)))
+    levels = create(name, pretrained=True, features_only=True).eval()(x)
+    assert [level.shape[1] for level in levels] == [16, 32, 64]
+    assert torch.equal(levels[-1], network.forward_features(x))
 
 
 def test_an_mlps_weights_refuse_other_image_sizes(index):

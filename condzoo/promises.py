@@ -1,0 +1,197 @@
+"""What a family of the zoo promises of its networks, a function a promise; `condzoo.validation` says which apply."""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from condzoo.catalog import ModelInfo
+from condzoo.fingerprint import TOLERANCE, difference, read_fingerprints
+from condzoo.initial_conditioning import deviations, measure_initial, read_records
+from condzoo.probe import spectrum
+from condzoo.subject import Subject, recorded_inputs, small_input, weighted
+
+STANDARD_ERRORS = 5  # a seeded draw is compared with its distribution this widely
+TINY_EPS = 1e-300  # BN's, where its scale invariance is checked: torch takes none at all for a mistake
+# Weights are scaled by powers of two, which round nothing: a deep network without shortcuts amplifies round-off
+# (cifar_vgg1202 by 1e70) until nothing of its logits is left.
+FACTORS = (0.25, 0.5, 2.0, 4.0)
+# Without BN, the factor of the inputs' root mean square a layer (a block of a ResNet). He's initializer keeps it at 1
+# but for what zero padding takes off small images, a residual block adds its branch, and U(+-1/sqrt(fan_in)) leaves
+# sqrt(1/6) = 0.41. The bounds hold every depth of a family with room for the draw.
+GROWTH = {"cifar_vgg": (0.6, 1.1), "cifar_resnet": (0.8, 1.5), "mlp": (0.3, 0.6)}
+SCALE_TOLERANCE = 1e-7  # relative, float64
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise: whether it held, and the numbers."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def check_size(subject: Subject) -> Check:
+    """Parameters and multiply-adds are those recorded."""
+    info = subject.info
+    params = sum(p.numel() for p in subject.model.parameters())
+    on_meta = copy.deepcopy(subject.model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        on_meta(torch.empty(1, *info.input_size, device="meta", dtype=torch.float64))
+    macs = counter.get_total_flops() // 2
+    ok = (params, macs) == (info.params, info.macs)
+    return Check("size", ok, f"{params:,} parameters of {info.params:,}, {macs:,} multiply-adds of {info.macs:,}")
+
+
+def check_initialization(subject: Subject) -> Check:
+    """Each weight's mean square is its initializer's variance, within the standard error of so many draws."""
+    worst, where = 0.0, ""
+    for name, layer in weighted(subject.model):
+        variance, kurtosis = expected_variance(subject.info, name, layer)
+        square = float(layer.weight.detach().square().mean())
+        deviation = abs(square / variance - 1) / math.sqrt((kurtosis - 1) / layer.weight.numel())
+        if deviation > worst:
+            worst, where = deviation, name
+    return Check("weights", worst < STANDARD_ERRORS, f"worst variance is {worst:.1f} standard errors off, in {where}")
+
+
+def expected_variance(info: ModelInfo, name: str, layer: nn.Module) -> tuple[float, float]:
+    """Variance and kurtosis of a layer's initializer: He-normal convolutions, uniform linear layers."""
+    if isinstance(layer, nn.Conv2d):
+        return 2 / (layer.out_channels // layer.groups * math.prod(layer.kernel_size)), 3.0
+    assert isinstance(layer, nn.Linear)
+    return 1 / (3 * layer.in_features), 1.8
+
+
+def check_finite(subject: Subject) -> Check:
+    """Loss finite; every parameter gets a gradient, and a finite one."""
+    model = copy.deepcopy(subject.model)
+    loss = nn.functional.cross_entropy(model(subject.x), subject.y)
+    loss.backward()
+    loss = loss.detach()
+    bad = [n for n, p in model.named_parameters() if p.grad is None or not bool(torch.isfinite(p.grad).all())]
+    ok = bool(torch.isfinite(loss)) and not bad
+    return Check(
+        "finite", ok, f"loss {float(loss):.3g}" + (f"; no finite gradient in {', '.join(bad[:3])}" if bad else "")
+    )
+
+
+def check_signals(subject: Subject) -> Check:
+    """The root mean square of the layers' inputs stays, or grows, or shrinks, as the family's initializer says."""
+    rms = input_magnitudes(subject)
+    info = subject.info
+    if info.norm == "bn":
+        low, high = min(rms), max(rms)
+        bound = 3 * math.sqrt(1 + info.depth / 2)  # a residual stream adds up to depth/2 normalized branches
+        ok = low > 0.05 and high < bound
+        return Check("signals", ok, f"inputs between {low:.2g} and {high:.2g}, bounds 0.05 and {bound:.2g}")
+    steps = (info.depth - 2) // 2 if info.family == "cifar_resnet" else len(rms) - 1
+    factor = (rms[-1] / rms[0]) ** (1 / steps)
+    low, high = GROWTH[info.family]
+    unit = "block" if info.family == "cifar_resnet" else "layer"
+    return Check("signals", low < factor < high, f"times {factor:.3g} a {unit}, bounds {low:g} and {high:g}")
+
+
+def input_magnitudes(subject: Subject) -> list[float]:
+    """Root mean square of the input of each weighted layer after the first, in forward order, but for the head's."""
+    layers = [layer for name, layer in weighted(subject.model) if name != "fc"]
+    with recorded_inputs(layers) as inputs, torch.no_grad():
+        copy_buffers = {n: b.clone() for n, b in subject.model.named_buffers()}
+        subject.model(subject.x)
+        subject.model.load_state_dict(copy_buffers, strict=False)
+    return [float(x.square().mean().sqrt()) for x in inputs[1:]]
+
+
+def check_scaling(subject: Subject) -> Check:
+    """With BN the logits do not see the scale of the weights before it; without, they follow it (Theorem 1)."""
+    model = copy.deepcopy(subject.model)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eps = TINY_EPS
+    before = model(subject.x).detach()
+    factors = torch.Generator().manual_seed(1)
+    expected = 1.0
+    scaled = scaled_layers(subject.info, model)
+    for layer in scaled:
+        a = FACTORS[int(torch.randint(len(FACTORS), (), generator=factors))]
+        layer.weight.data.mul_(a)
+        expected *= a
+        if layer.bias is not None:  # a bias is of its layer's output, which every factor up to here has reached
+            layer.bias.data.mul_(expected)
+    if subject.info.norm == "bn" or subject.info.last_bn:
+        expected = 1.0
+    else:
+        model.get_classifier().bias.data.mul_(expected)
+    after = model(subject.x).detach()
+    error = float((after - expected * before).norm() / (abs(expected) * before.norm()))
+    what = "unchanged" if expected == 1.0 else f"times {expected:.3g}"
+    detail = f"{len(scaled)} weights scaled, logits {what} but for {error:.1g}, relative"
+    return Check("scaling", error < SCALE_TOLERANCE, detail)
+
+
+def scaled_layers(info: ModelInfo, model: nn.Module) -> list[Any]:
+    """The layers whose scale a BN cancels; without BN, those the whole signal runs through."""
+    body = [(name, layer) for name, layer in weighted(model) if name != "fc"]
+    if "preresnet" in info.family:  # a branch's last convolution is added, not normalized
+        last = "conv3" if info.depth >= 50 and info.family == "imagenet_preresnet" else "conv2"
+        return [m for name, m in body if ".conv" in name and not name.endswith(last) and name != "conv1"]
+    if info.norm == "none" and info.family == "cifar_resnet":
+        return [m for name, m in body if name == "conv1"]
+    return [m for _, m in body]
+
+
+def check_last_bn(subject: Subject) -> Check:
+    """The classifier sees standardized features, so lambda_max of its input is at most their number d.
+
+    For gamma = 1 and beta = 0 every feature's mean square is 1 (0 for a feature that is constant), so the trace is
+    at most d; in general it is at most the sum of gamma^2 + beta^2. What the last BN itself sees is the plain
+    twin's classifier input.
+    """
+    bn = subject.model.last_bn
+    with recorded_inputs([bn, subject.model.get_classifier()]) as inputs, torch.no_grad():
+        buffers = {n: b.clone() for n, b in subject.model.named_buffers()}
+        subject.model(subject.x)
+        subject.model.load_state_dict(buffers, strict=False)
+    if len(inputs) < 2:
+        return Check("last BN", False, "it is not called")
+    plain, x = inputs
+    gamma, beta = bn.weight.detach(), bn.bias.detach()
+    bound = float((gamma.square() + beta.square()).sum())
+    excess = float((x.square().mean(0) - gamma.square() - beta.square()).max())
+    lambda_max, twins = (spectrum(h.T @ h / len(h)).lambda_max for h in (x, plain))
+    mean = float((x.mean(0) - beta).abs().max())
+    ok = x.shape == plain.shape and excess < 1e-6 and mean < 1e-6 and lambda_max <= bound * (1 + 1e-9)
+    return Check(
+        "last BN",
+        ok,
+        f"lambda_max of the classifier's input {lambda_max:.3g} of at most {bound:.4g}, without it {twins:.3g}; "
+        f"mean {mean:.1g}",
+    )
+
+
+def check_conditioning(subject: Subject) -> Check:
+    """lambda_max and kappa of inputs and output gradients are the record's, as far as seeds differ."""
+    numbers = measure_initial(subject.model, subject.x, subject.y)
+    found = deviations(numbers, read_records()[subject.info.name])
+    worst = found[0]
+    return Check(
+        "conditioning",
+        worst.excess <= 1,
+        f"worst of {len(found)}: {worst.what} {worst.measured:.3g}, recorded {worst.recorded:.3g}, "
+        f"up to {worst.allowed:.3g} times allowed",
+    )
+
+
+def check_function(subject: Subject) -> Check:
+    """The network computes what the model's code did when it was recorded, weights aside."""
+    recorded = read_fingerprints()[subject.info.name]
+    if recorded is None:
+        return Check("function", True, "no record: this depth amplifies round-off to the size of the logits")
+    error = difference(subject.model, small_input(subject.info), recorded)
+    return Check("function", error < TOLERANCE, f"logits with fixed weights as recorded but for {error:.1g}, relative")

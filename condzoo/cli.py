@@ -1,8 +1,10 @@
 """The `condzoo` command: parses, calls, prints. What it calls is the public API; each command imports only
 what it needs, so that `condzoo --help` answers at once."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -160,14 +162,35 @@ for other in (
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every foreseen failure is one line on stderr and an exit code, not a traceback."""
-    try:
-        app(args)
-    except Exception as error:
-        code = exit_code(error)
-        if code is None or os.environ.get("CONDZOO_TRACEBACK"):
-            raise
-        print(error if code == EXIT_STOPPED else f"error: {error}", file=sys.stderr)
-        sys.exit(code)
+    with first_of_processes_speaks():
+        try:
+            app(args)
+        except Exception as error:
+            code = exit_code(error)
+            if code is None or os.environ.get("CONDZOO_TRACEBACK"):
+                raise
+            if not said_elsewhere(error):
+                print(error if code == EXIT_STOPPED else f"error: {error}", file=sys.stderr)
+            sys.exit(code)
+
+
+@contextlib.contextmanager
+def first_of_processes_speaks() -> Iterator[None]:
+    """Under torchrun only the first process prints."""
+    if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def said_elsewhere(error: Exception) -> bool:
+    """Whether another of torchrun's processes prints this error."""
+    if os.environ.get("RANK", "0") == "0":
+        return False
+    from condzoo.training.distributed import said_elsewhere
+
+    return said_elsewhere(error)
 
 
 def exit_code(error: Any) -> int | None:

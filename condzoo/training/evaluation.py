@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from condzoo.data import BatchPlan, DataSet, Split
+from condzoo.training.distributed import ALONE, Ranks
 from condzoo.training.precision import Numerics
 
 EVALUATION_BATCH = {"cpu": 125, "cuda": 1000}  # images; larger ones fall out of a CPU's caches
@@ -31,7 +32,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: DataSet, numerics: Numerics, split: Split = "test") -> Evaluation:
+def evaluate(
+    model: nn.Module, data: DataSet, numerics: Numerics, split: Split = "test", ranks: Ranks = ALONE
+) -> Evaluation:
     """Evaluate in eval mode, in the data set's order, every image once; the model's mode is restored.
 
     Args:
@@ -39,19 +42,25 @@ def evaluate(model: nn.Module, data: DataSet, numerics: Numerics, split: Split =
         data: on the model's device.
         numerics: autocast and memory format of the forward pass.
         split: "test" or "train".
+        ranks: each process takes its part of the images; the counts are over all.
     """
-    plan = BatchPlan(EVALUATION_BATCH.get(numerics.device.type, 1000), channels_last=numerics.channels_last)
-    correct = torch.zeros((), dtype=torch.int64, device=numerics.device)
-    loss = torch.zeros((), dtype=torch.float64, device=numerics.device)
+    plan = BatchPlan(
+        EVALUATION_BATCH.get(numerics.device.type, 1000) * ranks.world,
+        channels_last=numerics.channels_last,
+        part=ranks.rank,
+        parts=ranks.world,
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=numerics.device)
     was_training = model.training
     model.eval()
     try:
         for x, y in data.ordered_batches(split, plan):
             with numerics.autocast():
                 logits = model(x)
-            loss += nn.functional.cross_entropy(logits.float(), y, reduction="sum").double()
-            correct += (logits.argmax(1) == y).sum()
+            loss = nn.functional.cross_entropy(logits.float(), y, reduction="sum")
+            sums += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double()])
     finally:
         model.train(was_training)
     total = data.size(split)
-    return Evaluation(int(correct), total, float(loss) / total)
+    loss_sum, correct = ranks.sum_(sums).tolist()
+    return Evaluation(int(correct), total, loss_sum / total)

@@ -1,24 +1,30 @@
 """`train`: a recipe from its first step to its last, in the order things happen."""
 
+import contextlib
+import signal
 import time
 from pathlib import Path
 
 import torch
 
 from condzoo.probe import Probe
-from condzoo.training.events import EpochDone, Finished, OnEvent, Started, StepDone
-from condzoo.training.outcome import end_diverged, finish, finished_at, record_divergence
-from condzoo.training.precision import resolve_device
-from condzoo.training.preparation import Training, prepare, training_steps
+from condzoo.training.diagnosis import diagnose
+from condzoo.training.distributed import Ranks, join, launched
+from condzoo.training.divergence import NonFinite
+from condzoo.training.events import EpochDone, Event, Finished, OnEvent, Started, StepDone
+from condzoo.training.outcome import earlier_summary, end_diverged, finish, record_divergence
+from condzoo.training.preparation import Training, join_gradients, prepare, training_steps
 from condzoo.training.progress import Progress, capture, go_on
 from condzoo.training.recipe import check_recipe, load_recipe, parse_recipe, recipe_tables
 from condzoo.training.reports import last_layer, opened_probe, record_epoch, record_step
 from condzoo.training.resume import save_checkpoint
-from condzoo.training.run_directory import CHECKPOINTS, SUMMARY, claimed, read_json
+from condzoo.training.run_directory import CHECKPOINTS, claimed
 from condzoo.training.runs import Run, default_run_directory
 from condzoo.training.schema import Recipe
 from condzoo.training.signals import Stopped, StopRequest, stop_signals
-from condzoo.training.steps import NonFinite, StepResult, take_step
+from condzoo.training.steps import StepResult, take_step
+
+CHECK_STEPS = 10  # between looks at what stays on a GPU: whether a step was bad, whether a process was asked to stop
 
 
 def train(
@@ -35,6 +41,9 @@ def train(
 
     On one CPU process the weights, the metrics and the conditioning records are bitwise a function of
     the recipe (thread count and hardware as they are), whether the run was interrupted or not.
+
+    Started by torchrun, or in a process group of the caller's, the processes train together; the first one
+    alone writes, and sees events.
 
     Args:
         recipe: from `load_recipe`, or what it takes.
@@ -61,29 +70,42 @@ def train(
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     path = Path(out) if out is not None else default_run_directory(recipe)
-    notify = on_event or (lambda event: None)
-    with (
-        claimed(path, recipe),
-        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-        stop_signals() as request,
-    ):
-        if (path / SUMMARY).exists() and (summary := read_json(path / SUMMARY))["status"] == "diverged":
-            return end_diverged(path, recipe, summary)
-        training = prepare(recipe, resolve_device(device), data_root)
+    ranks, own_device = join(device)
+    notify = on_event if on_event is not None and ranks.first else ignore
+    with contextlib.ExitStack() as held:
+        ranks.first_does(lambda: held.enter_context(claimed(path, recipe)))
+        held.enter_context(forked_random_numbers(own_device, ranks))
+        request = held.enter_context(stop_signals(patient=launched()))
+        earlier = ranks.first_does(lambda: earlier_summary(path))
+        if earlier is not None and earlier["status"] == "diverged":
+            return end_diverged(path, recipe, earlier)
+        training = join_gradients(ranks.all_do(lambda: prepare(recipe, own_device, data_root, ranks)))
         progress = go_on(training, path, notify)
         last = min(training.total_steps, max_steps or training.total_steps)
-        if finished_at(path, progress.step) and progress.step >= last:
-            return Run(path, recipe, read_json(path / SUMMARY))
+        if earlier is not None and earlier["steps"] == progress.step >= last:
+            return Run(path, recipe, earlier)
         notify(started(training, progress, path, last))
         try:
             fit(training, progress, path, last, request, notify)
-        except NonFinite as fault:
-            summary = record_divergence(training, progress, path, fault)
+        except NonFinite as bad:
+            progress.rewind(bad.step)
+            summary = record_divergence(training, progress, path, diagnose(training, bad.step))
             notify(Finished(summary))
             return end_diverged(path, recipe, summary)
         summary = finish(training, progress, path)
         notify(Finished(summary))
         return Run(path, recipe, summary)
+
+
+def ignore(event: Event) -> None:
+    """The on_event of a process that shows nothing."""
+
+
+def forked_random_numbers(device: torch.device, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
+    """The caller's random numbers are left as they are; a process with a GPU of its own touches no other."""
+    if ranks.world > 1:
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
 def started(training: Training, progress: Progress, path: Path, last: int) -> Started:
@@ -104,27 +126,42 @@ def started(training: Training, progress: Progress, path: Path, last: int) -> St
 def fit(training: Training, progress: Progress, path: Path, last: int, request: StopRequest, notify: OnEvent) -> None:
     """Take every step up to `last`; measure, record and save on the way.
 
+    All processes of a run look at the same steps whether to go on.
+
     Raises:
         NonFinite: see `take_step`.
         Stopped: a signal asked for it, and the state is saved.
     """
-    per_epoch = training.steps_per_epoch
+    per_epoch, ranks = training.steps_per_epoch, training.ranks
     save_steps = max(1, round(training.recipe.save_every * per_epoch))
     with opened_probe(training, path, progress.step) as probe:
         began = time.perf_counter()
         for batch in training_steps(training, progress.step, last):
             result = take_step(training, batch, probe)
             progress.add(result, time.perf_counter() - began)
+            saving = progress.step % save_steps == 0 or progress.step == last
+            checking = saving or check_due(training, progress.step)
+            if checking:
+                training.guard.check()
+                progress.unchecked.clear()
             report_step(training, progress, path, result, probe, notify)
             if progress.step % per_epoch == 0:
                 record = record_epoch(training, progress, path, result.lr)
                 notify(EpochDone(record["epoch"], record))
                 progress.end_epoch()
-            if progress.step % save_steps == 0 or progress.step == last or request.asked:
-                save_checkpoint(path / CHECKPOINTS, capture(training, progress, path))
-            if request.asked and progress.step < last:
-                raise Stopped(f"stopped by {request.asked} at step {progress.step}; run the same command to go on")
+            stop = ranks.largest(request.number) if checking else 0
+            if saving or stop:
+                ranks.first_does(lambda: save_checkpoint(path / CHECKPOINTS, capture(training, progress, path)))
+            if stop and progress.step < last:
+                name = signal.Signals(stop).name
+                raise Stopped(f"stopped by {name} at step {progress.step}; run the same command to go on")
             began = time.perf_counter()
+
+
+def check_due(training: Training, step: int) -> bool:
+    """Whether to look, after `step` steps, if the run is sound and should go on: always, where looking is free."""
+    logged = (step - 1) % training.recipe.log_every == 0
+    return not training.guard.deferred or logged or step % CHECK_STEPS == 0 or step % training.steps_per_epoch == 0
 
 
 def report_step(
@@ -137,8 +174,10 @@ def report_step(
     step = progress.step - 1
     due = step % training.recipe.log_every == 0
     epoch = step // training.steps_per_epoch
+    if not training.ranks.first:
+        return
     if due:
         record_step(path, step, epoch, result)
-    if due or training.numerics.device.type == "cpu":
+    if due or not training.guard.deferred:
         speed, measured = progress.images_per_second, last_layer(probe)
         notify(StepDone(step, epoch, progress.loss, progress.accuracy, result.lr, speed, measured))

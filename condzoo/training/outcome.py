@@ -3,19 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+from condzoo.training.diagnosis import Fault
 from condzoo.training.preparation import Training
 from condzoo.training.progress import Progress
 from condzoo.training.reports import record_epoch, write_results
 from condzoo.training.run_directory import METRICS, SUMMARY, read_json, read_records
 from condzoo.training.runs import Diverged, Run
 from condzoo.training.schema import Recipe
-from condzoo.training.steps import NonFinite, learning_rate_of
+from condzoo.training.steps import learning_rate_of
 
 
-def finished_at(path: Path, step: int) -> bool:
-    """Whether the run directory holds the results of a run that ended at `step`."""
-    summary = path / SUMMARY
-    return summary.exists() and read_json(summary)["steps"] == step
+def earlier_summary(path: Path) -> dict[str, Any] | None:
+    """What an earlier call left as its summary."""
+    return read_json(path / SUMMARY) if (path / SUMMARY).exists() else None
 
 
 def finish(training: Training, progress: Progress, path: Path) -> dict[str, Any]:
@@ -24,12 +24,13 @@ def finish(training: Training, progress: Progress, path: Path) -> dict[str, Any]
     A run cut short by max_steps gets its evaluation as a line of kind "end", after its last
     checkpoint: a longer call cuts the line off and goes on.
     """
-    record = last_epoch(path)
+    ranks = training.ranks
+    record = ranks.first_does(lambda: last_epoch(path))
     evaluated = "test_error" in record or training.recipe.eval_every == 0
     if record.get("step") != progress.step or not evaluated:
         lr = learning_rate_of(training, progress.step - 1)
         record = record_epoch(training, progress, path, lr, kind="end")
-    return write_results(training, progress, path, record, {"status": "done"})
+    return ranks.first_does(lambda: write_results(training, progress, path, record, {"status": "done"}))
 
 
 def last_epoch(path: Path) -> dict[str, Any]:
@@ -38,14 +39,14 @@ def last_epoch(path: Path) -> dict[str, Any]:
     return next(lines, {})
 
 
-def record_divergence(training: Training, progress: Progress, path: Path, fault: NonFinite) -> dict[str, Any]:
+def record_divergence(training: Training, progress: Progress, path: Path, fault: Fault) -> dict[str, Any]:
     """Write down where the run diverged; its weights are those before the step, which was not taken."""
     status = {
         "status": "diverged",
-        "diverged": {"step": fault.step, "what": fault.what, "where": fault.where, "text": str(fault)},
+        "diverged": {"step": fault.step, "what": fault.what, "where": fault.where, "text": fault.text},
     }
     record = record_epoch(training, progress, path, learning_rate_of(training, fault.step), kind="end")
-    return write_results(training, progress, path, record, status)
+    return training.ranks.first_does(lambda: write_results(training, progress, path, record, status))
 
 
 def end_diverged(path: Path, recipe: Recipe, summary: dict[str, Any]) -> Run:

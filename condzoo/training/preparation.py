@@ -1,7 +1,7 @@
 """Everything a training needs, built from its recipe: data, network, optimizer, average, arithmetic."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from condzoo.data import Batch, BatchPlan, DataSet, batches_per_epoch
 from condzoo.training.data_sets import read_data
+from condzoo.training.distributed import ALONE, Ranks, synchronize_norms, wrap
+from condzoo.training.divergence import AveragingWhileSound, Guard
 from condzoo.training.networks import build_network, freeze
 from condzoo.training.optimizers import build_optimizer
 from condzoo.training.precision import Numerics, resolve_numerics
@@ -18,13 +20,20 @@ from condzoo.training.schema import FullBatch, Recipe
 
 @dataclass(frozen=True)
 class Training:
-    """The parts of a run. `forward` is the network as trained, compiled where the recipe says so."""
+    """The parts of a run, in one of its processes.
+
+    `model` is the network; `parallel` the same with gradients averaged over the processes; `forward` that as
+    it is trained, compiled where the recipe says so.
+    """
 
     recipe: Recipe
     data: DataSet
     plan: BatchPlan
     numerics: Numerics
+    ranks: Ranks
+    guard: Guard
     model: nn.Module
+    parallel: nn.Module
     forward: Callable[[Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     average: AveragedModel | None
@@ -43,48 +52,101 @@ class Training:
         return isinstance(self.recipe.optim, FullBatch)
 
 
-def prepare(recipe: Recipe, device: torch.device, data_root: str | Path | None = None) -> Training:
+def prepare(
+    recipe: Recipe, device: torch.device, data_root: str | Path | None = None, ranks: Ranks = ALONE
+) -> Training:
     """Build the parts; the weights are drawn from torch's global generator under the recipe's seed.
+
+    Of several processes each builds its own; `join_gradients` then ties them together.
 
     Args:
         recipe: checked.
         device: where data and network live.
         data_root: instead of the recipe's data.root.
+        ranks: this process among those of the run.
 
     Raises:
         ValueError, FileNotFoundError: see `load_data`, `build_network`, `build_optimizer`.
     """
+    if ranks.world > recipe.data.batch_size:
+        raise ValueError(
+            f"data.batch_size: got {recipe.data.batch_size}, must be at least the number of processes ({ranks.world})"
+        )
     data = read_data(recipe, data_root).to(device)
     torch.manual_seed(recipe.seed)
     model = build_network(recipe.model, data.image_shape, data.num_classes)
     freeze(model, recipe.freeze)
     numerics = resolve_numerics(recipe, model, device)
+    if recipe.sync_bn:
+        model = synchronize_norms(model, ranks, device)
     model = place(model, numerics).train()
+    guard = Guard(model, device, deferred=checks_are_deferred(device))
     plan = BatchPlan(
         recipe.data.batch_size,
         recipe.data.augment,
         recipe.seed,
         recipe.data.drop_last,
         numerics.channels_last,
+        ranks.rank,
+        ranks.world,
     )
     full_batch = isinstance(recipe.optim, FullBatch)
     steps = 1 if full_batch else batches_per_epoch(data.size("train"), plan.batch_size, plan.drop_last)
-    average = None
-    if recipe.ema is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
     return Training(
         recipe=recipe,
         data=data,
         plan=plan,
         numerics=numerics,
+        ranks=ranks,
+        guard=guard,
         model=model,
+        parallel=model,
         forward=torch.compile(model) if recipe.compile else model,
-        optimizer=build_optimizer(recipe.optim, model),
-        average=average,
+        optimizer=build_optimizer(recipe.optim, model, fused=guard.deferred),
+        average=None if recipe.ema is None else averaged(model, recipe.ema, guard),
         scaler=torch.amp.GradScaler(device.type, enabled=numerics.precision == "fp16"),
         steps_per_epoch=steps,
         total_steps=recipe.iterations or (recipe.epochs or 0) * steps,
     )
+
+
+def join_gradients(training: Training) -> Training:
+    """The training with gradients averaged over its processes; all of them call it together."""
+    ranks, recipe = training.ranks, training.recipe
+    if ranks.world == 1:
+        return training
+    parallel = wrap(training.model, ranks, training.numerics.device)
+    rehearse(training, parallel)
+    # torch.compile goes around DistributedDataParallel, which it then cuts where gradients are sent.
+    return replace(training, parallel=parallel, forward=torch.compile(parallel) if recipe.compile else parallel)
+
+
+def rehearse(training: Training, parallel: nn.Module) -> None:
+    """One backward pass of black images, of which nothing stays.
+
+    DistributedDataParallel sorts gradients into other buckets after its first backward pass, and where a
+    gradient lies decides in which order more than two processes' are added: without this, a resumed run
+    would round one step as a new run does.
+    """
+    training.guard.remember()
+    black = torch.zeros(2, *training.data.image_shape, device=training.numerics.device)
+    with training.numerics.autocast():
+        logits = parallel(black)
+    logits.sum().backward()
+    training.optimizer.zero_grad()
+    training.guard.restore()
+
+
+def averaged(model: nn.Module, decay: float, guard: Guard) -> AveragedModel:
+    """An exponential average of the network's weights and buffers."""
+    if guard.deferred:
+        return AveragedModel(model, multi_avg_fn=AveragingWhileSound(guard, decay), use_buffers=True)
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def checks_are_deferred(device: torch.device) -> bool:
+    """Whether reading a number back would hold the device up (see `condzoo.training.divergence`)."""
+    return device.type == "cuda"
 
 
 def place(model: nn.Module, numerics: Numerics) -> nn.Module:
@@ -95,7 +157,10 @@ def place(model: nn.Module, numerics: Numerics) -> nn.Module:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The images of one step: its gradient is the mean over all `images`, taken chunk by chunk."""
+    """The images of one step: its gradient is the mean over all `images`, taken chunk by chunk.
+
+    `images` counts those of all processes, `chunks` are this one's.
+    """
 
     step: int
     images: int
@@ -113,7 +178,9 @@ def training_steps(training: Training, start: int, stop: int) -> Iterator[StepBa
             step += 1
             continue
         for x, y in data.train_batches(training.plan, epoch, first):
-            yield StepBatch(step, len(y), zip(x.chunk(parts), y.chunk(parts), strict=True))
+            left = data.size("train") - step % training.steps_per_epoch * training.plan.batch_size
+            images = min(training.plan.batch_size, left)
+            yield StepBatch(step, images, zip(x.chunk(parts), y.chunk(parts), strict=True))
             step += 1
             if step == stop:
                 return

@@ -1,6 +1,7 @@
 """How far a run is, and its whole state as tensors and numbers."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     epoch_seconds: float = 0.0
+    unchecked: list[int] = field(default_factory=list)  # images of each step since the last check
 
     def add(self, result: StepResult, seconds: float) -> None:
         """Count one step."""
@@ -47,6 +49,13 @@ class Progress:
         self.step += 1
         self.seconds += seconds
         self.epoch_seconds += seconds
+        self.unchecked.append(result.images)
+
+    def rewind(self, step: int) -> None:
+        """Go back to before a step that was taken in since the last check; the sums never had it."""
+        while self.step > step:
+            self.images -= self.unchecked.pop()
+            self.step -= 1
 
     def end_epoch(self) -> None:
         """Start the sums of the next epoch."""
@@ -90,6 +99,7 @@ def capture(training: Training, progress: Progress, path: Path) -> Checkpoint:
         "epoch_seconds": progress.epoch_seconds,
         "scaler": training.scaler.state_dict(),
         "threads": torch.get_num_threads(),
+        "processes": training.ranks.world,
         "bytes": {name: durable_size(path / name) for name in (METRICS, CONDITIONING)},
     }
     return Checkpoint(tensors, numbers)
@@ -120,21 +130,41 @@ def restore(training: Training, checkpoint: Checkpoint) -> Progress:
 def go_on(training: Training, path: Path, notify: OnEvent) -> Progress:
     """Restore the newest whole checkpoint, or start; records made after it are cut off, to be made again.
 
-    environment.json gets a line for every process that worked on the run.
+    Of several processes the first one reads, and hands the state to the others.
+    """
+    checkpoint = training.ranks.first_does(lambda: take_up(training, path, notify))
+    return start_of(training) if checkpoint is None else restore(training, checkpoint)
+
+
+def take_up(training: Training, path: Path, notify: OnEvent) -> Checkpoint | None:
+    """The newest whole checkpoint, with the records as they were at it.
+
+    environment.json gets a line for every time that the run was taken up.
     """
     checkpoint = newest_checkpoint(path / CHECKPOINTS, lambda text: notify(Notice(text)))
-    sizes = {METRICS: 0, CONDITIONING: 0}
-    progress = start_of(training)
+    sizes, step = {METRICS: 0, CONDITIONING: 0}, 0
     if checkpoint is not None:
-        progress = restore(training, checkpoint)
-        sizes = checkpoint.numbers["bytes"]
-        if checkpoint.numbers["threads"] != torch.get_num_threads():
-            was, now = checkpoint.numbers["threads"], torch.get_num_threads()
-            notify(Notice(f"the run began with {was} threads and goes on with {now}: sums may round differently"))
+        sizes, step = checkpoint.numbers["bytes"], checkpoint.numbers["step"]
+        for difference in differences(training, checkpoint):
+            notify(Notice(difference))
     for name, size in sizes.items():
         if not truncate(path / name, size):
-            notify(Notice(f"{path / name} has lost records from before step {progress.step}"))
+            notify(Notice(f"{path / name} has lost records from before step {step}"))
     environment = path / ENVIRONMENT
     earlier = read_json(environment) if environment.exists() else []
-    write_json(environment, [*earlier, {"start_step": progress.step, **describe_environment(training.numerics)}])
-    return progress
+    now = describe_environment(training.numerics) | {"processes": training.ranks.world}
+    write_json(environment, [*earlier, {"start_step": step, **now}])
+    return checkpoint
+
+
+def differences(training: Training, checkpoint: Checkpoint) -> Iterator[str]:
+    """What has changed since a checkpoint was made that keeps the run from going on bitwise."""
+    was, now = checkpoint.numbers["threads"], torch.get_num_threads()
+    if was != now:
+        yield f"the run began with {was} threads and goes on with {now}: sums may round differently"
+    was, now = checkpoint.numbers.get("processes", 1), training.ranks.world
+    if was != now:
+        yield (
+            f"the run began with {was} processes and goes on with {now}: the global batch stays, sums round "
+            "differently, and BatchNorm's and dropout's draws are those of the new parts"
+        )

@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from condzoo.data import Split
 from condzoo.probe import Probe, plot_records
+from condzoo.training.distributed import share_buffers
 from condzoo.training.evaluation import evaluate
 from condzoo.training.preparation import Training
 from condzoo.training.progress import Progress
@@ -33,7 +34,7 @@ PREFIXES: dict[Split, str] = {"train": "train", "validation": "val", "test": "te
 def record_step(path: Path, step: int, epoch: int, result: StepResult) -> None:
     """A line of metrics.jsonl for one step: `loss` is the mean over its images, before the update."""
     record = {"kind": "step", "step": step, "epoch": epoch, "loss": float(result.loss_sum) / result.images}
-    append_record(path / METRICS, record | {"lr": result.lr, "grad_norm": result.grad_norm})
+    append_record(path / METRICS, record | {"lr": result.lr, "grad_norm": float(result.grad_norm)})
 
 
 def record_epoch(training: Training, progress: Progress, path: Path, lr: float, kind: str = "epoch") -> dict[str, Any]:
@@ -50,7 +51,8 @@ def record_epoch(training: Training, progress: Progress, path: Path, lr: float, 
     }
     for split in splits_due(training, progress.step, kind == "end"):
         record |= measure_split(training, split)
-    append_record(path / METRICS, record)
+    if training.ranks.first:
+        append_record(path / METRICS, record)
     return record
 
 
@@ -73,7 +75,8 @@ def splits_due(training: Training, step: int, ending: bool) -> list[Split]:
 def measure_split(training: Training, split: Split) -> dict[str, Any]:
     """Loss and error over every image of a split, by the network as it is, and what measuring took."""
     began = time.perf_counter()
-    found = evaluate(training.result, training.data, training.numerics, split)
+    share_buffers(training.result, training.ranks)
+    found = evaluate(training.result, training.data, training.numerics, split, training.ranks)
     numbers = {
         "loss": found.loss,
         "error": found.error,
@@ -105,6 +108,7 @@ def write_results(
         **{key: value for key, value in record.items() if key.startswith(("train_", "val_", "test_"))},
         "seconds": progress.seconds,
         "device": str(training.numerics.device),
+        "processes": training.ranks.world,
         "precision": training.numerics.precision,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

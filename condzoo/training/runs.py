@@ -25,6 +25,7 @@ class Diverged(RuntimeError):
     """A run whose loss or gradient stopped being finite; `summary` says where."""
 
     exit_code = EXIT_DIVERGED
+    shared = True  # raised in every process of a run alike
 
     def __init__(self, message: str, summary: dict[str, Any]) -> None:
         super().__init__(message)

@@ -173,6 +173,7 @@ class Recipe(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of forward and backward")
     channels_last: Switch = Field("auto", description="memory format; auto: for convolutions")
     compile: bool = Field(False, description="torch.compile the network")
+    sync_bn: bool = Field(False, description="BatchNorm over the global batch of all GPUs, not each process's own")
     ema: Share | None = Field(None, description="decay of an average of the weights, which is evaluated")
     grad_clip: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
     accumulate: int = Field(1, gt=0, description="parts a batch is processed in, one after the other")

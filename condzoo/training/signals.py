@@ -14,6 +14,7 @@ class Stopped(RuntimeError):
     """A run that was asked to stop and saved its state; the same call goes on."""
 
     exit_code = EXIT_STOPPED
+    shared = True  # raised in every process of a run alike
 
 
 @dataclass
@@ -33,17 +34,19 @@ class _Note:
     """The signal handler that fills a request."""
 
     request: StopRequest
+    patient: bool
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.request.number:
+        if self.request.number and not self.patient:
             raise KeyboardInterrupt
         self.request.number = number
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopRequest]:
+def stop_signals(patient: bool = False) -> Iterator[StopRequest]:
     """Note SIGTERM and SIGINT instead of dying of them; a second one raises KeyboardInterrupt at once.
 
+    `patient`: it does not. A launcher passes on a signal that each of its processes may have had already.
     Within another `stop_signals` (a run among many) the request is the same: a signal stops both.
     Outside the main thread, where Python delivers no signals, nothing is changed.
     """
@@ -56,7 +59,7 @@ def stop_signals() -> Iterator[StopRequest]:
         yield request
         return
 
-    before = {number: signal.signal(number, _Note(request)) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, _Note(request, patient)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request
     finally:

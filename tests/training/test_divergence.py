@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from condzoo.training import Diverged, train
+from condzoo.training.diagnosis import diagnose
+from condzoo.training.divergence import NonFinite
 from condzoo.training.preparation import prepare, training_steps
-from condzoo.training.steps import NonFinite, take_step
+from condzoo.training.steps import take_step
 
 WILD = {"optim.lr": 1e30, "optim.momentum": 0.0, "optim.nesterov": False, "probe.every": 5}
 
@@ -44,8 +46,10 @@ def test_the_step_that_diverges_is_not_taken(tiny: Any) -> None:
     take_step(training, next(steps))
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     handle = training.model.get_parameter("layers.1.linear.weight").register_hook(lambda g: g * torch.inf)
-    with pytest.raises(NonFinite, match=r"the gradient of step 1 is not finite, first in layers\.1\.linear\.weight"):
+    with pytest.raises(NonFinite, match="the loss or gradient of step 1 is not finite"):
         take_step(training, next(steps))
+    fault = diagnose(training, 1)
+    assert fault.text == "the gradient of step 1 is not finite, first in layers.1.linear.weight"
     handle.remove()
     for name, parameter in training.model.named_parameters():
         assert torch.equal(parameter, before[name]), name

@@ -1,0 +1,80 @@
+"""Which loss or gradient of a bad step is not finite, and where that begins."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from condzoo.training.preparation import Training, training_steps
+from condzoo.training.steps import mean_loss, seed_step
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`what` is "loss" or "gradient", `where` the module or parameter where it is first seen."""
+
+    what: str
+    step: int
+    where: str
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        return f"the {self.what} of step {self.step} is not finite, first in {self.where}"
+
+
+def diagnose(training: Training, step: int) -> Fault:
+    """Take the bad step again without its update, from the state before it.
+
+    Every process looks at its own images; the first that finds a loss, else the first that finds a gradient,
+    is believed.
+    """
+    findings = training.ranks.gather(_find(training, step))
+    for what in ("loss", "gradient"):
+        for found in findings:
+            if found is not None and found[0] == what:
+                return Fault(what, step, found[1])
+    return Fault("gradient", step, "the norm of all parameters together")
+
+
+def _find(training: Training, step: int) -> tuple[str, str] | None:
+    """("loss", module) or ("gradient", parameter) of this process's part of a step; None where all is finite."""
+    training.optimizer.zero_grad()
+    training.guard.remember()
+    (batch,) = training_steps(training, step, step + 1)
+    seed_step(training, step)
+    try:
+        for x, y in batch.chunks:
+            with training.numerics.autocast():
+                logits = training.model(x)
+            loss = mean_loss(training.recipe, logits, y)
+            if not torch.isfinite(loss):
+                return "loss", _first_layer(training, x)
+            (loss * (len(y) / batch.images)).backward()
+        for name, parameter in training.model.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                return "gradient", name
+        return None
+    finally:
+        training.guard.restore()
+        training.optimizer.zero_grad()
+
+
+@torch.no_grad()
+def _first_layer(training: Training, x: Tensor) -> str:
+    """The first module, in the order of a forward pass of x, whose output is not finite."""
+    found: list[str] = []
+
+    def check(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and not torch.isfinite(output).all():
+            found.append(name)
+
+    leaves = [(n, m) for n, m in training.model.named_modules() if not any(True for _ in m.children())]
+    handles = [m.register_forward_hook(lambda _m, _x, h, n=n: check(n, h)) for n, m in leaves]
+    try:
+        with training.numerics.autocast():
+            training.model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss itself"

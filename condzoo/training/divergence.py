@@ -1,0 +1,111 @@
+"""A step whose loss or gradient is not finite is not taken: how that is seen, kept to, and explained.
+
+On a CPU every step is checked before its update. Reading a number back from a GPU would stop it in every
+step, so there the check stays on the device: the update of a bad step and of every one after it is masked
+out by the optimizer itself, and the host reads every few steps whether there was one. Either way the run
+ends with the weights, the optimizer's state and BatchNorm's statistics of before the bad step.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+ALIGNMENT = 16  # elements: kernels may want more than an element's own
+
+
+class NonFinite(ArithmeticError):
+    """A loss or gradient that is not finite; the step was not taken."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss or gradient of step {step} is not finite")
+        self.step = step
+
+
+class Guard:
+    """Watches for the first bad step, and keeps what a forward pass changes (BatchNorm's statistics) from before it.
+
+    Attributes:
+        deferred: the check stays on the device.
+        health: 1, and NaN from the first bad step on: a loss times it keeps every later step from counting.
+        bad_step: the first bad step's number; -1 while there is none.
+        sound: whether the latest step counts, 1 or 0.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, deferred: bool) -> None:
+        self.deferred = deferred
+        self.health = torch.ones((), device=device)
+        self.sound = torch.ones((), device=device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.buffers = list(_in_one_piece(model))
+        self.before = [buffer.clone() for buffer in self.buffers]
+
+    def remember(self) -> None:
+        """Keep the buffers as they are before a step."""
+        for kept, buffer in zip(self.before, self.buffers, strict=True):
+            kept.copy_(buffer)
+
+    def restore(self) -> None:
+        """Put back the buffers of before the step."""
+        for kept, buffer in zip(self.before, self.buffers, strict=True):
+            buffer.copy_(kept)
+
+    def weight(self, loss: Tensor) -> Tensor:
+        """The factor that makes every gradient of a step NaN where its loss is not finite, or an earlier one's was."""
+        return torch.where(torch.isfinite(loss.detach()), self.health, torch.nan)
+
+    def note(self, finite: Tensor, step: int) -> None:
+        """Take in, on the device, whether a step is finite; from the first that is not on, none counts."""
+        finite = finite & self.health.isfinite()
+        self.bad_step = torch.where(finite | (self.bad_step >= 0), self.bad_step, step)
+        self.health = torch.where(finite, self.health, torch.nan)
+        self.sound = finite.to(self.sound.dtype)
+        for kept, buffer in zip(self.before, self.buffers, strict=True):
+            torch.where(finite, buffer, kept, out=buffer)
+
+    def check(self) -> None:
+        """Read back whether there was a bad step; this waits for a GPU.
+
+        Raises:
+            NonFinite: there was.
+        """
+        step = int(self.bad_step)
+        if step >= 0:
+            raise NonFinite(step)
+
+
+class AveragingWhileSound:
+    """mean + (1 - decay) * sound * (new - mean), for AveragedModel's multi_avg_fn."""
+
+    def __init__(self, guard: Guard, decay: float) -> None:
+        self.guard, self.decay = guard, decay
+
+    @torch.no_grad()
+    def __call__(self, means: Tensors, new: Tensors, taken: Tensor | int) -> None:
+        """Update the means in place."""
+        if not means[0].is_floating_point():
+            torch._foreach_copy_(means, new)
+            return
+        steps = torch._foreach_sub(new, means)
+        torch._foreach_mul_(steps, (1 - self.decay) * self.guard.sound)
+        torch._foreach_add_(means, steps)
+
+
+def _in_one_piece(model: nn.Module) -> Iterator[Tensor]:
+    """Lay the buffers of each dtype out in one tensor, so that keeping all of them is one copy; yields these."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if id(buffer) not in places:
+                by_dtype.setdefault(buffer.dtype, []).append(buffer)
+            places.setdefault(id(buffer), []).append((module, name))
+    for buffers in by_dtype.values():
+        sizes = [-(-buffer.numel() // ALIGNMENT) * ALIGNMENT for buffer in buffers]
+        whole = buffers[0].new_zeros(sum(sizes))
+        for buffer, room in zip(buffers, whole.split(sizes), strict=True):
+            piece = room[: buffer.numel()].view(buffer.shape).copy_(buffer)
+            for module, name in places[id(buffer)]:
+                setattr(module, name, piece)
+        yield whole

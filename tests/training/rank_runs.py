@@ -1,0 +1,179 @@
+"""Train in several processes on this machine, each forked from this one, so that a process costs no imports.
+
+    python tests/training/rank_runs.py FOLDER CASE
+
+A case trains one or more runs into folders of FOLDER and prints one JSON object, run -> what each process's
+call of `train` came to: "done", or the error's class and text.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from condzoo.training import Recipe, StepDone, preparation, reports, train
+from condzoo.training.recipe import parse_recipe
+
+Outcomes = list[list[str]]
+
+# The last batch of an epoch is one image: three of four processes have none of it.
+EVERYTHING: dict[str, Any] = {
+    "epochs": 2,
+    "seed": 3,
+    "log_every": 2,
+    "accumulate": 3,
+    "grad_clip": 1.0,
+    "ema": 0.8,
+    "freeze": ["conv1.*"],
+    "model": {"name": "cifar_resnet8_nobn"},
+    "data": {"name": "digits", "batch_size": 359, "augment": "paper", "drop_last": False},
+    "optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},
+    "loss": {"label_smoothing": 0.1},
+    "probe": {"every": 2},
+}
+FULL_BATCH = {
+    "epochs": 5,
+    "model": {"name": "mlp4x24"},
+    "data": {"name": "digits", "batch_size": 479},
+    "optim": {"name": "gd", "lr": 0.3, "momentum": 0.5},
+}
+NORMS = {
+    "epochs": 2,
+    "seed": 2,
+    "save_every": 0.3,
+    "model": {"name": "cifar_resnet8_lastbn", "drop_rate": 0.2},
+    "data": {"name": "digits", "batch_size": 128, "augment": "standard"},
+    "optim": {"name": "adam", "lr": 0.002},
+    "probe": {"every": 5},
+}
+DIVERGING = NORMS | {"optim": {"name": "sgd", "lr": 1e30}}
+
+
+def in_processes(world: int, action: Callable[[int], Any], folder: Path) -> Outcomes:
+    """What an action came to in each of `world` processes, given their ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if not child:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            try:
+                action(rank)
+                outcome = ["done"]
+            except Exception as error:
+                outcome = [type(error).__name__, str(error)]
+            (folder / f"outcome{rank}.json").write_text(json.dumps(outcome))
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    return [json.loads((folder / f"outcome{rank}.json").read_text()) for rank in range(world)]
+
+
+def trained(folder: Path, recipe: Recipe, **arguments: Any) -> Callable[[int], Any]:
+    """The action that trains into a folder."""
+    return lambda rank: train(recipe, out=folder, device="cpu", **arguments)
+
+
+def equal(folder: Path) -> dict[str, Outcomes]:
+    """The same recipes in 1, 2 and 4 processes."""
+    return {
+        f"{name}{world}": in_processes(world, trained(folder / f"{name}{world}", parse_recipe(tables)), folder)
+        for name, tables in (("everything", EVERYTHING), ("full_batch", FULL_BATCH))
+        for world in (1, 2, 4)
+    }
+
+
+def stopped(folder: Path) -> dict[str, Outcomes]:
+    """Four processes left alone; four of which one gets a signal; the same going on; and going on as two."""
+    recipe = parse_recipe(NORMS)
+
+    def signalled(rank: int) -> None:
+        """The third process gets a SIGTERM in its seventh step."""
+        taken = preparation.training_steps
+        if rank == 2:
+
+            def with_signal(training: Any, start: int, stop: int) -> Any:
+                for batch in taken(training, start, stop):
+                    if batch.step == 6:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    yield batch
+
+            sys.modules["condzoo.training.loop"].training_steps = with_signal  # type: ignore[attr-defined]
+        train(recipe, out=folder / "stopped", device="cpu")
+
+    report = {"whole": in_processes(4, trained(folder / "whole", recipe), folder)}
+    report["signalled"] = in_processes(4, signalled, folder)
+    report["stopped"] = in_processes(4, trained(folder / "stopped", recipe), folder)
+    report["fewer"] = in_processes(4, trained(folder / "fewer", recipe, max_steps=5), folder)
+    report["fewer"] += in_processes(2, trained(folder / "fewer", recipe, on_event=noting(folder)), folder)
+    return report
+
+
+def noting(folder: Path) -> Callable[[Any], None]:
+    """An on_event that writes down every notice, and how often a step was told."""
+
+    def note(event: Any) -> None:
+        with (folder / "events.txt").open("a") as file:
+            file.write(f"{type(event).__name__} {getattr(event, 'text', '')}\n")
+            if isinstance(event, StepDone):
+                assert os.environ["RANK"] == "0"
+
+    return note
+
+
+def failing(folder: Path) -> dict[str, Outcomes]:
+    """What fails in one process, or in all."""
+    recipe = parse_recipe(NORMS)
+
+    def no_data_in_the_second(rank: int) -> None:
+        if rank == 1:
+
+            def read_data(*arguments: Any) -> None:
+                raise FileNotFoundError("no digits here")
+
+            preparation.read_data = read_data  # type: ignore[assignment]
+        train(recipe, out=folder / "no_data", device="cpu")
+
+    def no_space(rank: int) -> None:
+        def full(*arguments: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        sys.modules["condzoo.training.loop"].save_checkpoint = full  # type: ignore[attr-defined]
+        train(recipe, out=folder / "no_space", device="cpu")
+
+    synchronized = parse_recipe(NORMS | {"sync_bn": True})
+    small = parse_recipe(NORMS | {"data": {"name": "digits", "batch_size": 1}, "model": {"name": "mlp4x24"}})
+    (folder / "locked").mkdir()
+    report = {
+        "diverging": in_processes(2, trained(folder / "diverging", parse_recipe(DIVERGING)), folder),
+        "no_data": in_processes(2, no_data_in_the_second, folder),
+        "no_space": in_processes(2, no_space, folder),
+        "sync_bn": in_processes(2, trained(folder / "sync_bn", synchronized), folder),
+        "small": in_processes(2, trained(folder / "small", small), folder),
+    }
+    with FileLock(folder / "locked/.lock"):
+        report["locked"] = in_processes(2, trained(folder / "locked", recipe), folder)
+    return report
+
+
+def main() -> None:
+    """Run one case."""
+    torch.set_num_threads(1)
+    reports.plot_records = lambda *_: None  # type: ignore[assignment] # drawing takes longer than the training
+    folder, case = Path(sys.argv[1]), sys.argv[2]
+    cases = {"equal": equal, "stopped": stopped, "failing": failing}
+    print(json.dumps(cases[case](folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Several processes train what one trains; they stop, fail and go on together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from condzoo.probe import read_records
+from condzoo.training import distributed
+from condzoo.training.distributed import ALONE, Ranks, said_elsewhere, synchronize_norms
+
+TIMES = ("seconds", "test_seconds", "images_per_second")
+Report = dict[str, list[list[str]]]
+
+
+def run_case(case: str, folder: Path) -> Report:
+    command = [sys.executable, str(Path(__file__).with_name("rank_runs.py")), str(folder), case]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: Report = json.loads(done.stdout)
+    return report
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("equal")
+    assert {tuple(outcome) for outcomes in run_case("equal", folder).values() for outcome in outcomes} == {("done",)}
+    return folder
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", ["everything", "full_batch"])
+def test_without_batch_norm_several_processes_train_the_weights_of_one(name: str, world: int, equal: Path) -> None:
+    one, several = (load_file(equal / f"{name}{n}" / "model.safetensors") for n in (1, world))
+    assert one.keys() == several.keys()
+    assert max(float((one[key] - several[key]).abs().max()) for key in one) < 1e-6
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", ["everything", "full_batch"])
+def test_metrics_are_those_of_all_images(name: str, world: int, equal: Path) -> None:
+    one, several = (metrics(equal / f"{name}{n}") for n in (1, world))
+    assert len(one) == len(several) > 4
+    for ours, theirs in zip(one, several, strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    summary = json.loads((equal / f"{name}{world}/summary.json").read_text())
+    assert (summary["test_images"], summary["processes"]) == (360, world)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_probe_measures_the_global_batch(world: int, equal: Path) -> None:
+    one, several = (read_records(equal / f"everything{n}") for n in (1, world))
+    assert [r.step for r in one] == [r.step for r in several] == [0, 2, 4, 6, 8]
+    assert [r.samples for r in several] == [359, 359, 1, 359, 359]
+    for ours, theirs in zip(one, several, strict=True):
+        for name, layer in ours.items():
+            for side in ("input", "output_grad"):
+                a, b = getattr(layer, side), getattr(theirs[name], side)
+                assert a.rows == b.rows
+                assert a.lambda_max == pytest.approx(b.lambda_max, rel=1e-4)
+            assert layer.weight_grad == pytest.approx(theirs[name].weight_grad, rel=1e-3)
+
+
+def test_all_stop_at_the_step_in_which_one_gets_a_signal_and_go_on(tmp_path: Path) -> None:
+    report = run_case("stopped", tmp_path)
+    assert report["signalled"] == [["Stopped", "stopped by SIGTERM at step 7; run the same command to go on"]] * 4
+    assert report["whole"] == report["stopped"] == [["done"]] * 4
+    whole, stopped, fewer = (tmp_path / name for name in ("whole", "stopped", "fewer"))
+    expected = load_file(whole / "model.safetensors")
+    again = load_file(stopped / "model.safetensors")
+    assert all(torch.equal(expected[key], again[key]) for key in expected)
+    assert metrics(whole) == metrics(stopped)
+    assert (whole / "conditioning.jsonl").read_bytes() == (stopped / "conditioning.jsonl").read_bytes()
+    assert [e["start_step"] for e in json.loads((stopped / "environment.json").read_text())] == [0, 7]
+    # Four processes, then two: it is said, and the training is the same but for BatchNorm's and dropout's parts.
+    assert report["fewer"] == [["done"]] * 6
+    events = (tmp_path / "events.txt").read_text()
+    assert "Notice the run began with 4 processes and goes on with 2: the global batch stays, sums round" in events
+    assert events.count("StepDone") == 22 - 5
+    assert json.loads((fewer / "summary.json").read_text())["steps"] == 22
+
+
+def test_what_fails_in_one_process_fails_in_all_alike(tmp_path: Path) -> None:
+    report = run_case("failing", tmp_path)
+    for outcomes in report.values():
+        assert len(outcomes) == 2
+        assert outcomes[0] == outcomes[1]
+    said = {name: outcomes[0] for name, outcomes in report.items()}
+    assert said["diverging"][0] == "Diverged"
+    assert "diverged: the loss of step 1 is not finite, first in layer1.0.conv1" in said["diverging"][1]
+    assert json.loads((tmp_path / "diverging/summary.json").read_text())["steps"] == 1
+    assert said["no_data"] == ["FileNotFoundError", "no digits here"]
+    assert said["no_space"] == ["OSError", "[Errno 28] No space left on device"]
+    assert said["sync_bn"][1].startswith("sync_bn: SyncBatchNorm runs on GPUs only, and these processes are on CPUs")
+    assert said["small"][1] == "data.batch_size: got 1, must be at least the number of processes (2)"
+    assert "is in use by another run; wait for it, or use another --out" in said["locked"][1]
+
+
+def test_sync_bn_makes_batch_norms_use_the_global_batch() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4))
+    assert synchronize_norms(model, ALONE, torch.device("cpu")) is model
+    before = model.state_dict()
+    converted = synchronize_norms(model, Ranks(0, 8), torch.device("cuda"))  # modules only: no GPU is asked
+    kinds = [type(module) for module in converted]
+    assert kinds == [nn.Conv2d, nn.SyncBatchNorm, nn.Flatten, nn.SyncBatchNorm]
+    assert converted.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("device", "local", "expected"),
+    [
+        ("cuda:1", 0, r"device: each process takes a GPU of its own, got cuda:1; use --device cuda"),
+        ("cuda", 2, r"device: process 2 of this machine has no GPU, there are 2; use --nproc-per-node 2, or --device"),
+        ("cuda", 1, "cuda:1"),
+    ],
+)
+def test_each_process_takes_the_gpu_of_its_number(
+    device: str, local: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    if expected.startswith("cuda"):
+        assert distributed._own_device(device) == torch.device(expected)
+    else:
+        with pytest.raises(ValueError, match=expected):
+            distributed._own_device(device)
+
+
+def test_before_processes_meet_each_machine_says_an_error_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, local, elsewhere in (("0", "0", False), ("1", "1", True), ("8", "0", False)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert said_elsewhere(ValueError("no such recipe")) is elsewhere

@@ -24,7 +24,7 @@ SAFETY = 20  # an eigenvalue this many times its noise is right to 5 %
 FLOAT32_PRODUCT = 100 * 2.0**-24  # SAFETY * the 5 u ||M|| / sqrt(b) seen at most over shapes 16..1024
 FLOAT64_PRODUCT = 100 * 2.0**-53  # times sqrt(d) * lambda_max: the product and eigvalsh together
 DATA_ROUNDINGS = 2.0  # roundings that a value of the data has behind it, at least
-SLICE = 1 << 19  # elements converted to float64 at a time: 4 MB stay in the cache
+SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in the cache
 
 
 @contextmanager
@@ -71,9 +71,10 @@ def reaches_under(total: Float[Tensor, "g d d"], floor: float) -> bool:
 
     Coordinates that are exactly zero on every row are nulls in any arithmetic and do not count.
     """
-    diagonal = total.diagonal(dim1=-2, dim2=-1)
-    shift = torch.where(diagonal > 0, -floor, 1.0)
-    return bool(torch.linalg.cholesky_ex(total + torch.diag_embed(shift)).info.any())
+    shifted = total.clone()
+    diagonal = shifted.diagonal(dim1=-2, dim2=-1)
+    diagonal += torch.where(diagonal > 0, -floor, 1.0)
+    return bool(torch.linalg.cholesky_ex(shifted).info.any())
 
 
 def data_noise(dtype: torch.dtype, largest_diagonal: float) -> float:

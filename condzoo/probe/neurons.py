@@ -18,7 +18,7 @@ from torch import Tensor, nn
 RELUS = (nn.ReLU, nn.ReLU6, nn.Threshold)
 OF_RELU, OF_RELU6 = (0.0, math.inf), (0.0, 6.0)
 
-FIRST_LOOK = 8  # samples looked at in full; afterwards only the units still undecided
+GROWTH = 8  # 1 sample is looked at, then so many times more, and each time only the units still undecided
 
 
 def linear_range(module: nn.Module) -> tuple[float, float]:
@@ -64,30 +64,39 @@ class RunningNeurons:
 
     def add(self, output: Tensor, *, channels_first: bool, linear: tuple[float, float] = OF_RELU) -> None:
         """Look at one output of the ReLU: [n, u, ...] if channels_first, else [..., u]."""
-        units = output.detach().movedim(1 if channels_first else -1, 0)
-        self.rows += output.numel() // units.shape[0]
+        units = output.detach() if output.ndim > 1 else output.detach()[None]
+        axis = 1 if channels_first else units.ndim - 1
+        count = units.shape[axis]
+        self.rows += units.numel() // count
         if self.been_positive is None or self.been_zero is None:
-            self.been_positive = torch.zeros(units.shape[0], dtype=torch.bool, device=output.device)
-            self.been_zero = self.been_positive.clone()
-        self._look(units[:, :FIRST_LOOK], linear)
-        open_units = ~(self.been_positive & self.been_zero)
-        if units.shape[1] > FIRST_LOOK and bool(open_units.any()):
-            self._look(units[:, FIRST_LOOK:], linear, open_units.nonzero().flatten())
+            self.been_positive = self.been_zero = torch.zeros(count, dtype=torch.bool, device=units.device)
+        start, stop = 0, 1
+        while start < units.shape[0] and not bool((decided := self.been_positive & self.been_zero).all()):
+            part, which = units[start:stop], None
+            if start and bool(decided.any()):
+                which = (~decided).nonzero().flatten()
+                part = part.index_select(axis, which)
+            self._look(part, which, axis, linear)
+            start, stop = stop, GROWTH * stop
 
-    def _look(self, units: Tensor, linear: tuple[float, float], which: Tensor | None = None) -> None:
+    def _look(self, units: Tensor, which: Tensor | None, axis: int, linear: tuple[float, float]) -> None:
+        """NaN counts as positive and as zero: such a unit is neither dying nor full."""
         assert self.been_positive is not None
         assert self.been_zero is not None
-        seen = units if which is None else units[which]
+        others = tuple(i for i in range(units.ndim) if i != axis)
+        if not units.numel():
+            return
         low, high = linear
-        positive = seen > low
-        not_zero = ~(seen <= low)  # NaN too: a unit that is NaN is neither dying nor full
+        largest = units.amax(others)
+        positive, zero = ~(largest <= low), ~(units.amin(others) > low)
         if high < math.inf:
-            positive &= seen < high
-            not_zero &= ~(seen >= high)
-        over = tuple(range(1, units.ndim))
-        index = slice(None) if which is None else which
-        self.been_positive[index] |= not_zero.any(over) if over else not_zero
-        self.been_zero[index] |= ~(positive.all(over) if over else positive)
+            positive = (~(units <= low) & ~(units >= high)).any(others)
+            zero |= ~(largest < high)
+        if which is None:
+            self.been_positive, self.been_zero = self.been_positive | positive, self.been_zero | zero
+        else:
+            self.been_positive[which] |= positive
+            self.been_zero[which] |= zero
 
     def count(self) -> Neurons:
         """The counts so far."""

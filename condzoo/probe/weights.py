@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 EXACT = 1024  # smaller side up to which all singular values are computed
+STACKED = 1 << 22  # elements converted to float64 together: 32 MB
 BLOCK, ITERATIONS = 8, 24  # of the subspace iteration beyond it
 
 
@@ -47,27 +48,38 @@ def weight_matrices(module: nn.Module, weight: Tensor) -> Float[Tensor, "g out i
 def norms_of(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Norms]:
     """Norms of weights, or of their gradients, by layer name.
 
-    Exact (from the smaller Gram side, in float64, all of one size at once) up to 1,024; sigma_max beyond by
+    Exact (from the smaller Gram side, in float64, all of one shape at once) up to 1,024; sigma_max beyond by
     subspace iteration (`dominant`). A tensor with NaN or Inf has none and is left out.
     """
+    same_shape: dict[tuple[torch.Size, torch.dtype, torch.device], list[str]] = defaultdict(list)
     found: dict[str, Norms] = {}
-    grams: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
     for name, tensor in tensors.items():
         blocks = weight_matrices(layers[name], tensor.detach())
-        wide = blocks if blocks.shape[1] <= blocks.shape[2] else blocks.mT
-        if not bool(torch.isfinite(wide.sum(dtype=torch.float64))):
-            continue
-        if wide.shape[1] > EXACT:
+        if min(blocks.shape[1:]) <= EXACT:
+            same_shape[blocks.shape, tensor.dtype, tensor.device].append(name)
+        elif bool(torch.isfinite(blocks.sum(dtype=torch.float64))):
+            wide = blocks if blocks.shape[1] <= blocks.shape[2] else blocks.mT
             found[name] = Norms(dominant(wide), float(torch.linalg.vector_norm(wide, dtype=torch.float64)))
-        else:
-            grams[wide.shape[1], wide.device].append((name, wide.double() @ wide.double().mT))
-    for same_size in grams.values():
-        together = torch.cat([gram for _, gram in same_size])
-        tops, traces = torch.linalg.eigvalsh(together)[:, -1], together.diagonal(dim1=-2, dim2=-1).sum(1)
-        groups = [gram.shape[0] for _, gram in same_size]
-        for (name, _), top, trace in zip(same_size, tops.split(groups), traces.split(groups), strict=True):
-            found[name] = Norms(float(top.max().clamp(min=0).sqrt()), float(trace.sum().sqrt()))
+    for (shape, _, _), same in same_shape.items():
+        step = max(1, STACKED // shape.numel())
+        for names in (same[i : i + step] for i in range(0, len(same), step)):
+            stacked = torch.stack([weight_matrices(layers[name], tensors[name].detach()) for name in names])
+            found |= {n: norms for n, norms in zip(names, _exact(stacked), strict=True) if norms is not None}
     return {name: found[name] for name in tensors if name in found}
+
+
+def _exact(stacked: Float[Tensor, "n g out in"]) -> list[Norms | None]:
+    """The norms of each of n weights, None for one that is not finite."""
+    blocks = stacked.double()
+    wide = blocks if blocks.shape[2] <= blocks.shape[3] else blocks.mT
+    grams = wide @ wide.mT
+    traces = grams.diagonal(dim1=-2, dim2=-1).sum((1, 2))
+    finite = torch.isfinite(traces)
+    if not bool(finite.all()):
+        grams[~finite] = 0.0
+    tops = torch.linalg.eigvalsh(grams)[:, :, -1].amax(1).clamp(min=0).sqrt().tolist()
+    squares = traces.sqrt().tolist()
+    return [Norms(t, f) if good else None for t, f, good in zip(tops, squares, finite.tolist(), strict=True)]
 
 
 def dominant(blocks: Float[Tensor, "g m n"]) -> float:

@@ -6,22 +6,26 @@ For patch offsets u and v, with r over output positions and x~ the input x with 
 
 where C_s[c, c'] = sum_q x_c[q] x~_c'[q + s] does not know u, and W_u is what r + u reaches. So k x k patches
 take (2k - 1)^2 products in place of k^4; all C_s are the weight gradient of a convolution with kernel 2k - 1
-whose input and output gradient are both x. The border terms involve first and last rows and columns only.
+whose input and output gradient are both x. Outside W_u are whole rows R_u and whole columns Q_u, so the border
+term is that of R_u, which depends on columns by v_1 - u_1 alone, plus that of Q_u, less that of their corners.
 Shapes: n images, c channels, h x w pixels, kernel kh x kw, k = kh * kw.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 CHUNKS = 16  # float32 sums that are added in float64
-PIECES = 8  # as which they count for the noise: border terms are a single sum
+PIECES = 8  # as which they count for the noise: border terms are fewer
+BORDER_SUMS = 4  # float32 sums of a border term, at most
 
 
 def correlates(conv: nn.Module, x: Tensor) -> bool:
@@ -60,16 +64,14 @@ def patch_gram(x: Float[Tensor, "n c h w"], conv: nn.Conv2d, wide: bool) -> Floa
     offsets = list(itertools.product(range(kh), range(kw)))
     shift = [[(v[0] - u[0] + kh - 1) * (2 * kw - 1) + v[1] - u[1] + kw - 1 for v in offsets] for u in offsets]
     index = torch.tensor(shift, device=x.device)
-    gram = every.flatten(2)[:, :, index.flatten()].unflatten(2, index.shape).permute(0, 2, 1, 3).contiguous()
-    # Pixel by pixel, so that the few that a border term takes are contiguous: [h', w', c, n].
-    frame = F.pad(x, (kw - 1, kw - 1, kh - 1, kh - 1)).permute(2, 3, 1, 0).contiguous()
-    for i, u in enumerate(offsets):
-        outside = _outside(conv, x, u)
-        if outside.shape[1]:  # only v from u on: the rest is symmetric
-            gram[:, i, :, i:] -= _border(frame, outside, u, offsets[i:], conv.kernel_size, wide)
-    for i in range(len(offsets)):
-        gram[:, i + 1 :, :, i] = gram[:, i, :, i + 1 :].permute(1, 2, 0)
-    return gram.reshape(1, channels * kh * kw, channels * kh * kw)
+    gram = every.flatten(2)[:, :, index.flatten()].unflatten(2, index.shape).permute(2, 3, 0, 1).contiguous()
+    border = Border(x, conv, wide)
+    for (i, u), (j, v) in itertools.combinations_with_replacement(enumerate(offsets), 2):
+        for term, sign in border.terms(u, v):
+            gram[i, j] -= sign * term
+        if i != j:
+            gram[j, i] = gram[i, j].T
+    return gram.permute(2, 0, 3, 1).reshape(1, channels * kh * kw, channels * kh * kw)
 
 
 def _correlations_float32(x: Float[Tensor, "n c h w"], kh: int, kw: int) -> Float[Tensor, "c c a b"]:
@@ -107,34 +109,49 @@ def _output_size(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
     return x.shape[2] + top + bottom - kh + 1, x.shape[3] + left + right - kw + 1
 
 
-def _outside(conv: nn.Conv2d, x: Tensor, u: tuple[int, int]) -> Int[Tensor, "2 q"]:
-    """Pixels of x that no output position reaches at offset u, as rows and columns."""
-    left, _, top, _ = conv._reversed_padding_repeated_twice
-    height, width = _output_size(conv, x)
-    row = torch.arange(x.shape[2], device=x.device) - (u[0] - top)
-    column = torch.arange(x.shape[3], device=x.device) - (u[1] - left)
-    inside = ((row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))[None]
-    return (~inside).nonzero().T
+class Border:
+    """What C_{v-u} has and the sum over patches has not, each region and shift summed once."""
+
+    def __init__(self, x: Float[Tensor, "n c h w"], conv: nn.Conv2d, wide: bool) -> None:
+        left, _, top, _ = conv._reversed_padding_repeated_twice
+        self.x, self.wide = x, wide
+        reach = _output_size(conv, x)
+        self.rows = [_outside(x.shape[2], reach[0], u - top) for u in range(conv.kernel_size[0])]
+        self.columns = [_outside(x.shape[3], reach[1], u - left) for u in range(conv.kernel_size[1])]
+        self.found: dict[tuple[object, ...], Tensor | None] = {}
+
+    def terms(self, u: tuple[int, int], v: tuple[int, int]) -> Iterator[tuple[Float[Tensor, "c c"], int]]:
+        """The sums over q of x[q] x~[q + v - u] that make up the border term of u and v, with their signs."""
+        shift = v[0] - u[0], v[1] - u[1]
+        every = [range(size) for size in self.x.shape[2:]]
+        rows, columns = self.rows[u[0]], self.columns[u[1]]
+        for region, sign in (((rows, every[1]), 1), ((every[0], columns), 1), ((rows, columns), -1)):
+            key = (*(tuple(part) for part in region), shift)
+            if key not in self.found:
+                self.found[key] = self._sum(*region, shift)
+            if (term := self.found[key]) is not None:
+                yield term, sign
+
+    def _sum(self, rows: Sequence[int], columns: Sequence[int], shift: tuple[int, int]) -> Float[Tensor, "c c"] | None:
+        height, width = self.x.shape[2:]
+        rows = [q for q in rows if 0 <= q + shift[0] < height]
+        columns = [q for q in columns if 0 <= q + shift[1] < width]
+        if not rows or not columns:
+            return None
+        here = self._pixels(rows, columns)
+        there = self._pixels([q + shift[0] for q in rows], [q + shift[1] for q in columns])
+        return torch.bmm(here, there.mT).sum(0, dtype=torch.float64)
+
+    def _pixels(self, rows: list[int], columns: list[int]) -> Float[Tensor, "b c q"]:
+        """The pixels at rows x columns, consecutive images side by side, in the dtype of the products."""
+        part = self.x[:, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        if len(rows) * len(columns) < part.shape[2] * part.shape[3]:  # first and last, not between
+            part = part[:, :, [q - rows[0] for q in rows]][:, :, :, [q - columns[0] for q in columns]]
+        part = part.double() if self.wide else part
+        groups = math.gcd(len(part), BORDER_SUMS)
+        return part.flatten(2).unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
 
 
-def _border(
-    frame: Float[Tensor, "a b c n"],
-    outside: Int[Tensor, "2 q"],
-    u: tuple[int, int],
-    offsets: list[tuple[int, int]],
-    kernel: tuple[int, ...],
-    wide: bool,
-) -> Float[Tensor, "c c k"]:
-    """sum over q outside W_u of x[q] x~[q + v - u] for the given v; `frame` is x~ from (1 - kh, 1 - kw) on."""
-    kh, kw = kernel
-    width, channels = frame.shape[1], frame.shape[2]
-    pixels = frame.flatten(0, 1)
-    place = (outside[0] + kh - 1) * width + outside[1] + kw - 1  # [q]
-    steps = torch.tensor([(v[0] - u[0]) * width + v[1] - u[1] for v in offsets], device=frame.device)
-    total = frame.new_zeros((channels, len(offsets), channels), dtype=torch.float64)
-    for part in place.split(16):
-        here = pixels.index_select(0, part)  # [q, c, n]
-        there = pixels.index_select(0, (part[:, None] + steps).flatten()).unflatten(0, (len(part), -1)).flatten(1, 2)
-        product = here.double() @ there.double().mT if wide else here @ there.mT
-        total += product.sum(0, dtype=torch.float64).unflatten(1, (len(offsets), channels))
-    return total.transpose(1, 2)
+def _outside(size: int, reach: int, start: int) -> list[int]:
+    """Which of `size` pixels are not in start, start + 1, ..., start + reach - 1."""
+    return [q for q in range(size) if not start <= q < start + reach]

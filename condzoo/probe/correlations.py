@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-CHUNKS = 16  # float32 sums that are added in float64
-PIECES = 8  # as which they count for the noise: border terms are fewer
+CHUNKS = 8  # float32 sums that are added in float64
+PIECES = 4  # as which they count for the noise: border terms are fewer
 BORDER_SUMS = 4  # float32 sums of a border term, at most
 
 
@@ -64,7 +64,7 @@ def patch_gram(x: Float[Tensor, "n c h w"], conv: nn.Conv2d, wide: bool) -> Floa
     offsets = list(itertools.product(range(kh), range(kw)))
     shift = [[(v[0] - u[0] + kh - 1) * (2 * kw - 1) + v[1] - u[1] + kw - 1 for v in offsets] for u in offsets]
     index = torch.tensor(shift, device=x.device)
-    gram = every.flatten(2)[:, :, index.flatten()].unflatten(2, index.shape).permute(2, 3, 0, 1).contiguous()
+    gram = every.permute(2, 3, 0, 1).flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
     border = Border(x, conv, wide)
     for (i, u), (j, v) in itertools.combinations_with_replacement(enumerate(offsets), 2):
         for term, sign in border.terms(u, v):

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size
+from condzoo.probe.costs import announce, cost
 from condzoo.probe.gradient_rows import LayerRows, gradient_rows
 from condzoo.probe.label_models import checked_distribution, distribution_of
 from condzoo.probe.layers import choose
@@ -65,6 +68,9 @@ def curvature(
     Raises:
         ValueError: an unknown matrix or block, a missing y, or a matrix too large to decompose.
 
+    Warns:
+        UserWarning: before it starts, with the estimated time and memory, if it will take over a minute.
+
     Source: arXiv:2002.10801, appendix, Figs. I-IV.
     """
     checked("matrix", matrix, MATRICES)
@@ -89,6 +95,7 @@ def spectrum_of_rows(rows: list[LayerRows], samples: int, parameters: int) -> Sp
     vectors = rows[0].vectors
     side = min(vectors, parameters)
     _check_size(side)
+    announce(cost(side, _operations(rows, samples, parameters)), "exact curvature")
     small = torch.zeros((side, side), dtype=torch.float64)
     if vectors <= parameters:
         for layer in rows:
@@ -103,6 +110,19 @@ def spectrum_of_rows(rows: list[LayerRows], samples: int, parameters: int) -> Sp
     padded = torch.cat([values, values.new_zeros(parameters - side)])
     floor = float64_noise(side, max(0.0, float(values.max())))
     return from_blocks(padded[None], floor, vectors, arithmetic="exact, float64")
+
+
+def _operations(rows: list[LayerRows], samples: int, parameters: int) -> float:
+    """Floating-point operations of the products in `_from_rows`."""
+    vectors = rows[0].vectors
+    if vectors > parameters:
+        formed = samples if all(layer.single_position for layer in rows) else 2 * vectors
+        return float(formed) * parameters**2
+    widths = [
+        layer.inputs[0].shape[3] + layer.grads[0][0].shape[3] if layer.single_position else layer.parameters
+        for layer in rows
+    ]
+    return 2.0 * vectors**2 * sum(widths)
 
 
 def _from_factors(rows: list[LayerRows], samples: int) -> Tensor:
@@ -130,7 +150,10 @@ def _from_factors(rows: list[LayerRows], samples: int) -> Tensor:
 def _hessian(model: nn.Module, layers: dict[str, nn.Module], x: Tensor, y: Any, loss: Loss | None) -> Spectrum:
     parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
     _check_size(sum(p.numel() for p in parameters))
-    values = torch.linalg.eigvalsh(hessian_matrix(mean_loss(loss, model(x), y, batch_size(x)), parameters))
+    value = mean_loss(loss, model(x), y, batch_size(x))
+    side = sum(p.numel() for p in parameters)
+    announce(cost(side, 0.0, 3 * side * _seconds_of_backward(value, parameters)), "exact Hessian")
+    values = torch.linalg.eigvalsh(hessian_matrix(value, parameters))
     floor = float64_noise(values.numel(), float(values.abs().max()))
     return from_blocks(values[None], floor, None, arithmetic="exact, float64", signed=True)
 
@@ -140,6 +163,9 @@ def _interacting_ggn(model: nn.Module, layers: dict[str, nn.Module], x: Tensor, 
     _check_size(sum(p.numel() for p in parameters))
     logits = logits_of(model(x))
     checked_distribution(loss, logits, "matrix='ggn'")
+    side, vectors = sum(p.numel() for p in parameters), logits.numel()
+    passes = vectors * _seconds_of_backward(logits.sum(), parameters)
+    announce(cost(side, 2.0 * vectors * side**2, passes), "exact generalized Gauss-Newton matrix")
     values = torch.linalg.eigvalsh(ggn_matrix(logits, parameters))
     floor = float64_noise(values.numel(), max(0.0, float(values.max())))
     return from_blocks(values[None], floor, logits.numel(), arithmetic="exact, float64")
@@ -156,6 +182,12 @@ def check_loss(matrix: str, loss: Loss | None) -> None:
             f"matrix='ggn' needs the cross-entropy loss without class weights, got {name_of(loss)}; "
             "'fisher' takes more losses, 'hessian' and 'grad_moment' any"
         )
+
+
+def _seconds_of_backward(value: Tensor, parameters: Sequence[Tensor]) -> float:
+    began = time.perf_counter()
+    torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return time.perf_counter() - began
 
 
 def samples_interact(model: nn.Module) -> bool:

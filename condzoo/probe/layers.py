@@ -28,6 +28,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 MEASURED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 
 ROWS_A_PIECE = 64  # rows of a linear layer multiplied together before float64 takes over
+ROWS_OF_PATCHES = 512  # the same of patches, whose products are larger: adding them up costs more
 
 REASONS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Embedding, nn.EmbeddingBag), "its input is indices, which have no second moment"),
@@ -101,7 +102,7 @@ def input_columns(module: nn.Module, x: Tensor, conv: Conv) -> Iterator[Float[Te
         return _rows(x.flatten(0, -2) if x.ndim > 1 else x[None])
     x = x[None] if x.ndim == _spatial(module) + 1 else x
     if conv == "patches" and isinstance(module, CONVOLUTIONS):
-        return unfolded(x, module)
+        return unfolded(x, module, ROWS_OF_PATCHES)
     return _positions(x, _groups(module))
 
 

@@ -6,6 +6,7 @@ Shapes: n images, c channels, g groups; spatial dimensions are written *hw.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch.nn.functional as F
@@ -24,25 +25,41 @@ def padded(x: Float[Tensor, "n c *hw"], conv: Convolution) -> Float[Tensor, "n c
     return F.pad(x, sides, mode=mode) if any(sides) else x
 
 
-def unfolded(x: Float[Tensor, "n c *hw"], conv: Convolution) -> Iterator[Float[Tensor, "m g d positions"]]:
-    """Patches [images, groups, c / g * kernel, output positions], a few images at a time."""
+def unfolded(
+    x: Float[Tensor, "n c *hw"], conv: Convolution, rows: int = 1
+) -> Iterator[Float[Tensor, "m g d positions"]]:
+    """Patches [pieces, groups, c / g * kernel, rows of a piece], a few images at a time.
+
+    Args:
+        x: input of the convolution.
+        conv: gives kernel, stride, padding and groups.
+        rows: images stand side by side in a piece until it has about so many rows; with 1 a piece is an image.
+    """
     frame = padded(x, conv)
     sizes = [
         (frame.shape[2 + i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
         for i in range(len(conv.kernel_size))
     ]
     shifts = list(itertools.product(*(range(k) for k in conv.kernel_size)))
-    per_image = frame.shape[1] * len(shifts)
-    for size in sizes:
-        per_image *= size
-    step = max(1, IMAGES // max(1, per_image))
+    beside = max(1, min(frame.shape[0], rows // max(1, math.prod(sizes))))
+    step = max(1, IMAGES // max(1, frame.shape[1] * len(shifts) * math.prod(sizes))) // beside * beside or beside
     for start in range(0, frame.shape[0], step):
         part = frame[start : start + step]
-        views = [part[(slice(None), slice(None), *_window(shift, sizes, conv))] for shift in shifts]
-        patch = part.new_empty((part.shape[0], part.shape[1], len(shifts), *sizes))
-        for i, view in enumerate(views):
-            patch[:, :, i] = view
-        yield patch.reshape(part.shape[0], conv.groups, -1, patch[0, 0, 0].numel())
+        whole = len(part) // beside * beside
+        for images, width in ((part[:whole], beside), (part[whole:], len(part) - whole)):
+            if len(images):
+                yield _side_by_side(images, width, shifts, sizes, conv)
+
+
+def _side_by_side(
+    images: Tensor, width: int, shifts: list[tuple[int, ...]], sizes: list[int], conv: Convolution
+) -> Float[Tensor, "m g d positions"]:
+    """Patches with the positions of `width` consecutive images in a row."""
+    patch = images.new_empty((len(images) // width, images.shape[1], len(shifts), width, *sizes))
+    for i, shift in enumerate(shifts):
+        view = images[(slice(None), slice(None), *_window(shift, sizes, conv))]
+        patch[:, :, i] = view.unflatten(0, (-1, width)).transpose(1, 2)
+    return patch.reshape(len(patch), conv.groups, -1, width * math.prod(sizes))
 
 
 def _window(shift: tuple[int, ...], sizes: list[int], conv: Convolution) -> tuple[slice, ...]:

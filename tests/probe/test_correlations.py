@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from condzoo.probe import measure
+from condzoo.probe.arithmetic import gram_float64
 from condzoo.probe.correlations import correlates, patch_gram
-from condzoo.probe.patches import unfolded
+from condzoo.probe.patches import padded, unfolded
 
 LAYERS = {
     "3x3": nn.Conv2d(5, 2, 3, padding=1),
@@ -34,6 +35,23 @@ def test_it_is_the_sum_over_patches(name, wide):
     expected = direct(x, LAYERS[name])
     found = patch_gram(x, LAYERS[name], wide)[0]
     assert float((found - expected).abs().max()) < (1e-13 if wide else 1e-6) * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("rows", [1, 13, 40, 10_000])
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2, "padding": 1}, {"dilation": 2}, {"groups": 3, "padding": (0, 1), "padding_mode": "circular"}],
+)
+def test_images_side_by_side_have_the_same_patches(rows, options):
+    """Pieces of any width, with images left over, against torch's own unfolding."""
+    torch.manual_seed(0)
+    x, conv = torch.randn(7, 6, 5, 7, dtype=torch.float64), nn.Conv2d(6, 6, 3, **options).double()
+    plain = {key: options.get(key, default) for key, default in (("dilation", 1), ("stride", 1))}
+    patches = nn.functional.unfold(padded(x, conv), 3, **plain)  # [n, c * k, positions]
+    blocks = patches.unflatten(1, (conv.groups, -1))
+    expected = torch.einsum("ngap,ngbp->gab", blocks, blocks)
+    found = sum(gram_float64(part) for part in unfolded(x, conv, rows))
+    assert float((found - expected).abs().max()) < 1e-13 * float(expected.abs().max())
 
 
 def test_it_is_used_where_it_is_exact_and_only_there():

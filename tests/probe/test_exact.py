@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev
 
-from condzoo.probe import curvature, measure
+from condzoo.probe import costs, curvature, exact, measure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")  # torch.func.hessian's own
 
@@ -169,3 +169,35 @@ def test_too_large_a_matrix_is_refused_before_it_is_computed():
     model = nn.Linear(200, 200)
     with pytest.raises(ValueError, match=r"has side 40,200, at most 20,000 is possible; pass fewer samples"):
         curvature(model, torch.randn(4, 200), torch.zeros(4, dtype=torch.long), "hessian")
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "hessian", "ggn"])
+def test_over_a_minute_is_announced_before_it_starts_and_less_is_not(kit, matrix, monkeypatch, recwarn):
+    """On a machine a billion times slower than this one."""
+    model, (x, y) = networks(kit, "conv"), kit.images(6)
+    if matrix == "ggn":  # the batch as one function
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2), nn.BatchNorm1d(2), nn.Linear(2, 3)).double()
+    curvature(model, x, y, matrix)
+    assert not recwarn.list
+    monkeypatch.setattr(costs, "products_a_second", lambda: 30.0)
+    started = []
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda a: started.append(a) or torch.ones(len(a)).double())
+    warned = r"exact .*: about [\d.]+ minutes and 0.0 GB for a matrix of side \d+; fewer samples or block="
+    with pytest.warns(UserWarning, match=warned) as records:
+        curvature(model, x, y, matrix)
+    assert len(records) == len(started) == 1
+
+
+def test_the_operations_are_those_of_the_smaller_side():
+    """2 n m k operations an [n, k] by [k, m] product; the eigenvalues 16 / 3 d^3 on top."""
+    model, y = nn.Linear(5, 3), torch.zeros(400, dtype=torch.long)
+    seen = {}
+    for samples in (4, 400):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exact, "announce", lambda expected, what, n=samples: seen.update({n: expected}))
+            patch.setattr(costs, "products_a_second", lambda: 1.0)
+            curvature(model, torch.randn(samples, 5), y[:samples], "grad_moment")
+    assert (seen[4].side, seen[4].operations) == (4, 2 * 4 * 4 * (5 + 3))
+    assert (seen[400].side, seen[400].operations) == (18, 400 * 18**2)
+    assert seen[4].seconds == pytest.approx(2 * 16 * 8 + 16 / 3 * 4**3)
+    assert seen[400].bytes == 2 * 8 * 18**2

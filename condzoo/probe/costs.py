@@ -1,0 +1,66 @@
+"""What an exact curvature matrix will cost, estimated on this machine before it is computed.
+
+Counted are the products that form the matrix (on its smaller Gram side) and its eigenvalues; seconds come
+from the rate of one float64 product of 512 x 512 matrices, timed when it is asked for (about 10 ms).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+LONG = 60.0  # seconds from which on a computation is announced
+EIGENVALUES = 4.0  # how much slower per operation than a product: half of the reduction is bound by memory
+PROBED_SIDE = 512
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one spectrum.
+
+    Attributes:
+        side: of the matrix that is decomposed.
+        operations: floating-point operations of the products that form it.
+        seconds: of all of it, on this machine as it is now; right within a factor of about two.
+    """
+
+    side: int
+    operations: float
+    seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """Memory for the matrix and the solver's copy of it, in float64."""
+        return 2 * 8 * self.side**2
+
+
+def cost(side: int, operations: float, passes: float = 0.0) -> Cost:
+    """The cost of a matrix of this side formed with so many operations, after `passes` seconds of backward passes."""
+    eigenvalues = EIGENVALUES * 4 / 3 * side**3
+    return Cost(side, operations, passes + (operations + eigenvalues) / products_a_second())
+
+
+def products_a_second() -> float:
+    """Floating-point operations a second of float64 products, the best of three."""
+    a = torch.ones((PROBED_SIDE, PROBED_SIDE), dtype=torch.float64)
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    return 2 * PROBED_SIDE**3 / best
+
+
+def announce(expected: Cost, what: str) -> None:
+    """Warn, before it starts, of a computation that takes over a minute."""
+    if expected.seconds > LONG:
+        warnings.warn(
+            f"{what}: about {expected.seconds / 60:.1f} minutes and {expected.bytes / 1e9:.1f} GB for a matrix of "
+            f"side {expected.side:,}; fewer samples or block='<layer>' cost less, and top_curvature(...) gives the "
+            "largest eigenvalues without the matrix",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -1,15 +1,18 @@
 """What the probe costs, as ratios within one run, and what its numbers are worth.
 
     python benchmarks/probe.py cost [--batch 128] [--pairs 7] [--threads 2] [--conv channels] [--precision auto ...]
+    python benchmarks/probe.py peers [--batch 128] [--pairs 3]
     python benchmarks/probe.py kappa
     python benchmarks/probe.py exact [--samples 1024]
     python benchmarks/probe.py memory [--network resnet50 cifar_resnet1202] [--batch 2]
 
 `cost`: ResNet-20 on CIFAR-sized images, float32, every convolution and linear layer, both moments, full
-spectra: a probed training step over the plain step just before it, median of pairs, with the range; and the
-peak resident memory over that of plain steps. `kappa`: layers of known condition number, the value reported.
-`exact`: curvature of the 8-layer MLP of arXiv:2002.10801, Fig. I, in seconds. `memory`: every layer of a large
-network on one batch, in a process of its own: seconds and peak resident memory.
+spectra: a probed training step over the plain step just before it, median of pairs, with the range; what
+`every=100` adds to a training loop; and the peak resident memory, each in a process of its own, over that of
+plain steps. `peers`: K-FAC factors by curvlinops and nngeometry, where installed, beside ours on patches.
+`kappa`: layers of known condition number, the value reported. `exact`: curvature of the 8-layer MLP of
+arXiv:2002.10801, Fig. I, in seconds. `memory`: every layer of a large network on one batch, in a process of its
+own: seconds and peak resident memory.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ import math
 import multiprocessing
 import resource
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +39,7 @@ from condzoo.probe import Probe, curvature, measure, top_curvature
 def main() -> None:
     """Run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cost", "kappa", "exact", "memory"])
+    parser.add_argument("what", choices=["cost", "peers", "kappa", "exact", "memory", "peak"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -44,9 +50,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.what == "peak":
+        peak(options.batch, options.conv, options.precision[0])
+        return
     print(f"torch {torch.__version__}, {options.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
     if options.what == "cost":
         cost(options.batch, options.pairs, options.conv, options.precision)
+    elif options.what == "peers":
+        peers(options.batch, options.pairs)
     elif options.what == "kappa":
         known_kappa()
     elif options.what == "exact":
@@ -55,38 +66,128 @@ def main() -> None:
         memory(options.network, options.batch, options.conv)
 
 
-def cost(batch: int, pairs: int, conv: str, precisions: list[str]) -> None:
-    """Ratios of probed over plain training steps."""
-    model = condzoo.create_model("cifar_resnet20")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+class Training:
+    """Steps of ResNet-20 on one random batch."""
 
-    def step(probe: Probe | None = None) -> float:
+    def __init__(self, batch: int) -> None:
+        self.model = condzoo.create_model("cifar_resnet20")
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.x, self.y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+
+    def step(self, after: Callable[[], object] = int) -> float:
+        """Seconds of a step and of what comes after it."""
         start = time.perf_counter()
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        if probe is not None:
-            probe.step()
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+        after()
         return time.perf_counter() - start
 
-    for _ in range(3):
-        step()
-    plain_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def probed(self, conv: str, precision: str) -> float:
+        """Seconds of a step that is measured."""
+        with Probe(self.model, every=1, conv=conv, precision=precision) as probe:
+            return self.step(probe.step)
+
+    def pairs(self, count: int, other: Callable[[], float]) -> tuple[list[float], list[float]]:
+        """Plain seconds, and the ratios of the other step over the plain one before it; one pair warms up."""
+        plain, ratios = [], []
+        for _ in range(count + 1):
+            plain.append(self.step())
+            ratios.append(other() / plain[-1])
+        return plain[1:], ratios[1:]
+
+
+def cost(batch: int, pairs: int, conv: str, precisions: list[str]) -> None:
+    """Ratios of probed over plain training steps, and of their peak memory."""
+    training = Training(batch)
+    waiting = seconds_between_probes(training)
+    plain_memory = peak_of(batch, conv, "plain")
     print(f"ResNet-20, batch {batch}, conv={conv}; a channels moment is 9 times smaller a side than K-FAC's patches")
     for precision in precisions:
-        ratios, plain = [], []
-        for pair in range(pairs + 1):
-            plain.append(step())
-            with Probe(model, every=1, conv=conv, precision=precision) as probe:
-                ratios.append(step(probe) / plain[-1])
-            if pair == 0:  # the first builds what later ones reuse
-                ratios.clear()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / plain_memory
+        plain, ratios = training.pairs(pairs, lambda p=precision: training.probed(conv, p))
+        ratio, step = statistics.median(ratios), statistics.median(plain)
+        loop = (ratio - 1) / 100 + waiting / step
+        memory = peak_of(batch, conv, precision)
         print(
-            f"{precision:8} {statistics.median(ratios):.3f}x ({min(ratios):.3f} to {max(ratios):.3f}, n={pairs}), "
-            f"plain step {1000 * statistics.median(plain):.0f} ms, peak memory {memory:.2f}x"
+            f"{precision:8} {ratio:.3f}x ({min(ratios):.3f} to {max(ratios):.3f}, n={pairs}), plain step "
+            f"{1000 * step:.0f} ms, every=100 slows the loop by {100 * loop:.2f} %, "
+            f"peak memory {memory / plain_memory:.2f}x ({plain_memory / 1024:.0f} to {memory / 1024:.0f} MB)"
         )
+
+
+def seconds_between_probes(training: Training) -> float:
+    """What `probe.step()` takes where no measurement is due."""
+    with Probe(training.model, every=10**9, start_step=1) as probe:
+        start = time.perf_counter()
+        for _ in range(1000):
+            probe.step()
+        return (time.perf_counter() - start) / 1000
+
+
+def peak_of(batch: int, conv: str, precision: str) -> int:
+    """Peak resident memory, in kB, of a process that takes a few steps ("plain": without the probe)."""
+    options = ["--batch", batch, "--threads", torch.get_num_threads(), "--conv", conv, "--precision", precision]
+    command = [sys.executable, __file__, "peak", *map(str, options)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def peak(batch: int, conv: str, precision: str) -> None:
+    """Take four steps and print this process's peak resident memory in kB."""
+    training = Training(batch)
+    for _ in range(4):
+        training.step() if precision == "plain" else training.probed(conv, precision)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def peers(batch: int, pairs: int) -> None:
+    """Empirical K-FAC factors of every layer, labels from the data, after a training step, over the plain step."""
+    training = Training(batch)
+    model = training.model
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    parameters = [p for m in layers for p in m.parameters(recurse=False)]
+    print("channels: the same of positions instead of patches, a smaller definition; peers give no eigenvalues here")
+    ways: dict[str, Callable[[], float]] = {
+        "condzoo patches": lambda: training.probed("patches", "auto"),
+        "condzoo channels": lambda: training.probed("channels", "auto"),
+        "curvlinops": lambda: training.step(lambda: curvlinops_factors(model, parameters, training.x, training.y)),
+        "nngeometry": lambda: training.step(lambda: nngeometry_factors(model, layers, training.x, training.y)),
+    }
+    for name, way in ways.items():
+        try:
+            ratios = training.pairs(pairs, way)[1]
+        except ModuleNotFoundError as missing:
+            print(f"{name:18} not installed ({missing.name})")
+            continue
+        print(f"{name:18} {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}, n={pairs})")
+
+
+def curvlinops_factors(model: nn.Module, parameters: list[nn.Parameter], x: Tensor, y: Tensor) -> object:
+    """Its K-FAC with labels from the data, patches expanded."""
+    from curvlinops import KFACLinearOperator
+
+    loss = nn.CrossEntropyLoss()
+    operator = KFACLinearOperator(
+        model, loss, parameters, [(x, y)], fisher_type="empirical", kfac_approx="expand", check_deterministic=False
+    )
+    return operator.compute_kronecker_factors()
+
+
+def nngeometry_factors(model: nn.Module, layers: list[nn.Module], x: Tensor, y: Tensor) -> object:
+    """Its K-FAC with each sample's loss as the function: labels from the data."""
+    from nngeometry.backend import TorchHooksJacobianBackend
+    from nngeometry.layercollection import LayerCollection
+    from nngeometry.object import PMatKFAC
+    from torch.utils.data import DataLoader, TensorDataset
+
+    collection = LayerCollection()
+    for module in layers:
+        collection.add_layer_from_model(model, module)
+
+    def losses(*batch: Tensor) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")[:, None]
+
+    backend = TorchHooksJacobianBackend(layer_collection=collection, model=model, function=losses)
+    return PMatKFAC(generator=backend, examples=DataLoader(TensorDataset(x, y), batch_size=len(x)))
 
 
 def known_kappa() -> None:

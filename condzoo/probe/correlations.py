@@ -128,7 +128,7 @@ class Border:
         for region, sign in (((rows, every[1]), 1), ((every[0], columns), 1), ((rows, columns), -1)):
             key = (*(tuple(part) for part in region), shift)
             if key not in self.found:
-                self.found[key] = self._sum(*region, shift)
+                self.found[key] = self._sum(region[0], region[1], shift)
             if (term := self.found[key]) is not None:
                 yield term, sign
 

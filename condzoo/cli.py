@@ -198,4 +198,6 @@ def exit_code(error: Any) -> int | None:
     code = getattr(error, "exit_code", None)  # Diverged and Stopped bring their own
     if isinstance(code, int):
         return code
+    if isinstance(error, ModuleNotFoundError) and error.name is None:  # an extra that is not installed, in words
+        return EXIT_BAD_INPUT
     return EXIT_BAD_INPUT if isinstance(error, ValueError | TypeError | OSError) else None

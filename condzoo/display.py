@@ -23,7 +23,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 def number(value: float) -> str:
     """A count as people read it: 269.7K, 1.81G."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
@@ -164,15 +164,19 @@ def last_layer_texts(run: "Run") -> tuple[str, str]:
     )
 
 
-def print_evaluation(evaluation: "Evaluation", as_json: bool) -> None:
-    """Error, accuracy and loss over every image."""
+def print_evaluation(evaluation: "Evaluation", recorded: tuple[int, int] | None, as_json: bool) -> None:
+    """Error, accuracy and loss over every image, and whether it is what was recorded."""
     if as_json:
-        print_json({**asdict(evaluation), "error": evaluation.error, "accuracy": evaluation.accuracy})
+        found = {**asdict(evaluation), "error": evaluation.error, "accuracy": evaluation.accuracy}
+        print_json({**found, "recorded_correct": recorded and recorded[0], "recorded_total": recorded and recorded[1]})
         return
     wrong = evaluation.total - evaluation.correct
-    console.print(
-        f"test error {evaluation.error:.2%} ({wrong} of {evaluation.total} wrong), loss {evaluation.loss:.4f}"
-    )
+    before = ""
+    if recorded is not None:
+        same = recorded == (evaluation.correct, evaluation.total)
+        before = ", as recorded" if same else f"; recorded: {recorded[1] - recorded[0]} of {recorded[1]} wrong"
+    found_text = f"test error {evaluation.error:.2%} ({wrong} of {evaluation.total} wrong), loss {evaluation.loss:.4f}"
+    console.print(found_text + before, soft_wrap=True)
 
 
 def print_verdicts(verdicts: "Sequence[Verdict]", picture: Path) -> None:

@@ -1,5 +1,7 @@
 """The commands of `condzoo` that train: recipes, train, sweep, eval; `condzoo.cli` adds them to its own."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from condzoo.training import Recipe, Run
+    from condzoo.training.events import OnEvent
 
 EXIT_CHECK_FAILED, EXIT_DIVERGED = 1, 3
 
@@ -24,6 +27,7 @@ DataRoot = Annotated[
     typer.Option(help="Folder with the data sets, as torchvision lays them out. Default: CONDZOO_DATA, then a cache."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")]
+Board = Annotated[bool, typer.Option("--tensorboard", help="Also write RUN/tensorboard (extra `tensorboard`).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -45,6 +49,18 @@ def train(
         typer.Option(help="Run directory; with --seeds the folder of seed1/ ... Default: runs/DATA-MODEL-HASH-seedN."),
     ] = None,
     max_steps: MaxSteps = None,
+    tensorboard: Board = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, read the data, take one step; write nothing.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print steps, FLOPs, memory, communication and time; run nothing.")
+    ] = False,
+    gpu: Annotated[
+        str, typer.Option(help="Of --plan: cpu (this one), t4, v100, l4, rtx3090, rtx4090, a100, h100, h200.")
+    ] = "cpu",
+    gpus: Annotated[int, typer.Option(help="Of --plan: how many of them.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print --plan or --dry-run as JSON.")] = False,
     device: Device = None,
     data_root: DataRoot = None,
 ) -> None:
@@ -54,35 +70,81 @@ def train(
     """
     from condzoo.training import load_recipe
 
+    if plan and dry_run:
+        raise ValueError("train takes --plan or --dry-run, not both")
+    if not plan and (gpu != "cpu" or gpus != 1):
+        raise ValueError("--gpu and --gpus are what --plan plans for; a training takes --device")
+    if as_json and not (plan or dry_run):
+        raise ValueError("--json goes with --plan or --dry-run; a training writes OUT/summary.json")
+
     if seed is not None and seeds is not None:
         raise ValueError("train takes --seed N or --seeds 1-5, not both")
     loaded = load_recipe(recipe, [*(set_ or ()), *([] if seed is None else [f"seed={seed}"])])
+    if plan:
+        print_plan(loaded, gpu, gpus, data_root, max_steps, as_json)
+        return
+    if dry_run:
+        print_rehearsal(loaded, device, data_root, as_json)
+        return
     options: dict[str, Any] = {"out": out, "max_steps": max_steps, "device": device, "data_root": data_root}
     if seeds is not None:
-        train_several(loaded, seeds, options)
+        train_several(loaded, seeds, options, tensorboard)
     else:
-        train_one(loaded, options)
+        train_one(loaded, options, tensorboard)
 
 
-def train_one(recipe: "Recipe", options: dict[str, Any]) -> None:
-    """One run, then its table."""
+def print_plan(
+    recipe: "Recipe", gpu: str, gpus: int, data_root: Path | None, max_steps: int | None, as_json: bool
+) -> None:
+    """What the training will take on paper."""
+    from condzoo import planning_display
+    from condzoo.training.accelerators import accelerator
+    from condzoo.training.planning import plan_training
+
+    plan = plan_training(recipe, accelerator(gpu), gpus, data_root=data_root, max_steps=max_steps)
+    planning_display.print_plan(plan, as_json)
+
+
+def print_rehearsal(recipe: "Recipe", device: str | None, data_root: Path | None, as_json: bool) -> None:
+    """One step of the training, of which nothing is kept."""
+    from condzoo import planning_display
+    from condzoo.training.rehearsal import rehearse
+
+    planning_display.print_rehearsal(rehearse(recipe, device=device, data_root=data_root), as_json)
+
+
+@contextlib.contextmanager
+def reporting(tensorboard: bool) -> "Iterator[OnEvent]":
+    """Where the events of trainings go: to the bar or the lines, and where asked for to TensorBoard."""
     from condzoo import display
     from condzoo.progress import TrainingProgress
-    from condzoo.training import train as run_training
 
     with TrainingProgress(display.console) as progress:
-        run = run_training(recipe, on_event=progress, **options)
+        if not tensorboard:
+            yield progress
+            return
+        from condzoo.training.tensorboard import TensorBoard
+
+        with TensorBoard(then=progress) as board:
+            yield board
+
+
+def train_one(recipe: "Recipe", options: dict[str, Any], tensorboard: bool) -> None:
+    """One run, then its table."""
+    from condzoo import display
+    from condzoo.training import train as run_training
+
+    with reporting(tensorboard) as on_event:
+        run = run_training(recipe, on_event=on_event, **options)
     display.print_runs([run], picture=run.path / "conditioning.png")
 
 
-def train_several(recipe: "Recipe", seeds: str, options: dict[str, Any]) -> None:
+def train_several(recipe: "Recipe", seeds: str, options: dict[str, Any], tensorboard: bool) -> None:
     """A run a seed, then their table and mean +- std; exit 3 where one diverged and the recipe does not allow it."""
-    from condzoo import display
-    from condzoo.progress import TrainingProgress
     from condzoo.training import parse_seeds, train_seeds
 
-    with TrainingProgress(display.console) as progress:
-        runs = train_seeds(recipe, parse_seeds(seeds), on_event=progress, **options)
+    with reporting(tensorboard) as on_event:
+        runs = train_seeds(recipe, parse_seeds(seeds), on_event=on_event, **options)
     print_comparison(runs, runs[0].path.parent)
     if recipe.on_divergence == "stop" and any(run.summary["status"] == "diverged" for run in runs):
         raise typer.Exit(EXIT_DIVERGED)
@@ -119,8 +181,6 @@ def sweep(
     where one failed. The ray engine joins RAY_ADDRESS or the cluster this machine is in, else uses this machine;
     OUT and the data must be where every machine sees them.
     """
-    from condzoo import display
-    from condzoo.progress import TrainingProgress
     from condzoo.training import load_recipe, parse_grid, parse_seeds
     from condzoo.training import sweep as run_sweep
 
@@ -129,7 +189,7 @@ def sweep(
     if dry_run:
         print_planned(base, values, numbers, out, shard, max_steps)
         return
-    with TrainingProgress(display.console) as progress:
+    with reporting(tensorboard=False) as on_event:
         runs = run_sweep(
             base,
             values,
@@ -140,7 +200,7 @@ def sweep(
             max_steps=max_steps,
             device=device,
             data_root=data_root,
-            on_event=progress,
+            on_event=on_event,
             gpus_per_run=gpus_per_run,
             cpus_per_run=cpus_per_run,
         )
@@ -186,13 +246,25 @@ def print_comparison(runs: "list[Run]", out: Path) -> None:
 
 
 def eval_command(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run directory, a checkpoint's folder or a released name."),
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="Data set of a converted checkpoint; runs and releases know their own.")
+    ] = None,
     data_root: DataRoot = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a finished run on its test images again, to the last image."""
-    from condzoo import display
-    from condzoo.training import evaluate_run
+    """Measure the accuracy on the test images again, every one of them, and say whether it is as recorded.
 
-    display.print_evaluation(evaluate_run(run, data_root=data_root, device=device), as_json)
+    Exit 1 where it is not: on another device, or another number of threads, an image may fall the other way.
+    """
+    from condzoo import display
+    from condzoo.evaluating import evaluate_again
+
+    found = evaluate_again(target, data, data_root, device)
+    display.print_evaluation(found.evaluation, found.recorded, as_json)
+    if found.as_recorded is False:
+        raise typer.Exit(EXIT_CHECK_FAILED)

@@ -24,6 +24,7 @@ ALLOWED = {
     "record_zoo": {"catalog", "subject", "initial_conditioning", "fingerprint"},
     "promises": {"probe", "catalog", "subject", "initial_conditioning", "fingerprint"},
     "validation": {"checkpoints", "subject", "initial_conditioning", "promises"},
+    "evaluating": {"models", "data", "checkpoints", "training"},
     "probing": {"models", "data", "probe", "catalog", "training"},
     "conversion": {"models", "data", "probe", "catalog", "checkpoints"},
     "release": {"models", "data", "probe", "catalog", "checkpoints", "conversion", "training"},
@@ -32,6 +33,7 @@ ALLOWED = {
 TOP = {
     "cli",
     "display",
+    "planning_display",
     "progress",
     "checkpoint_commands",
     "reproduce_commands",

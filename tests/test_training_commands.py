@@ -76,11 +76,74 @@ def test_a_failed_run_of_a_sweep_is_said_and_is_exit_code_1(capsys, tmp_path):
     assert "1 of 2 seeds (1 failed)" in out
 
 
+def test_a_dry_run_takes_a_step_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "train", *TINY, "--set", "probe.every=1", "--dry-run")
+    assert code == 0
+    assert "1,437 training and 360 test images" in out
+    assert re.search(r"step 1   of 330: loss \d\.\d+, gradient norm [\d.]+, .* s, 4 layers probed", out)
+    first = json.loads(run(capsys, "train", *TINY, "--dry-run", "--json")[1])
+    assert not list(tmp_path.iterdir()), "nothing is written"
+    run(capsys, "train", *TINY, "--max-steps", "1", "--out", "real", "--set", "log_every=1")
+    line = json.loads((tmp_path / "real" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == line["loss"], "it is the step that the training takes"
+
+
+def test_a_dry_run_finds_what_is_wrong(capsys, tmp_path):
+    code, _, err = run(capsys, "train", "cifar10/resnet20", "--dry-run", "--data-root", tmp_path)
+    assert code == 2
+    assert "cifar10" in err
+
+
+def test_a_plan_prints_every_quantity(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "train", "cifar10/resnet20", "--plan", "--gpu", "a100", "--gpus", "8")
+    assert code == 0
+    labels = [line.split()[0] for line in out.splitlines()]
+    assert labels == ["model", "device", "steps", "FLOPs", "memory", "sent", "time"]
+    assert "8 x a100, 16-bit, taken to reach 35% of its peak FLOP/s and 70% of its bandwidth" in out
+    assert "62,400: 390 an epoch of 50,000 images, 128 a step, 16 at once" in out
+    assert "1.89 MB a step and device" in out  # 2 * 7/8 * 4 * 269,722
+    assert not list(tmp_path.iterdir())
+    plan = json.loads(run(capsys, "train", "cifar10/resnet20", "--plan", "--json")[1])
+    assert plan["device"].startswith("cpu, ")
+    assert plan["steps"] == 62_400
+
+
+def test_eval_of_a_run_and_of_its_release_are_as_recorded(capsys, tmp_path):
+    trained = tmp_path / "run"
+    run(capsys, "train", *SHORT, "--out", trained)
+    code, out, _ = run(capsys, "eval", trained)
+    assert code == 0
+    assert re.fullmatch(r"test error [\d.]+% \(\d+ of 360 wrong\), loss [\d.]+, as recorded\n", out)
+    summary = json.loads((trained / "summary.json").read_text())
+    (trained / "summary.json").write_text(json.dumps(summary | {"test_correct": summary["test_correct"] + 1}))
+    code, out, _ = run(capsys, "eval", trained)
+    assert code == 1
+    assert re.search(r"; recorded: \d+ of 360 wrong", out)
+    code, _, err = run(capsys, "eval", trained, "--data", "mnist")
+    assert code == 2
+    assert "data: got 'mnist', it was trained and is evaluated on 'digits'; leave --data out" in err
+
+
+@pytest.mark.real_data
+def test_eval_of_a_released_name_is_as_recorded(capsys, data_root):
+    found = json.loads(run(capsys, "eval", "mlp8x24_bn", "--data-root", data_root, "--json")[1])
+    assert (found["correct"], found["total"]) == (found["recorded_correct"], 10_000)
+
+
 @pytest.mark.parametrize(
     ("args", "text"),
     [
         (("train", *TINY, "--seed", "1", "--seeds", "1-2"), "error: train takes --seed N or --seeds 1-5, not both"),
         (("train", *TINY, "--seeds", "5-1"), "error: seeds '5-1': must be like 1-5 or 1,3,7"),
+        (("train", *TINY, "--plan", "--dry-run"), "error: train takes --plan or --dry-run, not both"),
+        (
+            ("train", *TINY, "--gpu", "a100"),
+            "error: --gpu and --gpus are what --plan plans for; a training takes --device",
+        ),
+        (("train", *TINY, "--json"), "error: --json goes with --plan or --dry-run; a training writes OUT/summary.json"),
+        (("eval", "mlp8x24.nope"), "error: unknown tag 'nope' of mlp8x24; released: mlp8x24.mnist"),
         (("sweep", *TINY, "--shard", "5/4"), "error: shard '5/4': must be I/N with I from 1 to N, e.g. 2/4"),
         (("sweep", *TINY, "--engine", "slurm"), "error: engine: got 'slurm', must be one of: local, ray"),
         (("sweep", *TINY, "--grid", "optim.lr=a"), "error: optim.lr=a-seed1: optim.lr: got 'a', must be a number"),

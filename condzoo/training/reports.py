@@ -117,8 +117,8 @@ def write_results(
 
 
 @contextlib.contextmanager
-def opened_probe(training: Training, path: Path, start_step: int) -> Iterator[Probe | None]:
-    """The probe the recipe asks for, writing into the run directory; None where it asks for none.
+def opened_probe(training: Training, path: Path | None, start_step: int) -> Iterator[Probe | None]:
+    """The probe the recipe asks for, writing into the run directory where there is one; None: it asks for none.
 
     It takes the loss as a sum over images with a scale, which is exact for chunks of any sizes; the
     scale is set with each step.

@@ -1,0 +1,71 @@
+"""`condzoo train RECIPE --dry-run`: all parts built, the data read, one step taken, nothing written."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from condzoo.probe import Probe
+from condzoo.training.precision import resolve_device
+from condzoo.training.preparation import prepare, training_steps
+from condzoo.training.recipe import check_recipe
+from condzoo.training.reports import opened_probe
+from condzoo.training.schema import Recipe
+from condzoo.training.steps import take_step
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one step came to; `probed` is how many layers the probe measured in it."""
+
+    model: str
+    parameters: int
+    device: str
+    precision: str
+    training_images: int
+    test_images: int
+    steps: int
+    loss: float
+    grad_norm: float
+    seconds: float
+    probed: int
+
+
+def rehearse(
+    recipe: Recipe, *, device: str | torch.device | None = None, data_root: str | Path | None = None
+) -> Rehearsal:
+    """Do what `train` does up to and with its first step, probe included, and write nothing.
+
+    The first step is slower than others: memory is not yet there, a compiled network is compiled in it.
+
+    Raises:
+        RecipeError, ValueError, FileNotFoundError: as `train`.
+        NonFinite: the first loss or gradient is not finite.
+    """
+    check_recipe(recipe)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        training = prepare(recipe, resolve_device(device), data_root)
+        began = time.perf_counter()
+        with opened_probe(training, None, 0) as probe:
+            (batch,) = training_steps(training, 0, 1)
+            result = take_step(training, batch, probe)
+        loss = float(result.loss_sum) / result.images
+        return Rehearsal(
+            model=recipe.model.name,
+            parameters=sum(p.numel() for p in training.model.parameters()),
+            device=str(training.numerics.device),
+            precision=training.numerics.precision,
+            training_images=training.data.size("train"),
+            test_images=training.data.size("test"),
+            steps=training.total_steps,
+            loss=loss,
+            grad_norm=float(result.grad_norm),
+            seconds=time.perf_counter() - began,
+            probed=len(latest(probe)),
+        )
+
+
+def latest(probe: Probe | None) -> list[str]:
+    """The layers of the newest measurement."""
+    return [] if probe is None or probe.latest is None else list(probe.latest)

@@ -1,0 +1,112 @@
+"""TensorBoard for a training: what metrics.jsonl and conditioning.jsonl say, as it is written."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from condzoo.probe import write_tensorboard
+from condzoo.probe.serialization import from_record
+from condzoo.probe.tensorboard import open_writer
+from condzoo.training.events import EpochDone, Event, Finished, OnEvent, Started, StepDone
+from condzoo.training.run_directory import CONDITIONING, METRICS
+
+FOLDER = "tensorboard"  # in the run directory
+TAGS = {  # key of metrics.jsonl -> tag
+    "train_loss": "epoch/train_loss",
+    "train_accuracy": "epoch/train_accuracy",
+    "test_loss": "epoch/test_loss",
+    "test_accuracy": "epoch/test_accuracy",
+    "images_per_second": "epoch/images_per_second",
+    "loss": "step/loss",
+    "lr": "step/lr",
+    "grad_norm": "step/grad_norm",
+}
+
+
+class TensorBoard:
+    """An `on_event` of `train` that writes RUN/tensorboard, and passes every event on.
+
+        with TensorBoard() as board:
+            train(recipe, on_event=board)
+
+    A run that goes on goes on there, too; one that had none before is written from its first step.
+
+    Args:
+        then: another `on_event`, such as a progress bar.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+
+    def __init__(self, then: OnEvent | None = None) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("TensorBoard is not installed: pip install 'condzoo[tensorboard]', or leave it out")
+        self.then = then
+        self.writer: Any = None
+        self.path = Path()
+        self.read: dict[str, int] = {}
+
+    def __enter__(self) -> "TensorBoard":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, event: Event) -> None:
+        """Write what is new, and pass the event on."""
+        if isinstance(event, Started):
+            self.open(event)
+        elif isinstance(event, StepDone | EpochDone | Finished) and self.writer is not None:
+            self.write_new()
+        if isinstance(event, Finished):
+            self.close()
+        if self.then is not None:
+            self.then(event)
+
+    def open(self, event: Started) -> None:
+        """The writer of a run; lines of metrics that an earlier process wrote are there already."""
+        self.close()
+        self.path = event.path
+        goes_on = (event.path / FOLDER).is_dir()
+        self.writer = open_writer(event.path / FOLDER, start_step=event.start_step if goes_on else 0)
+        sizes = {name: file_size(event.path / name) if goes_on else 0 for name in (METRICS, CONDITIONING)}
+        self.read = sizes
+
+    def write_new(self) -> None:
+        """The lines that came since the last call."""
+        for record in self.new_records(METRICS):
+            of_step = record["kind"] == "step"  # which says its own number; an epoch's line, how many were taken
+            step = record["step"] if of_step else record["step"] - 1
+            for key, tag in TAGS.items():
+                if record.get(key) is not None and tag.startswith("step/") == of_step:
+                    self.writer.add_scalar(tag, record[key], step)
+        for record in self.new_records(CONDITIONING):
+            write_tensorboard(from_record(record), self.writer)
+
+    def new_records(self, name: str) -> Iterator[dict[str, Any]]:
+        """The whole lines of a .jsonl file from where it was last read."""
+        path = self.path / name
+        if file_size(path) <= self.read[name]:
+            return
+        with path.open("rb") as file:
+            file.seek(self.read[name])
+            for line in file:
+                if line.endswith(b"\n"):
+                    self.read[name] += len(line)
+                    yield json.loads(line)
+
+    def close(self) -> None:
+        """Write everything out."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
+def file_size(path: Path) -> int:
+    """Bytes; 0 where there is no file."""
+    return path.stat().st_size if path.exists() else 0

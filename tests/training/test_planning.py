@@ -1,0 +1,118 @@
+"""The plan of a training against closed forms, the real network on a CPU, and one step that is taken."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from condzoo.data import load_data
+from condzoo.models import create_model
+from condzoo.training import load_recipe
+from condzoo.training.accelerators import GPUS, Accelerator, accelerator
+from condzoo.training.planning import TRAINING_IMAGES, kept_for_backward, plan_training, trace
+
+A100 = accelerator("a100")
+
+
+def test_a_multilayer_perceptron_in_closed_form(tiny: Any) -> None:
+    """mlp4x24 on 8x8 digits: 64-24-24-24-10, batch 128, SGD with momentum."""
+    plan = plan_training(tiny(), A100)
+    widths = [64, 24, 24, 24, 10]
+    pairs = list(itertools.pairwise(widths))
+    parameters = sum(a * b + b for a, b in pairs)
+    assert (plan.parameters, plan.trainable) == (parameters, parameters)
+    assert (plan.steps_per_epoch, plan.steps) == (11, 22)
+    forward = sum(2 * a * b for a, b in pairs)
+    assert plan.flops_forward_per_image == forward
+    backward = 2 * forward - 2 * 64 * 24  # two products a layer, but no gradient of the images
+    assert plan.flops_per_step == 128 * (forward + backward)
+    assert plan.flops == 22 * plan.flops_per_step
+    assert plan.weight_bytes == plan.gradient_bytes == plan.optimizer_bytes == 4 * parameters
+    kept = 4 * 128 * (64 + 24 + 24 + 24 + 10)  # the images, each ReLU's output, the log-probabilities
+    assert kept <= plan.activation_bytes <= kept + 128 * 8 + 8, "and the labels, and their number"
+
+
+def test_flops_of_the_zoo_are_twice_its_multiply_adds() -> None:
+    plan = plan_training(load_recipe("cifar10/resnet20"), A100)
+    assert plan.flops_forward_per_image == 2 * 40_551_040
+    assert plan.steps == 160 * 390
+    assert plan.data_bytes == 50_000 * 3 * 32 * 32
+
+
+def test_kept_activations_are_those_of_the_real_network() -> None:
+    recipe = load_recipe("cifar10/resnet20", ["model.name=cifar_resnet8"])
+    model = create_model("cifar_resnet8", num_classes=10).train()
+    x, y = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    _, kept = kept_for_backward(model, lambda: nn.functional.cross_entropy(model(x), y))
+    assert trace(recipe, 10, 4).activation_bytes == pytest.approx(kept, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "slots"),
+    [
+        ({"optim.momentum": 0.0, "optim.nesterov": False}, 0),
+        ({}, 1),
+        ({"optim": {"name": "adam", "lr": 1e-3}}, 2),
+    ],
+    ids=["sgd", "momentum", "adam"],
+)
+def test_optimizer_state_is_what_the_optimizer_keeps(tiny: Any, changes: dict[str, Any], slots: int) -> None:
+    plan = plan_training(tiny(**changes), A100)
+    assert plan.optimizer_bytes == slots * plan.gradient_bytes
+
+
+def test_frozen_parameters_have_no_gradient(tiny: Any) -> None:
+    plan = plan_training(tiny(freeze=["fc.*"]), A100)
+    assert plan.parameters - plan.trainable == 24 * 10 + 10
+
+
+def test_devices_share_the_batch_and_exchange_the_gradient(tiny: Any) -> None:
+    one, four = (plan_training(tiny(), A100, count) for count in (1, 4))
+    assert one.communicated_bytes_per_step == 0
+    assert four.communicated_bytes_per_step == 2 * 3 / 4 * one.gradient_bytes
+    assert (one.images_per_pass, four.images_per_pass) == (128, 32)
+    assert four.flops_per_step == one.flops_per_step
+    parts = plan_training(tiny(accumulate=4), A100)
+    assert parts.images_per_pass == 32
+    assert parts.seconds_per_step > one.seconds_per_step, "four passes of a small network take four starts"
+    with pytest.raises(ValueError, match=r"gpus: got 200, must be from 1 to data.batch_size \(128\)"):
+        plan_training(tiny(), A100, 200)
+
+
+def test_full_batch_iterations_max_steps_and_average(tiny: Any) -> None:
+    changes = {"optim": {"name": "gd", "lr": 0.1}, "iterations": 7, "ema": 0.9}
+    plan = plan_training(tiny(**changes), A100)
+    assert (plan.steps_per_epoch, plan.steps, plan.images_per_step) == (1, 7, 1437)
+    assert plan.average_bytes == plan.weight_bytes
+    assert plan_training(tiny(**changes), A100, max_steps=3).steps == 3
+
+
+def test_time_is_the_longest_of_computing_moving_and_starting() -> None:
+    device = Accelerator("x", 100.0, 400.0, 10.0, 1.0, 1.0, reached=0.5, reached_bandwidth=0.5, launch=1.0)
+    assert device.time_of(flops=500, traffic=1, operations=1, sixteen_bit=False) == 10
+    assert device.time_of(flops=500, traffic=1, operations=1, sixteen_bit=True) == 2.5
+    assert device.time_of(flops=1, traffic=100, operations=1, sixteen_bit=False) == 20
+    assert device.time_of(flops=1, traffic=1, operations=7, sixteen_bit=False) == 7
+
+
+def test_precision_auto_is_16_bit_for_convolutions_where_the_gpu_has_bf16() -> None:
+    recipe = load_recipe("cifar10/resnet20", ["model.name=cifar_resnet8"])
+    full = plan_training(load_recipe("cifar10/resnet20", ["model.name=cifar_resnet8", "precision=fp32"]), A100)
+    half = plan_training(recipe, A100)
+    assert (full.precision, half.precision) == ("float32", "16-bit")
+    assert half.activation_bytes == full.activation_bytes // 2
+    assert plan_training(recipe, accelerator("v100")).precision == "float32"
+    assert plan_training(load_recipe("mnist/mlp8x24", ["precision=auto"]), A100).precision == "float32"
+
+
+def test_an_unknown_gpu_is_named_with_the_closest() -> None:
+    with pytest.raises(ValueError, match=r"gpu: got 'a10'; did you mean 'a100'. must be one of: cpu, t4, "):
+        accelerator("a10")
+    assert all(gpu.flops16 > gpu.flops > 1e12 for gpu in GPUS.values())
+    assert accelerator("cpu", threads=2).flops == 2 * accelerator("cpu", threads=1).flops
+
+
+def test_the_known_number_of_training_images_is_that_of_the_data() -> None:
+    assert load_data("digits").size("train") == TRAINING_IMAGES["digits"]

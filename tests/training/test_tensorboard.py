@@ -1,0 +1,46 @@
+"""TensorBoard's event files, read back, against metrics.jsonl."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from condzoo.training import Finished, train
+from condzoo.training.tensorboard import TensorBoard
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # TensorBoard's own
+
+
+def scalars(path: Path, tag: str) -> dict[int, float]:
+    """Step -> value of a tag."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(path / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def lines(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of a kind."""
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def test_it_shows_what_the_run_recorded_and_goes_on_with_it(tiny: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    recipe, passed = tiny(**{"probe.every": 11}), []
+    with TensorBoard(then=passed.append) as board:
+        train(recipe, out=tmp_path, device="cpu", max_steps=11, on_event=board)
+        train(recipe, out=tmp_path, device="cpu", on_event=board)
+    steps = {line["step"]: line["loss"] for line in lines(tmp_path, "step")}
+    assert scalars(tmp_path, "step/loss") == pytest.approx(steps)
+    epochs = {line["step"] - 1: line["test_accuracy"] for line in lines(tmp_path, "epoch")}
+    assert scalars(tmp_path, "epoch/test_accuracy") == pytest.approx(epochs)
+    assert list(scalars(tmp_path, "input_lambda_max/fc")) == [0, 11]
+    assert any(isinstance(event, Finished) for event in passed)
+
+
+def test_without_tensorboard_the_error_says_what_to_install(monkeypatch: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"TensorBoard is not installed: pip install 'condzoo\[tensorboard\]'"):
+        TensorBoard()

@@ -31,9 +31,18 @@ Board = Annotated[bool, typer.Option("--tensorboard", help="Also write RUN/tenso
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def recipes(as_json: AsJson = False) -> None:
-    """List the training recipes, with what each reproduces."""
+def recipes(
+    schema: Annotated[bool, typer.Option("--schema", help="Print every field of a recipe instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --schema JSON Schema.")] = False,
+) -> None:
+    """List the training recipes with what each reproduces, or every field that a recipe has."""
     from condzoo import display
+
+    if schema:
+        from condzoo.training.documentation import json_schema, schema_text
+
+        display.print_json(json_schema()) if as_json else typer.echo(schema_text(), nl=False)
+        return
     from condzoo.training import recipe_headers
 
     display.print_recipes(recipe_headers(), as_json)

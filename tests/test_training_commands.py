@@ -76,6 +76,16 @@ def test_a_failed_run_of_a_sweep_is_said_and_is_exit_code_1(capsys, tmp_path):
     assert "1 of 2 seeds (1 failed)" in out
 
 
+def test_recipes_are_listed_and_their_fields_explained(capsys):
+    code, out, _ = run(capsys, "recipes")
+    assert code == 0
+    assert "digits/resnet20_nobn_lastbn" in out
+    assert "MNIST, 8-layer MLP of 24 units, plain" in out
+    out = run(capsys, "recipes", "--schema")[1]
+    assert "  nesterov           true or false, default false: Nesterov's momentum" in out.splitlines()
+    assert json.loads(run(capsys, "recipes", "--schema", "--json")[1])["title"] == "Recipe"
+
+
 def test_a_dry_run_takes_a_step_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "train", *TINY, "--set", "probe.every=1", "--dry-run")

@@ -9,7 +9,7 @@ import torch
 from condzoo.data import IMAGE_FOLDER, data_info, folder_view
 from condzoo.training.data_sets import class_count, image_shape
 from condzoo.training.networks import build_network, freeze
-from condzoo.training.schema import DataSection, FullBatch, ModelSection, Recipe, Sgd, Step
+from condzoo.training.schema import Constant, DataSection, FullBatch, ModelSection, Recipe, Sgd, Step
 
 FOLLOWS_DATA = ("num_classes", "in_chans", "input_size")
 OWN_FIELDS = ("init", "last_bn_init", "drop_rate")
@@ -34,6 +34,8 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
         later <= earlier for earlier, later in zip(schedule.milestones, schedule.milestones[1:], strict=False)
     ):
         yield f"schedule.milestones: got {schedule.milestones}, must be ascending"
+    if isinstance(schedule, Constant) and schedule.warmup_epochs and schedule.warmup_iterations:
+        yield "schedule.warmup_iterations: got both this and schedule.warmup_epochs, give one"
     if recipe.accumulate > recipe.data.batch_size:
         yield f"accumulate: got {recipe.accumulate}, must be at most data.batch_size ({recipe.data.batch_size})"
 

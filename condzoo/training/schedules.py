@@ -19,7 +19,7 @@ def learning_rate(schedule: Schedule, lr: float, step: int, *, steps_per_epoch: 
             passed = sum(milestone <= step for milestone in milestone_steps(schedule, steps_per_epoch))
             return lr * schedule.gamma**passed * _warmup(schedule, step, steps_per_epoch)
         case Cosine():
-            start = round(schedule.warmup_epochs * steps_per_epoch)
+            start = warmup_steps(schedule, steps_per_epoch)
             share = max(step - start, 0) / max(total_steps - start, 1)
             cosine = schedule.min_lr + (lr - schedule.min_lr) * (1 + math.cos(math.pi * share)) / 2
             return cosine * _warmup(schedule, step, steps_per_epoch)
@@ -39,9 +39,14 @@ def resets_momentum(schedule: Schedule, step: int, steps_per_epoch: int) -> bool
     return isinstance(schedule, Step) and schedule.reset_momentum and step in milestone_steps(schedule, steps_per_epoch)
 
 
+def warmup_steps(schedule: Constant, steps_per_epoch: int) -> int:
+    """The steps of the warm-up, given in epochs or in steps."""
+    return schedule.warmup_iterations or round(schedule.warmup_epochs * steps_per_epoch)
+
+
 def _warmup(schedule: Constant, step: int, steps_per_epoch: int) -> float:
     """Linear from 1/n at step 0 to 1 at step n - 1, n the steps of the warm-up."""
-    steps = round(schedule.warmup_epochs * steps_per_epoch)
+    steps = warmup_steps(schedule, steps_per_epoch)
     return min((step + 1) / steps, 1.0) if steps else 1.0
 
 

@@ -116,6 +116,7 @@ class Constant(Section):
 
     name: Literal["constant"] = "constant"
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up")
+    warmup_iterations: int = Field(0, ge=0, description="steps of linear warm-up, in place of epochs")
 
 
 class Step(Constant):

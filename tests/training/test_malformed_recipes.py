@@ -1,6 +1,7 @@
 """Wrong recipes: each says the field, what came, what is allowed; none gives anything but a RecipeError."""
 
 import copy
+import os
 import re
 from typing import Any
 
@@ -19,6 +20,7 @@ GOOD: dict[str, Any] = {
     "optim": {"name": "sgd", "lr": 0.1},
     "schedule": {"name": "step", "milestones": [1, 2]},
 }
+EXAMPLES = int(os.environ.get("CONDZOO_FUZZ", "300"))  # recipes made at random; 10000 takes some minutes
 NONE = object()  # take the field out
 
 # (field, value, the whole message after "recipe: ")
@@ -103,6 +105,12 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("schedule.milestones", 3, "schedule.milestones: got 3, must be a list [...]"),
     ("schedule.unit", "step", "schedule.unit: got 'step', must be one of: epoch, iteration"),
     ("schedule.min_lr", 0.1, "schedule.min_lr: unknown field of this kind; it belongs to: cosine"),
+    ("schedule.warmup_iterations", 0.5, "schedule.warmup_iterations: got 0.5, must be a whole number"),
+    (
+        "schedule",
+        {"name": "cosine", "warmup_epochs": 1, "warmup_iterations": 5},
+        "schedule.warmup_iterations: got both this and schedule.warmup_epochs, give one",
+    ),
     ("schedule.warmup_epochs", -1, "schedule.warmup_epochs: got -1, must be greater than or equal to 0"),
     ("loss.label_smoothing", 1, "loss.label_smoothing: got 1, must be less than 1"),
     ("loss.smoothing", 0.1, "loss.smoothing: unknown field; did you mean 'loss.label_smoothing'?"),
@@ -149,7 +157,7 @@ TOML_VALUES = st.recursive(
 FIELDS = st.sampled_from(sorted({path for path, _ in field_paths()} | {"model", "optim", "schedule", "data", "x"}))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.dictionaries(FIELDS, TOML_VALUES, max_size=4))
 def test_any_change_gives_a_recipe_or_a_recipe_error(changes: dict[str, Any]) -> None:
     tables = copy.deepcopy(GOOD)
@@ -162,7 +170,7 @@ def test_any_change_gives_a_recipe_or_a_recipe_error(changes: dict[str, Any]) ->
     assert dump_recipe(recipe)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=EXAMPLES // 3, deadline=None)
 @given(st.text(max_size=60) | st.lists(FIELDS.map(lambda f: f"{f} = 1\n")).map("".join))
 def test_any_text_gives_a_recipe_or_a_recipe_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.toml"

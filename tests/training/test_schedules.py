@@ -101,3 +101,13 @@ def test_a_very_short_one_cycle_is_finite_and_positive(total: int) -> None:
     schedule = TypeAdapter(Schedule).validate_python({"name": "onecycle"})
     for step in range(total):
         assert 0 < learning_rate(schedule, LR, step, steps_per_epoch=1, total_steps=total) <= LR
+
+
+@pytest.mark.parametrize("fields", [{"name": "constant"}, {"name": "cosine"}, {"name": "step", "milestones": [3]}])
+def test_a_warm_up_in_iterations_is_that_in_epochs(fields: dict[str, Any]) -> None:
+    def rates(**warmup: float) -> list[float]:
+        schedule = TypeAdapter(Schedule).validate_python({**fields, **warmup})
+        return [learning_rate(schedule, 0.1, step, steps_per_epoch=10, total_steps=60) for step in range(60)]
+
+    assert rates(warmup_iterations=15) == rates(warmup_epochs=1.5)
+    assert rates(warmup_iterations=15)[0] == pytest.approx(0.1 / 15)

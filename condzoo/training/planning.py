@@ -157,7 +157,8 @@ def plan_training(
 def data_size(recipe: Recipe, data_root: str | Path | None) -> tuple[int, int]:
     """(training images, classes); those of class folders are counted, those of the other sets are known."""
     if recipe.data.name in TRAINING_IMAGES:
-        return TRAINING_IMAGES[recipe.data.name], class_count(recipe.data) or 0
+        images, held_out = TRAINING_IMAGES[recipe.data.name], recipe.data.validation or 0
+        return images - round(held_out * images if held_out < 1 else held_out), class_count(recipe.data) or 0
     data = read_data(recipe, data_root)
     return data.size("train"), data.num_classes
 

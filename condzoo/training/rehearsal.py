@@ -50,6 +50,7 @@ def rehearse(
         with opened_probe(training, None, 0) as probe:
             (batch,) = training_steps(training, 0, 1)
             result = take_step(training, batch, probe)
+        training.guard.check()
         loss = float(result.loss_sum) / result.images
         return Rehearsal(
             model=recipe.model.name,

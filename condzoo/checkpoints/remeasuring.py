@@ -15,7 +15,7 @@ from condzoo.data import BatchPlan, DataSet, load_data
 from condzoo.probe import Conditioning, measure
 
 EXPECTED_IMAGES = 2
-IMAGE_FIELDS = ("crop", "resize", "image_size", "eval_resize", "interpolation", "num_classes", "validation")
+IMAGE_FIELDS = ("crop", "resize", "image_size", "eval_resize", "interpolation", "num_classes", "validation", "dataset")
 EVALUATION_BATCH = 1000
 MEASURED_IMAGES = 1024  # at least: as many batches of the recipe's size as that takes
 

@@ -6,12 +6,13 @@ from condzoo.data.batches import Batch, BatchPlan, DataSet, Split, batches_per_e
 from condzoo.data.counter_random import derived_seed
 from condzoo.data.image_folder import check_images
 from condzoo.data.memory import ImageData
-from condzoo.data.sources import DATASETS, IMAGE_FOLDER, DataInfo, data_info, folder_view, load_data
+from condzoo.data.sources import DATASETS, HUB, IMAGE_FOLDER, DataInfo, data_info, folder_view, load_data
 from condzoo.data.stored import StoredData
 
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
+    "HUB",
     "IMAGE_FOLDER",
     "Batch",
     "BatchPlan",

@@ -1,6 +1,7 @@
 """Reading one image file as RGB; what cannot be read is an error that names the file."""
 
 import os
+from io import BufferedIOBase
 
 from PIL import Image
 
@@ -12,21 +13,26 @@ class ImageError(ValueError):
     """An image that cannot be read."""
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+def read_image(file: str | os.PathLike[str] | BufferedIOBase, name: str | None = None) -> Image.Image:
     """The image of a file, as RGB: greyscale is repeated, CMYK and palettes are converted, transparency is dropped.
+
+    Args:
+        file: its path, or its bytes as an open file.
+        name: what errors call it; None: its path.
 
     Raises:
         ImageError: the file is missing, truncated, no image, or has more than 8 bits a channel.
     """
+    path = name or str(file)
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.mode not in EIGHT_BIT:
                 raise ImageError(f"{path}: its pixels are of mode {image.mode!r}; convert it to 8 bits a channel")
             return image.convert("RGB")
     except ImageError:
         raise
     except Exception as error:  # a damaged file makes each of Pillow's decoders fail in its own way
-        fault = str(error).replace(str(path), "it").removeprefix("cannot identify image file ")
+        fault = str(error).replace(path, "it").removeprefix("cannot identify image file ")
         kind = "is no image" if isinstance(error, Image.UnidentifiedImageError) else "cannot be read"
         reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({fault or type(error).__name__})"
         raise ImageError(f"{path} {kind}{reason}; replace it, or remove it") from error

@@ -15,13 +15,14 @@ from condzoo.data.arrays import LabelledImages, channel_moments, crop_and_resize
 from condzoo.data.batches import DataSet
 from condzoo.data.digits import load_digits
 from condzoo.data.holding_out import held_out
+from condzoo.data.hugging_face import load_hub_data
 from condzoo.data.image_folder import load_image_folder
 from condzoo.data.memory import ImageData
 from condzoo.data.torchvision_sets import load_torchvision
 from condzoo.data.views import View
 
 DATA_ROOT_VARIABLE = "CONDZOO_DATA"
-IMAGE_FOLDER = "imagefolder"
+IMAGE_FOLDER, HUB = "imagefolder", "hfds"
 DEFAULT_SIZE, USUAL_SHARE = 224, 0.875  # ImageNet's: 224 pixels of 256
 
 
@@ -57,7 +58,7 @@ def data_info(name: str) -> DataInfo:
         ValueError: an unknown name; the closest is given.
     """
     if name not in DATASETS:
-        known = [*DATASETS, IMAGE_FOLDER]
+        known = [*DATASETS, IMAGE_FOLDER, HUB]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown data set {name!r}; {hint}one of: {', '.join(known)}")
@@ -91,25 +92,31 @@ def load_data(
     workers: int | None = None,
     num_classes: int | None = None,
     validation: int | float | None = None,
+    dataset: str | None = None,
 ) -> DataSet:
-    """A data set, ready for training: in memory, or for `imagefolder` on disk.
+    """A data set, ready for training: in memory, or for `imagefolder` and `hfds` on disk.
 
     Args:
-        name: one of `DATASETS`, or `imagefolder`.
+        name: one of `DATASETS`, `imagefolder` or `hfds`.
         root: the data root; None looks in CONDZOO_DATA, then in the user's cache.
         crop, resize: in memory, see `crop_and_resize`; the paper's 12x12 MNIST is crop=20, resize=12.
         download: let torchvision fetch what is missing into the first data root.
         image_size, eval_resize, interpolation: imagefolder's `condzoo.data.views.View`; see `folder_view`.
         workers, num_classes: see `load_image_folder`.
+        dataset: hfds's, see `load_hub_data`; `root` is then its cache.
         validation: share or number of training images to hold out as the split "validation"; see `held_out`.
 
     Raises:
         ValueError: an unknown name, a wrong size, or damaged files (with their path).
         FileNotFoundError: not found; says where it looked and how to get it.
     """
-    if name == IMAGE_FOLDER:
+    if name in (IMAGE_FOLDER, HUB):
         view = folder_view(image_size, eval_resize, interpolation)
-        data = load_image_folder(folder_root(data_roots(root)), view, workers, num_classes)
+        if name == HUB:
+            cache = None if root is None else Path(root)
+            data = load_hub_data(dataset or "", view, cache, workers, download)
+        else:
+            data = load_image_folder(folder_root(data_roots(root)), view, workers, num_classes)
         return data if validation is None else data.holding_out(validation)
     return load_into_memory(name, root, crop=crop, resize=resize, download=download, validation=validation)
 

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
-from condzoo.data import IMAGE_FOLDER, data_info, folder_view
-from condzoo.training.data_sets import class_count, image_shape
+from condzoo.data import HUB, data_info, folder_view
+from condzoo.training.data_sets import STORED, class_count, image_shape
 from condzoo.training.networks import build_network, freeze
 from condzoo.training.schema import Constant, DataSection, FullBatch, ModelSection, Recipe, Sgd, Step
 
 FOLLOWS_DATA = ("num_classes", "in_chans", "input_size")
 OWN_FIELDS = ("init", "last_bn_init", "drop_rate")
-ONLY_IN_MEMORY = ("crop", "resize", "download")
-ONLY_ON_DISK = ("image_size", "eval_resize", "interpolation", "workers", "num_classes")
+IN_MEMORY = ("crop", "resize", "download")
+ON_DISK = ("image_size", "eval_resize", "interpolation", "workers", "num_classes")
+ON_HUB = ("dataset", *ON_DISK[:-1], "download")
 SOME_CLASSES = 10  # to try a network out where only the folders say how many there are
 
 
@@ -66,18 +67,20 @@ def _holds_none(value: Any) -> bool:
 
 
 def _images(data: DataSection) -> Iterator[str]:
-    stored = data.name == IMAGE_FOLDER
+    stored = data.name in STORED
     try:
         largest = None if stored else data_info(data.name).size
     except ValueError as error:
         yield f"data.name: {error}"
         return
-    own, others = (ONLY_ON_DISK, ONLY_IN_MEMORY) if stored else (ONLY_IN_MEMORY, ONLY_ON_DISK)
-    for field in others:
-        if getattr(data, field) not in (None, False):
+    own = ON_HUB if data.name == HUB else ON_DISK if stored else IN_MEMORY
+    for field in dict.fromkeys([*IN_MEMORY, *ON_DISK, *ON_HUB]):
+        if field not in own and getattr(data, field) not in (None, False):
             yield f"data.{field}: is not for data.name = {data.name!r}, which has: {', '.join(own)}"
     if data.validation is not None and data.validation > 1 and data.validation != int(data.validation):
         yield f"data.validation: got {data.validation}, must be a share under 1 or a whole number of images"
+    if data.name == HUB and data.dataset is None:
+        yield "data.dataset: missing; with data.name = 'hfds' it is a folder, or a name on the Hub"
     view = folder_view(data.image_size, data.eval_resize)
     if stored and view.resize < view.size:
         yield f"data.eval_resize: got {view.resize}, must be at least data.image_size ({view.size})"

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from condzoo.data import IMAGE_FOLDER, DataSet, data_info, folder_view, load_data
+from condzoo.data import HUB, IMAGE_FOLDER, DataSet, data_info, folder_view, load_data
 from condzoo.training.schema import DataSection, Recipe
+
+STORED = (IMAGE_FOLDER, HUB)
 
 
 def read_data(recipe: Recipe, data_root: str | Path | None = None) -> DataSet:
@@ -26,12 +28,13 @@ def read_data(recipe: Recipe, data_root: str | Path | None = None) -> DataSet:
         workers=section.workers,
         num_classes=section.num_classes,
         validation=section.validation,
+        dataset=section.dataset,
     )
 
 
 def image_shape(section: DataSection) -> tuple[int, int, int]:
     """(channels, height, width) of the images as the network sees them."""
-    if section.name == IMAGE_FOLDER:
+    if section.name in STORED:
         size = folder_view(section.image_size).size
         return 3, size, size
     info = data_info(section.name)
@@ -41,12 +44,12 @@ def image_shape(section: DataSection) -> tuple[int, int, int]:
 
 def class_count(section: DataSection) -> int | None:
     """Number of classes; None where only the folders say."""
-    return section.num_classes if section.name == IMAGE_FOLDER else data_info(section.name).num_classes
+    return section.num_classes if section.name in STORED else data_info(section.name).num_classes
 
 
 def centre_share(section: DataSection) -> float:
     """The share of an image's side that evaluation sees, as timm's crop_pct."""
-    if section.name == IMAGE_FOLDER:
+    if section.name in STORED:
         view = folder_view(section.image_size, section.eval_resize)
         return view.size / view.resize
     return section.crop / data_info(section.name).size if section.crop else 1.0

@@ -40,7 +40,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """The images, how they are prepared, and how batches are made of them."""
 
-    name: str = Field(description="digits, mnist, fashion_mnist, cifar10, cifar100 or imagefolder")
+    name: str = Field(description="digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder or hfds")
     batch_size: int = Field(gt=0, description="images in a batch, over all processes")
     augment: Literal["none", "paper", "standard"] = Field(
         "none", description="see condzoo.data.augment, and condzoo.data.views for imagefolder"
@@ -67,11 +67,14 @@ class DataSection(Section):
     num_classes: int | None = Field(
         None, gt=0, description="imagefolder: how many class folders there must be; default: as many as there are"
     )
+    dataset: str | None = Field(
+        None, description="hfds: a folder that Hugging Face datasets reads, or with download a name on the Hub"
+    )
     root: str | None = Field(
         None,
         description="the data root (of train/ and val/, for imagefolder); default: CONDZOO_DATA, then the user's cache",
     )
-    download: bool = Field(False, description="let torchvision fetch a missing set")
+    download: bool = Field(False, description="let torchvision, or the Hub, fetch a missing set")
 
 
 class Sgd(Section):

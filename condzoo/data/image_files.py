@@ -25,7 +25,7 @@ def read_image(file: str | os.PathLike[str] | BufferedIOBase, name: str | None =
     """
     path = name or str(file)
     try:
-        with Image.open(file) as image:
+        with Image.open(file) as image:  # type: ignore[arg-type]  # Pillow asks for IO[bytes], which this is
             if image.mode not in EIGHT_BIT:
                 raise ImageError(f"{path}: its pixels are of mode {image.mode!r}; convert it to 8 bits a channel")
             return image.convert("RGB")

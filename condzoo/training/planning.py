@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from condzoo.data import IMAGE_FOLDER
+from condzoo.data import batches_per_epoch
 from condzoo.training.accelerators import Accelerator
-from condzoo.training.data_sets import class_count, image_shape, read_data
+from condzoo.training.data_sets import STORED, class_count, image_shape, read_data
 from condzoo.training.networks import build_network, freeze
 from condzoo.training.optimizers import build_optimizer
 from condzoo.training.schema import FullBatch, Recipe
@@ -96,16 +96,16 @@ def plan_training(
         max_steps: as for `train`.
 
     Raises:
-        ValueError: fewer images in a batch than devices.
+        ValueError: fewer images in a batch than devices; no whole batch in an epoch.
     """
     images, classes = data_size(recipe, data_root)
     full_batch = isinstance(recipe.optim, FullBatch)
-    batch, per_epoch = recipe.data.batch_size, images // recipe.data.batch_size
+    batch = recipe.data.batch_size
     if full_batch:
         per_step, per_epoch, passes = images, 1, math.ceil(images / batch / count)
         in_pass = min(batch, images)
     else:
-        per_epoch += not recipe.data.drop_last and images % batch != 0
+        per_epoch = batches_per_epoch(images, batch, recipe.data.drop_last)
         per_step, passes = batch, recipe.accumulate
         in_pass = math.ceil(batch / count / recipe.accumulate)
     if count < 1 or batch < count:
@@ -120,7 +120,7 @@ def plan_training(
     seconds += update / (device.reached_bandwidth * device.bandwidth) + communicated / device.link
     flops = traced.flops / in_pass * per_step
     average = traced.parameter_bytes + traced.buffer_bytes if recipe.ema else 0
-    resident = images * math.prod(image_shape(recipe.data)) if recipe.data.name != IMAGE_FOLDER else 0
+    resident = images * math.prod(image_shape(recipe.data)) if recipe.data.name not in STORED else 0
     weights = traced.parameter_bytes + traced.buffer_bytes
     held = weights + traced.gradient_bytes + traced.optimizer_bytes + average + activations + resident
     return Plan(

@@ -89,6 +89,20 @@ def test_full_batch_iterations_max_steps_and_average(tiny: Any) -> None:
     assert plan_training(tiny(**changes), A100, max_steps=3).steps == 3
 
 
+def test_a_batch_larger_than_the_data_is_refused_as_the_training_refuses_it(tiny: Any) -> None:
+    with pytest.raises(ValueError, match=r"batch_size 5000 is larger than the 1437 training images and drop_last"):
+        plan_training(tiny(**{"data.batch_size": 5000}), A100)
+    assert plan_training(tiny(**{"data.batch_size": 5000, "data.drop_last": False}), A100).steps_per_epoch == 1
+
+
+@pytest.mark.parametrize("data", [{"name": "imagefolder"}, {"name": "hfds", "dataset": "x"}], ids=["folders", "hub"])
+def test_images_that_stay_on_disk_take_no_memory(data: Any, folders: Any, tiny: Any, monkeypatch: Any) -> None:
+    on_disk = load_data("imagefolder", folders(), image_size=8)
+    monkeypatch.setattr("condzoo.training.planning.read_data", lambda *_: on_disk)
+    plan = plan_training(tiny(data={**data, "image_size": 8, "batch_size": 4}), A100)
+    assert (plan.training_images, plan.data_bytes) == (12, 0)
+
+
 def test_time_is_the_longest_of_computing_moving_and_starting() -> None:
     device = Accelerator("x", 100.0, 400.0, 10.0, 1.0, 1.0, reached=0.5, reached_bandwidth=0.5, launch=1.0)
     assert device.time_of(flops=500, traffic=1, operations=1, sixteen_bit=False) == 10

@@ -22,14 +22,15 @@ def finish(training: Training, progress: Progress, path: Path) -> dict[str, Any]
     """Evaluate where the last step has not been (unless the recipe says never), and write the results.
 
     A run cut short by max_steps gets its evaluation as a line of kind "end", after its last
-    checkpoint: a longer call cuts the line off and goes on.
+    checkpoint: a longer call cuts the line off and goes on. Where an epoch has just ended, the training
+    loss stays that of its own line.
     """
     ranks = training.ranks
     record = ranks.first_does(lambda: last_epoch(path))
     evaluated = "test_error" in record or training.recipe.eval_every == 0
     if record.get("step") != progress.step or not evaluated:
         lr = learning_rate_of(training, progress.step - 1)
-        record = record_epoch(training, progress, path, lr, kind="end")
+        record |= record_epoch(training, progress, path, lr, kind="end")
     return ranks.first_does(lambda: write_results(training, progress, path, record, {"status": "done"}))
 
 

@@ -44,11 +44,14 @@ def record_epoch(training: Training, progress: Progress, path: Path, lr: float, 
         "epoch": (progress.step - 1) // training.steps_per_epoch,
         "step": progress.step,
         "lr": lr,
-        "train_loss": progress.loss,
-        "train_accuracy": progress.accuracy,
-        "images_per_second": progress.images_per_second,
-        "seconds": progress.epoch_seconds,
     }
+    if progress.images:  # none where a run ends right after an epoch: that epoch has its line
+        record |= {
+            "train_loss": progress.loss,
+            "train_accuracy": progress.accuracy,
+            "images_per_second": progress.images_per_second,
+            "seconds": progress.epoch_seconds,
+        }
     for split in splits_due(training, progress.step, kind == "end"):
         record |= measure_split(training, split)
     if training.ranks.first:

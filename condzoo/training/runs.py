@@ -36,8 +36,8 @@ class Diverged(RuntimeError):
 class Run:
     """A run that came to its end.
 
-    `summary` is its summary.json; `test_error` is that of the last epoch, as a share of the test images, None
-    where the run diverged.
+    `summary` is its summary.json; `test_error` is that of the last step, as a share of the test images: of a
+    diverged run by the weights before the bad step, None where the run was never evaluated or failed.
     """
 
     path: Path

@@ -53,3 +53,12 @@ def test_a_wrong_share_is_told(value: Any, message: str, tiny: Any) -> None:
 def test_more_than_there_is_is_told_before_training(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.validation: 2000 holds out 2000 of 1437 training images"):
         train(tiny(**{"data.validation": 2000}), out=tmp_path / "run", device="cpu")
+
+
+def test_a_run_cut_short_right_after_an_epoch_keeps_that_epochs_training_loss(tiny: Any, tmp_path: Path) -> None:
+    """The epoch's line has no test images; the line of the end, which has them, is of no training image."""
+    run = train(tiny(**{"data.validation": 0.1}), out=tmp_path / "run", max_steps=10, device="cpu")
+    epoch, end = epochs(run.path)
+    assert "train_loss" not in end
+    assert run.summary["train_loss"] == epoch["train_loss"] > 0
+    assert (run.summary["test_images"], end["val_error"]) == (360, epoch["val_error"])

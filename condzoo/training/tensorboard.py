@@ -17,6 +17,8 @@ FOLDER = "tensorboard"  # in the run directory
 TAGS = {  # key of metrics.jsonl -> tag
     "train_loss": "epoch/train_loss",
     "train_accuracy": "epoch/train_accuracy",
+    "val_loss": "epoch/val_loss",
+    "val_accuracy": "epoch/val_accuracy",
     "test_loss": "epoch/test_loss",
     "test_accuracy": "epoch/test_accuracy",
     "images_per_second": "epoch/images_per_second",

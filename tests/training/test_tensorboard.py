@@ -40,6 +40,15 @@ def test_it_shows_what_the_run_recorded_and_goes_on_with_it(tiny: Any, tmp_path:
     assert any(isinstance(event, Finished) for event in passed)
 
 
+def test_validation_images_are_shown_too(tiny: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with TensorBoard() as board:
+        train(tiny(**{"data.validation": 0.1}), out=tmp_path, device="cpu", on_event=board)
+    epochs = {line["step"] - 1: line["val_accuracy"] for line in lines(tmp_path, "epoch")}
+    assert scalars(tmp_path, "epoch/val_accuracy") == pytest.approx(epochs)
+    assert list(scalars(tmp_path, "epoch/test_accuracy")) == [max(epochs)]
+
+
 def test_without_tensorboard_the_error_says_what_to_install(monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"TensorBoard is not installed: pip install 'condzoo\[tensorboard\]'"):

@@ -105,6 +105,13 @@ def test_a_dry_run_finds_what_is_wrong(capsys, tmp_path):
     assert "cifar10" in err
 
 
+def test_a_dry_run_that_diverges_says_where_and_is_exit_code_3(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "train", *TINY, "--set", "model.init=scaled:1e20", "--dry-run")
+    assert code == 3
+    assert re.fullmatch(r"error: diverged: the loss of step 0 is not finite, first in layers\.\d\.linear\n", err)
+
+
 def test_a_plan_prints_every_quantity(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "train", "cifar10/resnet20", "--plan", "--gpu", "a100", "--gpus", "8")

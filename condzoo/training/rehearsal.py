@@ -7,12 +7,15 @@ from pathlib import Path
 import torch
 
 from condzoo.probe import Probe
+from condzoo.training.diagnosis import diagnose
+from condzoo.training.divergence import NonFinite
 from condzoo.training.precision import resolve_device
-from condzoo.training.preparation import prepare, training_steps
+from condzoo.training.preparation import Training, prepare, training_steps
 from condzoo.training.recipe import check_recipe
 from condzoo.training.reports import opened_probe
+from condzoo.training.runs import Diverged
 from condzoo.training.schema import Recipe
-from condzoo.training.steps import take_step
+from condzoo.training.steps import StepResult, take_step
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,14 @@ def rehearse(
 
     Raises:
         RecipeError, ValueError, FileNotFoundError: as `train`.
-        NonFinite: the first loss or gradient is not finite.
+        Diverged: the first loss or gradient is not finite.
     """
     check_recipe(recipe)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         training = prepare(recipe, resolve_device(device), data_root)
         began = time.perf_counter()
         with opened_probe(training, None, 0) as probe:
-            (batch,) = training_steps(training, 0, 1)
-            result = take_step(training, batch, probe)
-        training.guard.check()
+            result = first_step(training, probe)
         loss = float(result.loss_sum) / result.images
         return Rehearsal(
             model=recipe.model.name,
@@ -65,6 +66,21 @@ def rehearse(
             seconds=time.perf_counter() - began,
             probed=len(latest(probe)),
         )
+
+
+def first_step(training: Training, probe: Probe | None) -> StepResult:
+    """Take the first step.
+
+    Raises:
+        Diverged: its loss or gradient is not finite; says where that begins.
+    """
+    (batch,) = training_steps(training, 0, 1)
+    try:
+        result = take_step(training, batch, probe)
+        training.guard.check()
+    except NonFinite as bad:
+        raise Diverged(f"diverged: {diagnose(training, bad.step).text}", {}) from bad
+    return result
 
 
 def latest(probe: Probe | None) -> list[str]:

@@ -85,7 +85,6 @@ def train(
         raise ValueError("--gpu and --gpus are what --plan plans for; a training takes --device")
     if as_json and not (plan or dry_run):
         raise ValueError("--json goes with --plan or --dry-run; a training writes OUT/summary.json")
-
     if seed is not None and seeds is not None:
         raise ValueError("train takes --seed N or --seeds 1-5, not both")
     loaded = load_recipe(recipe, [*(set_ or ()), *([] if seed is None else [f"seed={seed}"])])
@@ -242,13 +241,14 @@ def print_comparison(runs: "list[Run]", out: Path) -> None:
     from condzoo import display
     from condzoo.probe import plot_comparison
     from condzoo.training import summarize
+    from condzoo.training.distributed import writes
 
     if not runs:
         typer.echo("no runs in this shard")
         return
     labels = display.run_labels(runs)
     probed = {label: run.path for label, run in labels.items() if (run.path / "conditioning.jsonl").exists()}
-    if probed:
+    if probed and writes():
         plot_comparison(probed, out / "conditioning.png")
     display.print_runs(runs, out / "conditioning.png")
     display.print_settings(summarize({run.path.name: run for run in runs})["settings"])

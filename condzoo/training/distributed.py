@@ -108,6 +108,11 @@ def join(device: str | torch.device | None) -> tuple[Ranks, torch.device]:
     return Ranks(dist.get_rank(), dist.get_world_size()), own
 
 
+def writes() -> bool:
+    """Whether this process may write what all have: the first one, or one alone."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def wrap(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
     """The network whose backward pass averages gradients over the processes.
 

@@ -1,10 +1,14 @@
 """Many runs: one after the other in this process, or on Ray; what is finished is not trained again."""
 
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from condzoo.training.attempts import RunOptions, attempt, finished_run
+from condzoo.training.distributed import ALONE, join, launched
 from condzoo.training.events import Message, OnEvent
+from condzoo.training.loop import ignore
+from condzoo.training.run_directory import RECIPE, RunDirectoryError
 from condzoo.training.runs import Run
 from condzoo.training.schema import Recipe
 from condzoo.training.signals import Stopped, stop_signals
@@ -40,6 +44,7 @@ def run_all(
 
     Raises:
         ValueError: an engine that there is not.
+        RunDirectoryError: `out` is the directory of one run.
         Stopped: on a signal, also one that comes between two runs; the same call goes on.
     """
     if engine not in ENGINES:
@@ -47,7 +52,7 @@ def run_all(
     options = RunOptions(max_steps, device, data_root, on_event)
     if engine == "local":
         return run_all_here(planned, Path(out), options)
-    ended = finished_among(planned, Path(out), max_steps)
+    ended = finished_among(planned, unclaimed(Path(out)), max_steps)
     if missing := {name: recipe for name, recipe in planned.items() if name not in ended}:
         from condzoo.training.ray_engine import Resources, run_all_on_ray
 
@@ -61,20 +66,34 @@ def finished_among(planned: Mapping[str, Recipe], out: Path, max_steps: int | No
     return {name: run for name, run in runs if run is not None}
 
 
-def run_all_here(planned: Mapping[str, Recipe], out: Path, options: RunOptions, one: OneRun = attempt) -> list[Run]:
-    """Run what is missing in this process, one after the other, by `one`.
+def unclaimed(out: Path) -> Path:
+    """The folder of many runs, seen to be none of a single one, whose summary.json theirs would replace.
 
     Raises:
+        RunDirectoryError: it is.
+    """
+    if (out / RECIPE).is_file():
+        raise RunDirectoryError(f"{out} is the directory of one run; several need a folder of their own: another --out")
+    return out
+
+
+def run_all_here(planned: Mapping[str, Recipe], out: Path, options: RunOptions, one: OneRun = attempt) -> list[Run]:
+    """Run what is missing here, one after the other, by `one`; torchrun's processes take part in each run together.
+
+    Raises:
+        RunDirectoryError: `out` is the directory of one run.
         Stopped: on a signal, also one that comes between two runs.
     """
-    runs = finished_among(planned, out, options.max_steps)
-    notify = options.on_event or (lambda event: None)
-    with stop_signals() as request:
+    ranks = join(options.device)[0] if launched() else ALONE
+    runs = ranks.first_does(lambda: finished_among(planned, unclaimed(out), options.max_steps))
+    notify = options.on_event if options.on_event is not None and ranks.first else ignore
+    with stop_signals(patient=launched()) as request:
         for number, (name, recipe) in enumerate(planned.items(), start=1):
             if name in runs:
                 continue
-            if request.asked:
-                raise Stopped(f"stopped by {request.asked} between two runs; run the same command to go on")
+            if stop := ranks.largest(request.number):
+                signal_name = signal.Signals(stop).name
+                raise Stopped(f"stopped by {signal_name} between two runs; run the same command to go on")
             if len(planned) > 1:
                 notify(Message(f"[{number}/{len(planned)}] {name}"))
             runs[name] = one(recipe, out / name, options)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from condzoo.training.distributed import writes
 from condzoo.training.run_directory import SUMMARY, write_json
 from condzoo.training.runs import Run
 
@@ -50,8 +51,13 @@ def spread(group: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_summary(out: str | Path, runs: Mapping[str, Run], shard: str | None = None) -> dict[str, Any]:
-    """Write `summarize(runs)` to out/summary.json, or the part of a shard to out/summary-2of4.json; returns it."""
+    """Write `summarize(runs)` to out/summary.json, or the part of a shard to out/summary-2of4.json; returns it.
+
+    Of torchrun's processes the first one writes.
+    """
     summary = summarize(runs)
+    if not writes():
+        return summary
     name = SUMMARY if shard is None else f"{Path(SUMMARY).stem}-{shard.replace('/', 'of')}.json"
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / name, summary)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from condzoo.training import Recipe, StepDone, preparation, reports, train
+from condzoo.training import Recipe, StepDone, preparation, reports, train, train_seeds
 from condzoo.training.recipe import parse_recipe
 
 Outcomes = list[list[str]]
@@ -166,12 +166,22 @@ def failing(folder: Path) -> dict[str, Outcomes]:
     return report
 
 
+def seeds(folder: Path) -> dict[str, Outcomes]:
+    """One seed, then two; each process with a folder of its own, as on machines that share none."""
+    recipe = parse_recipe(NORMS)
+
+    def of_seeds(*numbers: int) -> Callable[[int], Any]:
+        return lambda rank: train_seeds(recipe, numbers, folder / f"of{rank}", max_steps=2, device="cpu")
+
+    return {"one": in_processes(2, of_seeds(1), folder), "two": in_processes(2, of_seeds(1, 2), folder)}
+
+
 def main() -> None:
     """Run one case."""
     torch.set_num_threads(1)
     reports.plot_records = lambda *_: None  # type: ignore[assignment] # drawing takes longer than the training
     folder, case = Path(sys.argv[1]), sys.argv[2]
-    cases = {"equal": equal, "stopped": stopped, "failing": failing}
+    cases = {"equal": equal, "stopped": stopped, "failing": failing, "seeds": seeds}
     print(json.dumps(cases[case](folder)))
 
 

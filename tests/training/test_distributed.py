@@ -92,6 +92,13 @@ def test_all_stop_at_the_step_in_which_one_gets_a_signal_and_go_on(tmp_path: Pat
     assert json.loads((fewer / "summary.json").read_text())["steps"] == 22
 
 
+def test_several_seeds_in_several_processes_are_written_by_the_first(tmp_path: Path) -> None:
+    report = run_case("seeds", tmp_path)
+    assert report["one"] == report["two"] == [["done"]] * 2
+    assert json.loads((tmp_path / "of0/summary.json").read_text())["settings"][""]["seeds"] == [1, 2]
+    assert not (tmp_path / "of1").exists()
+
+
 def test_what_fails_in_one_process_fails_in_all_alike(tmp_path: Path) -> None:
     report = run_case("failing", tmp_path)
     for outcomes in report.values():

@@ -13,6 +13,7 @@ from condzoo.training import (
     Finished,
     Notice,
     RecipeError,
+    RunDirectoryError,
     Started,
     StepDone,
     Stopped,
@@ -23,6 +24,7 @@ from condzoo.training import (
     run_all,
     sweep,
     take_shard,
+    train,
     train_seeds,
 )
 
@@ -105,6 +107,14 @@ def test_seeds_of_one_recipe_train_once_each(tiny: Any, tmp_path: Path) -> None:
     assert both[:2] == first
     assert [e.recipe.seed for e in events if isinstance(e, Started)] == [5]
     assert json.loads((tmp_path / "summary.json").read_text())["settings"][""]["test_error"]["n"] == 3
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_many_runs_do_not_go_into_the_directory_of_one(engine: str, tiny: Any, tmp_path: Path) -> None:
+    run = train(tiny(), out=tmp_path, max_steps=1, device="cpu")
+    with pytest.raises(RunDirectoryError, match="is the directory of one run; several need a folder of their own"):
+        sweep(tiny(), {}, [1, 2], tmp_path, engine=engine)
+    assert json.loads((tmp_path / "summary.json").read_text()) == run.summary
 
 
 def test_what_fails_for_every_seed_is_an_error(tiny: Any, tmp_path: Path) -> None:

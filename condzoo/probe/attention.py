@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from condzoo.probe.hooks import Hook
+
 Report = Callable[[str, nn.Module, Tensor, Tensor], None]
 
 # (first row, last row) of the packed weight, in embedding widths
@@ -54,8 +56,8 @@ def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[R
         F.linear = original.pop()
 
     return [
-        attention.register_forward_pre_hook(before),
-        attention.register_forward_hook(after, always_call=True),
+        attention.register_forward_pre_hook(Hook(before)),
+        attention.register_forward_hook(Hook(after), always_call=True, prepend=True),  # a second watch ends first
     ]
 
 

@@ -18,9 +18,11 @@ from condzoo.probe.arithmetic import Precision, plain_products
 from condzoo.probe.attention import watch
 from condzoo.probe.correlations import PIECES, correlates, patch_gram, positions
 from condzoo.probe.functional_relus import watch_functions
+from condzoo.probe.hooks import Hook
 from condzoo.probe.layers import CONVOLUTIONS, TRANSPOSED, Conv, input_columns, output_columns
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, RunningNeurons, linear_range
+from condzoo.probe.preserving import at_rest
 from condzoo.probe.wrappers import named_modules
 
 
@@ -46,6 +48,7 @@ class Capture:
         recording: read forwards at all.
         gradients: read the gradients of the backwards that follow.
         further: the gradient is one more class of rows already counted.
+        trains: of a `Probe`, which reads training steps: the passes of a measurement at rest are not its.
         split: layers to leave alone, since no process sees the whole of them.
         batch: samples of the current batch.
         scale: what an output gradient is multiplied by: the batch, for a loss that is its mean.
@@ -66,6 +69,7 @@ class Capture:
     recording: bool = True
     gradients: bool = True
     further: bool = False
+    trains: bool = False
     split: set[str] = field(default_factory=set)
     batch: int = 0
     scale: float = 1.0
@@ -82,11 +86,11 @@ class Capture:
     def attach(self) -> None:
         """Put the hooks on."""
         for name, module in self.layers.items():
-            self._handles.append(module.register_forward_hook(partial(self._on_layer, name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(Hook(partial(self._on_layer, name)), with_kwargs=True))
         for name, attention in self.attentions.items():
             self._handles += watch(name, attention, self._on_projection)
         for name, module in self.relus.items():
-            self._handles.append(module.register_forward_hook(partial(self._on_relu, name)))
+            self._handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name))))
         self._handles += watch_functions(self.model, self._count_units)
 
     def begin(self, samples: int, scale: float) -> None:
@@ -107,7 +111,7 @@ class Capture:
         self._forward_seen, self._latest, self.origin = set(), None, None
 
     def _on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> None:
-        if not self.recording or not torch.is_grad_enabled() or name in self.split or self._recomputed(name):
+        if not self._reads or name in self.split or self._recomputed(name):
             return
         x = args[0] if args else kwargs["input"]
         sums = self.sums.setdefault(name, LayerSums())
@@ -154,7 +158,7 @@ class Capture:
         self._count_units(name, output, linear_range(module))
 
     def _count_units(self, name: str, output: Tensor, linear: tuple[float, float]) -> None:
-        if not self.recording or not torch.is_grad_enabled() or self._recomputed(name) or output.ndim < 2:
+        if not self._reads or self._recomputed(name) or output.ndim < 2:
             return
         call = self._relu_calls.get(name, 0)  # each call in a forward has units of its own
         self._relu_calls[name] = call + 1
@@ -162,6 +166,10 @@ class Capture:
         first = output.ndim > 3 or (output.ndim == 3 and self._channels_first)
         with torch.no_grad():
             units.add(output, channels_first=first or output.ndim == 2, linear=linear)
+
+    @property
+    def _reads(self) -> bool:
+        return self.recording and torch.is_grad_enabled() and not (self.trains and at_rest())
 
     def _adds_bias(self, module: nn.Module) -> bool:
         return self.bias and getattr(module, "bias", None) is not None

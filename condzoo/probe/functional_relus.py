@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from condzoo.probe.hooks import Hook
 from condzoo.probe.neurons import OF_RELU, OF_RELU6, RELUS
 from condzoo.probe.wrappers import named_modules
 
@@ -56,6 +57,8 @@ def watch_functions(model: nn.Module, report: Report) -> list[RemovableHandle]:
         inner = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
         if inner and module is not model and not isinstance(module, RELUS):
             continue  # torch's own layers call no ReLU
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # runs outside Python, and takes no such hooks
 
         def enter(module: nn.Module, args: Any, name: str = name) -> None:
             if not calls.running:
@@ -69,6 +72,6 @@ def watch_functions(model: nn.Module, report: Report) -> list[RemovableHandle]:
             if not calls.running:
                 calls.__exit__(None, None, None)
 
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+        handles.append(module.register_forward_pre_hook(Hook(enter)))
+        handles.append(module.register_forward_hook(Hook(leave), always_call=True, prepend=True))  # last in, first out
     return handles

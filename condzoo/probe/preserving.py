@@ -1,4 +1,7 @@
-"""Leave a model and the random streams bitwise as they were, whatever happens in between."""
+"""Leave a model and the random streams bitwise as they were, whatever happens in between.
+
+A `Probe` on the same model leaves out the passes inside, and what is compiled runs uncompiled there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from condzoo.probe.wrappers import uncompiled
+
+_inside = 0  # measurements under way
+
+
+def at_rest() -> bool:
+    """Whether a measurement is under way, whose passes are no training steps."""
+    return _inside > 0
 
 
 @contextmanager
@@ -25,15 +37,18 @@ def preserved(model: nn.Module, seed: int) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    with torch.random.fork_rng(devices=devices):
+    global _inside
+    with torch.random.fork_rng(devices=devices), uncompiled():
         torch.default_generator.manual_seed(seed)
         for index in devices:
             torch.cuda.default_generators[index].manual_seed(seed)
+        _inside += 1
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(True)
             yield
         finally:
+            _inside -= 1
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             for module, name, buffer, values in buffers:

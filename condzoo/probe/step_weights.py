@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.attention import packed_weights
+from condzoo.probe.hooks import Hook
+from condzoo.probe.preserving import at_rest
 from condzoo.probe.weights import Norms, norms_of, own_weight
 
 
@@ -41,12 +43,12 @@ class StepWeights:
         """Put the hooks on, after forgetting all that was seen."""
         self.clear()
         for name, module in self.layers.items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._before_layer, name)))
+            self._handles.append(module.register_forward_pre_hook(Hook(partial(self._before_layer, name))))
             weight = own_weight(module)
             if weight is not None and weight.ndim > 1 and not _is_split(weight):
                 self._watch(name, weight)
         for name, attention in self.attentions.items():
-            self._handles.append(attention.register_forward_pre_hook(partial(self._before_attention, name)))
+            self._handles.append(attention.register_forward_pre_hook(Hook(partial(self._before_attention, name))))
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -78,7 +80,7 @@ class StepWeights:
                 self._look(layer, weight)
 
     def _look(self, name: str, weight: Tensor | None) -> None:
-        if weight is None or weight is self._seen.get(name):
+        if weight is None or weight is self._seen.get(name) or at_rest():
             return
         if _is_split(weight):
             self.split.add(name)
@@ -93,6 +95,8 @@ class StepWeights:
             self._handles.append(weight.register_hook(partial(self._add, name)))
 
     def _add(self, name: str, grad: Tensor) -> None:
+        if at_rest():
+            return
         held = self.grads.get(name)
         self.grads[name] = grad.detach().clone() if held is None else held + grad.detach()
         self._passes[name].add(torch._C._current_graph_task_id())

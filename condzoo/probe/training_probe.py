@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,16 @@ from condzoo.probe.batches import batch_size
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
+from condzoo.probe.hooks import Hook
 from condzoo.probe.layers import CONVS, choose
 from condzoo.probe.measuring import checked
 from condzoo.probe.passes import coarsest
+from condzoo.probe.preserving import at_rest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
 from condzoo.probe.step_weights import StepWeights
 from condzoo.probe.tensorboard import open_writer, write_tensorboard
 from condzoo.probe.weights import norms_of
-from condzoo.probe.wrappers import unwrapped
+from condzoo.probe.wrappers import uncompiled, unwrapped
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -98,6 +100,7 @@ class Probe:
         self.latest: Conditioning | None = None
         chosen, self._unmeasurable = choose(model, layers)
         self._capture = capture_of(model, chosen)
+        self._capture.trains = True
         self._capture.bias, self._capture.kappa = bias, kappa
         self._capture.conv = checked("conv", conv, CONVS)
         self._capture.precision = checked("precision", precision, PRECISIONS)
@@ -108,7 +111,7 @@ class Probe:
         self._step = start_step
         self._tensorboard, self._own_writer = tensorboard, False
         self._scaler, self._scaler_scale = scaler, 1.0
-        self._stance: Any = None
+        self._eager = ExitStack()
         self._handles: list[RemovableHandle] = []
         self._samples = self._forwards = 0
         self._begun = False
@@ -175,23 +178,20 @@ class Probe:
         self._begun = False
         self._capture.clear()
         self._capture.recording, self._capture.gradients = False, True
-        self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True))
         self._weights.attach()
         self._capture.attach()
-        if "torch._dynamo" in sys.modules:  # only then can anything be compiled; importing it takes seconds
-            self._stance = torch.compiler.set_stance("force_eager")
+        self._eager.enter_context(uncompiled())
 
     def _detach(self) -> None:
         self._capture.detach()
         self._weights.detach()
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        self._eager.close()
         while self._handles:
             self._handles.pop().remove()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._begun:
+        if self._begun or at_rest():
             return
         self._capture.recording = module.training and torch.is_grad_enabled()
         repeated = self._forwards > 0 and torch._C._current_graph_task_id() != -1  # by checkpointing

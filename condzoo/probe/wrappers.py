@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +26,16 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if _inside(module) is None:
             yield ".".join(part for part in name.split(".") if part not in INSIDE), module
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, what torch.compile has compiled runs eagerly: a compiled graph has no hooks."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled; importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

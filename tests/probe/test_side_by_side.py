@@ -1,0 +1,118 @@
+"""A Probe beside other things on the same model: another Probe, `measure`, copies, what is compiled or scripted."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+
+from condzoo.probe import Probe, curvature, measure
+
+SAMPLES = 6
+
+
+class Net(nn.Module):
+    """Attention, a functional ReLU and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.mix(x, x, x)[0]).mean(1))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Net()
+
+
+def batch(samples=SAMPLES):
+    generator = torch.Generator().manual_seed(samples)
+    return torch.randn((samples, 5, 8), generator=generator), torch.randint(3, (samples,), generator=generator)
+
+
+def train_a_step(model):
+    F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+
+
+def numbers(c):
+    layers = {n: (v.input.lambda_max, v.output_grad.lambda_max, v.weight_grad, v.samples) for n, v in c.items()}
+    return c.samples, c.batches, c.neurons, layers
+
+
+def alone(model):
+    model = copy.deepcopy(model)
+    with Probe(model, every=1) as probe:
+        train_a_step(model)
+        probe.step()
+    return numbers(probe.latest)
+
+
+def test_two_probes_at_once_see_the_same_and_leave_nothing_behind(model):
+    linear, expected = F.linear, alone(model)
+    with Probe(model, every=1) as one, Probe(model, every=1) as other:
+        train_a_step(model)
+        one.step(), other.step()
+    assert F.linear is linear
+    assert not _get_current_function_mode_stack()
+    assert numbers(one.latest) == numbers(other.latest) == expected
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda model: measure(model, batch(4)),
+        lambda model: measure(model, batch(4), labels="model"),
+        lambda model: curvature(model, *batch(4), block="head"),
+    ],
+)
+def test_a_measurement_in_a_step_that_is_due_is_none_of_its(model, between):
+    linear, expected = F.linear, alone(model)
+    with Probe(model, every=1) as probe:
+        between(model)
+        train_a_step(model)
+        between(model)
+        probe.step()
+    assert F.linear is linear
+    assert numbers(probe.latest) == expected
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_probed_model_is_not_probed(model, copied, tmp_path):
+    pytest.importorskip("tensorboard")
+    expected = alone(model)
+    with Probe(model, every=1, tensorboard=tmp_path) as probe:
+        twin = copied(model)
+        twin(batch()[0]).sum().backward()
+        train_a_step(model)
+        probe.step()
+    assert numbers(probe.latest) == expected
+
+
+def test_a_compiled_model_is_measured_uncompiled(model):
+    expected = numbers(measure(model, batch()))
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(batch()[0])
+    before = len(calls)
+    assert before
+    assert numbers(measure(compiled, batch())) == expected
+    assert len(calls) == before
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripted_parts_are_skipped_by_name():
+    model = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 3))
+    c = measure(model, (torch.randn(6, 8), torch.randint(3, (6,))))
+    assert list(c) == ["0", "2"]
+    assert "1.0" in c.skipped

@@ -42,6 +42,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("channels_last", "autp", "channels_last: got 'autp', must be one of: true, false, auto; did you mean 'auto'?"),
     ("compile", 1, "compile: got 1, must be true or false"),
     ("compile", "yes", "compile: got 'yes', must be true or false"),
+    ("sync_bn", "yes", "sync_bn: got 'yes', must be true or false"),
     ("ema", 1.0, "ema: got 1.0, must be less than 1"),
     ("ema", 0, "ema: got 0, must be greater than 0"),
     ("ema", float("nan"), "ema: got nan, must be a finite number"),

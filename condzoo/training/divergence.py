@@ -75,8 +75,11 @@ class Guard:
             raise NonFinite(step)
 
 
-class AveragingWhileSound:
-    """mean + (1 - decay) * sound * (new - mean), for AveragedModel's multi_avg_fn."""
+class Averaging:
+    """mean + (1 - decay) * (new - mean), for AveragedModel's multi_avg_fn; steps that do not count leave the mean.
+
+    A number of batches (BatchNorm's) is the network's own: the mean of a count, cut to a whole number, says nothing.
+    """
 
     def __init__(self, guard: Guard, decay: float) -> None:
         self.guard, self.decay = guard, decay
@@ -86,10 +89,12 @@ class AveragingWhileSound:
         """Update the means in place."""
         if not means[0].is_floating_point():
             torch._foreach_copy_(means, new)
-            return
-        steps = torch._foreach_sub(new, means)
-        torch._foreach_mul_(steps, (1 - self.decay) * self.guard.sound)
-        torch._foreach_add_(means, steps)
+        elif self.guard.deferred:
+            steps = torch._foreach_sub(new, means)
+            torch._foreach_mul_(steps, (1 - self.decay) * self.guard.sound)
+            torch._foreach_add_(means, steps)
+        else:
+            torch._foreach_lerp_(means, new, 1 - self.decay)
 
 
 def _in_one_piece(model: nn.Module) -> Iterator[Tensor]:

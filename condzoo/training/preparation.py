@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from condzoo.data import Batch, BatchPlan, DataSet, batches_per_epoch
 from condzoo.training.data_sets import read_data
 from condzoo.training.distributed import ALONE, Ranks, synchronize_norms, wrap
-from condzoo.training.divergence import AveragingWhileSound, Guard
+from condzoo.training.divergence import Averaging, Guard
 from condzoo.training.networks import build_network, freeze
 from condzoo.training.optimizers import build_optimizer
 from condzoo.training.precision import Numerics, resolve_numerics
@@ -139,9 +139,7 @@ def rehearse(training: Training, parallel: nn.Module) -> None:
 
 def averaged(model: nn.Module, decay: float, guard: Guard) -> AveragedModel:
     """An exponential average of the network's weights and buffers."""
-    if guard.deferred:
-        return AveragedModel(model, multi_avg_fn=AveragingWhileSound(guard, decay), use_buffers=True)
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return AveragedModel(model, multi_avg_fn=Averaging(guard, decay), use_buffers=True)
 
 
 def checks_are_deferred(device: torch.device) -> bool:

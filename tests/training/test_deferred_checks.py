@@ -104,7 +104,8 @@ def test_from_the_bad_step_on_none_changes_anything(
     optim: str, spoil: Callable[[nn.Module], Any], taken: int, tiny: Any, tmp_path: Path, deferred: Callable[[], None]
 ) -> None:
     deferred()
-    training = prepare(tiny(**{"optim": OPTIMIZERS[optim], "model.name": "mlp4x24_bn", "ema": 0.8}), torch.device("cpu"))
+    recipe = tiny(**{"optim": OPTIMIZERS[optim], "model.name": "mlp4x24_bn", "ema": 0.8})
+    training = prepare(recipe, torch.device("cpu"))
     steps = training_steps(training, 0, taken + 3)
     for _ in range(taken):
         take_step(training, next(steps))

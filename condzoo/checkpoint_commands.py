@@ -10,7 +10,9 @@ Out = Annotated[
     Path | None,
     typer.Option(help="The folder that takes MODEL.TAG/. Default: checkpoints/, here or in the repository."),
 ]
-DataRoot = Annotated[Path | None, typer.Option(help="Folder with the data sets. Default: CONDZOO_DATA, then a cache.")]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Folder with the data sets. Default: CONDZOO_DATA, then ~/.cache/condzoo/data.")
+]
 
 
 def release(

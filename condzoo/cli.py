@@ -19,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # a paragraph of help is one, however its source is broken into lines
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Why does this network train badly, and which layer is it?\n\n"
     "A zoo of networks in timm's registry, a probe of each layer's conditioning, training recipes, checkpoints.\n\n"
@@ -31,8 +32,16 @@ Name = Annotated[str, typer.Argument(help="A model's name, e.g. cifar_resnet20_l
 
 @app.command("list")
 def list_command(
-    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Wildcards, e.g. '*resnet20*'.")] = "",
-    family: Annotated[str | None, typer.Option(help="One family only, e.g. cifar_vgg.")] = None,
+    pattern: Annotated[
+        str, typer.Argument(metavar="[PATTERN]", help="Wildcards, e.g. `'*resnet20*'`; default: all.")
+    ] = "",
+    family: Annotated[
+        str | None,
+        typer.Option(
+            help="One family only: cifar_resnet, cifar_preresnet, cifar_vgg, cifar_vgg16, imagenet_resnet, "
+            "imagenet_preresnet or mlp."
+        ),
+    ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Only models with released weights.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -63,14 +72,39 @@ app.command("eval")(training_commands.eval_command)
 @app.command()
 def probe(
     target: Annotated[str, typer.Argument(metavar="NAME_OR_RUN", help="A model's name or a run directory.")],
-    data: Annotated[str | None, typer.Option(help="Data set; a run knows its own. Default: the model's.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Data set: digits, mnist, fashion_mnist, cifar10, cifar100 or imagefolder. Default: the model's; "
+            "a run knows its own."
+        ),
+    ] = None,
     data_root: DataRoot = None,
     batches: Annotated[int, typer.Option(min=1, help="Training batches to measure.")] = 4,
     batch_size: Annotated[int, typer.Option(min=2, help="Examples in a batch.")] = 128,
-    labels: Annotated[str, typer.Option(help="data, model or sample.")] = "data",
-    conv: Annotated[str, typer.Option(help="What is a row of a convolution: channels or patches.")] = "channels",
-    precision: Annotated[str, typer.Option(help="auto, fast or float64.")] = "auto",
-    init: Annotated[str | None, typer.Option(help="Initializer, for a model by name.")] = None,
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="Labels of the gradients: data: the true ones; model: expected over the model's softmax; "
+            "sample: drawn of it."
+        ),
+    ] = "data",
+    conv: Annotated[
+        str,
+        typer.Option(help="A row of a convolution's input: channels (a pixel's), or patches (all that a kernel sees)."),
+    ] = "channels",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="float64: of all products; fast: float32 products, float64 sums; auto: fast where that suffices."
+        ),
+    ] = "auto",
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="Initializer, for a model by name: random, lecun_normal, xavier, he, orthogonal or scaled:FACTOR."
+        ),
+    ] = None,
     eval_mode: Annotated[bool, typer.Option("--eval-mode", help="Measure in eval mode, not train mode.")] = False,
     seed: Annotated[int, typer.Option(help="Of the initialization and the measurement.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the measurement here, as JSON.")] = None,
@@ -128,7 +162,9 @@ def plot_command(
         list[Path],
         typer.Argument(help="Run directories or their conditioning.jsonl; or one data file of `condzoo reproduce`."),
     ],
-    out: Annotated[Path | None, typer.Option(help="The picture. Default: beside what is drawn.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The picture. Default: beside what is drawn; of several runs comparison.png.")
+    ] = None,
 ) -> None:
     """Draw the conditioning of one run, compare several side by side, or draw an experiment's figure again."""
     from condzoo.probe import plot_comparison, plot_records

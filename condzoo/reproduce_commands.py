@@ -16,10 +16,12 @@ def reproduce(
     every: Annotated[bool, typer.Option("--all", help="Every experiment.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the experiments and how long each takes.")] = False,
     scale: Annotated[str, typer.Option(help="paper: the appendix's own setup, for GPUs; cpu: two cores.")] = "cpu",
-    seeds: Annotated[str | None, typer.Option(help="In place of the scale's own, e.g. 1-5.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="SEEDS", help="In place of the scale's own, e.g. 1-5 or 1,3.")
+    ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help='Only the curves of this name, e.g. "*-20*"; repeatable.'),
+        typer.Option(metavar="PATTERN", help="Only the curves whose name matches, e.g. `'*-20*'`; repeatable."),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="local: one training after the other; ray: as many at a time as a Ray cluster holds.")
@@ -29,7 +31,7 @@ def reproduce(
         Path | None, typer.Option(help="Folder with train/ and val/ class folders, for the ImageNet experiments.")
     ] = None,
     data_root: Annotated[
-        Path | None, typer.Option(help="Folder with the data sets. Default: CONDZOO_DATA, then a cache.")
+        Path | None, typer.Option(help="Folder with the data sets. Default: CONDZOO_DATA, then ~/.cache/condzoo/data.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU where there is one.")] = None,
     report: Annotated[

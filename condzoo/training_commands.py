@@ -20,11 +20,19 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe, e.g. optim.lr=0.05; repeatable."),
 ]
-Seeds = Annotated[str | None, typer.Option(metavar="1-5|1,3", help="Several seeds, a run each.")]
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop a run after this many steps, and evaluate it.")]
+Seeds = Annotated[
+    str | None, typer.Option(metavar="SEEDS", help="Several seeds, a run each, e.g. 1-5 or 1,3. Default: the recipe's.")
+]
+MaxSteps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Stop a run after this many steps, and evaluate it; the same command without it goes on."),
+]
 DataRoot = Annotated[
     Path | None,
-    typer.Option(help="Folder with the data sets, as torchvision lays them out. Default: CONDZOO_DATA, then a cache."),
+    typer.Option(
+        help="Folder with the data sets as torchvision lays them out, or with train/ and val/ class folders. "
+        "Default: CONDZOO_DATA, then ~/.cache/condzoo/data."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")]
 Board = Annotated[bool, typer.Option("--tensorboard", help="Also write RUN/tensorboard (extra `tensorboard`).")]
@@ -76,6 +84,8 @@ def train(
     """Train a network by a recipe, probing it as it learns; the same command again goes on where it stopped.
 
     With --seeds each seed is a run, and mean +- standard deviation are printed and written to OUT/summary.json.
+
+    In many processes: torchrun --nproc-per-node 8 -m condzoo train RECIPE (docs/training.md).
     """
     from condzoo.training import load_recipe
 
@@ -162,7 +172,10 @@ def sweep(
     recipe: RecipeArg,
     grid: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD=A,B,...", help="Values of a field to try, e.g. optim.lr=0.1,0.01; repeatable."),
+        typer.Option(
+            metavar="FIELD=A,B,...",
+            help="Values of a field to try, e.g. optim.lr=0.1,0.01; repeatable, and every combination is a run.",
+        ),
     ] = None,
     set_: Set = None,
     seeds: Seeds = None,

@@ -153,3 +153,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(capsys, tmp_path):
     code, _, _ = run(capsys, *args, "--out", str(broken))
     assert code == 0
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_help_joins_the_lines_of_a_paragraph_and_keeps_wildcards(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for args, text in (
+        (("validate", "--help"), "scale invariance (or Theorem 1), the last BN's bound"),
+        (("list", "--help"), "'*resnet20*'"),
+        (("reproduce", "--help"), "'*-20*'"),
+    ):
+        with pytest.raises(SystemExit):
+            main(list(args))
+        assert text in capsys.readouterr().out

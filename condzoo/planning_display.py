@@ -50,7 +50,8 @@ def print_plan(plan: "Plan", as_json: bool) -> None:
 def print_rehearsal(rehearsal: "Rehearsal", as_json: bool) -> None:
     """One line a part, and that nothing was written."""
     if as_json:
-        print_json(asdict(rehearsal))
+        norm = rehearsal.grad_norm if math.isfinite(rehearsal.grad_norm) else None  # fp16's first scale is too large
+        print_json({**asdict(rehearsal), "grad_norm": norm})
         return
     probed = f", {rehearsal.probed} layers probed" if rehearsal.probed else ""
     rows = {

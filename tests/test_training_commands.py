@@ -112,6 +112,14 @@ def test_a_dry_run_that_diverges_says_where_and_is_exit_code_3(capsys, tmp_path,
     assert re.fullmatch(r"error: diverged: the loss of step 0 is not finite, first in layers\.\d\.linear\n", err)
 
 
+def test_a_diverged_run_is_evaluated_again_as_strict_json(capsys, tmp_path):
+    wild = ("--set", "optim.lr=1e30", "--set", "on_divergence=record", "--out", tmp_path / "run")
+    run(capsys, "train", *SHORT, *wild)
+    code, out, _ = run(capsys, "eval", tmp_path / "run", "--json")
+    assert code == 0
+    assert json.loads(out)["loss"] is None
+
+
 def test_a_plan_prints_every_quantity(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "train", "cifar10/resnet20", "--plan", "--gpu", "a100", "--gpus", "8")

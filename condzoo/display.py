@@ -168,7 +168,7 @@ def print_evaluation(evaluation: "Evaluation", recorded: tuple[int, int] | None,
     """Error, accuracy and loss over every image, and whether it is what was recorded."""
     if as_json:
         found = {**asdict(evaluation), "error": evaluation.error, "accuracy": evaluation.accuracy}
-        found |= {"loss": evaluation.loss if math.isfinite(evaluation.loss) else None}  # of a diverged run it may not be
+        found |= {"loss": evaluation.loss if math.isfinite(evaluation.loss) else None}  # a diverged run's
         print_json({**found, "recorded_correct": recorded and recorded[0], "recorded_total": recorded and recorded[1]})
         return
     wrong = evaluation.total - evaluation.correct

@@ -30,18 +30,24 @@ def claimed(path: Path, recipe: Recipe) -> Iterator[None]:
 
     Raises:
         RunDirectoryError: it belongs to another recipe, or another process writes to it.
-        PermissionError, NotADirectoryError: it cannot be written to.
+        OSError: it cannot be written to.
     """
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file, not a run directory; use another --out")
+    lock = FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / ".lock", timeout=0)
-        with lock:
-            _check_recipe(path, recipe)
-            yield
+        lock.acquire()
     except Timeout as error:
         raise RunDirectoryError(f"{path} is in use by another run; wait for it, or use another --out") from error
+    except OSError as error:
+        reason = f"{error.strerror}: no run can be written here; use another --out"
+        raise OSError(error.errno, reason, str(path)) from error
+    try:
+        _check_recipe(path, recipe)
+        yield
+    finally:
+        lock.release()
 
 
 def _check_recipe(path: Path, recipe: Recipe) -> None:

@@ -56,6 +56,7 @@ def check_initialization(subject: Subject) -> Check:
         variance, kurtosis = expected_variance(subject.info, name, layer)
         square = float(layer.weight.detach().square().mean())
         deviation = abs(square / variance - 1) / math.sqrt((kurtosis - 1) / layer.weight.numel())
+        deviation = math.inf if math.isnan(deviation) else deviation
         if deviation > worst:
             worst, where = deviation, name
     return Check("weights", worst < STANDARD_ERRORS, f"worst variance is {worst:.1f} standard errors off, in {where}")
@@ -92,7 +93,7 @@ def check_signals(subject: Subject) -> Check:
         ok = low > 0.05 and high < bound
         return Check("signals", ok, f"inputs between {low:.2g} and {high:.2g}, bounds 0.05 and {bound:.2g}")
     steps = (info.depth - 2) // 2 if info.family == "cifar_resnet" else len(rms) - 1
-    factor = (rms[-1] / rms[0]) ** (1 / steps)
+    factor = (rms[-1] / rms[0]) ** (1 / steps) if rms[0] > 0 else math.nan
     low, high = GROWTH[info.family]
     unit = "block" if info.family == "cifar_resnet" else "layer"
     return Check("signals", low < factor < high, f"times {factor:.3g} a {unit}, bounds {low:g} and {high:g}")

@@ -1,5 +1,6 @@
 """Holding a network of the zoo against what its family promises (`condzoo validate`)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,7 +18,7 @@ from condzoo.promises import (
     check_signals,
     check_size,
 )
-from condzoo.subject import prepare
+from condzoo.subject import Subject, prepare
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,23 @@ def validate(name_or_model: str | nn.Module, *, seed: int = 0, trained: bool = F
     subject = prepare(load_checkpoint(str(name_or_model)) if released else name_or_model, seed)
     recorded = subject.info.name in read_records()  # other sizes than the registered are built, and have no record
     fresh = not (released or trained)
-    checks = [check_size(subject)]
-    checks += [check_function(subject)] if recorded else []
-    checks += [check_initialization(subject), check_signals(subject)] if fresh else []
-    checks += [check_finite(subject), check_scaling(subject)]
-    checks += [check_last_bn(subject)] if subject.info.last_bn else []
-    checks += [check_conditioning(subject)] if fresh and recorded else []
+    promises: dict[str, tuple[bool, Callable[[Subject], Check]]] = {
+        "size": (True, check_size),
+        "function": (recorded, check_function),
+        "weights": (fresh, check_initialization),
+        "signals": (fresh, check_signals),
+        "finite": (True, check_finite),
+        "scaling": (True, check_scaling),
+        "last BN": (subject.info.last_bn, check_last_bn),
+        "conditioning": (fresh and recorded, check_conditioning),
+    }
+    checks = [_checked(name, check, subject) for name, (applies, check) in promises.items() if applies]
     return Validation(str(name_or_model) if released else subject.info.name, tuple(checks))
+
+
+def _checked(name: str, check: Callable[[Subject], Check], subject: Subject) -> Check:
+    """A network so broken that its check cannot even run has not kept the promise."""
+    try:
+        return check(subject)
+    except Exception as error:
+        return Check(name, False, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")

@@ -222,6 +222,23 @@ def test_a_broken_model_is_caught_by_the_check_it_breaks(name, damage, check):
     assert check in broken(validate(model).checks)
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "check", "detail"),
+    [
+        ("mlp4x24", lambda model: next(model.parameters()).data.zero_(), "signals", "times nan a layer"),
+        ("mlp4x24", lambda model: next(model.parameters()).data.fill_(torch.nan), "weights", "inf standard errors"),
+        ("mlp4x24_lastbn", lambda model: setattr(model, "last_bn", nn.Identity()), "last BN", "no attribute 'weight'"),
+        ("mlp4x24", lambda model: setattr(model, "fc", nn.Linear(7, 10)), "finite", "RuntimeError: mat1 and mat2"),
+    ],
+)
+def test_a_network_too_broken_for_a_check_fails_it(name, damage, check, detail):
+    model = create_model(name)
+    damage(model)
+    (found,) = (c for c in validate(model).checks if c.name == check)
+    assert not found.ok
+    assert detail in found.detail
+
+
 def test_another_initializer_than_the_familys_is_caught():
     torch.manual_seed(0)
     assert {"weights", "signals"} <= broken(validate(init_weights(create_model("mlp8x24"), "he")).checks)

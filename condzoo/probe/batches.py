@@ -15,10 +15,21 @@ TARGETS = ("labels", "label")  # the targets' keys in a batch that is a dict
 
 def each(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches one by one; a single pair or dict counts as one batch."""
-    if isinstance(batches, Mapping):
-        return iter([batches])
-    one_pair = isinstance(batches, (tuple, list)) and len(batches) == 2 and isinstance(batches[0], (Tensor, Mapping))
-    return iter([batches] if one_pair else batches)
+    return iter([batches] if isinstance(batches, Mapping) or _is_pair(batches) else batches)
+
+
+def _is_pair(batches: Any) -> bool:
+    """Whether these are x and y, and not two batches: no batch is a tensor, nor a dict without targets."""
+    if not isinstance(batches, (tuple, list)) or len(batches) != 2:
+        return False
+    x, y = batches
+    if isinstance(x, Mapping):
+        return not (_holds_targets(x) and isinstance(y, Mapping) and _holds_targets(y))
+    return isinstance(x, Tensor) or isinstance(y, Tensor)
+
+
+def _holds_targets(batch: Mapping[str, Any]) -> bool:
+    return any(key in batch for key in TARGETS)
 
 
 def as_pair(batch: Any, *, own_loss: bool) -> tuple[Any, Any]:

@@ -21,9 +21,11 @@ from condzoo.probe.functional_relus import watch_functions
 from condzoo.probe.hooks import Hook
 from condzoo.probe.layers import CONVOLUTIONS, TRANSPOSED, Conv, input_columns, output_columns
 from condzoo.probe.moments import RunningMoment
-from condzoo.probe.neurons import RELUS, RunningNeurons, linear_range
+from condzoo.probe.neurons import RELUS, Neurons, RunningNeurons, linear_range
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.wrappers import named_modules
+
+CHANGING = "a ReLU whose number of units differs from call to call"
 
 
 @dataclass(eq=False)
@@ -125,6 +127,11 @@ class Capture:
         self._latest = name, h.detach()
         if h.requires_grad:
             h.register_hook(partial(self._on_gradient, module, sums.output_grad, self.scale))
+
+    def counts(self) -> tuple[dict[str, Neurons], dict[str, str]]:
+        """Dying and full units by ReLU, and the reason by ReLU that cannot be counted."""
+        counted = {name: units.count() for name, units in self.neurons.items() if not units.changing}
+        return counted, dict.fromkeys(self.neurons.keys() - counted.keys(), CHANGING)
 
     def find_origin(self, reader: str | None = None) -> None:
         """Name the layer where NaN or Inf came in: the latest, if its output holds it, else the one that reads it."""

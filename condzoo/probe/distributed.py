@@ -48,7 +48,7 @@ def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
     Layers that only some processes called are summed over those; the order is that of the first process.
     """
     device = _device(model)
-    units = {name: (u.rows, u.count().units) for name, u in capture.neurons.items()}
+    units = {name: (u.rows, -1 if u.changing else u.count().units) for name, u in capture.neurons.items()}
     gathered = _gathered((_described(capture), units))
     names = list(dict.fromkeys(name for layers, _ in gathered for name in layers))
     merged: dict[str, LayerSums] = {}
@@ -136,6 +136,9 @@ def _sum_neurons(capture: Capture, of_ranks: list[dict[str, tuple[int, int]]], d
     merged: dict[str, RunningNeurons] = {}
     for name in dict.fromkeys(name for units in of_ranks for name in units):
         known = [units[name] for units in of_ranks if name in units]
+        if len({count for _, count in known}) > 1 or known[0][1] < 0:
+            merged[name] = RunningNeurons(changing=True)
+            continue
         mine = capture.neurons.get(name)
         seen = torch.zeros((2, known[0][1]), dtype=torch.int32, device=device)
         if mine is not None and mine.been_positive is not None and mine.been_zero is not None:

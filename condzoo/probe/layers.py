@@ -54,8 +54,13 @@ def choose(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[str, nn.
         names: layer names or shell patterns ("stage1.*"); None takes all.
 
     Raises:
+        TypeError: not a module, or not a list of names.
         ValueError: a name that matches no layer; says the closest.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {model!r:.40}")
+    if isinstance(names, str):
+        raise TypeError(f"layers must be a list of names, got a string; write layers=[{names!r}]")
     found: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     for name, module in named_modules(model):
@@ -86,6 +91,8 @@ def _reason(module: nn.Module) -> str | None:
     own = list(module.parameters(recurse=False))
     if any(isinstance(p, UninitializedParameter) for p in own):
         return "not initialized yet (lazy); run one batch through the model first"
+    if any(p.is_complex() for p in own):
+        return "its weights are complex"
     for classes, why in REASONS:
         if isinstance(module, classes):
             return f"{type(module).__name__}: {why}"

@@ -25,6 +25,9 @@ def name_of(loss: Loss | None) -> str:
         return "cross_entropy"
     while isinstance(loss, partial):
         loss = loss.func
+    if isinstance(loss, type) or not callable(loss):
+        hint = f"make one: loss={loss.__name__}()" if isinstance(loss, type) else "for example torch.nn.MSELoss()"
+        raise TypeError(f"loss must be a callable of (output, y), got {loss!r:.60}; {hint}")
     return getattr(loss, "__name__", type(loss).__name__)
 
 

@@ -56,11 +56,15 @@ class Neurons:
 
 @dataclass(eq=False)
 class RunningNeurons:
-    """Which units of one ReLU have been positive (linear) so far, and which have been zero (flat)."""
+    """Which units of one ReLU have been positive (linear) so far, and which have been zero (flat).
+
+    `changing`: outputs had different numbers of units, as of a ReLU over tokens; then there is nothing to count.
+    """
 
     been_positive: Tensor | None = None
     been_zero: Tensor | None = None
     rows: int = 0
+    changing: bool = False
 
     def add(self, output: Tensor, *, channels_first: bool, linear: tuple[float, float] = OF_RELU) -> None:
         """Look at one output of the ReLU: [n, u, ...] if channels_first, else [..., u]."""
@@ -70,6 +74,9 @@ class RunningNeurons:
         self.rows += units.numel() // count
         if self.been_positive is None or self.been_zero is None:
             self.been_positive = self.been_zero = torch.zeros(count, dtype=torch.bool, device=units.device)
+        self.changing = self.changing or count != self.been_positive.numel()
+        if self.changing:
+            return
         start, stop = 0, 1
         while start < units.shape[0] and not bool((decided := self.been_positive & self.been_zero).all()):
             part, which = units[start:stop], None

@@ -50,7 +50,7 @@ class Passes:
         self.capture.gradients = self.labels == "data"
         if self.labels != "data":
             self._from_model(losses.logits_of(output))
-        if y is not None:
+        if y is not None or self.labels == "data":
             self._from_data(losses.mean_loss(self.loss, output, y, count, self.reduction), count)
 
     def _from_model(self, output: Any) -> None:
@@ -73,6 +73,8 @@ class Passes:
     def _backward(self, value: Tensor, signal: Tensor | None = None, *, keep: bool = True) -> dict[str, Tensor]:
         """Gradients of the weights, without touching any .grad; the capture's hooks see the rest."""
         inputs = list(self.weights.values()) or [p for p in self.model.parameters() if p.requires_grad]
+        if not inputs or not value.requires_grad:
+            raise ValueError("the loss does not depend on the model's parameters, or it has none: nothing to measure")
         grads = torch.autograd.grad(value, inputs, signal, retain_graph=keep, allow_unused=True)
         return {n: g for n, g in zip(self.weights, grads, strict=False) if g is not None}
 
@@ -80,17 +82,20 @@ class Passes:
         """The measurement, from everything seen."""
         if not self.batches:
             raise ValueError("batches gave no batch; pass (x, y), or an iterable of such pairs")
+        if not self.samples:
+            raise ValueError("the batches hold no sample: their leading dimension is 0")
         modules = self.capture.layers
         with torch.no_grad():
             grads = {name: grad / self.samples for name, grad in self.weight_grads.items()}
             norms = norms_of(modules, self.weights), norms_of(modules, grads)
             layers, unseen, nonfinite = finish(self.capture, *norms)
+        neurons, uncounted = self.capture.counts()
         mean = self.total_loss / self.samples
         dtypes = self.capture.dtypes or {torch.get_default_dtype()}
         return Conditioning(
             layers=layers,
-            neurons={name: n.count() for name, n in self.capture.neurons.items()},
-            skipped={**skipped, **unseen},
+            neurons=neurons,
+            skipped={**skipped, **unseen, **uncounted},
             mode=self.mode,
             dtype=coarsest(dtypes),
             labels=self.labels,

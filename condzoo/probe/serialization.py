@@ -49,6 +49,8 @@ def from_record(record: dict[str, Any]) -> Conditioning:
         )
     except KeyError as missing:
         raise ValueError(f"conditioning record lacks the field {missing}; was the file edited?") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"conditioning record does not fit its schema: {error}; was the file edited?") from None
 
 
 def dumps(conditioning: Conditioning) -> str:
@@ -57,7 +59,8 @@ def dumps(conditioning: Conditioning) -> str:
 
 
 def write_json(conditioning: Conditioning, path: Path) -> None:
-    """Write a measurement to a file of its own."""
+    """Write a measurement to a file of its own, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dumps(conditioning) + "\n", encoding="utf-8")
 
 

@@ -27,7 +27,8 @@ def kept(p: float, dim: int) -> int:
         ValueError: p is not in (0, 1].
     """
     if not 0 < p <= 1:
-        raise ValueError(f"p must be a fraction in (0, 1], got {p}; for {p:g} percent write p={p / 100:g}")
+        hint = f"; for {p:g} percent write p={p / 100:g}" if 1 < p <= 100 else ""
+        raise ValueError(f"p must be a fraction in (0, 1], got {p}{hint}")
     return max(1, math.ceil(p * dim - 1e-9))  # 0.7 * 10 is 7.000000000000001 in floating point
 
 
@@ -143,6 +144,7 @@ def spectrum(moment: Float[Tensor, "*shape"], *, rows: int | None = None) -> Spe
     Raises:
         ValueError: not one of these shapes, not symmetric, or not finite.
     """
+    moment = torch.as_tensor(moment)
     if not bool(torch.isfinite(moment).all()):
         raise ValueError("moment holds NaN or Inf; find its origin with condzoo.measure(...).skipped")
     dim = moment.shape[-1] if moment.ndim else 0

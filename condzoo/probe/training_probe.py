@@ -221,13 +221,14 @@ class Probe:
             count = distributed.processes() if self.reduction == "mean" else samples
             norms = norms_of(capture.layers, {n: g / (count * scale) for n, g in grads.items()})
             layers, unseen, nonfinite = finish(capture, self._weights.norms, norms)
+        neurons, uncounted = capture.counts()
         split = dict.fromkeys(self._weights.split, SPLIT)
         if split:
-            split |= dict.fromkeys(capture.neurons, SPLIT)
+            neurons, uncounted = {}, dict.fromkeys(capture.neurons, SPLIT)
         self.latest = Conditioning(
             layers=layers,
-            neurons={} if split else {name: n.count() for name, n in capture.neurons.items()},
-            skipped={**self._unmeasurable, **unseen, **split},
+            neurons=neurons,
+            skipped={**self._unmeasurable, **unseen, **split, **uncounted},
             mode="train",
             dtype=coarsest(capture.dtypes) if capture.dtypes else "",
             labels="data",

@@ -16,7 +16,7 @@ INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside its wrappers."""
-    while (inner := _inside(model)) is not None:
+    while isinstance(model, nn.Module) and (inner := _inside(model)) is not None:
         model = inner
     return model
 

@@ -1,6 +1,8 @@
 """Batches and outputs of every form give the numbers of the plain pair."""
 
 import functools
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -156,6 +158,58 @@ def test_what_is_no_batch_is_explained():
         measure(nn.Sequential(model, Split()), (x, y))
     with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', got 'none'"):
         measure(model, (x, y), reduction="none")
+
+
+def test_two_batches_are_not_taken_for_a_pair_nor_a_pair_for_two():
+    x, y = data()
+    plain = Plain().double()
+    batch = {"x": x, "labels": y}
+    adapter = lambda b: (b["x"], b["labels"])  # noqa: E731
+    assert measure(plain, [batch, batch], adapter=adapter).samples == 2 * len(x)
+    assert measure(plain, [(x, y), (x, y)]).samples == 2 * len(x)
+    assert measure(plain, ((x,), y)).samples == len(x)
+
+
+def test_arguments_of_a_wrong_kind_are_explained():
+    """In a process of its own: the tests' type checks would be first."""
+    script = """
+import torch
+from condzoo.probe import Probe, measure, spectrum
+model, batch = torch.nn.Linear(4, 3), (torch.randn(9, 4), torch.randint(3, (9,)))
+for call in (
+    lambda: measure(model, batch, loss="mse"),
+    lambda: measure(model, batch, loss=torch.nn.MSELoss),
+    lambda: measure(model, batch, layers="fc"),
+    lambda: measure("mlp4x24", batch),
+    lambda: Probe("mlp4x24"),
+):
+    try:
+        call()
+    except TypeError as error:
+        print(error)
+print(spectrum([[2, 0], [0, 1]]).eigenvalues.tolist())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [
+        "loss must be a callable of (output, y), got 'mse'; for example torch.nn.MSELoss()",
+        "loss must be a callable of (output, y), got <class 'torch.nn.modules.loss.MSELoss'>; make one: loss=MSELoss()",
+        "layers must be a list of names, got a string; write layers=['fc']",
+        "model must be a torch.nn.Module, got str 'mlp4x24'",
+        "model must be a torch.nn.Module, got str 'mlp4x24'",
+        "[2.0, 1.0]",
+    ]
+
+
+def test_what_cannot_be_measured_is_explained():
+    x, y = data()
+    model = Plain().double()
+    with pytest.raises(ValueError, match="hold no sample: their leading dimension is 0"):
+        measure(model, (x[:0], y[:0]), loss=lambda output, y: output.sum())
+    with pytest.raises(ValueError, match="the loss does not depend on the model's parameters"):
+        measure(model, (x, y), loss=lambda output, y: torch.ones(()))
+    with pytest.raises(ValueError, match="the targets be a tensor, got Tensor and NoneType"):
+        measure(model, (x, None))
+    assert measure(model, (x, None), loss=lambda output, y: output.square().mean()).loss > 0
 
 
 class Split(nn.Module):

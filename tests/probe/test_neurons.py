@@ -103,6 +103,27 @@ def test_every_call_in_a_forward_has_its_own_units_and_every_batch_adds_to_them(
     }
 
 
+def test_a_relu_over_a_changing_number_of_units_is_skipped():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.score = nn.Linear(4, 1)
+
+        def forward(self, x):  # [n, tokens, 4]
+            return F.relu(self.score(x)[..., 0]).sum(1)
+
+    model = Tokens()
+    with Probe(model, every=1) as probe:
+        for tokens in (5, 9):
+            x = torch.randn(6, tokens, 4)
+            x[:, 0] = 0  # a unit whose state stays open, so that both batches are looked at
+            model(x).sum().backward()
+        probe.step()
+    assert probe.latest.neurons == {}
+    assert probe.latest.skipped == {"relu()": "a ReLU whose number of units differs from call to call"}
+    assert list(probe.latest) == ["score"]
+
+
 def test_activations_that_are_flat_nowhere_are_not_counted():
     for activation in (nn.GELU(), nn.SiLU(), nn.LeakyReLU(), nn.ELU(), nn.PReLU()):
         assert measure(preset(activation), batch()).neurons == {}

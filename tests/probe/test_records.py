@@ -76,6 +76,10 @@ def test_a_record_of_an_older_version_is_read_and_one_without_layers_is_not(log)
     assert all(layer.weight_frobenius is None for layer in old.values())
     assert np.isnan(record_columns([old])["weight_frobenius"]).all()
     assert "F(dW/W)" in old.table()
+    layer = next(iter(record["layers"].values()))
+    log.write_text(json.dumps(record | {"layers": {"fc": {k: v for k, v in layer.items() if k != "kind"}}}) + "\n")
+    with pytest.raises(ValueError, match=r":1: conditioning record does not fit its schema: .*'kind'; was the file ed"):
+        read_records(log)
     del record["layers"]
     log.write_text(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match="lacks the field 'layers'; was the file edited"):

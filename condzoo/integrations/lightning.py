@@ -15,8 +15,9 @@ from condzoo.probe import Probe
 class ProbeCallback(pl.Callback):
     """Measures the LightningModule every so many optimizer steps; weights come out bitwise as without it.
 
-    Accumulated batches, mixed precision's loss scale, resumed runs and Lightning's distributed strategies are
-    taken care of. `training_step` must return the mean loss over its batch (or set `reduction="sum"`).
+    Accumulated batches and resumed runs are taken care of; mixed precision's loss scale and Lightning's distributed
+    strategies are written for, and were not run yet. `training_step` must return the mean loss over its batch (or set
+    `reduction="sum"`).
 
     Args:
         every: optimizer steps from one measurement to the next, as in `Probe`.

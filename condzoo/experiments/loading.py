@@ -104,13 +104,22 @@ def planned_runs(
         for variant in combinations(spec, chosen):
             for seed in seeds or chosen.seeds:
                 tables = copy.deepcopy(owner.training.recipe)
-                fields = {**spec.set, **chosen.recipe, **variant, "seed": seed}
+                fields = {**spec.set, **fields_at(chosen, spec.label), **variant, "seed": seed}
                 fields |= {f"data.{key}": value for key, value in (data or {}).items()}
                 for path, value in fields.items():
                     set_field(tables, path, value)
                 recipe = parse_recipe(tables, f"{owner.id}, {spec.label}")
                 planned.append(PlannedRun(spec.label, variant, recipe))
     return planned
+
+
+def fields_at(scale: Scale, label: str) -> dict[str, Any]:
+    """What a scale changes in one curve's recipe: in all curves' first, then in those like the patterns."""
+    fields = dict(scale.recipe)
+    for pattern, own in scale.runs.items():
+        if fnmatch.fnmatchcase(label, pattern):
+            fields |= own
+    return fields
 
 
 def labels_run(experiment: Experiment, scale: str, only: Sequence[str] | None = None) -> list[str]:

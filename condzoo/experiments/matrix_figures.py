@@ -19,8 +19,8 @@ ERRORS = {
     "lambda_max": r"$\lambda_{max}$ of the product",
     "kappa": r"$\kappa$ of the product",
     "spectrum": "all eigenvalues",
-    "nearest": "exact block / product, least layer",
-    "farthest": "exact block / product, largest layer",
+    "nearest": r"$\lambda_{max}$: exact block / product," "\nleast layer",
+    "farthest": r"$\lambda_{max}$: exact block / product," "\nlargest layer",
 }
 SIZES = {"examples": "N, examples", "layers": "L, layers", "widths": "d, units a layer"}
 
@@ -64,12 +64,15 @@ def draw_values(ax: Axes, data: dict[str, Any], matrix: str, p: float | None) ->
         places = np.arange(1, len(names) + 1)
         color = OKABE_ITO[i]
         ax.plot(places, middle[:-1], color=color, marker=MARKERS[i], markersize=4, label=label)
-        if np.isfinite(table[:, :-1]).all():
-            ax.fill_between(places, table.min(0)[:-1], table.max(0)[:-1], color=color, alpha=0.2, lw=0)
+        lowest, highest = (reduce(table[:, :-1], axis=0) for reduce in (np.fmin.reduce, np.fmax.reduce))
+        ax.fill_between(places, lowest, highest, color=color, alpha=0.2, lw=0)
         ax.plot([len(names) + 1] * len(table), table[:, -1], MARKERS[i], color=color, mfc="none", markersize=7)
     shown = list(range(1, len(names) + 1))
     ax.set_xticks([*shown, len(names) + 1], [*map(str, shown), "all"])
-    ax.set(yscale="log", xlabel="layer")
+    ax.set(yscale="log", xlabel="layer", xlim=(0.6, len(names) + 1.4))
+    low, high = ax.get_ylim()
+    ax.set_ylim(low / 1.5, high * 1.5)
+    ax.yaxis.set_minor_formatter(NullFormatter())
     tidy(ax)
 
 
@@ -95,7 +98,9 @@ def theory(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
         ax.set_ylim(low / 3, high * 3)  # so that a whole decade is labelled
         ax.yaxis.set_minor_formatter(NullFormatter())
         tidy(ax)
-    axes[0].set_ylabel("relative error, largest of the layers", fontsize=9)
+    for ax, quantity in zip(axes, quantities, strict=True):
+        is_ratio = quantity in ("nearest", "farthest")
+        ax.set_ylabel("ratio" if is_ratio else "relative error, largest of the layers", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
 
 

@@ -1,6 +1,7 @@
 """docs/reproduction.md, of the experiments' files and data alone."""
 
 import itertools
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,28 @@ def scale_section(experiment: Experiment, data: dict[str, Any], figures: str) ->
     for verdict in judge(experiment, data):
         yield claim_row(verdict)
     yield ""
+    if experiment.figure.kind == "errors":
+        yield from error_table(experiment, data)
     if remark := experiment.remarks.get(data["scale"]):
         yield remark
         yield ""
     yield f"![{experiment.title}]({figures}/{stem(experiment.id, data['scale'])}.png)"
+    yield ""
+
+
+def error_table(experiment: Experiment, data: dict[str, Any]) -> Iterator[str]:
+    """Each network's test error beside the paper's: median, range and number of the seeds that did not diverge."""
+    assert experiment.training is not None
+    yield "| network | paper, % | measured, % | diverged |"
+    yield "|---|---|---|---|"
+    for spec in experiment.training.runs:
+        runs = [run for run in data["runs"] if run["label"] == spec.label and run["chosen"]]
+        errors = sorted(100 * run["test_error"] for run in runs if run["test_error"] is not None)
+        measured = "-" if runs else "not run"
+        if errors:
+            measured = f"{statistics.median(errors):.2f} ({errors[0]:.2f} to {errors[-1]:.2f}, n = {len(errors)})"
+        diverged = sum(run["status"] == "diverged" for run in runs)
+        yield f"| {spec.label} | {spec.paper} | {measured} | {f'{diverged} of {len(runs)}' if diverged else ''} |"
     yield ""
 
 

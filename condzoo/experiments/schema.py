@@ -4,6 +4,7 @@ What a training, an initialization, a theorem needs stands in a table of its own
 them, which makes its kind.
 """
 
+import fnmatch
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -44,7 +45,8 @@ class Claim(Section):
 class Scale(Section):
     """How much of an experiment is run.
 
-    `recipe` holds what differs from the experiment's own `training.recipe`; `only` keeps the runs of these labels.
+    `recipe` holds what differs from the experiment's own `training.recipe`, `runs` what differs besides in some of the
+    runs; `only` keeps the runs of these labels.
     """
 
     minutes: float = Field(gt=0, description="how long it takes, about, on the hardware named")
@@ -52,6 +54,9 @@ class Scale(Section):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     reductions: list[str] = Field([], description="what is less than the paper's, in words")
     recipe: dict[str, Any] = Field(default_factory=dict, description="recipe fields by dotted path")
+    runs: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="pattern (fnmatch) of labels -> recipe fields by dotted path"
+    )
     grid: dict[str, list[Scalar]] = Field(default_factory=dict, description="in place of a run's own grid")
     only: list[str] | None = Field(None, description="labels of the runs at this scale; default: all")
     settings: dict[str, Any] = Field(default_factory=dict, description="in place of the kind's own settings")
@@ -67,6 +72,7 @@ class RunSpec(Section):
     set: dict[str, Any] = Field(default_factory=dict, description="recipe fields by dotted path")
     grid: dict[str, list[Scalar]] = Field(default_factory=dict, description="recipe field -> values tried")
     choose: Literal["train_loss", "all"] = Field("train_loss", description="the lowest final one, or all are drawn")
+    paper: str = Field("", description="the paper's own error, %, where it gives one")
 
 
 class TrainingSettings(Section):
@@ -143,6 +149,15 @@ class Experiment(Section):
         kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(kinds) != 1:
             raise ValueError(f"an experiment has exactly one of {', '.join(KINDS)}; this one has {kinds or 'none'}")
+        return self
+
+    @model_validator(mode="after")
+    def _patterns_match(self) -> "Experiment":
+        labels = [spec.label for spec in self.training.runs] if self.training is not None else []
+        for name, scale in self.scales.items():
+            for pattern in scale.runs:
+                if not any(fnmatch.fnmatchcase(label, pattern) for label in labels):
+                    raise ValueError(f"scales.{name}.runs: no run like {pattern!r}; there are: {', '.join(labels)}")
         return self
 
     @property

@@ -8,6 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from condzoo.experiments.schema import Experiment
 from condzoo.probe.heatmaps import OKABE_ITO
@@ -48,7 +49,7 @@ def chosen_runs(data: dict[str, Any], label: str) -> list[dict[str, Any]]:
 
 
 def layers(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
-    """A row a curve: each layer's value over the iterations, colour by depth (first seed); the loss of all seeds."""
+    """A row a curve: each layer's value over the iterations, colour by depth (one seed); the loss of all seeds."""
     labels, quantities = labels_of(data), experiment.figure.quantities
     columns = [*quantities, "loss"]
     figure.set_size_inches(3.0 * len(columns) + 0.8, 2.1 * len(labels) + 1.1)
@@ -56,24 +57,34 @@ def layers(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
     for row, label in enumerate(labels):
         runs = chosen_runs(data, label)
         for column, quantity in enumerate(quantities):
-            draw_layers(axes[row, column], runs[0], quantity)
+            draw_layers(axes[row, column], longest(runs), quantity)
         draw_losses(axes[row, -1], runs)
         for column, quantity in enumerate(columns):
             axes[row, column].set_title(name_of(quantity) if row == 0 else "", fontsize=10)
         axes[row, 0].set_ylabel(title_of(label, runs), fontsize=8)
     for ax in axes[-1]:
         ax.set_xlabel("iteration", fontsize=8)
+    for ax in axes[:, -1]:
+        plain_numbers(ax)
     depth = ScalarMappable(Normalize(0, 1), colormaps[COLOURS])
-    bar = figure.colorbar(depth, ax=axes[:, :-1].ravel().tolist(), aspect=30, pad=0.01, ticks=[0, 1])
-    bar.ax.set_yticklabels(["first layer", "last"], fontsize=7)
+    bar = figure.colorbar(depth, ax=axes[:, :-1].ravel().tolist(), aspect=30, pad=0.01, ticks=[])
+    bar.ax.set_title("last\nlayer", fontsize=7)
+    bar.ax.set_xlabel("first\nlayer", fontsize=7)
+
+
+def longest(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The run whose layers are drawn: the first of those that were probed at the most steps."""
+    return max(runs, key=lambda run: len(run["probed"]))
 
 
 def title_of(label: str, runs: Sequence[dict[str, Any]]) -> str:
-    """A curve's label with the point of its grid that was chosen, and how it ended where it diverged."""
+    """A curve's label with the point of its grid that was chosen, how it ended where it diverged, and what is drawn."""
     variant = ", ".join(f"{field.split('.')[-1]} {value:g}" for field, value in runs[0]["variant"].items())
     diverged = sum(run["status"] == "diverged" for run in runs)
-    ended = f"\n{diverged} of {len(runs)} diverged" if diverged else ""
-    return label + (f"\n{variant}" if variant else "") + ended
+    drawn = longest(runs)
+    lines = [label, variant, f"{diverged} of {len(runs)} diverged" if diverged else ""]
+    lines.append(f"layers: seed {drawn['seed']}" if drawn is not runs[0] else "")
+    return "\n".join(line for line in lines if line)
 
 
 def draw_layers(ax: Axes, run: dict[str, Any], quantity: str) -> None:
@@ -85,7 +96,8 @@ def draw_layers(ax: Axes, run: dict[str, Any], quantity: str) -> None:
     for layer in range(count):
         line = values[:, layer]
         shown = np.where(line > 0, line, np.nan) if logarithmic else line
-        ax.plot(run["probed"], shown, color=colormaps[COLOURS](layer / max(1, count - 1)), lw=0.9)
+        marker = "." if len(shown) == 1 else None  # a line through one point is not seen
+        ax.plot(run["probed"], shown, marker=marker, color=colormaps[COLOURS](layer / max(1, count - 1)), lw=0.9)
     if logarithmic:
         ax.set_yscale("log")
     tidy(ax)
@@ -99,9 +111,12 @@ def draw_losses(ax: Axes, runs: Sequence[dict[str, Any]]) -> None:
         if run["loss"]:
             steps, losses = zip(*run["loss"], strict=True)
             shown = np.array([np.nan if loss is None else loss for loss in losses], dtype=float)
-            ax.plot(steps, shown, color=OKABE_ITO[i % len(OKABE_ITO)], lw=0.9, label=f"seed {run['seed']}")
-            if run["status"] == "diverged":
-                ax.plot(steps[-1], shown[-1], "x", color=OKABE_ITO[1])
+            color = OKABE_ITO[i % len(OKABE_ITO)]
+            diverged = run["status"] == "diverged"
+            label = f"seed {run['seed']}" + (" (x: diverged)" if diverged else "")
+            ax.plot(steps, shown, color=color, lw=0.9, label=label)
+            if diverged:
+                ax.plot(steps[-1], shown[-1], "x", color=color)
     ax.set_yscale("log")
     tidy(ax)
     if len(runs) > 1:
@@ -113,6 +128,14 @@ def tidy(ax: Axes) -> None:
     ax.tick_params(which="both", labelsize=7)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def plain_numbers(ax: Axes) -> None:
+    """1.6 and 2 in place of powers of ten on a logarithmic axis; between the powers only where there are few."""
+    low, high = ax.get_ylim()
+    number = FuncFormatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_major_formatter(number)
+    ax.yaxis.set_minor_formatter(number if high < 10 * low else NullFormatter())
 
 
 def explosion(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:

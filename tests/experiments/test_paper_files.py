@@ -57,10 +57,28 @@ def test_it_runs_and_is_drawn(name, tiny, tmp_path):
         draw(experiment.model_copy(update={"id": "other"}), data, tmp_path / "other.png")
 
 
+def test_a_long_matrix_is_announced_by_the_file_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("condzoo.probe.costs.LONG", 0.0)  # seconds from which curvature warns; warnings are errors here
+    collect(tiny("fig03"), "cpu", tmp_path)
+
+
 def test_an_unknown_field_is_named():
     tables = load_experiment("thm1").model_dump(exclude_none=True)
     tables["claims"][0]["treshold"] = 1.0
     with pytest.raises(ValueError, match=r"file: claims\.0\.treshold: Extra inputs are not permitted"):
+        parse_experiment(tables, "file")
+
+
+def test_a_scale_changes_some_curves_only_and_names_a_pattern_that_matches_none():
+    tables = load_experiment("table_b").model_dump(exclude_none=True)
+    tables["scales"]["cpu"] |= {"recipe": {"iterations": 8, "log_every": 1}, "runs": {"*-110*": {"iterations": 2}}}
+    lengths = {run.label: run.recipe.iterations for run in planned_runs(parse_experiment(tables, "file"), "cpu", [1])}
+    assert lengths["VGG-110"] == lengths["ResNet-110 LastBN"] == 2
+    assert {length for label, length in lengths.items() if "110" not in label} == {8}
+
+    tables["scales"]["cpu"]["runs"] = {"*-111*": {"iterations": 2}}
+    message = r"scales\.cpu\.runs: no run like '\*-111\*'; there are: VGG-20, VGG-20 LastBN, "
+    with pytest.raises(ValueError, match=message):
         parse_experiment(tables, "file")
 
 

@@ -10,8 +10,10 @@ from condzoo.cli import main
 from condzoo.experiments import collect, experiment_ids, load_experiment, report
 from condzoo.experiments.collecting import SCHEMA, folder_reduction
 from condzoo.experiments.loading import labels_run, planned_runs
+from condzoo.experiments.report import error_table
 from condzoo.training import Stopped
 from condzoo.training.loop import train
+from tests.experiments.made_up import run_of
 
 ATTEMPTS = importlib.import_module("condzoo.training.attempts")
 DOCS = Path(__file__).parents[2] / "docs"
@@ -172,6 +174,15 @@ def test_another_file_is_refused(tmp_path, capsys):
 def test_the_report_is_up_to_date():
     page = (DOCS / "reproduction.md").read_text(encoding="utf-8")
     assert page == report(DOCS / "data"), "run `condzoo reproduce --report` in the repository's root"
+
+
+def test_a_table_of_errors_stands_beside_the_papers():
+    runs = [run_of("VGG-20", seed, test_error=error) for seed, error in ((1, 0.5), (2, 0.7), (3, 0.6))]
+    runs += [run_of("VGG-20 LastBN", seed, status="diverged", test_error=None) for seed in (1, 2)]
+    rows = list(error_table(load_experiment("table_b"), {"runs": runs}))
+    assert "| VGG-20 | 14.88 +- 0.47 | 60.00 (50.00 to 70.00, n = 3) |  |" in rows
+    assert "| VGG-20 LastBN | 12.89 +- 0.20 | - | 2 of 2 |" in rows
+    assert "| ResNet-110 | 8.93 +- 0.22 | not run |  |" in rows
 
 
 def test_each_file_of_the_report_has_its_figure_and_none_is_large():

@@ -1,0 +1,80 @@
+"""What a figure shows, read off its axes: which seed's layers, what diverged, values known of some seeds only."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from condzoo.experiments import load_experiment
+from condzoo.experiments.matrix_figures import draw_values
+from condzoo.experiments.training_figures import labels_of, layers, plain_numbers, title_of
+from tests.experiments.made_up import run_of
+
+QUANTITIES = ("input_kappa50", "grad_kappa50")
+
+
+def probed_run(label: str, seed: int, steps: int, status: str = "done") -> dict:
+    """A run of three layers, probed at every step, layer k's values being seed * 10^k."""
+    values = [[seed * 10.0**k for k in range(3)] for _ in range(steps)]
+    kept = {"layers": ["a", "b", "c"], "values": values}
+    return run_of(
+        label,
+        seed,
+        status=status,
+        probed=list(range(steps)),
+        quantities=dict.fromkeys(QUANTITIES, kept),
+        loss=[[step, 2.0 + seed] for step in range(steps)],
+    )
+
+
+def test_the_layers_of_the_longest_run_are_drawn_and_its_seed_is_named():
+    experiment = load_experiment("fig09")
+    runs = [probed_run("plain", 1, 1, "diverged"), probed_run("plain", 2, 5), probed_run("BN", 1, 5)]
+    figure = Figure()
+    layers(figure, {"runs": runs}, experiment)
+    plain, bn = figure.axes[0], figure.axes[3]
+    assert [line.get_ydata()[0] for line in plain.lines] == [2.0, 20.0, 200.0]
+    assert [line.get_ydata()[0] for line in bn.lines] == [1.0, 10.0, 100.0]
+    assert plain.get_ylabel() == "plain\n1 of 2 diverged\nlayers: seed 2"
+    assert bn.get_ylabel() == "BN"
+    assert labels_of({"runs": runs}) == ["plain", "BN"]
+
+
+def test_a_run_that_diverged_is_a_cross_of_its_own_colour():
+    figure = Figure()
+    layers(
+        figure, {"runs": [probed_run("plain", 1, 5), probed_run("plain", 2, 1, "diverged")]}, load_experiment("fig09")
+    )
+    _, line, cross = figure.axes[2].lines
+    assert cross.get_marker() == "x"
+    assert cross.get_color() == line.get_color()
+    assert [text.get_text() for text in figure.axes[2].get_legend().get_texts()] == ["seed 1", "seed 2 (x: diverged)"]
+
+
+def test_one_point_is_seen():
+    figure = Figure()
+    layers(figure, {"runs": [probed_run("plain", 1, 1, "diverged")]}, load_experiment("fig09"))
+    assert {line.get_marker() for line in figure.axes[0].lines} == {"."}
+    assert title_of("plain", [probed_run("plain", 1, 1)]) == "plain"
+
+
+def test_a_short_logarithmic_axis_has_plain_numbers():
+    ax = Figure().subplots()
+    ax.set(yscale="log", ylim=(1.5, 2.6))
+    plain_numbers(ax)
+    ticks = [2.0, 1.6]
+    assert ax.yaxis.get_minor_formatter().format_ticks(ticks) == ["2", "1.6"]
+    ax.set_ylim(0.01, 2.6)
+    plain_numbers(ax)
+    assert ax.yaxis.get_minor_formatter().format_ticks(ticks) == ["", ""]
+
+
+def test_the_range_over_seeds_is_drawn_where_only_some_layers_are_known():
+    def network(seed: int, kappas: tuple[float | None, float, float]) -> dict:
+        blocks = {f"layer{k}": {"kappa": {"0.5": kappa}} for k, kappa in enumerate(kappas)}
+        return {"label": "plain", "seed": seed, "matrices": {"fisher": {"full": {"kappa": {"0.5": None}}, **blocks}}}
+
+    data = {"networks": [network(1, (None, 2.0, 8.0)), network(2, (None, 4.0, 16.0))]}
+    ax = Figure().subplots()
+    draw_values(ax, data, "fisher", 0.5)
+    corners = np.concatenate([path.vertices for path in ax.collections[0].get_paths()])
+    assert {2.0, 4.0, 8.0, 16.0} <= set(corners[:, 1])
+    assert ax.get_xlim() == (0.6, 4.4), "the layer that is not known, and the whole matrix, keep their places"

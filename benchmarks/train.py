@@ -1,27 +1,32 @@
 """Training speed of CIFAR ResNet-20, batch 128: condzoo beside the scripts people use now.
 
-    python benchmarks/train.py --data-root DIR [--steps 60] [--rounds 3]
+    python benchmarks/train.py --data-root DIR [--steps 60] [--rounds 3] [--overhead]
 
-Every contender trains the same network on the same images, data loading, augmentation and logging
-included, in turns; printed are medians over the rounds of images/s, and ratios within a round. The first
-step of each turn is left out. Without CIFAR-10 in the data root, random images of its shape are used.
+Every contender trains the same network on the same images for as many steps, data loading, augmentation and
+logging included, in turns (A B C A B C ...), each turn in a process of its own; printed are medians over the
+rounds of images/s, and of the ratios within a round. The first step of a turn is left out: in it loaders start
+their workers. Without CIFAR-10 in the data root, random images of its shape are used.
 
 - plain: the common script: fp32, torchvision transforms on PIL images, a DataLoader with workers.
-- timm: timm's create_loader, its optimizer factory, and the step of its train.py.
-- condzoo: `condzoo.train` with precision = "auto"; then its loop's overhead: the share of a step that is
-  not forward, backward and update, against the same three on one batch held fixed.
+- timm: timm's create_loader as its train.py calls it, its optimizer factory, and the step of its train.py.
+- condzoo: `condzoo.train` with precision = "auto".
+
+--overhead trains one whole epoch with condzoo and prints the share of it (evaluation left out, a checkpoint
+included) that is not forward pass, loss, backward pass and update.
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+import timm
 import torch
 from PIL import Image
 from timm.data import create_loader
@@ -32,10 +37,8 @@ from torchvision import transforms
 
 from condzoo.data import ImageData, LabelledImages, load_data
 from condzoo.models import create_model
-from condzoo.training import StepDone, preparation, train
-from condzoo.training.preparation import prepare, training_steps
+from condzoo.training import EpochDone, Started, StepDone, loop, preparation, steps, train
 from condzoo.training.recipe import parse_recipe
-from condzoo.training.steps import take_step
 
 BATCH = 128
 WORKERS = 2
@@ -53,7 +56,7 @@ class PilImages(Dataset[Any]):
     """The images as torchvision's CIFAR-10 gives them: one PIL image at a time."""
 
     def __init__(self, images: LabelledImages, transform: Callable[[Image.Image], Any] | None = None) -> None:
-        self.pixels = images.images.permute(0, 2, 3, 1).numpy()
+        self.pixels = images.images.permute(0, 2, 3, 1).contiguous().numpy()
         self.labels = images.labels.tolist()
         self.transform = transform
 
@@ -61,28 +64,31 @@ class PilImages(Dataset[Any]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = Image.fromarray(np.ascontiguousarray(self.pixels[index]))
+        image = Image.fromarray(self.pixels[index])
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 
-def train_plainly(loader: Iterable[Any], optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -> float:
+def train_plainly(loader: Iterable[Any], optimizer: torch.optim.Optimizer, model: nn.Module, count: int) -> float:
     """Images/s of a plain loop over a loader, from the end of its first step on."""
+    criterion = nn.CrossEntropyLoss()
     model.train()
-    began, taken = 0.0, 0
+    began, taken, total, correct = 0.0, 0, 0.0, 0
     for x, y in loader:
-        loss = nn.functional.cross_entropy(model(x), y)
         optimizer.zero_grad()
+        logits = model(x)
+        loss = criterion(logits, y)
         loss.backward()
         optimizer.step()
-        loss.item()  # logging
+        total += loss.item()  # what the scripts show
+        correct += int((logits.argmax(1) == y).sum())
         began = began or time.perf_counter()
         taken += 1
-        if taken == steps:
+        if taken == count:
             break
     return (taken - 1) * BATCH / (time.perf_counter() - began)
 
 
-def plain(data: ImageData, steps: int) -> float:
+def plain(data: ImageData, count: int) -> float:
     """The common PyTorch script."""
     augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
     prepared = transforms.Compose([*augment, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
@@ -90,17 +96,16 @@ def plain(data: ImageData, steps: int) -> float:
     loader = DataLoader(images, BATCH, shuffle=True, drop_last=True, num_workers=WORKERS)
     model = create_model(NETWORK)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    return train_plainly(loader, optimizer, model, steps)
+    return train_plainly(loader, optimizer, model, count)
 
 
-def with_timm(data: ImageData, steps: int) -> float:
-    """timm's loader (its random resized crop and flip) and optimizer."""
+def with_timm(data: ImageData, count: int) -> float:
+    """timm's loader (its prefetcher, random resized crop and flip; no colour jitter) and optimizer."""
     loader = create_loader(
         PilImages(data.train),
         input_size=(3, 32, 32),
         batch_size=BATCH,
         is_training=True,
-        use_prefetcher=False,
         color_jitter=0,
         mean=MEAN,
         std=STD,
@@ -110,10 +115,10 @@ def with_timm(data: ImageData, steps: int) -> float:
     )
     model = create_model(NETWORK)
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4)
-    return train_plainly(loader, optimizer, model, steps)
+    return train_plainly(loader, optimizer, model, count)
 
 
-def with_condzoo(data: ImageData, steps: int) -> float:
+def with_condzoo(data: ImageData, count: int) -> float:
     """`condzoo.train`, whose own evaluation is after the last step."""
     times: list[float] = []
 
@@ -121,33 +126,59 @@ def with_condzoo(data: ImageData, steps: int) -> float:
         if isinstance(event, StepDone):
             times.append(time.perf_counter())
 
+    train_on(data, RECIPE, note, max_steps=count)
+    return (count - 1) * BATCH / (times[-1] - times[0])
+
+
+def overhead(data: ImageData, count: int) -> float:
+    """Share of an epoch, evaluation left out, that is not forward pass, loss, backward pass and update."""
+    spent: list[float] = []
+    marks: dict[str, float] = {}
+
+    def clocked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments, **named)
+            spent.append(time.perf_counter() - began)
+            return result
+
+        return call
+
+    def note(event: Any) -> None:
+        if isinstance(event, Started):
+            marks["began"] = time.perf_counter()
+        if isinstance(event, EpochDone):
+            marks["evaluation"] = event.metrics["test_seconds"]
+
+    def build(*arguments: Any) -> nn.Module:
+        model = own_build(*arguments)
+        evaluated, trained = model.forward, clocked(model.forward)
+        model.forward = lambda x: (trained if model.training else evaluated)(x)
+        return model
+
+    def optimizer_of(*arguments: Any, **named: Any) -> torch.optim.Optimizer:
+        optimizer = own_optimizer(*arguments, **named)
+        optimizer.step = clocked(optimizer.step)  # type: ignore[method-assign]
+        return optimizer
+
+    def save(*arguments: Any) -> None:
+        own_save(*arguments)
+        marks["ended"] = time.perf_counter()
+
+    own_build, own_optimizer, own_save = preparation.build_network, preparation.build_optimizer, loop.save_checkpoint
+    preparation.build_network, preparation.build_optimizer, loop.save_checkpoint = build, optimizer_of, save
+    steps.mean_loss = clocked(steps.mean_loss)
+    torch.Tensor.backward = clocked(torch.Tensor.backward)  # type: ignore[method-assign]
+    train_on(data, RECIPE | {"epochs": 1}, note)
+    return 1 - sum(spent) / (marks["ended"] - marks["began"] - marks["evaluation"])
+
+
+def train_on(data: ImageData, recipe: dict[str, Any], note: Callable[[Any], None], **options: Any) -> None:
+    """Train with the images already read, and one batch of test images."""
+    few = replace(data, test=LabelledImages(data.test.images[:BATCH], data.test.labels[:BATCH]))
+    preparation.read_data = lambda recipe, root=None: few
     with tempfile.TemporaryDirectory() as folder:
-        train(parse_recipe(RECIPE), out=folder, max_steps=steps, device="cpu", on_event=note)
-    return (steps - 1) * BATCH / (times[-1] - times[0])
-
-
-def loop_overhead(steps: int) -> float:
-    """Share of a step of condzoo's loop that is not forward, backward and update."""
-    training = prepare(parse_recipe(RECIPE), torch.device("cpu"))
-    batches = training_steps(training, 0, steps + 1)
-    ((x, y),) = next(batches).chunks
-
-    def bare() -> None:
-        training.optimizer.zero_grad()
-        with training.numerics.autocast():
-            logits = training.model(x)
-        nn.functional.cross_entropy(logits.float(), y).backward()
-        training.optimizer.step()
-
-    bare()
-    shares = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        bare()
-        between = time.perf_counter()
-        take_step(training, next(batches))
-        shares.append(1 - (between - began) / (time.perf_counter() - between))
-    return statistics.median(shares)
+        train(parse_recipe(recipe), out=folder, device="cpu", on_event=note, **options)
 
 
 def read_images(root: str | None) -> ImageData:
@@ -155,7 +186,7 @@ def read_images(root: str | None) -> ImageData:
     try:
         return load_data("cifar10", root)
     except FileNotFoundError:
-        print("CIFAR-10 is not there: random images of its shape")
+        print("CIFAR-10 is not there: random images of its shape", file=sys.stderr)
     generator = torch.Generator().manual_seed(0)
     train_, test = (
         LabelledImages(
@@ -167,28 +198,49 @@ def read_images(root: str | None) -> ImageData:
     return ImageData("cifar10", 10, train_, test, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
 
 
+CONTENDERS: dict[str, Callable[[ImageData, int], float]] = {"plain": plain, "timm": with_timm, "condzoo": with_condzoo}
+
+
+def take_turn(name: str, arguments: argparse.Namespace) -> float:
+    """A contender's number, from a process of its own: none leaves the next one its threads or memory."""
+    command = [sys.executable, __file__, "--turn", name, "--steps", str(arguments.steps)]
+    command += ["--data-root", arguments.data_root] if arguments.data_root else []
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Every contender in turns, and a table."""
+    speeds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for _ in range(arguments.rounds):
+        for name in CONTENDERS:
+            speeds[name].append(take_turn(name, arguments))
+    for name, values in speeds.items():
+        ratios = [ours / theirs for ours, theirs in zip(speeds["condzoo"], values, strict=True)]
+        ratio = f"condzoo is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{name:8} {statistics.median(values):7.0f} images/s  {ratio if name != 'condzoo' else ''}")
+
+
 def main() -> None:
     """Measure in turns and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, default=None)
+    parser.add_argument("--data-root", default=None)
     parser.add_argument("--steps", type=int, default=60, help="of each turn")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--overhead", action="store_true", help="the loop's overhead over an epoch, and no comparison")
+    parser.add_argument("--turn", choices=[*CONTENDERS, "overhead"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    data = read_images(arguments.data_root)
-    few = replace(data, test=LabelledImages(data.test.images[:BATCH], data.test.labels[:BATCH]))
-    preparation.read_data = lambda recipe, root=None: few  # the evaluation at the end is not measured
-    contenders = {"plain": plain, "timm": with_timm, "condzoo": with_condzoo}
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(arguments.rounds):
-        for name, measure in contenders.items():
-            speeds[name].append(measure(data, arguments.steps))
+    if arguments.turn:
+        turn = CONTENDERS.get(arguments.turn, overhead)
+        print(json.dumps(turn(read_images(arguments.data_root), arguments.steps)))
+        return
     capability = torch.backends.cpu.get_cpu_capability()
-    print(f"{NETWORK}, batch {BATCH}, {torch.get_num_threads()} threads, {capability}, torch {torch.__version__}")
-    for name, values in speeds.items():
-        ratios = [ours / theirs for ours, theirs in zip(speeds["condzoo"], values, strict=True)]
-        ratio = f"condzoo is {statistics.median(ratios):.2f} times as fast" if name != "condzoo" else ""
-        print(f"{name:8} {statistics.median(values):7.0f} images/s  {ratio}")
-    print(f"overhead of condzoo's loop: {loop_overhead(arguments.steps):.1%} of a step")
+    versions = f"torch {torch.__version__}, timm {timm.__version__}"
+    print(f"{NETWORK}, batch {BATCH}, {torch.get_num_threads()} threads, {capability}, {versions}")
+    if arguments.overhead:
+        print(f"overhead of condzoo's loop: {take_turn('overhead', arguments):.2%} of an epoch")
+    else:
+        compare(arguments)
 
 
 if __name__ == "__main__":

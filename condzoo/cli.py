@@ -10,10 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from condzoo import checkpoint_commands, reproduce_commands, training_commands
+from condzoo import checkpoint_commands, exit_codes, reproduce_commands, sweep_command, training_commands
 from condzoo.training_commands import AsJson, DataRoot, Device
-
-EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,7 +62,7 @@ def info(name: Name, as_json: AsJson = False) -> None:
     display.print_info(model_info(name), as_json)
 
 
-for command in (training_commands.recipes, training_commands.train, training_commands.sweep):
+for command in (training_commands.recipes, training_commands.train, sweep_command.sweep):
     app.command()(command)
 app.command("eval")(training_commands.eval_command)
 
@@ -153,7 +151,7 @@ def validate(
         typer.echo(validation.table())
         failed |= not validation.ok
     if failed:
-        raise typer.Exit(EXIT_CHECK_FAILED)
+        raise typer.Exit(exit_codes.CHECK_FAILED)
 
 
 @app.command("plot")
@@ -167,6 +165,7 @@ def plot_command(
     ] = None,
 ) -> None:
     """Draw the conditioning of one run, compare several side by side, or draw an experiment's figure again."""
+    from condzoo.display import folder_labels
     from condzoo.probe import plot_comparison, plot_records
 
     if len(runs) == 1 and runs[0].suffix == ".json":
@@ -177,14 +176,9 @@ def plot_command(
         plot_records(runs[0], target)
     else:
         target = out or Path("comparison.png")
-        plot_comparison({run_label(run, runs): run for run in runs}, target)
+        labels = folder_labels([run if run.is_dir() else run.parent for run in runs])
+        plot_comparison(dict(zip(labels, runs, strict=True)), target)
     typer.echo(f"wrote {target}")
-
-
-def run_label(run: Path, runs: list[Path]) -> str:
-    """A run's folder name; its whole path where two have the same."""
-    name = (run if run.is_dir() else run.parent).name
-    return str(run) if sum((r if r.is_dir() else r.parent).name == name for r in runs) > 1 else name
 
 
 for other in (
@@ -206,7 +200,7 @@ def main(args: list[str] | None = None) -> None:
             if code is None or os.environ.get("CONDZOO_TRACEBACK"):
                 raise
             if not said_elsewhere(error):
-                print(error if code == EXIT_STOPPED else f"error: {error}", file=sys.stderr)
+                print(error if code == exit_codes.STOPPED else f"error: {error}", file=sys.stderr)
             sys.exit(code)
 
 
@@ -235,5 +229,5 @@ def exit_code(error: Any) -> int | None:
     if isinstance(code, int):
         return code
     if isinstance(error, ModuleNotFoundError) and error.name is None:  # an extra that is not installed, in words
-        return EXIT_BAD_INPUT
-    return EXIT_BAD_INPUT if isinstance(error, ValueError | TypeError | OSError) else None
+        return exit_codes.BAD_INPUT
+    return exit_codes.BAD_INPUT if isinstance(error, ValueError | TypeError | OSError) else None

@@ -18,6 +18,11 @@ if TYPE_CHECKING:  # these import torch, and listing models does not need it
     from condzoo.experiments import Verdict
     from condzoo.training import Evaluation, Run
 
+MEANS = (  # of a setting's runs: key of their summaries, what to call it, scale, unit
+    ("val_error", "val error", 100, " %"),
+    ("test_error", "test error", 100, " %"),
+    ("train_loss", "train loss", 1, ""),
+)
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -85,23 +90,11 @@ def print_recipes(headers: Mapping[str, str], as_json: bool) -> None:
 
 def print_runs(runs: "Sequence[Run]", picture: Path) -> None:
     """What each run came to: accuracy, and the conditioning of the last layer's input; then the picture's path."""
-    table = plain_table("", "run", "test error", "train loss", "lambda_max", "kappa 50%", "minutes")
+    held_out = any(run.summary.get("val_error") is not None for run in runs)
+    errors = ("val error", "test error") if held_out else ("test error",)
+    table = plain_table("", "run", *errors, "train loss", "lambda_max", "kappa 50%", "minutes")
     for label, run in run_labels(runs).items():
-        summary = run.summary
-        if summary["status"] == "failed":
-            table.add_row(label, "failed")
-            continue
-        error = f"{summary['test_error']:.2%}" if summary.get("test_error") is not None else summary["status"]
-        magnitude, kappa = last_layer_texts(run)
-        loss = summary.get("train_loss")
-        table.add_row(
-            label,
-            error,
-            "" if loss is None else f"{loss:.4f}",
-            magnitude,
-            kappa,
-            f"{summary['seconds'] / 60:.1f}",
-        )
+        table.add_row(label, *result_texts(run, held_out))
     console.print(table)
     for label, run in run_labels(runs).items():
         if run.summary["status"] != "done":
@@ -113,6 +106,19 @@ def print_runs(runs: "Sequence[Run]", picture: Path) -> None:
         )
         console.print(f"picture: {picture}", soft_wrap=True)
     console.print(f"runs:    {runs[0].path if len(runs) == 1 else runs[0].path.parent}", soft_wrap=True)
+
+
+def result_texts(run: "Run", held_out: bool) -> list[str]:
+    """A run's row: errors (of the held-out images, too, where there are any), loss, last layer, minutes."""
+    summary = run.summary
+    if summary["status"] == "failed":
+        return [*([""] if held_out else []), "failed"]
+    error, loss = summary.get("test_error"), summary.get("train_loss")
+    row = [summary["status"] if error is None else f"{error:.2%}", "" if loss is None else f"{loss:.4f}"]
+    if held_out:
+        validation = summary.get("val_error")
+        row.insert(0, "" if validation is None else f"{validation:.2%}")
+    return [*row, *last_layer_texts(run), f"{summary['seconds'] / 60:.1f}"]
 
 
 def ending_text(summary: Mapping[str, Any]) -> str:
@@ -129,7 +135,7 @@ def print_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:
             continue
         lost = [f"{group[outcome]} {outcome}" for outcome in ("diverged", "failed") if group[outcome]]
         parts = [f"{group['done']} of {len(group['seeds'])} seeds" + (f" ({', '.join(lost)})" if lost else "")]
-        for key, label, scale, unit in (("test_error", "test error", 100, " %"), ("train_loss", "train loss", 1, "")):
+        for key, label, scale, unit in MEANS:
             if key in group:
                 parts.append(f"{label} {spread_text(group[key], scale)}{unit}")
         console.print(f"{name or 'mean +- std'}: {', '.join(parts)}", soft_wrap=True, markup=False)
@@ -147,7 +153,13 @@ def spread_text(number: Mapping[str, Any], scale: float) -> str:
 def run_labels(runs: "Sequence[Run]") -> "dict[str, Run]":
     """Runs by the short name that tells them apart: the model where it differs, else the folder."""
     models = {run.recipe.model.name: run for run in runs}
-    return models if len(models) == len(runs) else {run.path.name: run for run in runs}
+    return models if len(models) == len(runs) else dict(zip(folder_labels([r.path for r in runs]), runs, strict=True))
+
+
+def folder_labels(folders: "Sequence[Path]") -> list[str]:
+    """Folders by their names; by their whole paths where two have the same."""
+    names = [folder.name for folder in folders]
+    return [str(folder) if names.count(folder.name) > 1 else folder.name for folder in folders]
 
 
 def last_layer_texts(run: "Run") -> tuple[str, str]:

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from condzoo.training.rehearsal import Rehearsal
 
 
-def print_plan(plan: "Plan", as_json: bool) -> None:
-    """One line a quantity."""
+def print_plan(plan: "Plan", runs: int, as_json: bool) -> None:
+    """One line a quantity, of one run; where there are several (seeds), what all take, too."""
     if as_json:
-        print_json(plan.to_dict())
+        print_json({**plan.to_dict(), "runs": runs, "seconds_of_all_runs": runs * plan.seconds})
         return
     held = [
         f"{label} {byte_text(count)}"
@@ -43,6 +43,8 @@ def print_plan(plan: "Plan", as_json: bool) -> None:
         "time": f"{1000 * plan.seconds_per_step:.3g} ms a step, {duration_text(plan.seconds)} in all, estimated; "
         "without evaluation, probe and data loading",
     }
+    if runs > 1:
+        rows["runs"] = f"{runs}, one after the other: {duration_text(runs * plan.seconds)}"
     for label, text in rows.items():
         console.print(f"{label:8} {text}", soft_wrap=True, markup=False)
 

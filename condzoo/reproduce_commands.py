@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from condzoo import exit_codes
+
 if TYPE_CHECKING:
     from condzoo.experiments import Experiment
-
-EXIT_CHECK_FAILED = 1
 
 
 def reproduce(
@@ -66,7 +66,7 @@ def reproduce(
     experiments = with_images(experiments, imagenet, every)
     failed = run_experiments(experiments, scale, out, imagenet, options)
     if failed and strict:
-        raise typer.Exit(EXIT_CHECK_FAILED)
+        raise typer.Exit(exit_codes.CHECK_FAILED)
 
 
 def run_experiments(

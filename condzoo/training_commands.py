@@ -1,17 +1,18 @@
-"""The commands of `condzoo` that train: recipes, train, sweep, eval; `condzoo.cli` adds them to its own."""
+"""The commands of `condzoo` that train: recipes, train, eval; `condzoo.cli` adds them to its own."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from condzoo import exit_codes
+
 if TYPE_CHECKING:
     from condzoo.training import Recipe, Run
     from condzoo.training.events import OnEvent
-
-EXIT_CHECK_FAILED, EXIT_DIVERGED = 1, 3
 
 RecipeArg = Annotated[
     str, typer.Argument(help="A TOML file, or a recipe's name, e.g. cifar10/resnet20_lastbn (`condzoo recipes`).")
@@ -87,7 +88,7 @@ def train(
 
     In many processes: torchrun --nproc-per-node 8 -m condzoo train RECIPE (docs/training.md).
     """
-    from condzoo.training import load_recipe
+    from condzoo.training import load_recipe, parse_seeds
 
     if plan and dry_run:
         raise ValueError("train takes --plan or --dry-run, not both")
@@ -97,9 +98,12 @@ def train(
         raise ValueError("--json goes with --plan or --dry-run; a training writes OUT/summary.json")
     if seed is not None and seeds is not None:
         raise ValueError("train takes --seed N or --seeds 1-5, not both")
+    if tensorboard and (plan or dry_run):
+        typer.echo("note: --tensorboard is of a training; --plan and --dry-run write nothing", err=True)
     loaded = load_recipe(recipe, [*(set_ or ()), *([] if seed is None else [f"seed={seed}"])])
     if plan:
-        print_plan(loaded, gpu, gpus, data_root, max_steps, as_json)
+        runs = 1 if seeds is None else len(parse_seeds(seeds))
+        print_plan(loaded, Aim(gpu, gpus, runs, max_steps), data_root, as_json)
         return
     if dry_run:
         print_rehearsal(loaded, device, data_root, as_json)
@@ -111,16 +115,24 @@ def train(
         train_one(loaded, options, tensorboard)
 
 
-def print_plan(
-    recipe: "Recipe", gpu: str, gpus: int, data_root: Path | None, max_steps: int | None, as_json: bool
-) -> None:
+@dataclass(frozen=True)
+class Aim:
+    """What --plan plans: `runs` trainings, one after the other, each on `gpus` devices."""
+
+    gpu: str
+    gpus: int
+    runs: int
+    max_steps: int | None
+
+
+def print_plan(recipe: "Recipe", aim: Aim, data_root: Path | None, as_json: bool) -> None:
     """What the training will take on paper."""
     from condzoo import planning_display
     from condzoo.training.accelerators import accelerator
     from condzoo.training.planning import plan_training
 
-    plan = plan_training(recipe, accelerator(gpu), gpus, data_root=data_root, max_steps=max_steps)
-    planning_display.print_plan(plan, as_json)
+    plan = plan_training(recipe, accelerator(aim.gpu), aim.gpus, data_root=data_root, max_steps=aim.max_steps)
+    planning_display.print_plan(plan, aim.runs, as_json)
 
 
 def print_rehearsal(recipe: "Recipe", device: str | None, data_root: Path | None, as_json: bool) -> None:
@@ -147,6 +159,16 @@ def reporting(tensorboard: bool) -> "Iterator[OnEvent]":
             yield board
 
 
+def complete_board(on_event: "OnEvent", runs: "Sequence[Run]") -> None:
+    """Write the event files that runs lack which were finished by an earlier call."""
+    from condzoo.training.distributed import writes
+    from condzoo.training.tensorboard import TensorBoard
+
+    if isinstance(on_event, TensorBoard) and writes():
+        for run in runs:
+            on_event.complete(run.path)
+
+
 def train_one(recipe: "Recipe", options: dict[str, Any], tensorboard: bool) -> None:
     """One run, then its table."""
     from condzoo import display
@@ -154,6 +176,7 @@ def train_one(recipe: "Recipe", options: dict[str, Any], tensorboard: bool) -> N
 
     with reporting(tensorboard) as on_event:
         run = run_training(recipe, on_event=on_event, **options)
+        complete_board(on_event, [run])
     display.print_runs([run], picture=run.path / "conditioning.png")
 
 
@@ -163,90 +186,10 @@ def train_several(recipe: "Recipe", seeds: str, options: dict[str, Any], tensorb
 
     with reporting(tensorboard) as on_event:
         runs = train_seeds(recipe, parse_seeds(seeds), on_event=on_event, **options)
+        complete_board(on_event, runs)
     print_comparison(runs, runs[0].path.parent)
     if recipe.on_divergence == "stop" and any(run.summary["status"] == "diverged" for run in runs):
-        raise typer.Exit(EXIT_DIVERGED)
-
-
-def sweep(
-    recipe: RecipeArg,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FIELD=A,B,...",
-            help="Values of a field to try, e.g. optim.lr=0.1,0.01; repeatable, and every combination is a run.",
-        ),
-    ] = None,
-    set_: Set = None,
-    seeds: Seeds = None,
-    out: Annotated[Path, typer.Option(help="Folder of the runs, one folder each in it.")] = Path("runs/sweep"),
-    max_steps: MaxSteps = None,
-    engine: Annotated[
-        str, typer.Option(help="local: here, one run after the other. ray: on a Ray cluster, many at a time.")
-    ] = "local",
-    gpus_per_run: Annotated[
-        float | None, typer.Option(help="Ray: GPUs of a run; 0.5 lets two share one. Default: 1 if there are any.")
-    ] = None,
-    cpus_per_run: Annotated[float, typer.Option(help="Ray: CPU cores of a run.")] = 1,
-    shard: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Only the I-th of N parts of the runs, for N machines without a cluster."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and which are left to do.")] = False,
-    device: Device = None,
-    data_root: DataRoot = None,
-) -> None:
-    """Train every combination of a grid and seeds, and compare them: OUT/summary.json has mean +- std over the seeds.
-
-    A finished run is not trained again; a run that diverges or fails is recorded and the others go on. Exit 1
-    where one failed. The ray engine joins RAY_ADDRESS or the cluster this machine is in, else uses this machine;
-    OUT and the data must be where every machine sees them.
-    """
-    from condzoo.training import load_recipe, parse_grid, parse_seeds
-    from condzoo.training import sweep as run_sweep
-
-    base, values = load_recipe(recipe, set_ or ()), parse_grid(grid or ())
-    numbers = parse_seeds(seeds) if seeds else None
-    if dry_run:
-        print_planned(base, values, numbers, out, shard, max_steps)
-        return
-    with reporting(tensorboard=False) as on_event:
-        runs = run_sweep(
-            base,
-            values,
-            numbers,
-            out,
-            shard=shard,
-            engine=engine,
-            max_steps=max_steps,
-            device=device,
-            data_root=data_root,
-            on_event=on_event,
-            gpus_per_run=gpus_per_run,
-            cpus_per_run=cpus_per_run,
-        )
-    print_comparison(runs, out)
-    if any(run.summary["status"] == "failed" for run in runs):
-        raise typer.Exit(EXIT_CHECK_FAILED)
-
-
-def print_planned(
-    recipe: "Recipe",
-    grid: dict[str, list[Any]],
-    seeds: list[int] | None,
-    out: Path,
-    shard: str | None,
-    max_steps: int | None,
-) -> None:
-    """The runs of a sweep, and which are finished."""
-    from condzoo.training import finished_among, plan_sweep, take_shard
-
-    planned = take_shard(plan_sweep(recipe, grid, seeds), shard)
-    done = finished_among(planned, out, max_steps)
-    for name in planned:
-        state = done[name].summary["status"] if name in done else "begun" if (out / name).exists() else "to do"
-        typer.echo(f"{state:9} {out / name}")
-    typer.echo(f"{len(planned)} runs, {len(planned) - len(done)} left to do")
+        raise typer.Exit(exit_codes.DIVERGED)
 
 
 def print_comparison(runs: "list[Run]", out: Path) -> None:
@@ -289,4 +232,4 @@ def eval_command(
     found = evaluate_again(target, data, data_root, device)
     display.print_evaluation(found.evaluation, found.recorded, as_json)
     if found.as_recorded is False:
-        raise typer.Exit(EXIT_CHECK_FAILED)
+        raise typer.Exit(exit_codes.CHECK_FAILED)

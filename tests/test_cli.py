@@ -77,6 +77,7 @@ def test_info_prints_the_fields(capsys):
         (("plot", "no/such/run"), "error: no conditioning records at no/such/run"),
         (("probe", "cifar_resnet20", "--data", "cifar"), "unknown data set 'cifar'; did you mean 'cifar10'?"),
         (("probe", "resnet18_lastbn", "--data-root", "no/such"), "error: no class folders were found"),
+        (("probe", "resnet18_lastbn", "--data", "hfds"), "error: data set 'hfds': which one is missing; a recipe says"),
         (("train", "digits/resnet20_nobn_lastbn", "--seed", "-1"), "resnet20_nobn_lastbn: seed: got -1, must be"),
         (("validate",), "error: validate takes a model's name, or --all"),
         (("verify",), "error: verify takes a checkpoint's name or folder, or --all"),

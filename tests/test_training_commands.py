@@ -64,6 +64,14 @@ def test_a_sweep_can_be_looked_at_before_and_split(capsys, tmp_path):
     code, out, _ = run(capsys, *args)
     assert re.search(r"optim.lr=0.1: 2 of 2 seeds, test error [\d.]+ \+- [\d.]+ %", out)
     assert "4 runs, 0 left to do" in run(capsys, *args, "--dry-run")[1]
+    code, out, _ = run(capsys, *args, "--set", "optim.momentum=0.5", "--dry-run")
+    assert re.search(r"blocked   .*seed1  \(.* belongs to another recipe: optim.momentum is 0.9 there", out)
+    assert "4 runs, 0 left to do, 4 blocked" in out
+    code, _, err = run(capsys, "eval", tmp_path / "s")
+    assert code == 2
+    assert re.search(
+        r"s is a folder of several runs; name one of them: optim.lr=0.01-seed1, optim.lr=0.01-seed2, ", err
+    )
 
 
 def test_a_failed_run_of_a_sweep_is_said_and_is_exit_code_1(capsys, tmp_path):
@@ -74,6 +82,27 @@ def test_a_failed_run_of_a_sweep_is_said_and_is_exit_code_1(capsys, tmp_path):
     assert "seed2 failed: " in out
     assert "is not a run directory" in out
     assert "1 of 2 seeds (1 failed)" in out
+
+
+def test_held_out_images_are_in_the_tables(capsys, tmp_path):
+    code, out, err = run(capsys, "train", *SHORT, "--set", "data.validation=0.1", "--seeds", "1-2", "--out", tmp_path)
+    assert code == 0, err
+    assert re.search(r"run +val error +test error +train loss", out)
+    found = [json.loads((tmp_path / f"seed{seed}/summary.json").read_text()) for seed in (1, 2)]
+    for seed, summary in zip((1, 2), found, strict=True):
+        assert re.search(rf"seed{seed} +{summary['val_error']:.2%} +{summary['test_error']:.2%} ", out)
+    assert re.search(r"2 of 2 seeds, val error [\d.]+ \+- [\d.]+ %, test error [\d.]+ \+- [\d.]+ %", out)
+
+
+def test_a_finished_run_gets_the_tensorboard_files_that_it_lacks(capsys, tmp_path):
+    pytest.importorskip("tensorboard")
+    args = ["train", *SHORT, "--out", tmp_path]
+    assert run(capsys, *args)[0] == 0
+    assert not (tmp_path / "tensorboard").exists()
+    assert run(capsys, *args, "--tensorboard")[0] == 0
+    (written,) = (tmp_path / "tensorboard").iterdir()
+    assert run(capsys, *args, "--tensorboard")[0] == 0
+    assert list((tmp_path / "tensorboard").iterdir()) == [written], "they are there: nothing is added"
 
 
 def test_recipes_are_listed_and_their_fields_explained(capsys):
@@ -130,9 +159,13 @@ def test_a_plan_prints_every_quantity(capsys, tmp_path, monkeypatch):
     assert "62,400: 390 an epoch of 50,000 images, 128 a step, 16 at once" in out
     assert "1.89 MB a step and device" in out  # 2 * 7/8 * 4 * 269,722
     assert not list(tmp_path.iterdir())
-    plan = json.loads(run(capsys, "train", "cifar10/resnet20", "--plan", "--json")[1])
+    code, out, err = run(capsys, "train", "cifar10/resnet20", "--plan", "--seeds", "1-5", "--tensorboard")
+    assert (code, out.splitlines()[-1].split()[:6]) == (0, ["runs", "5,", "one", "after", "the", "other:"])
+    assert err == "note: --tensorboard is of a training; --plan and --dry-run write nothing\n"
+    plan = json.loads(run(capsys, "train", "cifar10/resnet20", "--plan", "--json", "--seeds", "1-3")[1])
     assert plan["device"].startswith("cpu, ")
     assert plan["steps"] == 62_400
+    assert (plan["runs"], plan["seconds_of_all_runs"]) == (3, 3 * plan["seconds"])
 
 
 def test_eval_of_a_run_and_of_its_release_are_as_recorded(capsys, tmp_path):

@@ -107,14 +107,19 @@ def load_data(
         validation: share or number of training images to hold out as the split "validation"; see `held_out`.
 
     Raises:
-        ValueError: an unknown name, a wrong size, or damaged files (with their path).
+        ValueError: an unknown name, a wrong size, no `dataset` for hfds, or damaged files (with their path).
         FileNotFoundError: not found; says where it looked and how to get it.
     """
     if name in (IMAGE_FOLDER, HUB):
         view = folder_view(image_size, eval_resize, interpolation)
         if name == HUB:
             cache = None if root is None else Path(root)
-            data = load_hub_data(dataset or "", view, cache, workers, download)
+            if not dataset:
+                raise ValueError(
+                    "data set 'hfds': which one is missing; a recipe says it in data.dataset, as a folder or a name on "
+                    "the Hub (a run that was trained on it knows it)"
+                )
+            data = load_hub_data(dataset, view, cache, workers, download)
         else:
             data = load_image_folder(folder_root(data_roots(root)), view, workers, num_classes)
         return data if validation is None else data.holding_out(validation)

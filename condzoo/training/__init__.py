@@ -1,5 +1,6 @@
 """Recipes, and the loop that trains them: resumable, seeded, probed."""
 
+from condzoo.training.attempts import state_of
 from condzoo.training.data_sets import read_data
 from condzoo.training.evaluation import Evaluation, evaluate
 from condzoo.training.events import EpochDone, Event, Finished, Message, Notice, Started, StepDone
@@ -46,6 +47,7 @@ __all__ = [
     "recipe_files",
     "recipe_headers",
     "run_all",
+    "state_of",
     "summarize",
     "sweep",
     "take_shard",

@@ -8,7 +8,7 @@ import torch
 from condzoo.training.events import Notice, OnEvent
 from condzoo.training.loop import train
 from condzoo.training.recipe import RecipeError, load_recipe
-from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, read_json
+from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, RunDirectoryError, begun, read_json
 from condzoo.training.runs import Diverged, Run
 from condzoo.training.schema import Recipe
 
@@ -61,6 +61,17 @@ def train_to_any_end(recipe: Recipe, path: Path, options: RunOptions) -> Run:
 def failed(recipe: Recipe, path: Path, error: str) -> Run:
     """A run that came to nothing, and why."""
     return Run(path, recipe, {"status": "failed", "error": error, "seed": recipe.seed})
+
+
+def state_of(recipe: Recipe, path: Path, max_steps: int | None = None) -> str:
+    """What is known of a run before it is trained: "done", "diverged", "begun", "to do", or "blocked: " and by what."""
+    run = finished_run(recipe, path, max_steps)
+    if run is not None:
+        return str(run.summary["status"])
+    try:
+        return "begun" if begun(path, recipe) else "to do"
+    except (RunDirectoryError, RecipeError) as error:
+        return f"blocked: {error}"
 
 
 def finished_run(recipe: Recipe, path: Path, max_steps: int | None = None) -> Run | None:

@@ -75,7 +75,8 @@ def _images(data: DataSection) -> Iterator[str]:
         return
     own = ON_HUB if data.name == HUB else ON_DISK if stored else IN_MEMORY
     for field in dict.fromkeys([*IN_MEMORY, *ON_DISK, *ON_HUB]):
-        if field not in own and getattr(data, field) not in (None, False):
+        value = getattr(data, field)
+        if field not in own and value is not None and value is not False:  # workers = 0 is a value
             yield f"data.{field}: is not for data.name = {data.name!r}, which has: {', '.join(own)}"
     if data.validation is not None and data.validation > 1 and data.validation != int(data.validation):
         yield f"data.validation: got {data.validation}, must be a share under 1 or a whole number of images"

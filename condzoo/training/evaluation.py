@@ -1,11 +1,12 @@
 """Error and loss over every image of a split."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from condzoo.data import BatchPlan, DataSet, Split
+from condzoo.data import Batch, BatchPlan, DataSet, Split
 from condzoo.training.distributed import ALONE, Ranks
 from condzoo.training.precision import Numerics
 
@@ -31,7 +32,6 @@ class Evaluation:
         return self.correct / self.total
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, data: DataSet, numerics: Numerics, split: Split = "test", ranks: Ranks = ALONE
 ) -> Evaluation:
@@ -43,6 +43,9 @@ def evaluate(
         numerics: autocast and memory format of the forward pass.
         split: "test" or "train".
         ranks: each process takes its part of the images; the counts are over all.
+
+    Raises:
+        ValueError, OSError: images that cannot be read, by whichever process.
     """
     plan = BatchPlan(
         EVALUATION_BATCH.get(numerics.device.type, 1000) * ranks.world,
@@ -50,17 +53,24 @@ def evaluate(
         part=ranks.rank,
         parts=ranks.world,
     )
-    sums = torch.zeros(2, dtype=torch.float64, device=numerics.device)
     was_training = model.training
     model.eval()
     try:
-        for x, y in data.ordered_batches(split, plan):
-            with numerics.autocast():
-                logits = model(x)
-            loss = nn.functional.cross_entropy(logits.float(), y, reduction="sum")
-            sums += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double()])
+        sums = ranks.all_do(lambda: _sums(model, data.ordered_batches(split, plan), numerics))
     finally:
         model.train(was_training)
     total = data.size(split)
     loss_sum, correct = ranks.sum_(sums).tolist()
     return Evaluation(int(correct), total, loss_sum / total)
+
+
+@torch.no_grad()
+def _sums(model: nn.Module, batches: Iterable[Batch], numerics: Numerics) -> Tensor:
+    """(sum of losses, right answers) over batches: float64 [2]."""
+    sums = torch.zeros(2, dtype=torch.float64, device=numerics.device)
+    for x, y in batches:
+        with numerics.autocast():
+            logits = model(x)
+        loss = nn.functional.cross_entropy(logits.float(), y, reduction="sum")
+        sums += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double()])
+    return sums

@@ -13,7 +13,7 @@ from condzoo.training.distributed import Ranks, join, launched
 from condzoo.training.divergence import NonFinite
 from condzoo.training.events import EpochDone, Event, Finished, OnEvent, Started, StepDone
 from condzoo.training.outcome import earlier_summary, end_diverged, finish, record_divergence
-from condzoo.training.preparation import Training, join_gradients, prepare, training_steps
+from condzoo.training.preparation import Training, first_unreadable, join_gradients, prepare, training_steps
 from condzoo.training.progress import Progress, capture, go_on
 from condzoo.training.recipe import check_recipe, load_recipe, parse_recipe, recipe_tables
 from condzoo.training.reports import last_layer, opened_probe, record_epoch, record_step
@@ -88,6 +88,7 @@ def train(
         try:
             fit(training, progress, path, last, request, notify)
         except NonFinite as bad:
+            ranks.all_do(lambda: first_unreadable(training))
             progress.rewind(bad.step)
             summary = record_divergence(training, progress, path, diagnose(training, bad.step))
             notify(Finished(summary))

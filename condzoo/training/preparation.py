@@ -1,7 +1,7 @@
 """Everything a training needs, built from its recipe: data, network, optimizer, average, arithmetic."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,8 +10,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from condzoo.data import Batch, BatchPlan, DataSet, batches_per_epoch
 from condzoo.training.data_sets import read_data
-from condzoo.training.distributed import ALONE, Ranks, synchronize_norms, wrap
+from condzoo.training.distributed import ALONE, FORESEEN, Ranks, synchronize_norms, wrap
 from condzoo.training.divergence import Averaging, Guard
+from condzoo.training.host_memory import keep_freed_memory
 from condzoo.training.networks import build_network, freeze
 from condzoo.training.optimizers import build_optimizer
 from condzoo.training.precision import Numerics, resolve_numerics
@@ -23,7 +24,7 @@ class Training:
     """The parts of a run, in one of its processes.
 
     `model` is the network; `parallel` the same with gradients averaged over the processes; `forward` that as
-    it is trained, compiled where the recipe says so.
+    it is trained, compiled where the recipe says so. `unreadable` holds what `readable` met.
     """
 
     recipe: Recipe
@@ -40,6 +41,7 @@ class Training:
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
     total_steps: int
+    unreadable: list[Exception] = field(default_factory=list)
 
     @property
     def result(self) -> nn.Module:
@@ -72,6 +74,8 @@ def prepare(
         raise ValueError(
             f"data.batch_size: got {recipe.data.batch_size}, must be at least the number of processes ({ranks.world})"
         )
+    if device.type == "cpu":
+        keep_freed_memory()
     data = read_data(recipe, data_root).to(device)
     torch.manual_seed(recipe.seed)
     model = build_network(recipe.model, data.image_shape, data.num_classes)
@@ -165,6 +169,33 @@ class StepBatch:
     chunks: Iterator[Batch]
 
 
+def readable(training: Training, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; in place of one that this process of several cannot read, NaN, and nothing after it.
+
+    The others wait for this process's gradient, so it must take part in the step. NaN in one process makes the
+    step unsound in all: none takes it, and all stop at the same place, where they ask for `unreadable`.
+    """
+    if training.ranks.world == 1:
+        yield from batches
+        return
+    try:
+        yield from batches
+    except FORESEEN as error:
+        training.unreadable.append(error)
+        shape, device = training.data.image_shape, training.numerics.device
+        count = 2 * training.recipe.accumulate  # BatchNorm takes no part of one image
+        yield (
+            torch.full((count, *shape), torch.nan, device=device),
+            torch.zeros(count, dtype=torch.int64, device=device),
+        )
+
+
+def first_unreadable(training: Training) -> None:
+    """Raise what kept a process from reading its images; `ranks.all_do` raises it in all of them."""
+    for error in training.unreadable:
+        raise error
+
+
 def training_steps(training: Training, start: int, stop: int) -> Iterator[StepBatch]:
     """The images of every step in [start, stop), over as many epochs as that takes."""
     data, parts = training.data, training.recipe.accumulate
@@ -172,10 +203,11 @@ def training_steps(training: Training, start: int, stop: int) -> Iterator[StepBa
     while step < stop:
         epoch, first = divmod(step, training.steps_per_epoch)
         if training.full_batch:
-            yield StepBatch(step, data.size("train"), data.ordered_batches("train", training.plan))
+            chunks = readable(training, data.ordered_batches("train", training.plan))
+            yield StepBatch(step, data.size("train"), chunks)
             step += 1
             continue
-        for x, y in data.train_batches(training.plan, epoch, first):
+        for x, y in readable(training, data.train_batches(training.plan, epoch, first)):
             left = data.size("train") - step % training.steps_per_epoch * training.plan.batch_size
             images = min(training.plan.batch_size, left)
             yield StepBatch(step, images, zip(x.chunk(parts), y.chunk(parts), strict=True))

@@ -4,6 +4,7 @@ Ray is an optional dependency (`pip install condzoo[ray]`). Every machine needs 
 root, and the folder of the runs (a file system they share).
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -66,7 +67,7 @@ def run_all_on_ray(
     def submit(name: str) -> Any:
         root = absolute_data_root(planned[name], options.data_root)
         own = replace(options, data_root=root, on_event=None)
-        return task.remote(recipe_tables(planned[name]), out.resolve() / name, own)
+        return task.remote(recipe_tables(planned[name]), out.resolve() / name, own, Path.cwd())
 
     ended: dict[str, Run] = {}
     with stop_signals() as request:  # after ray.init, which sets handlers of its own
@@ -88,12 +89,17 @@ def run_all_on_ray(
     return ended
 
 
-def remote_attempt(tables: dict[str, Any], path: Path, options: RunOptions) -> dict[str, Any]:
-    """What a Ray worker does: one run; returns its summary, or {"status": "stopped"} after a signal."""
-    try:
-        return attempt(parse_recipe(tables), path, options).summary
-    except Stopped:
-        return {"status": "stopped"}
+def remote_attempt(tables: dict[str, Any], path: Path, options: RunOptions, here: Path) -> dict[str, Any]:
+    """What a Ray worker does: one run; returns its summary, or {"status": "stopped"} after a signal.
+
+    It works in the folder `here` of the process that asked for it, where its machine has that: relative paths in
+    a recipe (data.dataset) mean there what they mean here.
+    """
+    with contextlib.chdir(here) if here.is_dir() else contextlib.nullcontext():
+        try:
+            return attempt(parse_recipe(tables), path, options).summary
+        except Stopped:
+            return {"status": "stopped"}
 
 
 def connected() -> Any:

@@ -44,13 +44,21 @@ def claimed(path: Path, recipe: Recipe) -> Iterator[None]:
         reason = f"{error.strerror}: no run can be written here; use another --out"
         raise OSError(error.errno, reason, str(path)) from error
     try:
-        _check_recipe(path, recipe)
+        if not begun(path, recipe):
+            write_atomically(path / RECIPE, dump_recipe(recipe).encode())
         yield
     finally:
         lock.release()
 
 
-def _check_recipe(path: Path, recipe: Recipe) -> None:
+def begun(path: Path, recipe: Recipe) -> bool:
+    """Whether a run of the recipe began in a folder; False where none did yet.
+
+    Raises:
+        RunDirectoryError: the folder is another recipe's, or no run directory.
+    """
+    if not path.exists():
+        return False
     stored = path / RECIPE
     if not stored.exists():
         strangers = sorted(p.name for p in path.iterdir() if p.name != ".lock")
@@ -58,13 +66,13 @@ def _check_recipe(path: Path, recipe: Recipe) -> None:
             raise RunDirectoryError(
                 f"{path} holds {strangers[0]!r} but no {RECIPE}: it is not a run directory; use another --out"
             )
-        write_atomically(stored, dump_recipe(recipe).encode())
-        return
+        return False
     other = load_recipe(stored)
     if other != recipe:
         raise RunDirectoryError(
             f"{path} belongs to another recipe: {_first_difference(other, recipe)}; use another --out"
         )
+    return True
 
 
 def _first_difference(there: Recipe, here: Recipe) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from condzoo import exit_codes
 from condzoo.data import Split
 from condzoo.training.data_sets import class_count, image_shape, read_data
 from condzoo.training.evaluation import Evaluation, evaluate
@@ -18,13 +19,11 @@ from condzoo.training.recipe import dump_recipe, load_recipe
 from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, read_json
 from condzoo.training.schema import Recipe
 
-EXIT_DIVERGED = 3
-
 
 class Diverged(RuntimeError):
     """A run whose loss or gradient stopped being finite; `summary` says where."""
 
-    exit_code = EXIT_DIVERGED
+    exit_code = exit_codes.DIVERGED
     shared = True  # raised in every process of a run alike
 
     def __init__(self, message: str, summary: dict[str, Any]) -> None:
@@ -62,9 +61,11 @@ def load_run(path: str | Path) -> Run:
     """The run in a run directory, or the one a file of it belongs to.
 
     Raises:
-        FileNotFoundError: no finished run there.
+        FileNotFoundError: no finished run there, or a folder of several.
     """
     folder = Path(path).parent if Path(path).is_file() else Path(path)
+    if runs := sorted(each.parent.name for each in folder.glob(f"*/{SUMMARY}") if not (folder / RECIPE).is_file()):
+        raise FileNotFoundError(f"{folder} is a folder of several runs; name one of them: {', '.join(runs)}")
     missing = [name for name in (RECIPE, SUMMARY, MODEL) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no finished run: it has no {missing[0]}; finish it by `condzoo train`")

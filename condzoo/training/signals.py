@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again
+from condzoo import exit_codes
 
 
 class Stopped(RuntimeError):
     """A run that was asked to stop and saved its state; the same call goes on."""
 
-    exit_code = EXIT_STOPPED
+    exit_code = exit_codes.STOPPED
     shared = True  # raised in every process of a run alike
 
 

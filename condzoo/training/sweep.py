@@ -104,7 +104,7 @@ def take_shard(planned: Mapping[str, Recipe], shard: str | None) -> dict[str, Re
 
 
 def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
-    """The grid of "optim.lr=0.1,0.01" and the like: a field's path and TOML values or bare words.
+    """The grid of "optim.lr=0.1,0.01", "freeze=[],['conv1.*']": a field's path and TOML values or bare words.
 
     Raises:
         RecipeError: no field, or no value.
@@ -114,8 +114,24 @@ def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
         field, equals, values = text.partition("=")
         if not equals or not field.strip() or not values.strip():
             raise RecipeError(f"grid {text!r}: must be FIELD=A,B,..., e.g. optim.lr=0.1,0.01")
-        grid[field.strip()] = [parse_override(f"{field}={value}")[1] for value in values.split(",")]
+        grid[field.strip()] = [parse_override(f"{field}={value}")[1] for value in split_values(values)]
     return grid
+
+
+def split_values(text: str) -> list[str]:
+    """The values of "a,b": cut at the commas that are not within quotes, brackets or braces."""
+    parts, depth, quote = [""], 0, ""
+    for sign in text:
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "\"'":
+            quote = sign
+        depth += 0 if quote else (sign in "[{") - (sign in "]}")
+        if sign == "," and not quote and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
 
 
 def parse_seeds(text: str) -> list[int]:

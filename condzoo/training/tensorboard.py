@@ -102,6 +102,16 @@ class TensorBoard:
                     self.read[name] += len(line)
                     yield json.loads(line)
 
+    def complete(self, run: Path) -> None:
+        """Write the files of a finished run that has none, from its records."""
+        if (run / FOLDER).is_dir():
+            return
+        self.close()
+        self.path, self.read = run, {METRICS: 0, CONDITIONING: 0}
+        self.writer = open_writer(run / FOLDER)
+        self.write_new()
+        self.close()
+
     def close(self) -> None:
         """Write everything out."""
         if self.writer is not None:

@@ -2,8 +2,9 @@
 
     python tests/training/kill_runs.py FOLDER --kills 200 --seed 1
 
-Prints one JSON object: how often the run was killed, and which results differ from those of a run that
-was left alone. Every process is forked from this one, so that a kill costs no imports.
+Prints one JSON object: how often the run was killed, how often with a file half written or a checkpoint
+of which only the tensors were there ("torn"), and which results differ from those of a run that was left
+alone. Every process is forked from this one, so that a kill costs no imports.
 """
 
 import argparse
@@ -55,20 +56,29 @@ def start(folder: Path, variant: str) -> int:
     os._exit(0)
 
 
-def killed_until_done(folder: Path, variant: str, pauses: Sequence[float]) -> int:
-    """Train, killed after each pause of so many seconds; returns how often until it was through."""
+def killed_until_done(folder: Path, variant: str, pauses: Sequence[float]) -> tuple[int, int]:
+    """Train, killed after each pause of so many seconds; (kills until it was through, those of them while writing)."""
+    torn = 0
     for killed, pause in enumerate(pauses):
-        child = start(folder, variant)
+        before, child = half_written(folder), start(folder, variant)
         time.sleep(pause)
         if os.waitpid(child, os.WNOHANG)[0]:
-            return killed
+            return killed, torn
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        torn += bool(half_written(folder) - before)
     child = start(folder, variant)
     _, status = os.waitpid(child, 0)
     if status:
         raise RuntimeError(f"the run did not go on after {len(pauses)} kills: status {status}")
-    return len(pauses)
+    return len(pauses), torn
+
+
+def half_written(folder: Path) -> set[tuple[str, int]]:
+    """(name, time) of files under their temporary name, and of tensors whose checkpoint has no numbers yet."""
+    files = list(folder.rglob("*.tmp"))
+    files += [path for path in folder.glob("checkpoints/*.safetensors") if not path.with_suffix(".json").exists()]
+    return {(path.name, path.stat().st_mtime_ns) for path in files}
 
 
 def results(folder: Path) -> dict[str, str]:
@@ -100,14 +110,15 @@ def main() -> None:
         began = time.perf_counter()
         killed_until_done(alone, variant, ())
         longest = (time.perf_counter() - began) * arguments.longest
-        wanted, kills, runs, differ = results(alone), 0, 0, set()
+        wanted, kills, torn, runs, differ = results(alone), 0, 0, 0, set()
         while kills < arguments.kills:  # a run may be through before all its kills
             killed = arguments.folder / f"{variant}-killed{runs}"
             pauses = [draw.uniform(0, longest) for _ in range(arguments.kills - kills)]
-            kills, runs = kills + killed_until_done(killed, variant, pauses), runs + 1
+            more, halfway = killed_until_done(killed, variant, pauses)
+            kills, torn, runs = kills + more, torn + halfway, runs + 1
             found = results(killed)
             differ |= {name for name in wanted if wanted[name] != found[name]}
-        report[variant] = {"kills": kills, "runs": runs, "differ": sorted(differ)}
+        report[variant] = {"kills": kills, "torn": torn, "runs": runs, "differ": sorted(differ)}
     print(json.dumps(report))
 
 

@@ -6,6 +6,7 @@ A case trains one or more runs into folders of FOLDER and prints one JSON object
 call of `train` came to: "done", or the error's class and text.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from PIL import Image
 
 from condzoo.training import Recipe, StepDone, preparation, reports, train, train_seeds
 from condzoo.training.recipe import parse_recipe
@@ -161,9 +163,23 @@ def failing(folder: Path) -> dict[str, Outcomes]:
         "sync_bn": in_processes(2, trained(folder / "sync_bn", synchronized), folder),
         "small": in_processes(2, trained(folder / "small", small), folder),
     }
+    for split in ("train", "val"):
+        report[f"damaged_{split}"] = in_processes(2, on_damaged_images(folder / f"damaged_{split}", split), folder)
     with FileLock(folder / "locked/.lock"):
         report["locked"] = in_processes(2, trained(folder / "locked", recipe), folder)
     return report
+
+
+def on_damaged_images(folder: Path, split: str) -> Callable[[int], Any]:
+    """The action that trains on class folders of which one image is cut short: one process alone meets it."""
+    for part, name, number in itertools.product(("train", "val"), ("ant", "bee"), range(4)):
+        path = folder / "images" / part / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(path)
+        if (part, name, number) == (split, "bee", 1):
+            path.write_bytes(path.read_bytes()[:40])
+    data = {"name": "imagefolder", "batch_size": 8, "image_size": 16, "workers": 0}
+    return trained(folder / "run", parse_recipe(NORMS | {"data": data, "accumulate": 2}), data_root=folder / "images")
 
 
 def seeds(folder: Path) -> dict[str, Outcomes]:

@@ -113,6 +113,9 @@ def test_what_fails_in_one_process_fails_in_all_alike(tmp_path: Path) -> None:
     assert said["sync_bn"][1].startswith("sync_bn: SyncBatchNorm runs on GPUs only, and these processes are on CPUs")
     assert said["small"][1] == "data.batch_size: got 1, must be at least the number of processes (2)"
     assert "is in use by another run; wait for it, or use another --out" in said["locked"][1]
+    for split in ("train", "val"):
+        assert f"images/{split}/bee/1.png is no image; replace it" in said[f"damaged_{split}"][1]
+        assert not (tmp_path / f"damaged_{split}/run/summary.json").exists()
 
 
 def test_sync_bn_makes_batch_norms_use_the_global_batch() -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from condzoo.training import Message, Notice, Stopped, run_all
-from condzoo.training.ray_engine import absolute_data_root
+from condzoo.training import Message, Notice, Run, Stopped, ray_engine, run_all
+from condzoo.training.attempts import RunOptions
+from condzoo.training.ray_engine import absolute_data_root, remote_attempt
+from condzoo.training.recipe import recipe_tables
 
 ray = pytest.importorskip("ray")
 # Ray's own code warns, and its clean-up closes files late.
@@ -126,6 +128,23 @@ def test_workers_get_the_data_root_as_an_absolute_path(tiny: Any, tmp_path: Path
     assert absolute_data_root(tiny(), "given") == str(tmp_path / "given")
     monkeypatch.delenv("CONDZOO_DATA")
     assert absolute_data_root(tiny(), None) is None
+
+
+def test_a_worker_works_where_the_paths_of_a_recipe_begin(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = []
+
+    def note(recipe: Any, path: Path, options: Any) -> Run:
+        places.append(Path.cwd())
+        return Run(path, recipe, {})
+
+    monkeypatch.setattr(ray_engine, "attempt", note)
+    before = Path.cwd()
+    for folder in (tmp_path, tmp_path / "on another machine"):
+        remote_attempt(recipe_tables(tiny()), tmp_path / "run", RunOptions(), folder)
+    assert places == [tmp_path, before]
+    assert Path.cwd() == before
 
 
 def test_without_ray_the_error_says_what_to_install(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -121,6 +121,10 @@ def test_a_damaged_image_ends_the_run_with_its_path(tiny: Any, tmp_path: Path, f
         ({"data.eval_resize": 12}, r"data\.eval_resize: got 12, must be at least data\.image_size \(16\)"),
         ({"data.workers": -1}, r"data\.workers: got -1, must be greater than or equal to 0"),
         ({"data.interpolation": "cubic"}, r"data\.interpolation: got 'cubic', must be one of: bilinear, bicubic; did"),
+        (
+            {"data.name": "digits", "data.image_size": None},
+            r"data\.workers: is not for data\.name = 'digits', which has: crop, resize",
+        ),
         ({"data.name": "digits"}, r"data\.image_size: is not for data\.name = 'digits', which has: crop, resize"),
     ],
 )

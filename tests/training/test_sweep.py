@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import statistics
 from pathlib import Path
@@ -22,6 +23,7 @@ from condzoo.training import (
     parse_seeds,
     plan_sweep,
     run_all,
+    state_of,
     sweep,
     take_shard,
     train,
@@ -133,6 +135,20 @@ def test_a_run_counts_as_finished_only_as_far_as_it_is_asked_to_go(tiny: Any, tm
     assert not finished_among({"run": tiny()}, tmp_path)
 
 
+def test_the_state_of_a_run_is_known_before_it_is_trained(tiny: Any, tmp_path: Path) -> None:
+    assert state_of(tiny(), tmp_path / "new") == "to do"
+    (tmp_path / "empty").mkdir()
+    assert state_of(tiny(), tmp_path / "empty") == "to do"
+    train(tiny(), out=tmp_path / "run", max_steps=1, device="cpu")
+    assert [state_of(tiny(), tmp_path / "run", steps) for steps in (1, None)] == ["done", "begun"]
+    other = state_of(tiny(**{"optim.lr": 0.5}), tmp_path / "run")
+    assert re.fullmatch(r"blocked: .* belongs to another recipe: optim.lr is 0.1 there and 0.5 here; use .*", other)
+    (tmp_path / "empty" / "thesis.tex").write_text("x")
+    assert state_of(tiny(), tmp_path / "empty").startswith("blocked: ")
+    (tmp_path / "run" / "recipe.toml").write_text("epochs = ")
+    assert state_of(tiny(), tmp_path / "run").startswith("blocked: ")
+
+
 def test_shards_have_every_run_once(tiny: Any) -> None:
     planned = plan_sweep(tiny(), {"optim.lr": [0.1, 0.2]}, [1, 2, 3, 4, 5])
     shards = [take_shard(planned, f"{i}/3") for i in (1, 2, 3)]
@@ -167,6 +183,12 @@ def test_grids_and_seeds_as_text() -> None:
         "optim.lr": [0.1, 0.01],
         "model.name": ["a", "b"],
         "data.crop": [6, None],
+    }
+    lists = "freeze=[],['conv1.*', 'fc,x'],[\"a\"]", "optim.betas=[0.9,0.99],[0.8, 0.9]", "model.args={a=1,b=2},{}"
+    assert parse_grid(lists) == {
+        "freeze": [[], ["conv1.*", "fc,x"], ["a"]],
+        "optim.betas": [[0.9, 0.99], [0.8, 0.9]],
+        "model.args": [{"a": 1, "b": 2}, {}],
     }
     assert parse_seeds("1-3") == [1, 2, 3]
     assert parse_seeds("1,3, 7-8") == [1, 3, 7, 8]

@@ -40,6 +40,15 @@ def test_it_shows_what_the_run_recorded_and_goes_on_with_it(tiny: Any, tmp_path:
     assert any(isinstance(event, Finished) for event in passed)
 
 
+def test_a_finished_run_is_written_from_its_records(tiny: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(tiny(**{"probe.every": 11}), out=tmp_path, device="cpu")
+    TensorBoard().complete(tmp_path)
+    steps = {line["step"]: line["loss"] for line in lines(tmp_path, "step")}
+    assert scalars(tmp_path, "step/loss") == pytest.approx(steps)
+    assert list(scalars(tmp_path, "input_lambda_max/fc")) == [0, 11]
+
+
 def test_validation_images_are_shown_too(tiny: Any, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     with TensorBoard() as board:

@@ -22,10 +22,10 @@ CLASSES, PIXELS = 4, 4
 
 
 def collect_growth(settings: GrowthSettings) -> dict[str, Any]:
-    """Seconds of each way, one size varied at a time around the smallest of the others, and fitted exponents."""
+    """Seconds of each way, one size varied at a time, the others at the base, and fitted exponents."""
     began = time.perf_counter()
     sizes = {"examples": settings.examples, "layers": settings.layers, "widths": settings.widths}
-    base = {name: values[0] for name, values in sizes.items()}
+    base = {str(name): value for name, value in settings.base.items()}
     points = [
         {"varied": name, **base, name: value, "seconds": timed({**base, name: value}, settings.repeats)}
         for name, values in sizes.items()

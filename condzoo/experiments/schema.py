@@ -108,8 +108,9 @@ class TheorySettings(Section):
 
 
 class GrowthSettings(Section):
-    """Times of the exact matrix, its blocks and its Kronecker factors over N, L and d."""
+    """Times of the exact matrix, its blocks and its Kronecker factors over N, L and d, one varied at a time."""
 
+    base: dict[Literal["examples", "layers", "widths"], int] = Field(description="the sizes that are not varied")
     examples: list[int]
     layers: list[int]
     widths: list[int]

@@ -121,6 +121,8 @@ def growth(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
                 label=f"{label}: exponent {exponent:.2f}",
             )
         ax.set(xscale="log", yscale="log", xlabel=name)
+        ax.set_xticks([point[size] for point in points], [str(point[size]) for point in points])
+        ax.minorticks_off()
         tidy(ax)
         ax.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("seconds")

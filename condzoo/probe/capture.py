@@ -6,6 +6,7 @@ this works before an in-place ReLU. Nothing is kept but running sums.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from condzoo.probe.layers import CONVOLUTIONS, TRANSPOSED, Conv, input_columns, 
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, Neurons, RunningNeurons, linear_range
 from condzoo.probe.preserving import at_rest
-from condzoo.probe.wrappers import named_modules
+from condzoo.probe.wrappers import in_reentrant_checkpoint, named_modules
 
 CHANGING = "a ReLU whose number of units differs from call to call"
 
@@ -81,6 +82,7 @@ class Capture:
     origin: str | None = None
     _handles: list[RemovableHandle] = field(default_factory=list)
     _forward_seen: set[str] = field(default_factory=set)
+    _waiting: Counter[str] = field(default_factory=Counter)
     _relu_calls: dict[str, int] = field(default_factory=dict)
     _channels_first: bool = False
     _latest: tuple[str, Tensor] | None = None
@@ -110,10 +112,11 @@ class Capture:
     def clear(self) -> None:
         """Forget everything seen, for the next measurement."""
         self.sums, self.neurons, self.dtypes = {}, {}, set()
-        self._forward_seen, self._latest, self.origin = set(), None, None
+        self._forward_seen, self._waiting = set(), Counter()
+        self._latest = self.origin = None
 
     def _on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> None:
-        if not self._reads or name in self.split or self._recomputed(name):
+        if name in self.split or not self._reads(name):
             return
         x = args[0] if args else kwargs["input"]
         sums = self.sums.setdefault(name, LayerSums())
@@ -165,7 +168,7 @@ class Capture:
         self._count_units(name, output, linear_range(module))
 
     def _count_units(self, name: str, output: Tensor, linear: tuple[float, float]) -> None:
-        if not self._reads or self._recomputed(name) or output.ndim < 2:
+        if output.ndim < 2 or not self._reads(name, at_once=True):
             return
         call = self._relu_calls.get(name, 0)  # each call in a forward has units of its own
         self._relu_calls[name] = call + 1
@@ -174,22 +177,29 @@ class Capture:
         with torch.no_grad():
             units.add(output, channels_first=first or output.ndim == 2, linear=linear)
 
-    @property
-    def _reads(self) -> bool:
-        return self.recording and torch.is_grad_enabled() and not (self.trains and at_rest())
+    def _reads(self, name: str, *, at_once: bool = False) -> bool:
+        """Whether this call is to be recorded: in training, and not a repetition of one that was (checkpointing).
+
+        With use_reentrant=True a checkpoint's first forward runs without gradients. What needs none is counted
+        `at_once`; a layer waits for the repetition in the backward pass.
+        """
+        if not self.recording or (self.trains and at_rest()):
+            return False
+        repeated = torch._C._current_graph_task_id() != -1
+        if not torch.is_grad_enabled():
+            if repeated or not in_reentrant_checkpoint():
+                return False
+            (self._forward_seen if at_once else self._waiting).update((name,))
+            return at_once
+        if not repeated:
+            self._forward_seen.add(name)
+            return True
+        waited = self._waiting[name] > 0
+        self._waiting[name] -= waited
+        return waited or name not in self._forward_seen
 
     def _adds_bias(self, module: nn.Module) -> bool:
         return self.bias and getattr(module, "bias", None) is not None
-
-    def _recomputed(self, name: str) -> bool:
-        """Whether this forward only repeats one already seen, for activation checkpointing.
-
-        With use_reentrant=True the first forward runs without gradients and was not seen.
-        """
-        if torch._C._current_graph_task_id() == -1:
-            self._forward_seen.add(name)
-            return False
-        return name in self._forward_seen
 
 
 def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from condzoo.probe.arithmetic import float64_noise
-from condzoo.probe.batches import batch_size
+from condzoo.probe.batches import batch_size, call, in_float64
 from condzoo.probe.costs import announce, cost
 from condzoo.probe.gradient_rows import LayerRows, gradient_rows
 from condzoo.probe.label_models import checked_distribution, distribution_of
@@ -34,6 +34,7 @@ from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
 from condzoo.probe.second_derivatives import ggn_matrix, hessian_matrix
 from condzoo.probe.spectra import Spectrum, from_blocks
+from condzoo.probe.wrappers import replica
 
 MATRICES = ("fisher", "grad_moment", "hessian", "ggn")
 
@@ -42,7 +43,7 @@ LARGEST = 20_000  # side of the matrix decomposed, at most: 3.2 GB and about ten
 
 def curvature(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     y: Tensor | None,
     matrix: str = "fisher",
     block: str | None = None,
@@ -54,8 +55,8 @@ def curvature(
 
     Args:
         model: any module whose parameters of interest are in linear and convolution layers.
-        x: [N, ...] inputs.
-        y: [N] targets; may be None for "fisher" and "ggn", which do not look at them.
+        x: [N, ...] inputs, or a dict or tuple of the model's arguments.
+        y: [N] targets; may be None for "fisher" and "ggn", which look at their shape alone.
         matrix: "fisher" F, "grad_moment" M, "hessian" H or "ggn" G.
         block: a layer's name for its diagonal block alone, None for the whole network.
         loss: as in `measure`; F needs one that stands for a distribution, G the cross-entropy.
@@ -77,15 +78,15 @@ def curvature(
     if y is None and matrix in ("grad_moment", "hessian"):
         raise ValueError(f"matrix={matrix!r} needs targets y; only 'fisher' and 'ggn' do without")
     check_loss(matrix, loss)
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(replica(model)).double()
     layers, _ = choose(model, None if block is None else [block])
-    x = x.double() if x.is_floating_point() else x
+    x, y = in_float64(x), in_float64(y)
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
         if matrix == "hessian":
             return _hessian(model, layers, x, y, loss)
         if matrix == "ggn" and samples_interact(model):
             return _interacting_ggn(model, layers, x, loss)
-        rows = gradient_rows(model, layers, x, y if matrix == "grad_moment" else None, loss)
+        rows = gradient_rows(model, layers, x, y, loss, matrix)
     parameters = sum(p.numel() for m in layers.values() for p in m.parameters(recurse=False))
     return spectrum_of_rows(list(rows.values()), batch_size(x), parameters)
 
@@ -147,10 +148,10 @@ def _from_factors(rows: list[LayerRows], samples: int) -> Tensor:
     return torch.cat([torch.cat([blocks[k, m] for m in range(len(rows))], dim=1) for k in range(len(rows))])
 
 
-def _hessian(model: nn.Module, layers: dict[str, nn.Module], x: Tensor, y: Any, loss: Loss | None) -> Spectrum:
+def _hessian(model: nn.Module, layers: dict[str, nn.Module], x: Any, y: Any, loss: Loss | None) -> Spectrum:
     parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
     _check_size(sum(p.numel() for p in parameters))
-    value = mean_loss(loss, model(x), y, batch_size(x))
+    value = mean_loss(loss, call(model, x), y, batch_size(x))
     side = sum(p.numel() for p in parameters)
     announce(cost(side, 0.0, 3 * side * _seconds_of_backward(value, parameters)), "exact Hessian")
     values = torch.linalg.eigvalsh(hessian_matrix(value, parameters))
@@ -158,11 +159,11 @@ def _hessian(model: nn.Module, layers: dict[str, nn.Module], x: Tensor, y: Any, 
     return from_blocks(values[None], floor, None, arithmetic="exact, float64", signed=True)
 
 
-def _interacting_ggn(model: nn.Module, layers: dict[str, nn.Module], x: Tensor, loss: Loss | None) -> Spectrum:
+def _interacting_ggn(model: nn.Module, layers: dict[str, nn.Module], x: Any, loss: Loss | None) -> Spectrum:
     parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
     _check_size(sum(p.numel() for p in parameters))
-    logits = logits_of(model(x))
-    checked_distribution(loss, logits, "matrix='ggn'")
+    logits = logits_of(call(model, x))
+    checked_distribution(loss, logits, "matrix='ggn'", tokens=False)
     side, vectors = sum(p.numel() for p in parameters), logits.numel()
     passes = vectors * _seconds_of_backward(logits.sum(), parameters)
     announce(cost(side, 2.0 * vectors * side**2, passes), "exact generalized Gauss-Newton matrix")

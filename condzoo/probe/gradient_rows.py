@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from condzoo.probe.batches import batch_size
-from condzoo.probe.label_models import checked_distribution, weighted_gradients
+from condzoo.probe.batches import batch_size, call
+from condzoo.probe.label_models import checked_distribution, class_axis, weighted_gradients
 from condzoo.probe.layers import CONVOLUTIONS
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.patches import unfolded
@@ -110,9 +110,9 @@ def _product_in_parts(layer: LayerRows) -> Float[Tensor, "v v"]:
 
 
 def gradient_rows(
-    model: nn.Module, layers: dict[str, nn.Module], x: Tensor, y: Any, loss: Loss | None
+    model: nn.Module, layers: dict[str, nn.Module], x: Any, y: Any, loss: Loss | None, matrix: str
 ) -> dict[str, LayerRows]:
-    """The layers' factors with labels y, or for y = None for the expectation over the loss's distribution.
+    """The layers' factors, for "grad_moment" with labels y, else for the expectation over the loss's distribution.
 
     Raises:
         ValueError: a layer whose gradient is not of this form (transposed convolutions), or that is not called
@@ -124,15 +124,16 @@ def gradient_rows(
             raise ValueError(_unavailable(name, "a projection inside nn.MultiheadAttention"))
     count = batch_size(x)
     rows = {n: LayerRows(bias=getattr(m, "bias", None) is not None, samples=count) for n, m in layers.items()}
-    handles = [m.register_forward_hook(_listener(n, rows[n])) for n, m in layers.items()]
+    handles = [m.register_forward_hook(_listener(n, rows[n]), with_kwargs=True) for n, m in layers.items()]
     try:
-        output = model(x)
+        output = call(model, x)
         weights = [m.weight for m in layers.values()]
-        if y is not None:
+        if matrix == "grad_moment":
             _backward(mean_loss(loss, output, y, count), weights, rows, None)
         else:
             predicted = logits_of(output)
-            for signal in weighted_gradients(checked_distribution(loss, predicted, "matrix='fisher'"), predicted):
+            kind = checked_distribution(loss, predicted, f"matrix={matrix!r}", tokens=matrix != "ggn")
+            for signal in weighted_gradients(kind, predicted, class_axis(kind, output, predicted, y)):
                 _backward(predicted, weights, rows, signal)
     finally:
         for handle in handles:
@@ -152,34 +153,45 @@ def _backward(value: Tensor, weights: list[Any], rows: dict[str, LayerRows], sig
         layer.grads.append([torch.empty(0)] * len(layer.inputs))
     torch.autograd.grad(value, weights, signal, retain_graph=True, allow_unused=True)
     for layer in rows.values():
-        for call, grad in enumerate(layer.grads[-1]):
+        for i, grad in enumerate(layer.grads[-1]):
             if not grad.numel():  # no gradient reaches this call
-                shape = layer.inputs[call].shape
-                layer.grads[-1][call] = layer.inputs[call].new_zeros((*shape[:3], 1))
+                shape = layer.inputs[i].shape
+                layer.grads[-1][i] = layer.inputs[i].new_zeros((*shape[:3], 1))
 
 
 def _listener(name: str, rows: LayerRows) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> None:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], h: Tensor) -> None:
         if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             raise ValueError(_unavailable(name, f"a {type(module).__name__}"))
-        call = len(rows.inputs)
-        rows.inputs.append(_positions_of_input(module, args[0].detach()))
+        x, index = (args[0] if args else kwargs["input"]).detach(), len(rows.inputs)
+        if x.shape[0] % rows.samples or (x.ndim > 2 and x.shape[0] != rows.samples == x.shape[1]):
+            raise ValueError(
+                f"layer {name!r} reads an input {list(x.shape)}, whose rows cannot be told apart by sample: the first "
+                f"dimension must be the {rows.samples} samples; pass block='<layer>' for one that does"
+            )
+        rows.inputs.append(_positions_of_input(module, x, rows.samples))
         groups = rows.inputs[-1].shape[1]
 
         def keep(grad_h: Tensor) -> None:
             per_sample = grad_h.detach() * rows.samples
             if isinstance(module, nn.Linear):
-                rows.grads[-1][call] = per_sample.reshape(rows.samples, 1, -1, module.out_features)
+                rows.grads[-1][index] = per_sample.reshape(rows.samples, 1, -1, module.out_features)
             else:
-                rows.grads[-1][call] = per_sample.reshape(rows.samples, groups, -1, grad_h[0, 0].numel()).mT
+                positions = per_sample.reshape(len(grad_h), groups, -1, grad_h[0, 0].numel()).mT
+                rows.grads[-1][index] = _by_sample(positions, rows.samples)
 
         h.register_hook(keep)
 
     return hook
 
 
-def _positions_of_input(module: nn.Module, x: Tensor) -> Float[Tensor, "n g t d"]:
+def _positions_of_input(module: nn.Module, x: Tensor, samples: int) -> Float[Tensor, "n g t d"]:
     if isinstance(module, nn.Linear):
-        return x.reshape(x.shape[0], 1, -1, x.shape[-1])
+        return x.reshape(samples, 1, -1, x.shape[-1])
     assert isinstance(module, CONVOLUTIONS)
-    return torch.cat([part.mT for part in unfolded(x, module)])
+    return _by_sample(torch.cat([part.mT for part in unfolded(x, module)]), samples)
+
+
+def _by_sample(positions: Float[Tensor, "m g t d"], samples: int) -> Float[Tensor, "n g s d"]:
+    """m = n * k and s = k * t where a sample's k images (frames, windows) follow each other in the batch."""
+    return positions.unflatten(0, (samples, -1)).transpose(1, 2).flatten(2, 3)

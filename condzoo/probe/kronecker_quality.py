@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from condzoo.probe.arithmetic import float64_noise
-from condzoo.probe.batches import batch_size
+from condzoo.probe.batches import batch_size, in_float64
 from condzoo.probe.exact import spectrum_of_rows
 from condzoo.probe.finishing import NO_GRADIENT, NOT_CALLED
 from condzoo.probe.gradient_rows import LayerRows, gradient_rows
@@ -29,6 +29,7 @@ from condzoo.probe.losses import Loss
 from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
 from condzoo.probe.spectra import Spectrum, from_blocks
+from condzoo.probe.wrappers import replica
 
 MATRICES = ("fisher", "grad_moment")
 
@@ -117,7 +118,7 @@ class KroneckerReport(Mapping[str, KroneckerQuality]):
 
 def kronecker_report(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     y: Any = None,
     matrix: str = "fisher",
     *,
@@ -129,7 +130,7 @@ def kronecker_report(
 
     Args:
         model: any module; a float64 copy in the mode it is in is used.
-        x: [N, ...] inputs.
+        x: [N, ...] inputs, or a dict or tuple of the model's arguments.
         y: targets; None for "fisher", which does not look at them.
         matrix: "fisher" (labels from the model) or "grad_moment" (labels from the data).
         layers: names or shell patterns; None takes all linear and convolution layers.
@@ -145,16 +146,16 @@ def kronecker_report(
     checked("matrix", matrix, MATRICES)
     if y is None and matrix == "grad_moment":
         raise ValueError("matrix='grad_moment' needs targets y; 'fisher' does without")
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(replica(model)).double()
     chosen, skipped = choose(model, layers)
     inside = set(model.modules())
     blocks: dict[str, nn.Module] = {
         n: m for n, m in chosen.items() if isinstance(m, (nn.Linear, *CONVOLUTIONS)) and m in inside
     }
     skipped |= {n: f"the exact block of {_what(m)} is not available" for n, m in chosen.items() if n not in blocks}
-    x = x.double() if x.is_floating_point() else x
+    x, y = in_float64(x), in_float64(y)
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
-        rows = gradient_rows(model, blocks, x, None if matrix == "fisher" else y, loss)
+        rows = gradient_rows(model, blocks, x, y, loss, matrix)
     samples = batch_size(x)
     reached = {n: layer for n, layer in rows.items() if any(bool(g.any()) for calls in layer.grads for g in calls)}
     found = {n: _quality(blocks[n], layer, samples) for n, layer in reached.items()}

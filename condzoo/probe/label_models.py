@@ -7,11 +7,12 @@
 
 The gradients are those of -log p itself, so F does not depend on the loss's weights, smoothing or reduction.
 (For K outputs nn.MSELoss is 2 / K, nn.BCEWithLogitsLoss 1 / K of the batch's mean -log p.)
-Shapes: n samples, k classes or coordinates.
+Shapes: n samples, t labels a sample (tokens, pixels; else one), k classes or coordinates.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
@@ -48,12 +49,13 @@ def distribution_of(loss: Any) -> Distribution | None:
     return by_class or (FUNCTIONS.get(loss) if callable(loss) and loss.__hash__ else None)
 
 
-def checked_distribution(loss: Any, output: Any, asked: str) -> Distribution:
+def checked_distribution(loss: Any, output: Any, asked: str, *, tokens: bool = True) -> Distribution:
     """The distribution, if the loss has one and the output its shape.
 
     Args:
         loss, output: of the model.
         asked: what needs it, for the error ("labels='model'").
+        tokens: a softmax may be over many labels a sample.
 
     Raises:
         ValueError: a free callable, or an output of another shape; says what is allowed.
@@ -65,61 +67,133 @@ def checked_distribution(loss: Any, output: Any, asked: str) -> Distribution:
             f"{asked} takes labels from the distribution that the loss stands for and needs {ALLOWED}; {name} is a "
             "free function. Pass one of these as loss, or use the labels of the data (labels='data')"
         )
-    shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if found in ("softmax", "log-softmax") and not (isinstance(output, Tensor) and output.ndim == 2):
-        raise ValueError(f"{asked} needs logits [n, classes], got {shape}; use the labels of the data (labels='data')")
-    if not (isinstance(output, Tensor) and output.ndim and output.is_floating_point()):
+    tensor = isinstance(output, Tensor)
+    shape = list(output.shape) if tensor else type(output).__name__
+    if found in ("softmax", "log-softmax") and not (tensor and (output.ndim == 2 or (tokens and output.ndim > 2))):
+        allowed = "[n, classes] or [n, classes, ...]" if tokens else "[n, classes]"
+        raise ValueError(f"{asked} needs logits {allowed}, got {shape}; use the labels of the data (labels='data')")
+    if not (tensor and output.ndim and output.is_floating_point()):
         raise ValueError(f"{asked} needs a model output that is a tensor [n, ...], got {shape}")
     return found
 
 
-def weighted_gradients(kind: Distribution, output: Float[Tensor, n * k]) -> Iterator[Float[Tensor, n * k]]:
-    """Vectors v_c [n, ...], one a class or coordinate, with n^2 sum_c v_c v_c^T = E_y[g g^T] for each sample.
+def class_axis(kind: Distribution, output: Any, logits: Tensor, target: Any) -> int:
+    """Which dimension of logits with many labels a sample counts the classes, under a softmax.
+
+    torch's cross-entropy has them second, [n, classes, ...]; the language models of Hugging Face last, [n, tokens,
+    classes]. The target's shape decides; where it fits both or is missing, three-dimensional `.logits` of an output
+    are taken for a language model's.
+
+    Raises:
+        ValueError: nothing decides.
+    """
+    if logits.ndim <= 2 or "softmax" not in kind:
+        return 1
+    of_language = not isinstance(output, Tensor) and logits.ndim == 3
+    shape = target.shape if isinstance(target, Tensor) else None
+    fits_last, fits_second = shape == logits.shape[:-1], shape == logits.shape[:1] + logits.shape[2:]
+    if fits_last != fits_second:
+        return logits.ndim - 1 if fits_last else 1
+    if isinstance(output, Tensor) and not fits_second:
+        raise ValueError(
+            f"logits {list(logits.shape)} have their classes second or last: pass the targets too, whose shape "
+            "decides ([n, ...] without the classes)"
+        )
+    return logits.ndim - 1 if of_language else 1
+
+
+def counted_outputs(value: Tensor | None, logits: Tensor, axis: int) -> Tensor | None:
+    """1 for logits that the loss looks at, 0 for those of masked tokens (label -100) and others that it leaves out.
+
+    None where there is no loss, or it does not come from these logits: all count then.
+    """
+    if value is None:
+        return None
+    (grad,) = torch.autograd.grad(value, logits, retain_graph=True, allow_unused=True)
+    return None if grad is None else (grad != 0).any(axis, keepdim=True).expand_as(grad)
+
+
+def _by_label(kind: Distribution, tensor: Tensor, axis: int) -> Float[Tensor, "n t k"]:
+    """A sample's labels are independent: t of k classes under a softmax, one of all coordinates else."""
+    if kind in ("softmax", "log-softmax"):
+        return tensor.movedim(axis, -1).reshape(tensor.shape[0], -1, tensor.shape[axis])
+    return tensor.reshape(tensor.shape[0], 1, -1)
+
+
+def _as_output(kind: Distribution, signal: Float[Tensor, "n t k"], output: Tensor, axis: int) -> Tensor:
+    if kind in ("softmax", "log-softmax"):
+        shape = output.movedim(axis, -1).shape
+        return signal.reshape(shape).movedim(-1, axis).to(output)
+    return signal.reshape(output.shape).to(output)
+
+
+def weighted_gradients(
+    kind: Distribution, output: Float[Tensor, n * k], axis: int = 1, counted: Tensor | None = None
+) -> Iterator[Float[Tensor, n * k]]:
+    """Vectors v_c [n, ...], one a label and class or coordinate, with n^2 sum_c v_c v_c^T = E_y[g g^T] for each sample.
 
     g = d(-log p)/d output is p - e_c under a softmax, and f - y with variance 1 or s (1 - s) a coordinate.
     The factor 1/n is that of a batch-mean loss.
+
+    Args:
+        kind, output: of the model.
+        axis: of the classes under a softmax.
+        counted: 1 where an output has a part in the loss, 0 where not (masked or last tokens); None: all have.
     """
-    f = output.detach().to(torch.promote_types(output.dtype, torch.float32))
-    samples, width = f.shape[0], f[0].numel()
+    f = _by_label(kind, output.detach().to(torch.promote_types(output.dtype, torch.float32)), axis)
+    samples, labels, width = f.shape
     if kind == "softmax":
-        p = f.softmax(dim=1)
+        p = f.softmax(dim=2)
         scale, center = p.sqrt(), p
     elif kind == "log-softmax":
         scale, center = (f / 2).exp(), torch.zeros_like(f)
     else:
-        flat = f.reshape(samples, width)
-        scale = torch.ones_like(flat) if kind == "gaussian" else (flat.sigmoid() * (-flat).sigmoid()).sqrt()
-        center = torch.zeros_like(flat)
-    for c in range(width):
-        vector = center.clone()
+        scale = torch.ones_like(f) if kind == "gaussian" else (f.sigmoid() * (-f).sigmoid()).sqrt()
+        center = torch.zeros_like(f)
+    if counted is not None:
+        scale = scale * _by_label(kind, counted.to(f), axis)
+    for t, c in itertools.product(range(labels), range(width)):
+        vector = center[:, t].clone()
         vector[:, c] -= 1
-        yield (scale[:, c : c + 1] * vector / samples).reshape(output.shape).to(output.dtype)
+        signal = torch.zeros_like(f)
+        signal[:, t] = scale[:, t, c : c + 1] * vector / samples
+        yield _as_output(kind, signal, output, axis)
 
 
 def signed_gradients(
-    kind: Distribution, output: Float[Tensor, n * k], generator: torch.Generator
+    kind: Distribution,
+    output: Float[Tensor, n * k],
+    generator: torch.Generator,
+    axis: int = 1,
+    counted: Tensor | None = None,
 ) -> Iterator[Float[Tensor, n * k]]:
     """`weighted_gradients`, each sample's vector with a random sign.
 
     Without effect where samples do not interact; under batch statistics it makes the cross terms between
     samples, which independent labels do not have, zero in expectation.
     """
-    for weighted in weighted_gradients(kind, output):
+    for weighted in weighted_gradients(kind, output, axis, counted):
         shape = (weighted.shape[0],) + (1,) * (weighted.ndim - 1)
         yield (torch.randint(0, 2, shape, generator=generator).to(weighted) * 2 - 1) * weighted
 
 
 def drawn_gradient(
-    kind: Distribution, output: Float[Tensor, n * k], generator: torch.Generator
+    kind: Distribution,
+    output: Float[Tensor, n * k],
+    generator: torch.Generator,
+    axis: int = 1,
+    counted: Tensor | None = None,
 ) -> Float[Tensor, n * k]:
-    """d(-log p(y)) / d output / n for one label y a sample, drawn from the distribution."""
-    f = output.detach().double().cpu()
+    """d(-log p(y)) / d output / n for labels y drawn from the distribution; `axis`, `counted` as above."""
+    f = _by_label(kind, output.detach().double().cpu(), axis)
     if kind in ("softmax", "log-softmax"):
-        p = f.softmax(dim=1)
-        drawn = F.one_hot(torch.multinomial(p, 1, generator=generator)[:, 0], f.shape[1])
-        signal = (p if kind == "softmax" else torch.zeros_like(p)) - drawn
+        p = f.softmax(dim=2)
+        drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).reshape(f.shape[:2])
+        signal = (p if kind == "softmax" else torch.zeros_like(p)) - F.one_hot(drawn, f.shape[2])
     elif kind == "gaussian":
         signal = torch.randn(f.shape, generator=generator, dtype=torch.float64)
     else:
         signal = f.sigmoid() - torch.bernoulli(f.sigmoid(), generator=generator)
-    return (signal / f.shape[0]).to(output)
+    if counted is not None:
+        signal = signal * _by_label(kind, counted.to(signal), axis)
+    return _as_output(kind, signal / f.shape[0], output, axis)

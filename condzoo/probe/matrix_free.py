@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condzoo.probe.batches import batch_size
+from condzoo.probe.batches import batch_size, call, in_float64
 from condzoo.probe.exact import MATRICES, check_loss, samples_interact
 from condzoo.probe.gradient_rows import LayerRows, gradient_rows
 from condzoo.probe.label_models import checked_distribution
@@ -22,13 +22,14 @@ from condzoo.probe.layers import choose
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
+from condzoo.probe.wrappers import replica
 
 Product = Callable[[Tensor], Tensor]
 
 
 def top_curvature(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     y: Tensor | None,
     matrix: str = "fisher",
     block: str | None = None,
@@ -54,25 +55,25 @@ def top_curvature(
     if y is None and matrix in ("grad_moment", "hessian"):
         raise ValueError(f"matrix={matrix!r} needs targets y; only 'fisher' and 'ggn' do without")
     check_loss(matrix, loss)
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(replica(model)).double()
     layers, _ = choose(model, None if block is None else [block])
     parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
-    x = x.double() if x.is_floating_point() else x
+    x, y = in_float64(x), in_float64(y)
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
         if matrix == "hessian":
-            product = _hessian_product(mean_loss(loss, model(x), y, batch_size(x)), parameters)
+            product = _hessian_product(mean_loss(loss, call(model, x), y, batch_size(x)), parameters)
         elif matrix == "ggn" and samples_interact(model):
             product = _ggn_product(_checked_logits(model, x, loss), parameters)
         else:
-            rows = gradient_rows(model, layers, x, y if matrix == "grad_moment" else None, loss)
+            rows = gradient_rows(model, layers, x, y, loss, matrix)
             product = _rows_product(list(rows.values()), batch_size(x))
         dim = sum(p.numel() for p in parameters)
         return largest_eigenvalues(product, dim, k, tolerance=tolerance, seed=seed)
 
 
-def _checked_logits(model: nn.Module, x: Tensor, loss: Loss | None) -> Tensor:
-    logits = logits_of(model(x))
-    checked_distribution(loss, logits, "matrix='ggn'")
+def _checked_logits(model: nn.Module, x: Any, loss: Loss | None) -> Tensor:
+    logits = logits_of(call(model, x))
+    checked_distribution(loss, logits, "matrix='ggn'", tokens=False)
     return logits
 
 

@@ -19,6 +19,7 @@ from condzoo.probe.layers import CONVS, choose
 from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss
 from condzoo.probe.passes import Passes
 from condzoo.probe.preserving import preserved
+from condzoo.probe.wrappers import refuse_threads, replica
 
 
 def measure(
@@ -45,7 +46,7 @@ def measure(
     with the number of batches.
 
     Args:
-        model: any module.
+        model: any module; of DDP and DataParallel the model inside is measured, in this process alone.
         batches: (x, y) pairs, for example a DataLoader, or one pair, of any sizes. x is a tensor, or a dict
             or tuple of the model's arguments. Or dicts of the model's arguments with the targets under
             "labels" (Hugging Face's).
@@ -78,6 +79,8 @@ def measure(
     Source: arXiv:2002.10801, sec. 3.
     """
     whose: Labels = checked("labels", labels, LABELS)
+    model = replica(model)
+    refuse_threads(model)
     chosen, skipped = choose(model, layers)
     if device is not None and any(p.device != torch.device(device) for p in model.parameters()):
         model = copy.deepcopy(model).to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
 from condzoo.probe.losses import Labels, Loss
 from condzoo.probe.weights import norms_of, own_weight
+
+MANY = 2000  # backward passes a batch that are worth a warning
 
 
 class Passes:
@@ -48,20 +51,33 @@ class Passes:
         if self.loss is None and losses.own_loss_of(output) is not None:
             self.loss_name = "output.loss"
         self.capture.gradients = self.labels == "data"
-        if self.labels != "data":
-            self._from_model(losses.logits_of(output))
+        value = None
         if y is not None or self.labels == "data":
-            self._from_data(losses.mean_loss(self.loss, output, y, count, self.reduction), count)
+            value = losses.mean_loss(self.loss, output, y, count, self.reduction)
+        if self.labels != "data":
+            self._from_model(output, y, value)
+        if value is not None:
+            self._from_data(value, count)
 
-    def _from_model(self, output: Any) -> None:
-        kind = label_models.checked_distribution(self.loss, output, f"labels={self.labels!r}")
+    def _from_model(self, output: Any, y: Any, value: Tensor | None) -> None:
+        logits = losses.logits_of(output)
+        kind = label_models.checked_distribution(self.loss, logits, f"labels={self.labels!r}")
+        axis = label_models.class_axis(kind, output, logits, y)
+        counted = label_models.counted_outputs(value, logits, axis) if logits.ndim > 2 and "softmax" in kind else None
         self.capture.gradients = True
         if self.labels == "sample":
-            self._backward(output, label_models.drawn_gradient(kind, output, self.generator))
+            self._backward(logits, label_models.drawn_gradient(kind, logits, self.generator, axis, counted))
         else:
-            for c, signal in enumerate(label_models.signed_gradients(kind, output, self.generator)):
+            if (passes := logits[0].numel()) > MANY:
+                warnings.warn(
+                    f"labels='model' takes a backward pass a class and label, {passes:,} a batch here; "
+                    "labels='sample' takes one",
+                    stacklevel=4,
+                )
+            signals = label_models.signed_gradients(kind, logits, self.generator, axis, counted)
+            for c, signal in enumerate(signals):
                 self.capture.further = c > 0
-                self._backward(output, signal)
+                self._backward(logits, signal)
         self.capture.gradients = self.capture.further = False
 
     def _from_data(self, value: Tensor, count: int) -> None:

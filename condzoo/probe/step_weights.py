@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.attention import packed_weights
@@ -37,6 +38,7 @@ class StepWeights:
         self.split: set[str] = set()
         self._seen: dict[str, Tensor] = {}
         self._passes: dict[str, set[int]] = defaultdict(set)
+        self._outer: list[int] = []  # backward passes that run now and have run a forward: checkpointing, reentrant
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
@@ -61,6 +63,7 @@ class StepWeights:
         self.norms, self.grads = {}, {}
         self.split.clear()
         self._passes.clear()
+        self._outer.clear()
 
     def measure(self) -> None:
         """The norms of all weights that are whole at rest; the others follow when their layers run."""
@@ -72,6 +75,7 @@ class StepWeights:
         return {name: grad / passes for name, grad in self.grads.items()}
 
     def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._note_outer()
         self._look(name, module._parameters.get("weight", module.__dict__.get("weight")))
 
     def _before_attention(self, name: str, attention: nn.MultiheadAttention, args: tuple[Any, ...]) -> None:
@@ -99,7 +103,14 @@ class StepWeights:
             return
         held = self.grads.get(name)
         self.grads[name] = grad.detach().clone() if held is None else held + grad.detach()
-        self._passes[name].add(torch._C._current_graph_task_id())
+        self._passes[name].add((self._outer or [torch._C._current_graph_task_id()])[0])
+
+    def _note_outer(self) -> None:
+        """Remember the backward pass around, as long as it runs: those inside it are parts of it, not passes more."""
+        task = torch._C._current_graph_task_id()
+        if task != -1 and task not in self._outer:
+            self._outer.append(task)
+            Variable._execution_engine.queue_callback(partial(self._outer.remove, task))
 
 
 def _is_split(weight: Tensor) -> bool:

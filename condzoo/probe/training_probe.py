@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,7 +31,7 @@ from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
 from condzoo.probe.step_weights import StepWeights
 from condzoo.probe.tensorboard import open_writer, write_tensorboard
 from condzoo.probe.weights import norms_of
-from condzoo.probe.wrappers import uncompiled, unwrapped
+from condzoo.probe.wrappers import refuse_threads, uncompiled, unwrapped
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -72,6 +74,9 @@ class Probe:
 
     Attributes:
         latest: the last `Conditioning`, None before the first.
+
+    Raises:
+        TypeError, ValueError: a setting that is not allowed; says what is.
     """
 
     def __init__(
@@ -91,9 +96,10 @@ class Probe:
         loss_scale: float = 1.0,
         scaler: GradScaler | None = None,
     ) -> None:
-        if every < 0 or start_step < 0:
-            raise ValueError(f"every and start_step must be 0 or more, got {every} and {start_step}")
+        every, start_step = whole_number("every", every), whole_number("start_step", start_step)
         checked("reduction", reduction, ("mean", "sum"))
+        positive("loss_scale", loss_scale)
+        refuse_threads(model)
         model = unwrapped(model)
         self.model, self.every, self.reduction, self.loss_scale = model, every, reduction, loss_scale
         self.path = None if out is None else Path(out) / FILE_NAME
@@ -114,16 +120,19 @@ class Probe:
         self._eager = ExitStack()
         self._handles: list[RemovableHandle] = []
         self._samples = self._forwards = 0
-        self._begun = False
+        self._begun = self._open = False
 
     def __enter__(self) -> Probe:
         """Ready for the first step: the output folder exists, and the hooks are on if it is due."""
+        if self._open:
+            raise RuntimeError("this Probe is open already; a second loop at the same time needs a Probe of its own")
         if self.path is not None and distributed.first():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             drop_torn_line(self.path)
         if isinstance(self._tensorboard, (str, Path)) and distributed.first():
             self._tensorboard = open_writer(self._tensorboard, start_step=self._step)
             self._own_writer = True
+        self._open = True
         if self.due:
             self._attach()
         return self
@@ -133,6 +142,7 @@ class Probe:
     ) -> None:
         """Take every hook off, also after an exception; close the TensorBoard writer opened here."""
         self._detach()
+        self._open = False
         if self._own_writer:
             assert self._tensorboard is not None
             assert not isinstance(self._tensorboard, (str, Path))
@@ -152,12 +162,18 @@ class Probe:
         Args:
             batch: a tensor with a leading batch dimension, or a tuple, list or dict that holds one.
         """
+        self._must_be_open("begin")
         if self.due:
             self._begun = True
-            self._open(batch)
+            self._start(batch)
 
     def step(self) -> None:
-        """Say that a training step is over; measures it if it was due."""
+        """Say that a training step is over; measures it if it was due.
+
+        Raises:
+            RuntimeError: outside `with`.
+        """
+        self._must_be_open("step")
         if self.due:
             self._detach()
             if distributed.total(self._forwards, self.model):
@@ -172,6 +188,13 @@ class Probe:
         self._step += 1
         if self.due:
             self._attach()
+
+    def _must_be_open(self, call: str) -> None:
+        if not self._open:
+            raise RuntimeError(
+                f"probe.{call}() outside `with`: put the training loop inside `with Probe(...) as probe:` (where no "
+                "block can be, contextlib.ExitStack().enter_context(probe) opens it and .close() ends it)"
+            )
 
     def _attach(self) -> None:
         self._samples = self._forwards = 0
@@ -196,9 +219,9 @@ class Probe:
         self._capture.recording = module.training and torch.is_grad_enabled()
         repeated = self._forwards > 0 and torch._C._current_graph_task_id() != -1  # by checkpointing
         if self._capture.recording and not repeated:
-            self._open([args, kwargs])
+            self._start([args, kwargs])
 
-    def _open(self, batch: Any) -> None:
+    def _start(self, batch: Any) -> None:
         samples = batch_size(batch)
         self._capture.recording = True
         self._capture.begin(samples, scale=float(samples) if self.reduction == "mean" else 1.0)
@@ -251,6 +274,28 @@ class Probe:
             write_tensorboard(self.latest, self._tensorboard)
 
     def _scale(self) -> float:
-        if not self.loss_scale > 0:
-            raise ValueError(f"probe.loss_scale must be above 0, got {self.loss_scale}")
-        return float(self.loss_scale) * self._scaler_scale
+        return positive("probe.loss_scale", self.loss_scale) * self._scaler_scale
+
+
+def whole_number(name: str, value: int) -> int:
+    """The value if it is a whole number, 0 or more.
+
+    Raises:
+        TypeError: it is no whole number; ValueError: it is negative.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number of steps, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, got {value}")
+    return operator.index(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """The value if it is a finite number above 0, else a ValueError."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+    return number

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
 
+REPLICATED = (DistributedDataParallel, nn.DataParallel)
 # attributes under which FullyShardedDataParallel, checkpoint_wrapper and torch.compile keep what they wrap
 INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
@@ -21,11 +24,35 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def replica(model: nn.Module) -> nn.Module:
+    """The model inside DDP or DataParallel, which runs by itself in this process; else the model."""
+    while isinstance(model, REPLICATED):
+        model = model.module
+    return model
+
+
+def refuse_threads(model: nn.Module) -> None:
+    """A ValueError where nn.DataParallel runs copies of the model, or of a part of it."""
+    if isinstance(model, nn.Module) and any(
+        isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()
+    ):
+        raise ValueError(
+            "nn.DataParallel over several devices runs copies of the model in threads, whose hooks cannot be told "
+            "apart; train with DistributedDataParallel instead, or measure the model inside it (model.module)"
+        )
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`model.named_modules()` without wrappers, neither as modules nor in the names."""
+    short: dict[str, str] = {}  # names without wrappers; a parent comes before its children
+    wraps: dict[str, bool] = {}
     for name, module in model.named_modules():
-        if _inside(module) is None:
-            yield ".".join(part for part in name.split(".") if part not in INSIDE), module
+        parent, _, own = name.rpartition(".")
+        above = short.get(parent, "") if name else ""
+        short[name] = above if not name or wraps[parent] else f"{above}.{own}".lstrip(".")
+        wraps[name] = _inside(module) is not None
+        if not wraps[name]:
+            yield short[name], module
 
 
 @contextmanager
@@ -38,7 +65,15 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+def in_reentrant_checkpoint() -> bool:
+    """Whether a checkpoint with use_reentrant=True runs its forward now, to repeat it in the backward pass."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
 def _inside(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, DistributedDataParallel):
+    if isinstance(module, REPLICATED):
         return module.module
     return next((module._modules[key] for key in INSIDE if key in module._modules), None)

@@ -182,11 +182,17 @@ for call in (
     lambda: measure(model, batch, layers="fc"),
     lambda: measure("mlp4x24", batch),
     lambda: Probe("mlp4x24"),
+    lambda: Probe(model, every="10"),
+    lambda: Probe(model, every=1.5),
+    lambda: Probe(model, every=True),
+    lambda: Probe(model, start_step=None),
+    lambda: Probe(model, loss_scale=None),
 ):
     try:
         call()
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         print(error)
+print(Probe(model, every=torch.tensor(10)).every)
 print(spectrum([[2, 0], [0, 1]]).eigenvalues.tolist())
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -196,6 +202,12 @@ print(spectrum([[2, 0], [0, 1]]).eigenvalues.tolist())
         "layers must be a list of names, got a string; write layers=['fc']",
         "model must be a torch.nn.Module, got str 'mlp4x24'",
         "model must be a torch.nn.Module, got str 'mlp4x24'",
+        "every must be a whole number of steps, got '10'",
+        "every must be a whole number of steps, got 1.5",
+        "every must be a whole number of steps, got True",
+        "start_step must be a whole number of steps, got None",
+        "loss_scale must be a number above 0, got None",
+        "10",
         "[2.0, 1.0]",
     ]
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev
 
-from condzoo.probe import costs, curvature, exact, measure
+from condzoo.probe import costs, curvature, exact, kronecker_report, measure, top_curvature
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")  # torch.func.hessian's own
 
@@ -201,3 +201,44 @@ def test_the_operations_are_those_of_the_smaller_side():
     assert (seen[400].side, seen[400].operations) == (18, 400 * 18**2)
     assert seen[4].seconds == pytest.approx(2 * 16 * 8 + 16 / 3 * 4**3)
     assert seen[400].bytes == 2 * 8 * 18**2
+
+
+class Named(nn.Module):
+    """Takes its input by name, folds frames [n, k, 1, 3, 3] into the batch, and calls a layer by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(1, 4, 2, groups=1), nn.Linear(16, 4)
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, frames, scale=1.0):
+        h = torch.tanh(self.conv(frames.flatten(0, 1))).flatten(1)
+        h = self.mix(input=torch.tanh(self.fc(scale * h)))
+        return h.unflatten(0, frames.shape[:2]).mean(1)
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "hessian", "ggn"])
+def test_inputs_may_be_a_dict_or_a_tuple_and_a_layers_rows_a_samples_frames(matrix):
+    model, x, y = Named().double(), torch.randn(5, 3, 1, 3, 3).double(), torch.tensor([0, 1, 2, 3, 0])
+    expected = spectrum_of(dense(model, x, y, matrix))
+    for inputs in (x, {"frames": x}, (x, 1.0), {"frames": x.float()}):
+        found = curvature(model, inputs, y, matrix).eigenvalues
+        tolerance = 1e-5 if isinstance(inputs, dict) and inputs["frames"].dtype == torch.float32 else 1e-12
+        assert float((found - expected).abs().max()) < tolerance * float(expected.abs().max())
+    top = top_curvature(model, {"frames": x}, y, matrix)
+    assert float(top.values[0]) == pytest.approx(float(expected.max()), rel=1e-6)
+    assert list(kronecker_report(model, {"frames": x}, y, layers=["fc"])) == ["fc"]
+
+
+def test_rows_that_cannot_be_told_apart_by_sample_are_an_error():
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.fc(x.transpose(0, 1)).mean(0)
+
+    with pytest.raises(ValueError, match=r"layer 'fc' reads an input \[10, 5, 3\], whose rows cannot be told apart"):
+        curvature(TimeFirst().double(), torch.randn(5, 10, 3), torch.zeros(5, dtype=torch.long), "fisher")

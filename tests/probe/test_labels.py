@@ -129,8 +129,12 @@ def test_outputs_that_do_not_fit_the_distribution_are_explained():
         def forward(self, x):
             return self.inner(x), x
 
-    with pytest.raises(ValueError, match=r"needs logits \[n, classes\], got \[5, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"needs logits \[n, classes\] or \[n, classes, ...\], got \[5\]"):
+        measure(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).double(), (inputs(), None), labels="model")
+    with pytest.raises(ValueError, match=r"logits \[5, 2, 3\] have their classes second or last: pass the targets too"):
         measure(network(), (inputs(10).reshape(5, 2, 4), None), labels="model")
+    with pytest.raises(ValueError, match=r"matrix='ggn' needs logits \[n, classes\], got \[5, 2, 3\]"):
+        curvature(network(), inputs(10).reshape(5, 2, 4), None, "ggn")
     with pytest.raises(ValueError, match=r"needs a model output that is a tensor \[n, ...\], got tuple"):
         measure(Pair(), (inputs(), None), labels="model", loss=nn.MSELoss())
 
@@ -140,3 +144,71 @@ def test_the_ggn_is_the_cross_entropys_alone():
     for loss, name in ((nn.MSELoss(), "MSELoss"), (weighted, "CrossEntropyLoss")):
         with pytest.raises(ValueError, match=rf"'ggn' needs the cross-entropy .* without class weights, got {name}"):
             curvature(network(), inputs(), None, "ggn", loss=loss)
+
+
+class Tokens(nn.Module):
+    """Logits of many labels a sample, [n, tokens, classes], whose tokens see each other; `.logits`, or transposed."""
+
+    def __init__(self, form):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mix, self.head, self.form = nn.Linear(4, 5), nn.Linear(3, 3), nn.Linear(5, WIDTH), form
+
+    def forward(self, x, labels=None):
+        h = self.embed(x)
+        logits = self.head(torch.tanh(h + self.mix(h.mT).mT))
+        if self.form == "second":
+            return logits.mT
+        shifted = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"logits": logits} if labels is None else {"logits": logits, "loss": shifted}
+
+
+def per_token_moment(model, x, counted):
+    """E[g g^T] of the tokens' embedding and of the head, label by label; tokens that do not count have none."""
+    found = {"embed": 0.0, "head": 0.0}
+    for sample in x:
+        hidden = model.embed(sample[None])
+        f = model.head(torch.tanh(hidden + model.mix(hidden.mT).mT))
+        for t in counted:
+            d = Categorical(logits=f[0, t])
+            for y in torch.arange(WIDTH):
+                grads = torch.autograd.grad(-d.log_prob(y), [hidden, f], retain_graph=True)
+                for name, g in zip(found, grads, strict=True):
+                    found[name] = found[name] + float(d.probs[y].detach()) * g[0].T @ g[0] / (len(x) * 3)
+    return found
+
+
+@pytest.mark.parametrize("form", ["last", "second", "model's own loss"])
+def test_labels_of_every_token_are_drawn_from_its_own_softmax(form):
+    model, x = Tokens(form).double(), torch.randn((4, 3, 4), generator=torch.Generator().manual_seed(0)).double()
+    y = torch.zeros((4, 3), dtype=torch.long)
+    batch = {"last": ({"x": x}, None), "second": (x, y), "model's own loss": {"x": x, "labels": y}}[form]
+    found = measure(model, [batch], labels="model")
+    drawn = measure(model, [batch] * 400, labels="sample")
+    for name, moment in per_token_moment(model, x, range(2 if form == "model's own loss" else 3)).items():
+        expected = torch.linalg.eigvalsh(moment).flip(0)
+        assert torch.allclose(found[name].output_grad.eigenvalues, expected, rtol=1e-9, atol=1e-14)
+        assert drawn[name].output_grad.lambda_max == pytest.approx(float(expected[0]), rel=0.1)
+
+
+def test_exact_curvature_of_many_labels_a_sample_is_the_measured_factor():
+    model, x = Tokens("second").double(), torch.randn(4, 3, 4).double()
+    y = torch.zeros((4, 3), dtype=torch.long)
+    block = curvature(model, x, y, "fisher", "head")  # a sample's tokens add up: the trace is that of all rows
+    rows = [(torch.cat([torch.tanh(h), torch.ones(3, 1)], 1), f) for h, f in per_sample_heads(model, x)]
+    trace = sum(float((p * (1 - p)).sum(1) @ r.square().sum(1)) for r, p in rows) / 4
+    assert float(block.eigenvalues.sum()) == pytest.approx(trace, rel=1e-10)
+
+
+def per_sample_heads(model, x):
+    """The head's inputs before tanh and its tokens' class probabilities, sample by sample."""
+    for sample in x:
+        h = model.embed(sample)
+        h = h + model.mix(h.mT).mT
+        yield h.detach(), model.head(torch.tanh(h)).softmax(1).detach()
+
+
+def test_very_many_labels_are_warned_of():
+    model = nn.Linear(4, 2001).double()
+    with pytest.warns(UserWarning, match=r"a backward pass a class and label, 2,001 a batch here; labels='sample'"):
+        measure(model, (torch.zeros(2, 4).double(), None), labels="model")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from condzoo.probe import Probe
+from condzoo.probe import Probe, measure
 
 
 def close(a, b, tolerance=1e-12):
@@ -63,9 +63,10 @@ def test_loss_scale_alone_is_undone_and_must_be_positive(kit):
         probe.loss_scale = 4096.0
         probe.step()
     close(probe.latest, plain, 1e-10)
-    with Probe(model, loss_scale=0.0) as probe:
+    with Probe(model) as probe:
         model(x).sum().backward()
-        with pytest.raises(ValueError, match=r"loss_scale must be above 0, got 0"):
+        probe.loss_scale = 0.0
+        with pytest.raises(ValueError, match=r"loss_scale must be a number above 0, got 0"):
             probe.step()
 
 
@@ -222,3 +223,23 @@ def test_a_model_that_is_not_called_is_measured_once_told_that_a_batch_begins(ki
         probe.step()
     close(probe.latest, plain)
     assert probe.latest.samples == 12
+
+
+def test_data_parallel_is_measured_on_one_device_and_refused_on_several(kit):
+    model, (x, y) = kit.build("conv"), kit.images()
+    expected = measure(model, (x, y))
+    wrapped = nn.DataParallel(model)
+    close(measure(wrapped, (x, y)), expected, 0.0)
+    with Probe(wrapped) as probe:
+        F.cross_entropy(wrapped(x), y).backward()
+        probe.step()
+    close(probe.latest, expected)
+    model[2] = nn.DataParallel(model[2])
+    assert list(measure(model, (x, y))) == list(expected)
+    wrapped.device_ids = [0, 1]  # as on two GPUs
+    with pytest.raises(ValueError, match=r"DataParallel over several .* train with DistributedDataParallel"):
+        Probe(wrapped)
+    close(measure(wrapped, (x, y)), expected, 0.0)  # the model inside, by itself
+    model[2].device_ids = [0, 1]
+    with pytest.raises(ValueError, match="measure the model inside it"):
+        measure(model, (x, y))

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from condzoo.probe import Probe, measure, read_records
 
@@ -117,40 +116,6 @@ def test_a_sum_over_the_batch_is_known_by_its_reduction(kit):
     close(probe.latest, expected, 1e-10)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_changes_nothing(kit, reentrant):
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.body, self.head = nn.Linear(48, 8), nn.Linear(8, 8), nn.Linear(8, 4)
-            self.relu, self.on = nn.ReLU(), False
-
-        def inner(self, h):
-            return self.relu(self.body(h))
-
-        def forward(self, x):
-            h = self.stem(x.flatten(1))
-            h = checkpoint(self.inner, h, use_reentrant=reentrant) if self.on else self.inner(h)
-            return self.head(h)
-
-    torch.manual_seed(0)
-    model = Checkpointed().double()
-    found = []
-    for model.on in (False, True):
-        with Probe(model) as probe:
-            F.cross_entropy(model(kit.images()[0]), kit.images()[1]).backward()
-            probe.step()
-        model.zero_grad()
-        found.append(probe.latest)
-    plain, checkpointed = found
-    assert set(plain) == set(checkpointed) == {"stem", "body", "head"}
-    for name in plain:
-        assert torch.equal(plain[name].input.eigenvalues, checkpointed[name].input.eigenvalues)
-        assert torch.equal(plain[name].output_grad.eigenvalues, checkpointed[name].output_grad.eigenvalues)
-        assert checkpointed[name].samples == 12
-    assert checkpointed.neurons["relu"] == plain.neurons["relu"]
-
-
 def test_bf16_autocast_is_measured_and_recorded(kit):
     model = kit.build("residual", torch.float32)
     x, y = kit.images(64, dtype=torch.float32)
@@ -211,5 +176,31 @@ def test_every_zero_measures_nothing_and_negative_is_an_error(kit, tmp_path):
         train(model, kit, 2, probe)
     assert probe.latest is None
     assert not (tmp_path / "conditioning.jsonl").exists()
-    with pytest.raises(ValueError, match="must be 0 or more, got -1 and 0"):
+
+
+def test_wrong_settings_are_errors_before_the_training_starts(kit):
+    model = kit.build("mlp")
+    with pytest.raises(ValueError, match="every must be 0 or more, got -1"):
         Probe(model, every=-1)
+    with pytest.raises(ValueError, match="start_step must be 0 or more, got -2"):
+        Probe(model, start_step=-2)
+    for scale in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"loss_scale must be a number above 0, got {scale}"):
+            Probe(model, loss_scale=scale)
+
+
+def test_steps_outside_with_are_an_error_and_leave_no_hooks(kit, tmp_path):
+    model = kit.build("mlp")
+    probe = Probe(model, every=1, out=tmp_path / "run")
+    with pytest.raises(RuntimeError, match=r"probe\.step\(\) outside `with`: put the training loop inside `with Probe"):
+        train(model, kit, 1, probe)
+    with pytest.raises(RuntimeError, match=r"probe\.begin\(\) outside `with`"):
+        probe.begin(kit.images())
+    with probe, pytest.raises(RuntimeError, match="this Probe is open already"), probe:
+        pass
+    with probe:  # a notebook's cell, run again
+        train(model, kit, 1, probe)
+    with pytest.raises(RuntimeError, match="outside `with`"):
+        probe.step()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert [r.step for r in read_records(tmp_path / "run")] == [0]

@@ -74,18 +74,17 @@ def run_experiments(
 ) -> bool:
     """Run, draw and judge each experiment; returns whether a claim did not hold."""
     from condzoo import display
-    from condzoo.experiments import collect, draw, estimated_minutes, judge, stem
+    from condzoo.experiments import collect, draw, judge, stem
     from condzoo.experiments.report import needs_folder
     from condzoo.progress import TrainingProgress
 
-    minutes = estimated_minutes(experiments, scale)
-    display.console.print(f"{len(experiments)} experiments at scale {scale}: about {minutes:.3g} minutes in all")
+    display.console.print(time_ahead(experiments, scale, out, options), markup=False)
     failed = False
     for number, experiment in enumerate(experiments, start=1):
         display.console.print(f"[{number}/{len(experiments)}] {experiment.id}: {experiment.title}", markup=False)
-        images = {"root": str(imagenet)} if needs_folder(experiment) else None
+        own = {"data": {"root": str(imagenet)}, "data_root": None} if needs_folder(experiment) else {}
         with TrainingProgress(display.console) as progress:
-            data = collect(experiment, scale, out, data=images, on_event=progress, **options)
+            data = collect(experiment, scale, out, on_event=progress, **{**options, **own})
         picture = out / f"{stem(experiment.id, scale)}.png"
         draw(experiment, data, picture)
         verdicts = judge(experiment, data)
@@ -94,16 +93,36 @@ def run_experiments(
     return failed
 
 
+def time_ahead(experiments: list["Experiment"], scale: str, out: Path, options: dict[str, Any]) -> str:
+    """How many experiments there are, how long those take that are not finished, and how many are."""
+    from condzoo.experiments import estimated_minutes, finished
+
+    chosen = {key: options[key] for key in ("seeds", "only")}
+    ahead = [experiment for experiment in experiments if finished(experiment, scale, out, **chosen) is None]
+    minutes = estimated_minutes(ahead, scale, options["seeds"])
+    length = f"{minutes / 60:.1f} hours" if minutes > 120 else f"{minutes:.3g} minutes"
+    before = len(experiments) - len(ahead)
+    count = f"{len(experiments)} experiment{'' if len(experiments) == 1 else 's'}"
+    return f"{count} at scale {scale}: about {length} in all" + (f"; {before} finished before" if before else "")
+
+
 def with_images(experiments: list["Experiment"], folder: Path | None, every: bool) -> list["Experiment"]:
     """The experiments that can be run: with --all and no folder of images, those on ImageNet are left out, aloud.
 
     Raises:
-        ValueError: one that was asked for by its id needs a folder, and none was named.
+        ValueError: one that was asked for by its id needs a folder, and none was named; or it holds no such images.
     """
     from condzoo import display
     from condzoo.experiments.report import needs_folder
 
     on_images = [experiment.id for experiment in experiments if needs_folder(experiment)]
+    if folder is not None and on_images:
+        missing = [part for part in ("train", "val") if not any(path.is_dir() for path in folder.glob(f"{part}/*"))]
+        if missing:
+            raise ValueError(
+                f"--imagenet {folder}: no class folders in {' and '.join(f'{part}/' for part in missing)}; it must hold "
+                "train/ and val/, each with a folder of images for every class"
+            )
     if folder is not None or not on_images:
         return experiments
     what = f"{', '.join(on_images)}: on ImageNet; name a folder with train/ and val/ class folders by --imagenet FOLDER"

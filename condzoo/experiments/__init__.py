@@ -15,7 +15,7 @@ The dict is written as JSON beside the figure, so that drawing, judging and repo
 """
 
 from condzoo.experiments.claims import Verdict, judge
-from condzoo.experiments.collecting import collect, estimated_minutes, read_data_file, stem
+from condzoo.experiments.collecting import collect, estimated_minutes, finished, read_data_file, stem
 from condzoo.experiments.figures import draw
 from condzoo.experiments.loading import experiment_ids, load_experiment
 from condzoo.experiments.report import report
@@ -28,6 +28,7 @@ __all__ = [
     "draw",
     "estimated_minutes",
     "experiment_ids",
+    "finished",
     "judge",
     "load_experiment",
     "read_data_file",

@@ -17,10 +17,12 @@ from condzoo.experiments.theory import collect_theory
 from condzoo.experiments.training import collect_trainings
 from condzoo.training.environment import describe_environment
 from condzoo.training.events import OnEvent
+from condzoo.training.many_runs import ENGINES
 from condzoo.training.precision import Numerics
 from condzoo.training.run_directory import write_atomically
 
 IMAGENET = (1000, 1_281_167)  # classes, training images
+NOT_IMAGENET = "not ImageNet: "  # how the reduction begins that says so
 SCHEMA = "condzoo.experiment/1"
 
 
@@ -53,19 +55,20 @@ def collect(
         A dict of JSON types; `made` says when, on what, of which source.
 
     Raises:
-        ValueError, FileNotFoundError: a scale or curve that there is not; data that are not there.
+        ValueError, FileNotFoundError: a scale, curve or engine that there is not; data that are not there.
         Stopped: on a signal; the same call goes on.
     """
+    if engine not in ENGINES:
+        raise ValueError(f"engine: got {engine!r}, must be one of: {', '.join(ENGINES)}")
     chosen, out = scale_of(training_of(experiment), scale), Path(out)
     wanted = list(seeds or chosen.seeds)
-    labels = labels_run(experiment, scale, only) if experiment.training is not None else None
-    target = out / f"{stem(experiment.id, scale)}.json"
-    kept = existing(target, experiment, scale, wanted, labels)
+    kept = finished(experiment, scale, out, seeds=seeds, only=only)
     if kept is not None:
         return kept
+    labels = curves(experiment, scale, only)
     if experiment.initialization is not None:
         settings = experiment.initialization.model_copy(update=chosen.settings)
-        found = collect_initialization(settings, wanted, data_root)
+        found = collect_initialization(settings, wanted, data_root, out / "runs" / f"{experiment.id}-{scale}")
     elif experiment.theory is not None:
         found = collect_theory(experiment.theory.model_copy(update=chosen.settings), wanted)
     elif experiment.growth is not None:
@@ -90,7 +93,9 @@ def collect(
         **found,
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, (json.dumps(result, allow_nan=False, separators=(",", ":")) + "\n").encode())
+    write_atomically(
+        data_file(experiment, scale, out), (json.dumps(result, allow_nan=False, separators=(",", ":")) + "\n").encode()
+    )
     return result
 
 
@@ -115,7 +120,7 @@ def folder_reduction(data: dict[str, Any] | None) -> list[str]:
     images = sum(1 for folder in folders for file in folder.rglob("*") if file.is_file())
     if (len(folders), images) == IMAGENET:
         return []
-    return [f"not ImageNet: {len(folders)} classes and {images:,} training images in place of 1,000 and 1,281,167"]
+    return [f"{NOT_IMAGENET}{len(folders)} classes and {images:,} training images in place of 1,000 and 1,281,167"]
 
 
 def stem(name: str, scale: str) -> str:
@@ -123,14 +128,44 @@ def stem(name: str, scale: str) -> str:
     return name if scale == "cpu" else f"{name}.{scale}"
 
 
-def existing(
-    target: Path, experiment: Experiment, scale: str, seeds: list[int], labels: list[str] | None
+def data_file(experiment: Experiment, scale: str, out: Path) -> Path:
+    """Where an experiment's data are."""
+    return out / f"{stem(experiment.id, scale)}.json"
+
+
+def curves(experiment: Experiment, scale: str, only: Sequence[str] | None) -> list[str] | None:
+    """The labels of an experiment's runs; None where nothing is trained.
+
+    Raises:
+        ValueError: `only` for an experiment that trains nothing, or that matches none of its curves.
+    """
+    if experiment.training is not None:
+        return labels_run(experiment, scale, only)
+    if only is not None:
+        raise ValueError(f"{experiment.id} trains nothing, so there is no run to choose; leave --only out")
+    return None
+
+
+def finished(
+    experiment: Experiment,
+    scale: str,
+    out: str | Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    only: Sequence[str] | None = None,
 ) -> dict[str, Any] | None:
-    """The data already there for the same seeds, scale and curves; not where a run had failed."""
+    """The data already there for the same seeds, scale and curves; not where a run had failed.
+
+    Raises:
+        ValueError: a scale or curve that there is not.
+    """
+    wanted = list(seeds or scale_of(training_of(experiment), scale).seeds)
+    labels = curves(experiment, scale, only)
+    target = data_file(experiment, scale, Path(out))
     if not target.exists():
         return None
     data = read_data_file(target)
-    same = (data["id"], data["scale"], data["seeds"]) == (experiment.id, scale, seeds)
+    same = (data["id"], data["scale"], data["seeds"]) == (experiment.id, scale, wanted)
     same = same and (labels is None or labels == list(dict.fromkeys(run["label"] for run in data["runs"])))
     failed = any(run["status"] == "failed" for run in data.get("runs", []))
     return data if same and not failed else None
@@ -166,7 +201,8 @@ def made(environment: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def estimated_minutes(experiments: Sequence[Experiment], scale: str) -> float:
-    """What the experiments' files say they take together; runs that two share count once."""
+def estimated_minutes(experiments: Sequence[Experiment], scale: str, seeds: Sequence[int] | None = None) -> float:
+    """What the experiments' files say they take together, in proportion to the seeds; shared runs count once."""
     owners = {training_of(experiment).id: training_of(experiment) for experiment in experiments}
-    return sum(scale_of(owner, scale).minutes for owner in owners.values())
+    chosen = [scale_of(owner, scale) for owner in owners.values()]
+    return sum(one.minutes * len(seeds or one.seeds) / len(one.seeds) for one in chosen)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from condzoo.experiments import matrix_figures, training_figures
+from condzoo.experiments.collecting import NOT_IMAGENET
 from condzoo.experiments.schema import Experiment
 
 DPI = 104
@@ -46,7 +47,8 @@ def draw(experiment: Experiment, data: dict[str, Any], png: str | Path) -> None:
     FigureCanvasAgg(figure)
     DRAWERS[experiment.figure.kind](figure, data, experiment)
     width = figure.get_figwidth()
-    figure.suptitle(experiment.title, fontsize=12)
+    elsewhere = next((f"\n{text}" for text in data["reductions"] if text.startswith(NOT_IMAGENET)), "")
+    figure.suptitle(experiment.title + elsewhere, fontsize=12)
     wrapped = textwrap.wrap(small_print(data), int(SMALL_PRINT * width / 10))
     figure.supxlabel("\n".join(wrapped), fontsize=7, x=0.01, ha="left", color="0.3")
     Path(png).parent.mkdir(parents=True, exist_ok=True)

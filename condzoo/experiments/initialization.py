@@ -1,5 +1,7 @@
 """Experiments at initialization: exact curvature of small networks, whole and layer by layer."""
 
+import itertools
+import json
 import time
 import warnings
 from pathlib import Path
@@ -10,24 +12,47 @@ from torch import Tensor, nn
 
 from condzoo.data import BatchPlan, load_data
 from condzoo.experiments.schema import InitializationSettings
-from condzoo.experiments.training import rounded
+from condzoo.experiments.training import plain_name, rounded
 from condzoo.models import create_model
 from condzoo.probe import Spectrum, curvature
+from condzoo.training.run_directory import write_atomically
 
 
 def collect_initialization(
-    settings: InitializationSettings, seeds: list[int], data_root: str | Path | None = None
+    settings: InitializationSettings, seeds: list[int], data_root: str | Path | None = None, folder: Path | None = None
 ) -> dict[str, Any]:
-    """lambda_max and kappa_p of every matrix, full and each layer's block, for every network and seed."""
-    began = time.perf_counter()
+    """lambda_max and kappa_p of every matrix, full and each layer's block, for every network and seed.
+
+    With a folder each network is written there once it is measured, and not measured again.
+    """
+    rows, seconds = [], 0.0
     with warnings.catch_warnings():  # that a matrix takes minutes; the experiment's file says how many in all
         warnings.filterwarnings("ignore", r"exact (curvature|Hessian): about", UserWarning)
-        rows = [
-            {"label": label, "seed": seed, "matrices": measure_network(name, settings, seed, data_root)}
-            for seed in seeds
-            for label, name in settings.models.items()
-        ]
-    return {"networks": rows, "p": settings.p, "seconds": time.perf_counter() - began}
+        for seed, label in itertools.product(seeds, settings.models):
+            row, spent = measured_once(label, settings, seed, data_root, folder)
+            rows.append(row)
+            seconds += spent
+    return {"networks": rows, "p": settings.p, "seconds": seconds}
+
+
+def measured_once(
+    label: str, settings: InitializationSettings, seed: int, data_root: str | Path | None, folder: Path | None
+) -> tuple[dict[str, Any], float]:
+    """One network's row and the seconds it took; from the folder where it was measured with the same settings."""
+    path = None if folder is None else folder / f"{plain_name(label)}-seed{seed}.json"
+    asked = settings.model_dump(mode="json")
+    if path is not None and path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["settings"] == asked:
+            return kept["network"], kept["seconds"]
+    began = time.perf_counter()
+    row = {"label": label, "seed": seed, "matrices": measure_network(settings.models[label], settings, seed, data_root)}
+    seconds = time.perf_counter() - began
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"settings": asked, "network": row, "seconds": seconds}
+        write_atomically(path, json.dumps(kept, allow_nan=False).encode())
+    return row, seconds
 
 
 def measure_network(

@@ -4,6 +4,7 @@ import copy
 import difflib
 import fnmatch
 import itertools
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def load_experiment(name: str) -> Experiment:
         ValueError: an unknown id (the closest is given), or a file with a fault (each with its field).
     """
     if name not in experiment_ids():
-        close = difflib.get_close_matches(name, experiment_ids(), n=1, cutoff=0.4)
+        padded = re.sub(r"(\d+)$", lambda number: number[1].zfill(2), name)  # fig5: fig05, not fig15
+        close = difflib.get_close_matches(padded, experiment_ids(), n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(experiment_ids())}"
         raise ValueError(f"unknown experiment {name!r}; {hint}")
     path = recipe_folder() / EXPERIMENTS / f"{name}.toml"

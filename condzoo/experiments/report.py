@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from condzoo.experiments.claims import Verdict, judge
-from condzoo.experiments.collecting import read_data_file, stem
+from condzoo.experiments.collecting import NOT_IMAGENET, read_data_file, stem
 from condzoo.experiments.loading import experiment_ids, load_experiment, training_of
 from condzoo.experiments.schema import SCALES, Experiment
 
@@ -51,7 +51,8 @@ def overview(experiments: list[Experiment], found: dict[str, list[dict[str, Any]
             verdicts: list[str] = [verdict.outcome for verdict in judge(experiment, data)]
             counts = " | ".join(str(verdicts.count(outcome) or "") for outcome in OUTCOMES)
             how = f"{data['scale']} | {numbers(data['seeds'])} | {minutes(data)} | {data['made']['date']}"
-            yield f"| {link} | {counts} | {how} |"
+            elsewhere = " (**not on ImageNet**)" * any(text.startswith(NOT_IMAGENET) for text in data["reductions"])
+            yield f"| {link}{elsewhere} | {counts} | {how} |"
         if not found[experiment.id]:
             yield f"| {link} | not run yet | | | | | | |"
     yield ""

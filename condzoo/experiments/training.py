@@ -13,6 +13,7 @@ from condzoo.experiments.loading import PlannedRun, planned_runs, training_of
 from condzoo.experiments.schema import Experiment, TrainingSettings
 from condzoo.probe import Conditioning, LayerConditioning, read_records
 from condzoo.training import Run
+from condzoo.training.data_sets import read_data
 from condzoo.training.events import OnEvent
 from condzoo.training.run_directory import CONDITIONING, ENVIRONMENT, METRICS, read_json
 from condzoo.training.run_directory import read_records as read_metrics
@@ -46,12 +47,14 @@ def collect_trainings(
     """Train what is not yet there under out/runs, and return the numbers of all runs.
 
     Raises:
-        ValueError, FileNotFoundError: see `planned_runs` and `condzoo.train`.
+        ValueError, FileNotFoundError: see `planned_runs`; data that are not there, before a run directory is made.
         Stopped: on a signal; the same call goes on.
     """
     planned = {run_folder(run): run for run in planned_runs(experiment, scale, seeds, data, only)}
     folder = out / "runs" / f"{training_of(experiment).id}-{scale}"
     recipes = {name: run.recipe for name, run in planned.items()}
+    for recipe in {recipe.data.name: recipe for recipe in recipes.values()}.values():
+        read_data(recipe, data_root)
     runs = run_all(recipes, folder, engine=engine, data_root=data_root, device=device, on_event=on_event)
     assert experiment.training is not None
     rows = [take_run(p, run, experiment.training) for p, run in zip(planned.values(), runs, strict=True)]
@@ -63,7 +66,12 @@ def collect_trainings(
 def run_folder(run: PlannedRun) -> str:
     """A folder's name that says which run it is."""
     parts = [run.label, *(f"{field}={value}" for field, value in run.variant.items()), f"seed{run.recipe.seed}"]
-    return re.sub(r"[^\w.=+-]+", "_", "-".join(parts))
+    return plain_name("-".join(parts))
+
+
+def plain_name(text: str) -> str:
+    """Words as a file's or folder's name."""
+    return re.sub(r"[^\w.=+-]+", "_", text)
 
 
 def take_run(planned: PlannedRun, run: Run, settings: TrainingSettings) -> dict[str, Any]:

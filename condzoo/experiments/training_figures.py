@@ -184,7 +184,7 @@ def draw_curve(ax: Axes, runs: Sequence[dict[str, Any]], column: str, index: int
 
 
 def errors(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
-    """Test error of each run at the end: a column a curve, a point a seed; a cross for one that diverged."""
+    """Test error of each run at the end: a column a curve, a point a seed, a bar at the median; how many diverged."""
     labels = labels_of(data)
     figure.set_size_inches(max(6.0, 0.75 * len(labels) + 1.5), 4.8)
     ax = figure.subplots()
@@ -197,9 +197,12 @@ def errors(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
             ax.hlines(np.median(known), i - 0.25, i + 0.25, color=color)
         lost = len(runs) - len(known)
         if lost:
-            ax.text(i, 91, f"x {lost}", color=OKABE_ITO[1], ha="center", fontsize=8)
+            text = f"{lost} of {len(runs)} diverged"
+            above = ax.get_xaxis_transform()  # at the upper edge, wherever the errors lie
+            ax.text(i, 0.98, text, transform=above, rotation=90, ha="center", va="top", fontsize=7, color=color)
     ax.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
-    ax.set_ylabel(name_of("test_error"))
+    ax.set_ylabel(f"{name_of('test_error')} (points: seeds; bars: medians)")
+    ax.set_xlim(-0.6, len(labels) - 0.4)
     tidy(ax)
 
 

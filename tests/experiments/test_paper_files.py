@@ -94,5 +94,5 @@ def test_a_claim_needs_a_bound_and_an_experiment_one_kind():
 
 
 def test_an_unknown_id_gets_the_closest():
-    with pytest.raises(ValueError, match="unknown experiment 'fig5'; did you mean 'fig"):
+    with pytest.raises(ValueError, match="unknown experiment 'fig5'; did you mean 'fig05'"):
         load_experiment("fig5")

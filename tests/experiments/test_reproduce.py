@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 
 from condzoo.cli import main
-from condzoo.experiments import collect, experiment_ids, load_experiment, report
+from condzoo.experiments import collect, draw, estimated_minutes, experiment_ids, load_experiment, report
 from condzoo.experiments.collecting import SCHEMA, folder_reduction
+from condzoo.experiments.initialization import measure_network
 from condzoo.experiments.loading import labels_run, planned_runs
 from condzoo.experiments.report import error_table
+from condzoo.reproduce_commands import run_experiments
 from condzoo.training import Stopped
 from condzoo.training.loop import train
 from tests.experiments.made_up import run_of
 
 ATTEMPTS = importlib.import_module("condzoo.training.attempts")
+OPTIONS = {"seeds": None, "only": None, "engine": "local", "data_root": None, "device": None}
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -37,9 +40,12 @@ def test_the_list_names_every_experiment(capsys):
     [
         ([], r"takes experiments by their id (--list shows them), or --all"),
         (["fig05", "--all"], r"takes experiments by their id (--list shows them), or --all"),
-        (["fig5"], "unknown experiment 'fig5'; did you mean 'fig"),
+        (["fig5"], "unknown experiment 'fig5'; did you mean 'fig05'?"),
         (["thm1", "--scale", "gpu"], "thm1 has no scale 'gpu'; it has: cpu, paper"),
         (["table_b", "--only", "*-21*"], "table_b has no run like '*-21*'; it has: VGG-20, VGG-20 LastBN, "),
+        (["thm1", "--only", "x"], "thm1 trains nothing, so there is no run to choose; leave --only out"),
+        (["thm1", "--engine", "slurm"], "engine: got 'slurm', must be one of: local, ray"),
+        (["table_a", "--imagenet", "nowhere"], "--imagenet nowhere: no class folders in train/ and val/; it must hold"),
         (["table_b", "--engine", "slurm"], "engine: got 'slurm', must be one of: local, ray"),
         (["table_a", "fig10"], "table_a, fig10: on ImageNet; name a folder with train/ and val/ class folders by --im"),
         (["thm1", "--seeds", "x"], "seeds 'x': must be like 1-5 or 1,3,7"),
@@ -52,6 +58,7 @@ def test_wrong_input_is_one_line(args, message, tmp_path, monkeypatch, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+    assert not (tmp_path / "runs" / "reproduce" / "runs").exists(), "a directory was made for a run that cannot start"
 
 
 def test_a_second_call_runs_nothing_and_the_figure_is_drawn_again(tiny, tmp_path, monkeypatch, capsys):
@@ -59,12 +66,13 @@ def test_a_second_call_runs_nothing_and_the_figure_is_drawn_again(tiny, tmp_path
     monkeypatch.setattr("condzoo.experiments.load_experiment", lambda _: experiment)
     assert condzoo("reproduce", "thm1", "--out", str(tmp_path)) == 0
     first = capsys.readouterr().out
-    assert "1 experiments at scale cpu: about 0.1 minutes in all" in first
+    assert "1 experiment at scale cpu: about 0.1 minutes in all" in first
     assert "held" in first
 
     monkeypatch.setattr("condzoo.experiments.collecting.collect_theory", lambda *_: pytest.fail("ran again"))
     written = (tmp_path / "thm1.json").read_bytes()
     assert condzoo("reproduce", "thm1", "--out", str(tmp_path)) == 0
+    assert "about 0 minutes in all; 1 finished before" in capsys.readouterr().out
     assert (tmp_path / "thm1.json").read_bytes() == written
 
     picture = (tmp_path / "thm1.png").read_bytes()
@@ -107,6 +115,39 @@ def test_it_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items()), "a finished run was trained again"
 
 
+def test_a_network_measured_at_initialization_is_not_measured_again(tiny, tmp_path, monkeypatch):
+    experiment = tiny("fig01")
+    measured = []
+
+    def stopping(name, *rest):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(name)
+        return measure_network(name, *rest)
+
+    monkeypatch.setattr("condzoo.experiments.initialization.measure_network", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        collect(experiment, "cpu", tmp_path)
+    assert not (tmp_path / "fig01.json").exists()
+
+    def counting(name, *rest):
+        measured.append(name)
+        return measure_network(name, *rest)
+
+    monkeypatch.setattr("condzoo.experiments.initialization.measure_network", counting)
+    data = collect(experiment, "cpu", tmp_path)
+    assert measured == ["mlp3x8", "mlp3x8_bn"]
+    assert [network["label"] for network in data["networks"]] == ["plain", "BN"]
+    collect(experiment, "cpu", tmp_path / "other")
+    assert json.loads((tmp_path / "other" / "fig01.json").read_text())["networks"] == data["networks"]
+
+    (tmp_path / "fig01.json").unlink()
+    scale = experiment.scales["cpu"]
+    fewer = scale.model_copy(update={"settings": {**scale.settings, "examples": 12}})
+    collect(experiment.model_copy(update={"scales": {"cpu": fewer}}), "cpu", tmp_path)
+    assert len(measured) == 6, "other settings are another measurement"
+
+
 def test_a_run_that_failed_is_tried_again(tiny, tmp_path, monkeypatch):
     experiment = tiny("fig11")
     monkeypatch.setattr(ATTEMPTS, "train", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
@@ -134,9 +175,24 @@ def test_only_some_curves(tiny, tmp_path):
     assert not any("without" in reduction for reduction in data["reductions"])
 
 
-def test_fewer_seeds_than_the_scale_has_are_a_reduction(tmp_path):
-    data = collect(load_experiment("thm1"), "cpu", tmp_path, seeds=[1])
+def test_the_time_ahead_counts_shared_runs_once_and_goes_with_the_seeds():
+    fig05, fig06, fig11 = (load_experiment(name) for name in ("fig05", "fig06", "fig11"))
+    minutes = [experiment.scales["cpu"].minutes for experiment in (fig05, fig11)]
+    assert estimated_minutes([fig05, fig06, fig11], "cpu") == pytest.approx(sum(minutes))
+    assert estimated_minutes([fig05, fig06, fig11], "cpu", [7]) == pytest.approx(sum(minutes) / 3)
+
+
+def test_fewer_seeds_than_the_scale_has_are_a_reduction(tiny, tmp_path):
+    experiment = tiny("thm1")
+    three = experiment.scales["cpu"].model_copy(update={"seeds": [1, 2, 3]})
+    data = collect(experiment.model_copy(update={"scales": {"cpu": three}}), "cpu", tmp_path, seeds=[1])
     assert data["reductions"][-1] == "1 of 3 seeds"
+
+
+def test_data_that_are_not_there_are_said_before_a_run_directory_is_made(tmp_path, capsys):
+    assert condzoo("reproduce", "fig11", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")) == 2
+    assert capsys.readouterr().err.startswith("error: data set 'mnist' was not found; looked for")
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_without_a_folder_of_images_leaves_those_that_need_one_out_aloud(monkeypatch, tmp_path, capsys):
@@ -149,6 +205,23 @@ def test_all_without_a_folder_of_images_leaves_those_that_need_one_out_aloud(mon
     assert "left out: fig10, fig14, table_a: on ImageNet" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_folder_of_images_is_theirs_alone(monkeypatch, tmp_path):
+    asked = {}
+
+    def collected(experiment, scale, out, **options):
+        asked[experiment.id] = (options.get("data"), options["data_root"])
+        raise Stopped("enough")
+
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+    monkeypatch.setattr("condzoo.experiments.collect", collected)
+    for name in ("fig10", "fig11"):
+        experiments = [load_experiment(name)]
+        with pytest.raises(Stopped):
+            run_experiments(experiments, "cpu", tmp_path, tmp_path, {**OPTIONS, "data_root": Path("sets")})
+    assert asked == {"fig10": ({"root": str(tmp_path)}, None), "fig11": (None, Path("sets"))}
+
+
 def test_a_folder_that_is_not_imagenet_is_called_that(tmp_path, monkeypatch):
     for name in ("cat", "dog"):
         (tmp_path / "train" / name).mkdir(parents=True)
@@ -159,6 +232,24 @@ def test_a_folder_that_is_not_imagenet_is_called_that(tmp_path, monkeypatch):
     assert folder_reduction(None) == []
     monkeypatch.setattr("condzoo.experiments.collecting.IMAGENET", (2, 6))
     assert folder_reduction(data) == []
+
+
+def test_nobody_takes_a_figure_or_the_report_for_imagenet(tiny, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda _, text, **__: titles.append(text))
+    experiment = tiny("fig14")
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    for data in (None, {"root": str(tmp_path)}):
+        found = collect(experiment, "cpu", tmp_path / str(data is None), only=["ResNet-18*"])
+        found["reductions"] += folder_reduction(data)
+        draw(experiment, found, tmp_path / "figure.png")
+        (tmp_path / "fig14.json").write_text(json.dumps(found))
+        row = next(line for line in report(tmp_path).splitlines() if line.startswith("| [fig14]"))
+        assert ("(**not on ImageNet**)" in row) is (data is not None)
+    assert titles == [
+        experiment.title,
+        f"{experiment.title}\nnot ImageNet: 1 classes and 0 training images in place of 1,000 and 1,281,167",
+    ]
 
 
 def test_another_file_is_refused(tmp_path, capsys):

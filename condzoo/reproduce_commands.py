@@ -117,11 +117,11 @@ def with_images(experiments: list["Experiment"], folder: Path | None, every: boo
 
     on_images = [experiment.id for experiment in experiments if needs_folder(experiment)]
     if folder is not None and on_images:
-        missing = [part for part in ("train", "val") if not any(path.is_dir() for path in folder.glob(f"{part}/*"))]
+        missing = [part for part in ("train/", "val/") if not any(path.is_dir() for path in folder.glob(f"{part}*"))]
         if missing:
             raise ValueError(
-                f"--imagenet {folder}: no class folders in {' and '.join(f'{part}/' for part in missing)}; it must hold "
-                "train/ and val/, each with a folder of images for every class"
+                f"--imagenet {folder}: no class folders in {' and '.join(missing)}; it must hold train/ and val/, each "
+                "with a folder of images for every class"
             )
     if folder is not None or not on_images:
         return experiments

@@ -3,6 +3,7 @@
 Pickles are read by torch's weights-only unpickler, which runs no code.
 """
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -101,9 +102,7 @@ def convert_last_bn(
     name = source.removeprefix("timm/")
     arch = name.split(".", 1)[0]
     if not timm.is_model(name) or arch in read_catalog()[0]:
-        raise ValueError(
-            f"{source!r} is not a model of timm's; give one as timm/resnet50 (timm.list_models() has them)"
-        )
+        raise ValueError(not_timms(source, arch))
     ours = arch + "_lastbn" in read_catalog()[0]
     target = check_free(root_of(out) / f"{arch}{'_lastbn' * ours}.{check_tag(tag)}")
     network, origin, digest = timm_network(name, weights)
@@ -118,6 +117,17 @@ def convert_last_bn(
     if ours:
         network = as_ours(network, arch + "_lastbn")
     return write(target, network, tag, origin, digest, note, license, inserted=not ours)
+
+
+def not_timms(source: str, arch: str) -> str:
+    """The error text for a source that timm does not have: condzoo's own way to a last BN, or the closest name."""
+    said = f"{source!r} is not a model of timm's; give one as timm/resnet50 (timm.list_models() has them)"
+    known = read_catalog()[0]
+    if arch in known:
+        twin = arch if arch.endswith("_lastbn") else f"{arch}_lastbn"
+        return said + (f"; for condzoo's own: condzoo convert FILE --model {twin}" if twin in known else "")
+    close = difflib.get_close_matches(arch, sorted(set(timm.list_models()) - set(known)), n=1)
+    return said + (f"; did you mean 'timm/{close[0]}'?" if close else "")
 
 
 def timm_network(name: str, weights: str | Path | None) -> tuple[Any, str, str | None]:
@@ -181,6 +191,8 @@ def calibration_images(network: nn.Module, folder: Path, count: int) -> list[Ten
     Raises:
         ValueError: no folder of images there, or fewer than two.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of images, one folder a class: it does not exist, or is a file")
     transform = create_transform(**resolve_data_config({}, model=network), is_training=False)
     try:
         data = ImageFolder(str(folder), transform)

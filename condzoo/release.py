@@ -93,6 +93,8 @@ def checked_run(paths: Sequence[Path]) -> Run:
     """The run with the lowest seed, every run being finished and of one recipe that a name rebuilds."""
     if not paths:
         raise ValueError("no run was given; give at least one run directory")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"a run was given twice: {', '.join(map(str, paths))}; a seed counts once")
     recipes = {path: read_finished(path) for path in paths}
     check_same_recipe(recipes)
     run = load_run(min(recipes, key=lambda path: recipes[path].seed))

@@ -22,6 +22,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 # option-B shortcuts' weights: chenyaofo's and torchvision's name, akamaster's and condzoo's
 PROJECTION = re.compile(r"^(layer\d+\.\d+)\.(?:downsample|shortcut)\.")
 
+# how torch's weights-only unpickler names what a pickle asks for
+GLOBAL = re.compile(r"(?:GLOBAL|global|function|class)\s+`?([\w.]+\.[\w.]+)`?")
+
 
 def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor]]:
     """A file's content, and the state dict in it, out of what it is nested in and without wrapper prefixes.
@@ -38,8 +41,7 @@ def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor]]:
             warnings.simplefilter("ignore")  # pickle protocols that torch does not write itself
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no state dict that can be read without running code: {reason}") from error
+        raise ValueError(f"{path} is no state dict that can be read without running code: {refusal(error)}") from error
     for key in NESTED:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -50,6 +52,16 @@ def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor]]:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{path}: {key!r} has values that are not finite; these weights cannot be used")
     return content, strip_prefixes(loaded)
+
+
+def refusal(error: Exception) -> str:
+    """Why torch's weights-only unpickler stopped: what would have run, else the kind of error; never its own advice."""
+    wanted = GLOBAL.search(str(error))
+    return (
+        f"it asks for {wanted[1]}"
+        if wanted
+        else f"torch's weights-only reader does not take it ({type(error).__name__})"
+    )
 
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

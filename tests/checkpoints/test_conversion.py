@@ -109,10 +109,23 @@ def test_a_folder_without_images_is_an_error(tmp_path):
         calibration_images(model, tmp_path / "empty", 10)
 
 
-@pytest.mark.parametrize("name", ["timm/resnet51", "cifar_resnet20", "timm/cifar_resnet20"])
-def test_only_timms_own_networks_are_taken(tmp_path, name):
-    with pytest.raises(ValueError, match="is not a model of timm's; give one as timm/resnet50"):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("timm/resnet51", "; did you mean 'timm/resnet5"),
+        ("cifar_resnet20", "; for condzoo's own: condzoo convert FILE --model cifar_resnet20_lastbn"),
+        ("timm/cifar_resnet20_lastbn", "; for condzoo's own: condzoo convert FILE --model cifar_resnet20_lastbn"),
+        ("mlp8x24_bn", r"has them\)$"),
+    ],
+)
+def test_only_timms_own_networks_are_taken(tmp_path, name, hint):
+    with pytest.raises(ValueError, match="is not a model of timm's; give one as timm/resnet50.*" + hint):
         convert_last_bn(name, out=tmp_path)
+
+
+def test_a_calibration_folder_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is no folder of images, one folder a class: it does not exist"):
+        calibration_images(timm.create_model("test_vit"), tmp_path / "nowhere", 10)
 
 
 def test_weights_of_another_network_name_the_key(tmp_path):

@@ -1,6 +1,7 @@
 """Weights of other projects: akamaster's channel order, wrapped and nested state dicts, pickles with code in them."""
 
 import pickle
+import re
 
 import pytest
 import timm
@@ -169,9 +170,17 @@ def test_code_in_a_pickle_is_not_run(tmp_path, protocol):
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": Payload(tmp_path / "run")}, protocol))
     torch.save({"a": Payload(tmp_path / "run")}, tmp_path / "zip.pth")
     for name in ("plain.pth", "zip.pth"):
-        with pytest.raises(ValueError, match="no state dict that can be read without running code"):
+        with pytest.raises(ValueError, match="no state dict that can be read without running code: ") as why:
             read_foreign(tmp_path / name)
+        assert "arbitrary code" not in str(why.value), "torch's advice to run it is not passed on"
+    assert re.search(r"it asks for (_?io|builtins)\.open$", str(why.value))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_no_pickle_is_said(tmp_path):
+    (tmp_path / "junk.pth").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"running code: torch's weights-only reader does not take it \(\w+\)$"):
+        read_foreign(tmp_path / "junk.pth")
 
 
 @pytest.mark.parametrize(

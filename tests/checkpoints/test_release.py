@@ -175,6 +175,12 @@ def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path, old, new, 
         release(runs, "digits", out=tmp_path)
 
 
+def test_a_run_given_twice_is_refused(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(runs[0].parent)
+    with pytest.raises(ValueError, match=r"a run was given twice: .*; a seed counts once"):
+        release([runs[0], runs[0].name], "digits", out=tmp_path)
+
+
 def test_a_model_without_a_registered_name_is_refused(runs, tmp_path):
     text = (runs[0] / "recipe.toml").read_text().replace("mlp4x24_bn", "mlp5x24_bn")
     (runs[0] / "recipe.toml").write_text(text)

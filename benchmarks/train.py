@@ -218,7 +218,8 @@ def compare(arguments: argparse.Namespace) -> None:
     for name, values in speeds.items():
         ratios = [ours / theirs for ours, theirs in zip(speeds["condzoo"], values, strict=True)]
         ratio = f"condzoo is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"{name:8} {statistics.median(values):7.0f} images/s  {ratio if name != 'condzoo' else ''}")
+        each = " ".join(f"{value:.0f}" for value in values)
+        print(f"{name:8} {statistics.median(values):5.0f} images/s  ({each})  {ratio if name != 'condzoo' else ''}")
 
 
 def main() -> None:

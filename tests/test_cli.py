@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 
 from condzoo.catalog import list_models
 from condzoo.cli import exit_code, main
+from tests.forked_command import interrupted
 
 
 def run(capsys, *args):
@@ -127,6 +127,7 @@ def test_python_dash_m_condzoo_is_the_command():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_ctrl_c_saves_and_the_same_command_goes_on(capsys, tmp_path):
     """A SIGINT in the middle: exit code 75, no traceback, and the second call ends where an unbroken run does."""
     args = [
@@ -141,16 +142,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(capsys, tmp_path):
     ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(capsys, *args, "--out", str(whole))
-    command = [sys.executable, "-m", "condzoo", *args, "--out", str(broken)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, err = process.communicate(timeout=120)
-    if process.returncode != 0:  # 0: it was faster than the signal
-        assert process.returncode == 75
-        assert re.fullmatch(r"stopped by SIGINT at step \d+; run the same command to go on\n", err)
+    ended = interrupted([*args, "--out", str(broken)], "epoch 1/", tmp_path)
+    if ended.code != 0:  # 0: it was faster than the signal
+        assert ended.code == 75
+        assert re.fullmatch(r"stopped by SIGINT at step \d+; run the same command to go on\n", ended.err)
     code, _, _ = run(capsys, *args, "--out", str(broken))
     assert code == 0
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from condzoo.cli import main
+from tests.forked_command import interrupted
 
 CHANGES = ("model.name=mlp4x24", "data.resize=8", "probe.every=0")
 TINY = ["digits/resnet20_nobn_lastbn", *(word for change in CHANGES for word in ("--set", change))]
@@ -216,31 +217,33 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("command", ["train", "sweep"])
 def test_ctrl_c_among_several_seeds_saves_and_the_same_command_goes_on(capsys, tmp_path, command):
     args = [command, *TINY, "--set", "epochs=5", "--seeds", "1-2", "--device", "cpu"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(capsys, *args, "--out", whole)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "condzoo", *args, "--out", str(broken)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if line.startswith("[2/2]"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 75, (seen, err)
-    assert re.fullmatch(r"stopped by SIGINT at step \d+; run the same command to go on\n", err)
+    ended = interrupted([*args, "--out", str(broken)], "[2/2]", tmp_path)
+    assert ended.code == 75, ended
+    assert re.fullmatch(r"stopped by SIGINT at step \d+; run the same command to go on\n", ended.err)
     assert not (broken / "summary.json").exists()
     code, out, _ = run(capsys, *args, "--out", broken)
     assert code == 0
     assert "[1/2]" not in out
     assert weights(broken) == weights(whole)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_reaches_the_command_as_it_is_started(tmp_path):
+    command = [sys.executable, "-m", "condzoo", "train", *TINY, "--set", "epochs=10000", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert re.fullmatch(r"stopped by SIGINT at step \d+; run the same command to go on\n", err)
 
 
 def weights(folder: Path) -> list[bytes]:

@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory instead of giving it back to the system; False where that is not ours to do.
 
     A training step on a CPU asks for the same large blocks each time. By default glibc maps each of them anew,
-    and every page of it is a fault that clears the page: a fifth of the time of CIFAR ResNet-20 (docs/training.md).
+    and every page of it is a fault that clears the page: a sixth of the time of CIFAR ResNet-20 (docs/training.md).
     The process keeps its largest footprint until it ends. Numbers are not touched.
 
     Once set it holds for the process. A system without glibc, or a user who set up an allocator by the environment

@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adam": {"optim": {"name": "adam", "lr": 0.002}, "schedule": {"name": "cosine", "warmup_epochs": 0.5}},
     "average": {
         "optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
-        "schedule": {"name": "step", "milestones": [1, 2], "reset_momentum": True},
+        "schedule": {"name": "step", "milestones": [5, 12], "unit": "iteration", "reset_momentum": True},
         "ema": 0.9,
     },
 }
@@ -42,17 +43,21 @@ def start(folder: Path, variant: str) -> int:
         return child
     recipe = parse_recipe(
         {
-            "epochs": 3,
+            "iterations": 16,  # eleven an epoch
             "seed": 3,
-            "save_every": 0.2,
+            "save_every": 0.1,  # every step
             "log_every": 3,
             "model": {"name": "cifar_resnet8_lastbn", "drop_rate": 0.1},
-            "data": {"name": "digits", "batch_size": 256, "augment": "standard"},
+            "data": {"name": "digits", "batch_size": 128, "augment": "standard"},
             "probe": {"every": 6},
             **VARIANTS[variant],
         }
     )
-    train(recipe, out=folder, device="cpu")
+    try:
+        train(recipe, out=folder, device="cpu")
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)
 
 
@@ -93,8 +98,36 @@ def results(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in stored.items()}
 
 
+def kill_and_compare(folder: Path, kills: int, seed: int, longest: float = 0.35) -> dict[str, Any]:
+    """Run every variant, left alone and killed.
+
+    Args:
+        folder: of the runs.
+        kills: of each variant; a run may be through before all of them, and then another one takes the rest.
+        seed: of the moments.
+        longest: of a pause before a kill, as a share of a whole run's time.
+
+    Returns:
+        Variant -> how many kills, how many of them while writing, how many runs took them, which results differ.
+    """
+    draw = random.Random(seed)
+    report: dict[str, Any] = {}
+    for variant in VARIANTS:
+        began = time.perf_counter()
+        killed_until_done(folder / f"{variant}-alone", variant, ())
+        most = (time.perf_counter() - began) * longest
+        wanted, done, torn, runs, differ = results(folder / f"{variant}-alone"), 0, 0, 0, set()
+        while done < kills:
+            run = folder / f"{variant}-killed{runs}"
+            more, halfway = killed_until_done(run, variant, [draw.uniform(0, most) for _ in range(kills - done)])
+            done, torn, runs, found = done + more, torn + halfway, runs + 1, results(run)
+            differ |= {name for name in wanted if wanted[name] != found[name]}
+        report[variant] = {"kills": done, "torn": torn, "runs": runs, "differ": sorted(differ)}
+    return report
+
+
 def main() -> None:
-    """Run every variant, killed and left alone."""
+    """Print the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=9, help="for each variant")
@@ -103,23 +136,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     reports.plot_records = lambda *_: None  # drawing takes longer than the training
-    draw = random.Random(arguments.seed)
-    report: dict[str, Any] = {}
-    for variant in VARIANTS:
-        alone = arguments.folder / f"{variant}-alone"
-        began = time.perf_counter()
-        killed_until_done(alone, variant, ())
-        longest = (time.perf_counter() - began) * arguments.longest
-        wanted, kills, torn, runs, differ = results(alone), 0, 0, 0, set()
-        while kills < arguments.kills:  # a run may be through before all its kills
-            killed = arguments.folder / f"{variant}-killed{runs}"
-            pauses = [draw.uniform(0, longest) for _ in range(arguments.kills - kills)]
-            more, halfway = killed_until_done(killed, variant, pauses)
-            kills, torn, runs = kills + more, torn + halfway, runs + 1
-            found = results(killed)
-            differ |= {name for name in wanted if wanted[name] != found[name]}
-        report[variant] = {"kills": kills, "torn": torn, "runs": runs, "differ": sorted(differ)}
-    print(json.dumps(report))
+    print(json.dumps(kill_and_compare(arguments.folder, arguments.kills, arguments.seed, arguments.longest)))
 
 
 if __name__ == "__main__":

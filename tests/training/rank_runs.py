@@ -1,9 +1,7 @@
 """Train in several processes on this machine, each forked from this one, so that a process costs no imports.
 
-    python tests/training/rank_runs.py FOLDER CASE
-
-A case trains one or more runs into folders of FOLDER and prints one JSON object, run -> what each process's
-call of `train` came to: "done", or the error's class and text.
+A case trains one or more runs into folders of a folder and returns run -> what each process's call of `train`
+came to: "done", or the error's class and text.
 """
 
 import itertools
@@ -16,18 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from PIL import Image
 
-from condzoo.training import Recipe, StepDone, preparation, reports, train, train_seeds
+from condzoo.training import Recipe, StepDone, preparation, train, train_seeds
 from condzoo.training.recipe import parse_recipe
 
 Outcomes = list[list[str]]
 
 # The last batch of an epoch is one image: three of four processes have none of it.
 EVERYTHING: dict[str, Any] = {
-    "epochs": 2,
+    "iterations": 7,  # five an epoch
     "seed": 3,
     "log_every": 2,
     "accumulate": 3,
@@ -47,7 +44,7 @@ FULL_BATCH = {
     "optim": {"name": "gd", "lr": 0.3, "momentum": 0.5},
 }
 NORMS = {
-    "epochs": 2,
+    "iterations": 14,  # eleven an epoch
     "seed": 2,
     "save_every": 0.3,
     "model": {"name": "cifar_resnet8_lastbn", "drop_rate": 0.2},
@@ -71,7 +68,7 @@ def in_processes(world: int, action: Callable[[int], Any], folder: Path) -> Outc
             try:
                 action(rank)
                 outcome = ["done"]
-            except Exception as error:
+            except BaseException as error:
                 outcome = [type(error).__name__, str(error)]
             (folder / f"outcome{rank}.json").write_text(json.dumps(outcome))
             os._exit(0)
@@ -192,14 +189,4 @@ def seeds(folder: Path) -> dict[str, Outcomes]:
     return {"one": in_processes(2, of_seeds(1), folder), "two": in_processes(2, of_seeds(1, 2), folder)}
 
 
-def main() -> None:
-    """Run one case."""
-    torch.set_num_threads(1)
-    reports.plot_records = lambda *_: None  # type: ignore[assignment] # drawing takes longer than the training
-    folder, case = Path(sys.argv[1]), sys.argv[2]
-    cases = {"equal": equal, "stopped": stopped, "failing": failing, "seeds": seeds}
-    print(json.dumps(cases[case](folder)))
-
-
-if __name__ == "__main__":
-    main()
+CASES = {"equal": equal, "stopped": stopped, "failing": failing, "seeds": seeds}

@@ -82,25 +82,6 @@ def test_runs_on_ray_are_those_of_this_process_and_bad_ones_are_recorded(
     assert again == [], "a second call runs only what is missing"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker in /proc")
-def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint(tiny: Any, tmp_path: Path, cluster: None) -> None:
-    recipe = tiny(epochs=60, save_every=0.5)
-    (whole,) = run_all({"run": recipe}, tmp_path / "whole", device="cpu")
-
-    def kill() -> None:
-        for pid in workers():
-            os.kill(pid, signal.SIGKILL)
-
-    killer = once_there(tmp_path, "run/checkpoints/step_*.json", kill)
-    (run,) = run_all({"run": recipe}, tmp_path, engine="ray", device="cpu")
-    killer.join()
-    starts = [entry["start_step"] for entry in run_environment(run.path)]
-    assert starts[0] == 0
-    assert len(starts) == 2
-    assert starts[1] > 0
-    assert (run.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
-
-
 def test_a_signal_stops_the_runs_on_ray_saved(tiny: Any, tmp_path: Path, cluster: None) -> None:
     planned = {name: tiny(epochs=10_000, save_every=10_000.0, seed=i) for i, name in enumerate(("a", "b", "c"))}
     watcher = once_there(tmp_path, "a/metrics.jsonl", lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -118,6 +99,25 @@ def test_what_no_machine_has_is_refused(tiny: Any, tmp_path: Path, cluster: None
         run_all({"run": tiny()}, tmp_path, engine="ray", cpus_per_run=64)
     with pytest.raises(ValueError, match="device: got 'cuda:1', must be cpu or cuda on Ray"):
         run_all({"run": tiny()}, tmp_path, engine="ray", device="cuda:1")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker in /proc")
+def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint(tiny: Any, tmp_path: Path, cluster: None) -> None:
+    recipe = tiny(epochs=30, save_every=0.5)
+    (whole,) = run_all({"run": recipe}, tmp_path / "whole", device="cpu")
+
+    def kill() -> None:
+        for pid in workers():
+            os.kill(pid, signal.SIGKILL)
+
+    killer = once_there(tmp_path, "run/checkpoints/step_*.json", kill)
+    (run,) = run_all({"run": recipe}, tmp_path, engine="ray", device="cpu")
+    killer.join()
+    starts = [entry["start_step"] for entry in run_environment(run.path)]
+    assert starts[0] == 0
+    assert len(starts) == 2
+    assert starts[1] > 0
+    assert (run.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
 
 
 def test_workers_get_the_data_root_as_an_absolute_path(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:

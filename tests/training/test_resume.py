@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from condzoo.training import (
     train,
 )
 from condzoo.training.resume import Checkpoint, newest_checkpoint, save_checkpoint
+from tests.training.kill_runs import kill_and_compare
 
 TIMES = ("seconds", "test_seconds", "images_per_second", "finished")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -97,12 +96,10 @@ def test_killed_between_the_last_checkpoint_and_the_results(
     assert_same_results(whole.path, run.path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("kill_runs.py")
-    command = [sys.executable, str(script), str(tmp_path), "--kills", "9", "--seed", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout)
+    report = kill_and_compare(tmp_path, kills=9, seed=1)
     assert sum(each["kills"] for each in report.values()) == 27
     assert {name: each["differ"] for name, each in report.items()} == {"sgd": [], "adam": [], "average": []}
 

@@ -99,7 +99,7 @@ def time_ahead(experiments: list["Experiment"], scale: str, out: Path, options: 
 
     chosen = {key: options[key] for key in ("seeds", "only")}
     ahead = [experiment for experiment in experiments if finished(experiment, scale, out, **chosen) is None]
-    minutes = estimated_minutes(ahead, scale, options["seeds"])
+    minutes = estimated_minutes(ahead, scale, **chosen)
     length = f"{minutes / 60:.1f} hours" if minutes > 120 else f"{minutes:.3g} minutes"
     before = len(experiments) - len(ahead)
     count = f"{len(experiments)} experiment{'' if len(experiments) == 1 else 's'}"
@@ -162,6 +162,7 @@ def print_list(experiments: list["Experiment"]) -> None:
     table = display.plain_table("", "id", "what", "claims", "minutes, cpu", "seeds, cpu")
     table.columns[1].justify = "left"
     table.columns[1].no_wrap = False
+    from condzoo.experiments import estimated_minutes
     from condzoo.experiments.loading import scale_of, training_of
 
     for experiment in experiments:
@@ -170,6 +171,10 @@ def print_list(experiments: list["Experiment"]) -> None:
         shared = "" if owner is experiment else f" ({owner.id}'s runs)"
         seeds = ", ".join(map(str, chosen.seeds))
         table.add_row(
-            experiment.id, experiment.title + shared, str(len(experiment.claims)), f"{chosen.minutes:g}", seeds
+            experiment.id,
+            experiment.title + shared,
+            str(len(experiment.claims)),
+            f"{estimated_minutes([experiment], 'cpu'):.3g}",
+            seeds,
         )
     display.console.print(table)

@@ -11,7 +11,7 @@ import torch
 
 from condzoo.experiments.growth import collect_growth
 from condzoo.experiments.initialization import collect_initialization
-from condzoo.experiments.loading import labels_run, scale_of, training_of
+from condzoo.experiments.loading import labels_run, planned_runs, scale_of, training_of
 from condzoo.experiments.schema import Experiment
 from condzoo.experiments.theory import collect_theory
 from condzoo.experiments.training import collect_trainings
@@ -201,8 +201,23 @@ def made(environment: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def estimated_minutes(experiments: Sequence[Experiment], scale: str, seeds: Sequence[int] | None = None) -> float:
-    """What the experiments' files say they take together, in proportion to the seeds; shared runs count once."""
+def estimated_minutes(
+    experiments: Sequence[Experiment], scale: str, seeds: Sequence[int] | None = None, only: Sequence[str] | None = None
+) -> float:
+    """What the experiments' files say they take together, by the share of the runs asked for; shared runs count once."""
     owners = {training_of(experiment).id: training_of(experiment) for experiment in experiments}
-    chosen = [scale_of(owner, scale) for owner in owners.values()]
-    return sum(one.minutes * len(seeds or one.seeds) / len(one.seeds) for one in chosen)
+    shares = dict.fromkeys(owners, 0.0)
+    for experiment in experiments:
+        owner = training_of(experiment)
+        shares[owner.id] = max(shares[owner.id], share_of_runs(experiment, owner, scale, seeds, only))
+    return sum(scale_of(owner, scale).minutes * shares[name] for name, owner in owners.items())
+
+
+def share_of_runs(
+    experiment: Experiment, owner: Experiment, scale: str, seeds: Sequence[int] | None, only: Sequence[str] | None
+) -> float:
+    """How many of the owner's runs at a scale are asked for, as a share; of its seeds where nothing is trained."""
+    usual = scale_of(owner, scale).seeds
+    if experiment.training is None:
+        return len(seeds or usual) / len(usual)
+    return len(planned_runs(experiment, scale, seeds, only=only)) / len(planned_runs(owner, scale))

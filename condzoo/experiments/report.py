@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from condzoo.experiments.claims import Verdict, judge
-from condzoo.experiments.collecting import NOT_IMAGENET, read_data_file, stem
+from condzoo.experiments.collecting import NOT_IMAGENET, estimated_minutes, read_data_file, stem
 from condzoo.experiments.loading import experiment_ids, load_experiment, training_of
 from condzoo.experiments.schema import SCALES, Experiment
 
@@ -69,8 +69,8 @@ def section(experiment: Experiment, found: list[dict[str, Any]], figures: str) -
     for data in found:
         yield from scale_section(experiment, data, figures)
     if not found:
-        about = training_of(experiment).scales["cpu"].minutes
-        yield f"Not run yet: `{command(experiment, 'cpu')}` (about {about:g} minutes)."
+        about = estimated_minutes([experiment], "cpu")
+        yield f"Not run yet: `{command(experiment, 'cpu')}` (about {about:.3g} minutes)."
         yield ""
 
 

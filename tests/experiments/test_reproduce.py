@@ -175,11 +175,13 @@ def test_only_some_curves(tiny, tmp_path):
     assert not any("without" in reduction for reduction in data["reductions"])
 
 
-def test_the_time_ahead_counts_shared_runs_once_and_goes_with_the_seeds():
-    fig05, fig06, fig11 = (load_experiment(name) for name in ("fig05", "fig06", "fig11"))
+def test_the_time_ahead_counts_shared_runs_once_and_goes_with_what_is_asked_for():
+    fig05, fig06, fig13, fig11 = (load_experiment(name) for name in ("fig05", "fig06", "fig13", "fig11"))
     minutes = [experiment.scales["cpu"].minutes for experiment in (fig05, fig11)]
-    assert estimated_minutes([fig05, fig06, fig11], "cpu") == pytest.approx(sum(minutes))
+    assert estimated_minutes([fig05, fig06, fig13, fig11], "cpu") == pytest.approx(sum(minutes))
     assert estimated_minutes([fig05, fig06, fig11], "cpu", [7]) == pytest.approx(sum(minutes) / 3)
+    assert estimated_minutes([fig13], "cpu") == pytest.approx(minutes[0] / 4), "one of fig. V's four curves"
+    assert estimated_minutes([fig05], "cpu", [7], ["plain*"]) == pytest.approx(minutes[0] / 6)
 
 
 def test_fewer_seeds_than_the_scale_has_are_a_reduction(tiny, tmp_path):

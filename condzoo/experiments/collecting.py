@@ -204,7 +204,7 @@ def made(environment: dict[str, Any] | None) -> dict[str, Any]:
 def estimated_minutes(
     experiments: Sequence[Experiment], scale: str, seeds: Sequence[int] | None = None, only: Sequence[str] | None = None
 ) -> float:
-    """What the experiments' files say they take together, by the share of the runs asked for; shared runs count once."""
+    """What the experiments take together by their files, by the share of the runs asked for; shared runs count once."""
     owners = {training_of(experiment).id: training_of(experiment) for experiment in experiments}
     shares = dict.fromkeys(owners, 0.0)
     for experiment in experiments:

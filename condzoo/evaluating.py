@@ -47,7 +47,10 @@ def evaluate_again(
     if is_path(target):
         checkpoint = read_folder(Path(target))
     else:
-        release = release_by_name(str(target))
+        try:
+            release = release_by_name(str(target))
+        except ValueError as error:
+            raise ValueError(f"{target} is neither a run directory nor a checkpoint's folder here; {error}") from error
         checkpoint = read_folder(find_folder(release) or fetch(release))
     model = load_folder(checkpoint)
     where = resolve_device(device)

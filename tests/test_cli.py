@@ -82,6 +82,7 @@ def test_info_prints_the_fields(capsys):
         (("validate",), "error: validate takes a model's name, or --all"),
         (("verify",), "error: verify takes a checkpoint's name or folder, or --all"),
         (("convert", "weights.pt"), "error: convert takes FILE --model NAME, or timm/NAME --last-bn"),
+        (("eval", __file__), "test_cli.py --model NAME` makes a checkpoint of weights in one"),
         (("release", "no/such/run", "--tag", "x"), "error: no/such/run holds no finished run"),
     ],
 )

@@ -202,7 +202,17 @@ def test_eval_of_a_released_name_is_as_recorded(capsys, data_root):
             "error: --gpu and --gpus are what --plan plans for; a training takes --device",
         ),
         (("train", *TINY, "--json"), "error: --json goes with --plan or --dry-run; a training writes OUT/summary.json"),
-        (("eval", "mlp8x24.nope"), "error: unknown tag 'nope' of mlp8x24; released: mlp8x24.mnist"),
+        (
+            ("eval", "mlp8x24.nope"),
+            "error: mlp8x24.nope is neither a run directory nor a checkpoint's folder here; "
+            "unknown tag 'nope' of mlp8x24; released: mlp8x24.mnist",
+        ),
+        (("train", *TINY, "--plan", "--gpus", "0"), "error: gpus: got 0, must be from 1 to data.batch_size (64)"),
+        (
+            ("sweep", *TINY, "--grid", "freeze=['layers.0*'],['layers.0?*']"),
+            "error: grid: \"freeze=['layers.0?*']-seed1\" and another run would both be in "
+            "'freeze=_layers.0_-seed1'; sweep them apart",
+        ),
         (("sweep", *TINY, "--shard", "5/4"), "error: shard '5/4': must be I/N with I from 1 to N, e.g. 2/4"),
         (("sweep", *TINY, "--engine", "slurm"), "error: engine: got 'slurm', must be one of: local, ray"),
         (("sweep", *TINY, "--grid", "optim.lr=a"), "error: optim.lr=a-seed1: optim.lr: got 'a', must be a number"),

@@ -61,9 +61,13 @@ def read_folder(path: Path) -> CheckpointFolder:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: files that are missing, not listed in SHA256SUMS, changed, or not plain files.
+        ValueError: a file and no folder; files that are missing, not listed in SHA256SUMS, changed, or not plain files.
     """
     folder = path.parent if path.name == WEIGHTS else path
+    if folder.is_file():
+        raise ValueError(
+            f"{path} is a file; `condzoo convert {path} --model NAME` makes a checkpoint of weights in one"
+        )
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint at {path}: it must be a folder with {', '.join(ALWAYS)} and {SUMS}")
     if not (folder / SUMS).exists() and (folder / "summary.json").exists():

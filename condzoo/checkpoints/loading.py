@@ -53,8 +53,8 @@ def release_by_name(name: str) -> Release:
 
 
 def is_path(path_or_name: str | Path) -> bool:
-    """Whether a folder is meant: a Path, anything with a separator in it, or a folder that is there."""
-    return isinstance(path_or_name, Path) or any(c in path_or_name for c in "/\\") or Path(path_or_name).is_dir()
+    """Whether a path is meant: a Path, anything with a separator in it, or what is there."""
+    return isinstance(path_or_name, Path) or any(c in path_or_name for c in "/\\") or Path(path_or_name).exists()
 
 
 def load_folder(folder: CheckpointFolder) -> nn.Module:

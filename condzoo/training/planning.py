@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from condzoo.data import batches_per_epoch
+from condzoo.data import IMAGE_FOLDER, batches_per_epoch
 from condzoo.training.accelerators import Accelerator
 from condzoo.training.data_sets import STORED, class_count, image_shape, read_data
 from condzoo.training.networks import build_network, freeze
@@ -19,6 +19,7 @@ from condzoo.training.optimizers import build_optimizer
 from condzoo.training.schema import FullBatch, Recipe
 
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
+IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000  # ILSVRC 2012
 PASSES = 6  # over what backward needs: written and read forward, read with its gradient, which is written and read
 
 
@@ -92,15 +93,17 @@ def plan_training(
     Args:
         recipe: checked.
         device, count: on what, and how many of them (data parallel).
-        data_root: only class folders are looked at, to count their images.
+        data_root: only class folders are looked at, to count their images; see `data_size`.
         max_steps: as for `train`.
 
     Raises:
         ValueError: fewer images in a batch than devices; no whole batch in an epoch.
     """
+    batch = recipe.data.batch_size
+    if count < 1 or batch < count:
+        raise ValueError(f"gpus: got {count}, must be from 1 to data.batch_size ({batch})")
     images, classes = data_size(recipe, data_root)
     full_batch = isinstance(recipe.optim, FullBatch)
-    batch = recipe.data.batch_size
     if full_batch:
         per_step, per_epoch, passes = images, 1, math.ceil(images / batch / count)
         in_pass = min(batch, images)
@@ -108,8 +111,6 @@ def plan_training(
         per_epoch = batches_per_epoch(images, batch, recipe.data.drop_last)
         per_step, passes = batch, recipe.accumulate
         in_pass = math.ceil(batch / count / recipe.accumulate)
-    if count < 1 or batch < count:
-        raise ValueError(f"gpus: got {count}, must be from 1 to data.batch_size ({batch})")
     traced = trace(recipe, classes, in_pass)
     steps = min(recipe.iterations or (recipe.epochs or 0) * per_epoch, max_steps or math.inf)
     half = sixteen_bit(recipe, device, traced.convolutional)
@@ -155,12 +156,22 @@ def plan_training(
 
 
 def data_size(recipe: Recipe, data_root: str | Path | None) -> tuple[int, int]:
-    """(training images, classes); those of class folders are counted, those of the other sets are known."""
-    if recipe.data.name in TRAINING_IMAGES:
-        images, held_out = TRAINING_IMAGES[recipe.data.name], recipe.data.validation or 0
-        return images - round(held_out * images if held_out < 1 else held_out), class_count(recipe.data) or 0
-    data = read_data(recipe, data_root)
-    return data.size("train"), data.num_classes
+    """(training images, classes); those of class folders are counted, those of the other sets are known.
+
+    Class folders that are not here are taken for ImageNet where the recipe says that they have its classes: a
+    training can be planned where it is not going to run.
+    """
+    images, classes = TRAINING_IMAGES.get(recipe.data.name), class_count(recipe.data)
+    if images is None:
+        try:
+            data = read_data(recipe, data_root)
+            return data.size("train"), data.num_classes
+        except FileNotFoundError:
+            if (recipe.data.name, classes) != (IMAGE_FOLDER, IMAGENET_CLASSES):
+                raise
+            images = IMAGENET_IMAGES
+    held_out = recipe.data.validation or 0
+    return images - round(held_out * images if held_out < 1 else held_out), classes or 0
 
 
 def sixteen_bit(recipe: Recipe, device: Accelerator, convolutional: bool) -> bool:

@@ -94,7 +94,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; the last checkpoint still stands", str(path)) from error
+        raise OSError(error.errno, f"{error.strerror}; what was saved before stands", str(path)) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -143,8 +143,21 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read one JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read one JSON file.
+
+    Raises:
+        RunDirectoryError: it is damaged.
+    """
+    return _parsed(path.read_text(encoding="utf-8"), path)
+
+
+def _parsed(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RunDirectoryError(
+            f"{path} is damaged: {error}; delete it, and give the `condzoo train` command of the run again"
+        ) from error
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
@@ -174,4 +187,4 @@ def truncate(path: Path, size: int) -> bool:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Every line of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [_parsed(line, path) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -75,7 +75,11 @@ def train_seeds(
 def plan_sweep(
     recipe: Recipe, grid: Mapping[str, Sequence[Any]], seeds: Sequence[int] | None = None
 ) -> dict[str, Recipe]:
-    """Folder name ("optim.lr=0.1-seed1") -> recipe of every run, in their order."""
+    """Folder name ("optim.lr=0.1-seed1") -> recipe of every run, in their order.
+
+    Raises:
+        RecipeError: a combination that is no valid recipe; two that would be in one folder.
+    """
     planned = {}
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
@@ -84,7 +88,9 @@ def plan_sweep(
             for field, value in [*chosen.items(), ("seed", seed)]:
                 set_field(tables, field, value)
             name = "-".join([*(f"{field}={value}" for field, value in chosen.items()), f"seed{seed}"])
-            planned[re.sub(r"[^\w.=+-]+", "_", name)] = parse_recipe(tables, source=name)
+            folder, made = re.sub(r"[^\w.=+-]+", "_", name), parse_recipe(tables, source=name)
+            if planned.setdefault(folder, made) != made:
+                raise RecipeError(f"grid: {name!r} and another run would both be in {folder!r}; sweep them apart")
     return planned
 
 

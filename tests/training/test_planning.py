@@ -1,6 +1,7 @@
 """The plan of a training against closed forms, the real network on a CPU, and one step that is taken."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,16 @@ def test_devices_share_the_batch_and_exchange_the_gradient(tiny: Any) -> None:
     assert parts.seconds_per_step > one.seconds_per_step, "four passes of a small network take four starts"
     with pytest.raises(ValueError, match=r"gpus: got 200, must be from 1 to data.batch_size \(128\)"):
         plan_training(tiny(), A100, 200)
+    with pytest.raises(ValueError, match=r"gpus: got 0, must be from 1 to data.batch_size \(128\)"):
+        plan_training(tiny(), A100, 0)
+
+
+def test_imagenet_can_be_planned_where_it_is_not(tmp_path: Path) -> None:
+    recipe = load_recipe("imagenet/resnet18", ["data.batch_size=256"])
+    plan = plan_training(recipe, A100, 8, data_root=tmp_path)
+    assert (plan.training_images, plan.steps_per_epoch) == (1_281_167, 5005)
+    with pytest.raises(FileNotFoundError, match="no class folders were found"):
+        plan_training(load_recipe("imagenet/resnet18", ["data.num_classes=none"]), A100, data_root=tmp_path)
 
 
 def test_full_batch_iterations_max_steps_and_average(tiny: Any) -> None:

@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny: Any, tmp_path: Path, monke
         if isinstance(event, StepDone) and event.step == 15:
             monkeypatch.setattr(os, "fsync", raise_no_space)
 
-    with pytest.raises(OSError, match=r"No space left on device; the last checkpoint still stands") as caught:
+    with pytest.raises(OSError, match=r"No space left on device; what was saved before stands") as caught:
         train(recipe, out=tmp_path / "run", device="cpu", on_event=fill_the_disk)
     assert caught.value.errno == errno.ENOSPC
     assert not list((tmp_path / "run").rglob("*.tmp"))
@@ -256,6 +256,16 @@ def test_a_read_only_run_directory_is_left_as_it_is(tiny: Any, tmp_path: Path) -
         assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
     finally:
         run.path.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "environment.json"])
+def test_a_damaged_record_is_named_and_can_be_made_again(name: str, tiny: Any, tmp_path: Path) -> None:
+    run = train(tiny(), out=tmp_path / "run", max_steps=2, device="cpu")
+    (run.path / name).write_text('{"status"')
+    with pytest.raises(RunDirectoryError, match=rf"run/{name} is damaged: .*; delete it, and give the `condzoo train`"):
+        train(tiny(), out=run.path, max_steps=3, device="cpu")
+    (run.path / name).unlink()
+    assert train(tiny(), out=run.path, max_steps=3, device="cpu").summary["steps"] == 3
 
 
 def test_another_thread_count_is_said(tiny: Any, tmp_path: Path) -> None:

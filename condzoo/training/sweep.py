@@ -80,7 +80,7 @@ def plan_sweep(
     Raises:
         RecipeError: a combination that is no valid recipe; two that would be in one folder.
     """
-    planned = {}
+    planned: dict[str, Recipe] = {}
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
         for seed in seeds or [recipe.seed]:

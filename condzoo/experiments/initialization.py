@@ -16,6 +16,7 @@ from condzoo.experiments.training import plain_name, rounded
 from condzoo.models import create_model
 from condzoo.probe import Spectrum, curvature
 from condzoo.training.run_directory import write_atomically
+from condzoo.training.signals import Stopped
 
 
 def collect_initialization(
@@ -24,12 +25,20 @@ def collect_initialization(
     """lambda_max and kappa_p of every matrix, full and each layer's block, for every network and seed.
 
     With a folder each network is written there once it is measured, and not measured again.
+
+    Raises:
+        Stopped: on Ctrl-C; the same call goes on with the network that was being measured.
     """
     rows, seconds = [], 0.0
     with warnings.catch_warnings():  # that a matrix takes minutes; the experiment's file says how many in all
         warnings.filterwarnings("ignore", r"exact (curvature|Hessian): about", UserWarning)
         for seed, label in itertools.product(seeds, settings.models):
-            row, spent = measured_once(label, settings, seed, data_root, folder)
+            try:
+                row, spent = measured_once(label, settings, seed, data_root, folder)
+            except KeyboardInterrupt:
+                raise Stopped(
+                    f"stopped after {len(rows)} networks, which are kept; run the same command to go on"
+                ) from None
             rows.append(row)
             seconds += spent
     return {"networks": rows, "p": settings.p, "seconds": seconds}

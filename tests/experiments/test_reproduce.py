@@ -126,7 +126,7 @@ def test_a_network_measured_at_initialization_is_not_measured_again(tiny, tmp_pa
         return measure_network(name, *rest)
 
     monkeypatch.setattr("condzoo.experiments.initialization.measure_network", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="stopped after 1 networks, which are kept; run the same command to go on"):
         collect(experiment, "cpu", tmp_path)
     assert not (tmp_path / "fig01.json").exists()
 

@@ -29,7 +29,8 @@ def collect_initialization(
     Raises:
         Stopped: on Ctrl-C; the same call goes on with the network that was being measured.
     """
-    rows, seconds = [], 0.0
+    rows: list[dict[str, Any]] = []
+    seconds = 0.0
     with warnings.catch_warnings():  # that a matrix takes minutes; the experiment's file says how many in all
         warnings.filterwarnings("ignore", r"exact (curvature|Hessian): about", UserWarning)
         for seed, label in itertools.product(seeds, settings.models):

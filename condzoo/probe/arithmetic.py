@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -29,25 +29,40 @@ SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in the ca
 
 @contextmanager
 def plain_products(device_type: str) -> Iterator[None]:
-    """Matrix products in the dtype of their operands: no autocast, no TF32 or bf16 inside float32."""
+    """Matrix products in the dtype of their operands: no autocast, no TF32 or bf16 inside float32.
+
+    Nor do torch-function modes see them: one, as `functional_relus` has, costs more than a small product.
+    """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    autocast = torch.is_autocast_enabled(device_type)  # entering it takes longer than asking
     try:
-        with torch.autocast(device_type, enabled=False), torch.no_grad():
+        with (
+            torch.autocast(device_type, enabled=False) if autocast else nullcontext(),
+            torch.no_grad(),
+            torch._C.DisableTorchFunction(),
+        ):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
 
 
 def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     """sum over pieces and rows of x x^T: float32 within a piece, float64 over pieces."""
     b, g, d, k = columns.shape
     step = max(1, (1 << 23) // (g * d * d))
-    total = columns.new_zeros((g, d, d), dtype=torch.float64)
-    for start in range(0, b, step):
-        piece = columns[start : start + step].reshape(-1, d, k).float()
-        total += torch.bmm(piece, piece.mT).reshape(-1, g, d, d).sum(0, dtype=torch.float64)
-    return total
+    parts = [columns] if b <= step else columns.split(step)
+    sums = [_piece_sum(part.reshape(-1, d, k).float(), g) for part in parts]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def _piece_sum(pieces: Float[Tensor, "bg d k"], groups: int) -> Float[Tensor, "g d d"]:
+    products = torch.bmm(pieces, pieces.mT)
+    if groups == 1:
+        return products.sum(0, keepdim=True, dtype=torch.float64)
+    return products.unflatten(0, (-1, groups)).sum(0, dtype=torch.float64)
 
 
 def gram_float64(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
@@ -62,8 +77,9 @@ def gram_float64(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
 
 
 def float32_noise(total: Float[Tensor, "g d d"], pieces: int) -> float:
-    """Floor that float32 products leave in a sum of `pieces` of them, in the sum's units."""
-    return FLOAT32_PRODUCT * float(torch.linalg.matrix_norm(total).max()) / math.sqrt(pieces)
+    """Floor that float32 products leave in a sum of `pieces` of them, in the sum's units; inf or NaN if it is."""
+    norm = torch.linalg.vector_norm(total) if total.shape[0] == 1 else torch.linalg.matrix_norm(total).max()
+    return FLOAT32_PRODUCT * float(norm) / math.sqrt(pieces)
 
 
 def reaches_under(total: Float[Tensor, "g d d"], floor: float) -> bool:
@@ -73,7 +89,13 @@ def reaches_under(total: Float[Tensor, "g d d"], floor: float) -> bool:
     """
     shifted = total.clone()
     diagonal = shifted.diagonal(dim1=-2, dim2=-1)
-    diagonal += torch.where(diagonal > 0, -floor, 1.0)
+    diagonal -= floor
+    if not bool(torch.linalg.cholesky_ex(shifted).info.any()):
+        return False
+    zero = total.diagonal(dim1=-2, dim2=-1) == 0
+    if not bool(zero.any()):
+        return True
+    diagonal[zero] = 1.0
     return bool(torch.linalg.cholesky_ex(shifted).info.any())
 
 

@@ -174,7 +174,7 @@ class Capture:
         self._relu_calls[name] = call + 1
         units = self.neurons.setdefault(f"{name}#{call}" if call else name, RunningNeurons())
         first = output.ndim > 3 or (output.ndim == 3 and self._channels_first)
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunction():
             units.add(output, channels_first=first or output.ndim == 2, linear=linear)
 
     def _reads(self, name: str, *, at_once: bool = False) -> bool:

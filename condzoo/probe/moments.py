@@ -139,14 +139,16 @@ class RunningMoment:
         self._count(rows, dtype, new_rows)
         self.spill()
         product, noise = self._product(multiply, pieces, dtype, precision)
-        product, noise = product * scale**2, noise * scale**2
+        if scale != 1.0:
+            product, noise = product.mul_(scale**2), noise * scale**2
         self.total = product if self.total is None else self.total + product
         self.noise += noise
 
     def _count(self, rows: int, dtype: torch.dtype, new_rows: bool) -> None:
         self.rows += rows if new_rows else 0
         self.vectors += rows
-        self.dtype = max((self.dtype, dtype), key=lambda d: torch.finfo(d).eps)
+        if dtype != self.dtype:
+            self.dtype = max((self.dtype, dtype), key=lambda d: torch.finfo(d).eps)
 
     def spill(self) -> None:
         """Turn the vectors kept so far into their sum."""
@@ -164,13 +166,16 @@ class RunningMoment:
     def _product(
         self, multiply: Callable[[bool], Tensor], pieces: int, dtype: torch.dtype, precision: Precision
     ) -> tuple[Tensor, float]:
-        wide = precision == "float64" or dtype == torch.float64
-        product = multiply(wide)
-        # A sum of squares hides no NaN or Inf of the data; one read decides.
-        self.finite = self.finite and math.isfinite(float(product.diagonal(dim1=-2, dim2=-1).sum()))
-        if wide or not self.finite:
+        if precision == "float64" or dtype == torch.float64:
+            product = multiply(True)
+            # A sum of squares hides no NaN or Inf of the data; one read decides.
+            self.finite = self.finite and math.isfinite(float(product.diagonal(dim1=-2, dim2=-1).sum()))
             return product, 0.0
+        product = multiply(False)
         noise = arithmetic.float32_noise(product, pieces)
+        self.finite = self.finite and math.isfinite(noise)
+        if not self.finite:
+            return product, 0.0
         if precision == "auto" and arithmetic.reaches_under(product, noise):
             return multiply(True), 0.0
         self.fast = True

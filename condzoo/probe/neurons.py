@@ -18,7 +18,8 @@ from torch import Tensor, nn
 RELUS = (nn.ReLU, nn.ReLU6, nn.Threshold)
 OF_RELU, OF_RELU6 = (0.0, math.inf), (0.0, 6.0)
 
-GROWTH = 8  # 1 sample is looked at, then so many times more, and each time only the units still undecided
+FIRST = 1 << 16  # elements looked at first: enough to decide nearly all units, and quick to read
+GROWTH = 8  # then so many times more, and each time only the units still undecided
 
 
 def linear_range(module: nn.Module) -> tuple[float, float]:
@@ -77,7 +78,7 @@ class RunningNeurons:
         self.changing = self.changing or count != self.been_positive.numel()
         if self.changing:
             return
-        start, stop = 0, 1
+        start, stop = 0, max(1, min(len(units), FIRST * len(units) // max(1, units.numel())))
         while start < units.shape[0] and not bool((decided := self.been_positive & self.been_zero).all()):
             part, which = units[start:stop], None
             if start and bool(decided.any()):

@@ -95,11 +95,12 @@ class RunningNeurons:
         if not units.numel():
             return
         low, high = linear
-        largest = units.amax(others)
-        positive, zero = ~(largest <= low), ~(units.amin(others) > low)
+        largest, smallest = units.amax(others), units.amin(others)
         if high < math.inf:
             positive = (~(units <= low) & ~(units >= high)).any(others)
-            zero |= ~(largest < high)
+            zero = ~(smallest > low) | ~(largest < high)
+        else:
+            positive, zero = ~(largest <= low), ~(smallest > low)
         if which is None:
             self.been_positive, self.been_zero = self.been_positive | positive, self.been_zero | zero
         else:

@@ -67,7 +67,8 @@ class StepWeights:
 
     def measure(self) -> None:
         """The norms of all weights that are whole at rest; the others follow when their layers run."""
-        self.norms |= norms_of(self.layers, self._seen)
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            self.norms |= norms_of(self.layers, self._seen)
 
     def mean_gradients(self) -> dict[str, Tensor]:
         """The gradients' mean over the backward passes, as of n accumulated batches the mean loss has it."""
@@ -91,7 +92,8 @@ class StepWeights:
             return
         self._watch(name, weight)
         if name not in self.norms:
-            self.norms |= norms_of(self.layers, {name: weight})
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                self.norms |= norms_of(self.layers, {name: weight})
 
     def _watch(self, name: str, weight: Tensor) -> None:
         self._seen[name] = weight

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from condzoo.probe import Probe
@@ -98,3 +99,29 @@ def test_no_memory_grows_with_the_number_of_probes(kit, tmp_path):
     early, late = sizes
     assert late[:2] == early[:2]
     assert late[2] - early[2] < 12 * 3, "a probe leaves several objects behind"
+
+
+class Listening(TorchFunctionMode):
+    """Every torch function that runs while it is on, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_torch_function_mode_sees_the_network_and_not_the_measuring(kit):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+    x, y = kit.images(dtype=torch.float32)
+    model(x)
+    with Probe(model, every=1) as probe, Listening() as mode:
+        F.cross_entropy(model(x), y % 5).backward()
+        seen = set(mode.names)
+        probe.step()
+    assert {"conv2d", "relu", "linear", "backward"} <= seen
+    assert not seen & {"bmm", "matmul", "vector_norm", "cholesky_ex", "sum", "amax", "amin"}
+    assert probe.latest.neurons["1"].units == 4
+    assert probe.latest["0"].input.lambda_max > 0

@@ -136,8 +136,8 @@ def validate(
 
     Size, cost and function as recorded, initial weights, signals over depth, finite gradients, scale invariance (or
     Theorem 1), the last BN's bound, and conditioning at initialization against the record shipped for the model; of
-    a released checkpoint (MODEL.TAG) those that training does not end. One line a check; exit 1 where one does not
-    hold.
+    a released checkpoint (MODEL.TAG) those that training does not end. One line a check: ok, FAIL, or skip with the
+    reason why it does not apply; exit 1 where one does not hold.
     """
     from condzoo.catalog import list_models
     from condzoo.checkpoints import list_checkpoints

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from condzoo.catalog import ModelInfo
 from condzoo.fingerprint import TOLERANCE, difference, read_fingerprints
 from condzoo.initial_conditioning import deviations, measure_initial, read_records
 from condzoo.probe import spectrum
-from condzoo.subject import Subject, recorded_inputs, small_input, weighted
+from condzoo.subject import Subject, recorded_inputs, size_of, small_input, weighted
 
 STANDARD_ERRORS = 5  # a seeded draw is compared with its distribution this widely
 TINY_EPS = 1e-300  # BN's, where its scale invariance is checked: torch takes none at all for a mistake
@@ -35,18 +34,22 @@ class Check:
     name: str
     ok: bool
     detail: str
+    skipped: bool = False  # it could not be checked, which breaks no promise; `detail` says why
+
+
+def unrecorded(name: str, subject: Subject) -> Check:
+    """A check against a record, of a network built with other arguments than the recorded one."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in subject.changed.items())
+    return Check(name, True, f"the record is of the network without {arguments}", skipped=True)
 
 
 def check_size(subject: Subject) -> Check:
     """Parameters and multiply-adds are those recorded."""
     info = subject.info
-    params = sum(p.numel() for p in subject.model.parameters())
-    on_meta = copy.deepcopy(subject.model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        on_meta(torch.empty(1, *info.input_size, device="meta", dtype=torch.float64))
-    macs = counter.get_total_flops() // 2
+    params, macs = size_of(subject.model, info.input_size)
     ok = (params, macs) == (info.params, info.macs)
-    return Check("size", ok, f"{params:,} parameters of {info.params:,}, {macs:,} multiply-adds of {info.macs:,}")
+    of = f" with {', '.join(subject.changed)} as here" if subject.changed else ""
+    return Check("size", ok, f"{params:,} parameters of {info.params:,}, {macs:,} multiply-adds of {info.macs:,}{of}")
 
 
 def check_initialization(subject: Subject) -> Check:
@@ -127,7 +130,7 @@ def check_scaling(subject: Subject) -> Check:
             layer.bias.data.mul_(expected)
     if subject.info.norm == "bn" or subject.info.last_bn:
         expected = 1.0
-    else:
+    elif getattr(model.get_classifier(), "bias", None) is not None:
         model.get_classifier().bias.data.mul_(expected)
     after = model(subject.x).detach()
     error = float((after - expected * before).norm() / (abs(expected) * before.norm()))
@@ -178,6 +181,8 @@ def check_last_bn(subject: Subject) -> Check:
 
 def check_conditioning(subject: Subject) -> Check:
     """lambda_max and kappa of inputs and output gradients are the record's, as far as seeds differ."""
+    if subject.changed:
+        return unrecorded("conditioning", subject)
     numbers = measure_initial(subject.model, subject.x, subject.y)
     found = deviations(numbers, read_records()[subject.info.name])
     worst = found[0]
@@ -191,8 +196,11 @@ def check_conditioning(subject: Subject) -> Check:
 
 def check_function(subject: Subject) -> Check:
     """The network computes what the model's code did when it was recorded, weights aside."""
+    if subject.changed.keys() - {"last_bn_init"}:
+        return unrecorded("function", subject)
     recorded = read_fingerprints()[subject.info.name]
     if recorded is None:
-        return Check("function", True, "no record: this depth amplifies round-off to the size of the logits")
+        reason = "no record: this depth amplifies round-off to the size of the logits"
+        return Check("function", True, reason, skipped=True)
     error = difference(subject.model, small_input(subject.info), recorded)
     return Check("function", error < TOLERANCE, f"logits with fixed weights as recorded but for {error:.1g}, relative")

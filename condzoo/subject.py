@@ -5,13 +5,14 @@ float32's range, too.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from condzoo.catalog import ModelInfo, list_models, model_info
 from condzoo.models import create_model
@@ -19,12 +20,17 @@ from condzoo.models import create_model
 
 @dataclass(frozen=True)
 class Subject:
-    """A network under validation, in float64 and train mode, with its images and labels."""
+    """A network under validation, in float64 and train mode, with its images and labels.
+
+    `changed`: arguments it was built with that the registered network, which the records are of, has not. `info` has
+    its own number of classes and input size then, and the parameters and multiply-adds of a network built anew.
+    """
 
     info: ModelInfo
     model: Any
     x: Tensor
     y: Tensor
+    changed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
@@ -32,7 +38,7 @@ def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
     if isinstance(name_or_model, str):
         info = model_info(name_or_model)
         torch.manual_seed(seed)
-        model = create_model(info.name)
+        model, changed = create_model(info.name), {}
     else:
         model = copy.deepcopy(name_or_model)
         arch = getattr(model, "pretrained_cfg", {}).get("architecture")
@@ -40,12 +46,63 @@ def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
             raise ValueError(
                 f"{type(model).__name__} is not a network of the zoo; validate takes a name or one of those"
             )
-        info = model_info(arch)
+        info, changed = model_info(arch), changed_arguments(model, model_info(arch))
+        info = with_arguments(info, changed)
+        without_dropout(model)
     batch = 64 if info.family == "mlp" else 16 if info.depth <= 110 else 8
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *small_input(info), generator=generator, dtype=torch.float64)
-    y = torch.randint(info.num_classes, (batch,), generator=generator)
-    return Subject(info, model.double().train(), x, y)
+    y = torch.randint(info.num_classes or model.num_features, (batch,), generator=generator)
+    return Subject(info, model.double().train(), x, y, changed)
+
+
+def changed_arguments(model: Any, info: ModelInfo) -> dict[str, Any]:
+    """The arguments of `create_model` that a network was built with, where they change what it computes."""
+    found: dict[str, Any] = {}
+    if model.num_classes != info.num_classes:
+        found["num_classes"] = model.num_classes
+    if info.family == "mlp":
+        if tuple(model.input_size) != tuple(info.input_size):
+            found["input_size"] = tuple(model.input_size)
+        if not model.bias:
+            found["bias"] = False
+    else:
+        first = next(layer for _, layer in weighted(model))
+        if isinstance(first, nn.Conv2d) and first.in_channels != info.input_size[0]:
+            found["in_chans"] = first.in_channels
+    if info.family == "cifar_resnet" and any(name.endswith(".shortcut.0") for name, _ in weighted(model)):
+        found["projection"] = True
+    if getattr(model, "last_bn_init", "ones") != "ones":
+        found["last_bn_init"] = model.last_bn_init
+    return found
+
+
+def with_arguments(info: ModelInfo, changed: Mapping[str, Any]) -> ModelInfo:
+    """The info of a network built with these arguments; its size and cost are those of one built here."""
+    if not changed:
+        return info
+    size = changed.get("input_size", (changed.get("in_chans", info.input_size[0]), *info.input_size[1:]))
+    with torch.random.fork_rng(devices=[]):
+        built = create_model(info.name, **changed)
+    classes = changed.get("num_classes", info.num_classes)
+    params, macs = size_of(built, size)
+    return replace(info, input_size=size, num_classes=classes, params=params, macs=macs)
+
+
+def size_of(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
+    """Parameters, and multiply-adds of convolutions and linear layers for one image."""
+    on_meta = copy.deepcopy(model).to("meta").eval()
+    dtype = next(model.parameters()).dtype
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        on_meta(torch.empty(1, *input_size, device="meta", dtype=dtype))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Dropout that drops nothing: the promises are of the network without it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def small_input(info: ModelInfo) -> tuple[int, int, int]:

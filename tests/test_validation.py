@@ -38,6 +38,34 @@ def test_a_model_of_each_family_keeps_its_promises(name):
     assert {"function", "conditioning"} <= names
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "skipped"),
+    [
+        ("cifar_resnet8", {"num_classes": 100}, {"function", "conditioning"}),
+        ("cifar_vgg8_nobn_lastbn", {"in_chans": 1, "num_classes": 0}, {"function", "conditioning"}),
+        ("cifar_resnet8", {"projection": True}, {"function", "conditioning"}),
+        ("mlp4x24", {"input_size": (1, 8, 8), "bias": False}, {"function", "conditioning"}),
+        ("mlp4x24_lastbn", {"last_bn_init": "uniform"}, {"conditioning"}),
+        ("cifar_resnet8", {"drop_rate": 0.5}, set()),
+    ],
+)
+def test_other_arguments_than_the_recorded_skip_the_checks_against_records(name, arguments, skipped):
+    torch.manual_seed(0)
+    model = create_model(name, **arguments)
+    found = validate(model)
+    assert found.ok, found.table()
+    assert {check.name for check in found.checks if check.skipped} == skipped
+    for check in found.checks:
+        if check.skipped:
+            assert check.detail.startswith("the record is of the network without ")
+            assert next(iter(arguments)) in check.detail
+            assert f"skip  {check.name}" in found.table()
+    next(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))).weight.data.mul_(2)
+    assert "weights" in broken(validate(model).checks)
+    model.extra = nn.Linear(3, 3)
+    assert "size" in broken(validate(model).checks)
+
+
 def broken(checks):
     return {check.name for check in checks if not check.ok}
 

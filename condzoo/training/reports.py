@@ -137,6 +137,8 @@ def opened_probe(training: Training, path: Path | None, start_step: int) -> Iter
         layers=section.layers,
         conv=section.conv,
         precision=section.precision,
+        bias=section.bias,
+        kappa=section.kappa,
         start_step=start_step,
         reduction="sum",
     ) as probe:

@@ -162,6 +162,8 @@ class ProbeSection(Section):
     conv: Literal["channels", "patches"] = Field("channels", description="what a row of a convolution is")
     layers: list[str] | None = Field(None, description="names or patterns of the layers; default: all")
     precision: Literal["auto", "fast", "float64"] = Field("auto", description="of the moments' products")
+    bias: bool = Field(False, description="the bias as a constant input of its layer")
+    kappa: bool = Field(True, description="full spectra; false: lambda_max alone, which is cheaper")
 
 
 Optimizer = Annotated[Sgd | FullBatch | Adam | AdamW, Field(discriminator="name")]

@@ -170,9 +170,10 @@ def last_layer_texts(run: "Run") -> tuple[str, str]:
 
     records = read_records(run.path)
     spectra = [list(record.values())[-1].input for record in (records[0], records[-1])]
+    kappas = [spectrum.condition_number(0.5) for spectrum in spectra]
     return (
         " -> ".join(f"{spectrum.lambda_max:.3g}" for spectrum in spectra),
-        " -> ".join(f"{spectrum.condition_number(0.5):.3g}" for spectrum in spectra),
+        "not computed" if any(map(math.isnan, kappas)) else " -> ".join(f"{kappa:.3g}" for kappa in kappas),
     )
 
 

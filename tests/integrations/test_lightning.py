@@ -104,6 +104,22 @@ def test_a_fit_records_what_a_plain_loop_does_and_trains_as_without(tmp_path, ac
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
+def test_mixed_precision_is_measured_and_trains_as_without(tmp_path):
+    from condzoo.integrations.lightning import ProbeCallback
+
+    settings = {"precision": "bf16-mixed", "max_steps": 4}
+    without, _ = fit(tmp_path / "without", **settings)
+    probed, _ = fit(tmp_path, [ProbeCallback(every=3)], **settings)
+    same_weights(probed, without)
+    records, (_, expected) = read_records(tmp_path), plain_loop(1, every=3)
+    assert [(r.step, r.dtype, r.skipped) for r in records] == [(0, "bfloat16", {}), (3, "bfloat16", {})]
+    assert list(records[0]) == list(expected[0])
+    for name, layer in expected[0].items():
+        assert records[0][name].input.lambda_max == pytest.approx(layer.input.lambda_max, rel=0.05)
+        assert records[0][name].output_grad.lambda_max == pytest.approx(layer.output_grad.lambda_max, rel=0.1)
+        assert records[0][name].weight_grad == pytest.approx(layer.weight_grad, rel=0.05)
+
+
 def test_a_resumed_fit_goes_on_with_its_step_and_an_exception_takes_the_hooks_off(tmp_path):
     from condzoo.integrations.lightning import ProbeCallback
 

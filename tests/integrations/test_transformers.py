@@ -125,6 +125,23 @@ def test_a_run_records_what_a_plain_loop_does_and_trains_as_without(tmp_path, na
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_bf16_is_measured_and_trains_as_without(tmp_path, monkeypatch):
+    from condzoo.integrations.transformers import ProbeCallback
+
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    settings = {"bf16": True, "max_steps": 4}
+    without, _ = fit("module", tmp_path / "without", **settings)
+    probed, batches = fit("module", tmp_path, [ProbeCallback(every=3)], **settings)
+    for (key, a), (_, b) in zip(without.state_dict().items(), probed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), key
+    records, (_, expected) = read_records(tmp_path), plain_loop("module", batches[:4], 1, every=3)
+    assert [(r.step, r.dtype, r.skipped) for r in records] == [(0, "bfloat16", {}), (3, "bfloat16", {})]
+    for name, layer in expected[0].items():
+        assert records[0][name].input.lambda_max == pytest.approx(layer.input.lambda_max, rel=0.05)
+        assert records[0][name].output_grad.lambda_max == pytest.approx(layer.output_grad.lambda_max, rel=0.1)
+        assert records[0][name].weight_grad == pytest.approx(layer.weight_grad, rel=0.05)
+
+
 def test_a_resumed_run_goes_on_with_its_step(tmp_path):
     from condzoo.integrations.transformers import ProbeCallback
 

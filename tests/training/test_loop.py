@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from condzoo.data import BatchPlan, load_data
+from condzoo.display import last_layer_texts
 from condzoo.models import create_model
+from condzoo.probe import read_records
 from condzoo.training import (
     EpochDone,
     Finished,
@@ -144,6 +146,18 @@ def test_the_probe_does_not_change_the_weights(tiny: Any, tmp_path: Path) -> Non
     assert equal(weights(plain.path), weights(probed.path))
     assert (probed.path / "conditioning.png").stat().st_size > 1000
     assert not (plain.path / "conditioning.png").exists()
+
+
+def test_the_recipes_probe_section_is_the_probes_settings(tiny: Any, tmp_path: Path) -> None:
+    settings = {"probe.every": 2, "probe.bias": True, "probe.kappa": False, "probe.precision": "float64"}
+    events: list[Any] = []
+    run = train(tiny(**settings), out=tmp_path / "run", max_steps=3, device="cpu", on_event=events.append)
+    record = read_records(run.path)[-1]
+    assert (record.step, record.bias, record.kappa, record.precision) == (2, True, False, "float64")
+    assert record["fc"].input.status(0.5) == "not computed"
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert list(steps[-1].last_layer) == ["lambda_max"]
+    assert last_layer_texts(run)[1] == "not computed"
 
 
 def test_events_tell_the_whole_story(tiny: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from condzoo.probe import Probe
 class ProbeCallback(pl.Callback):
     """Measures the LightningModule every so many optimizer steps; weights come out bitwise as without it.
 
-    Accumulated batches and resumed runs are taken care of; mixed precision's loss scale and Lightning's distributed
+    Accumulated batches, resumed runs, bf16 and DDP are taken care of; fp16's loss scale and other distributed
     strategies are written for, and were not run yet. `training_step` must return the mean loss over its batch (or set
     `reduction="sum"`).
 

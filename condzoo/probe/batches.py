@@ -15,6 +15,8 @@ TARGETS = ("labels", "label")  # the targets' keys in a batch that is a dict
 
 def each(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches one by one; a single pair or dict counts as one batch."""
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be a pair (x, y), or an iterable of such pairs, got {batches!r:.60}")
     return iter([batches] if isinstance(batches, Mapping) or _is_pair(batches) else batches)
 
 
@@ -107,5 +109,5 @@ def in_float64(value: Any) -> Any:
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device."""
-    return mapped(value, lambda t: t.to(device))
+    """A batch with its tensors on a device; those of inference mode, which autograd refuses, as copies."""
+    return mapped(value, lambda t: (t.clone() if t.is_inference() else t).to(device))

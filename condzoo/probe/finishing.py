@@ -22,7 +22,7 @@ from condzoo.probe.weights import Norms
 DECOMPOSED = 256  # side up to which one eigenvalue costs no less than all
 LANCZOS = 1e-8  # residual over lambda_max
 
-NOT_CALLED = "not called in the forward pass"
+NOT_CALLED = "not called in the forward pass, or only without gradients"
 NO_GRADIENT = "no gradient reaches its output: the loss does not depend on it, or all before it is frozen"
 
 

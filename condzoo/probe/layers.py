@@ -61,6 +61,8 @@ def choose(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[str, nn.
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {model!r:.40}")
     if isinstance(names, str):
         raise TypeError(f"layers must be a list of names, got a string; write layers=[{names!r}]")
+    if names is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(f"layers must be a list of names, got {names!r:.60}")
     found: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     for name, module in named_modules(model):

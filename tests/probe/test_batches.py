@@ -180,6 +180,8 @@ for call in (
     lambda: measure(model, batch, loss="mse"),
     lambda: measure(model, batch, loss=torch.nn.MSELoss),
     lambda: measure(model, batch, layers="fc"),
+    lambda: measure(model, batch, layers=[0]),
+    lambda: measure(model, None),
     lambda: measure("mlp4x24", batch),
     lambda: Probe("mlp4x24"),
     lambda: Probe(model, every="10"),
@@ -200,6 +202,8 @@ print(spectrum([[2, 0], [0, 1]]).eigenvalues.tolist())
         "loss must be a callable of (output, y), got 'mse'; for example torch.nn.MSELoss()",
         "loss must be a callable of (output, y), got <class 'torch.nn.modules.loss.MSELoss'>; make one: loss=MSELoss()",
         "layers must be a list of names, got a string; write layers=['fc']",
+        "layers must be a list of names, got [0]",
+        "batches must be a pair (x, y), or an iterable of such pairs, got None",
         "model must be a torch.nn.Module, got str 'mlp4x24'",
         "model must be a torch.nn.Module, got str 'mlp4x24'",
         "every must be a whole number of steps, got '10'",
@@ -244,3 +248,9 @@ def test_real_models_of_hugging_face(expected):
     assert len(found) == 8
     same(found, by_hand)
     assert measure(model, [batch], labels="model").labels == "model"
+
+
+def test_tensors_of_inference_mode_and_callers_in_it_are_measured(expected):
+    model = Plain().double()
+    with torch.inference_mode():
+        same(measure(model, data()), expected)

@@ -117,7 +117,7 @@ def test_what_is_left_out_is_named_and_the_table_says_all():
     assert list(report) == ["head"]
     assert "inside nn.MultiheadAttention" in report.skipped["attention.in_proj"]
     assert "ConvTranspose1d" in report.skipped["up"]
-    assert report.skipped["unused"] == "not called in the forward pass"
+    assert report.skipped["unused"] == "not called in the forward pass, or only without gradients"
     assert "no gradient" in report.skipped["aside"]
     with pytest.raises(KeyError, match="no layer 'unused': not called"):
         report["unused"]

@@ -161,7 +161,7 @@ def test_what_cannot_be_measured_is_named_with_the_reason():
     assert list(found) == ["head"]
     assert "indices" in found.skipped["embed"]
     assert "recurrent" in found.skipped["rnn"]
-    assert found.skipped["unused"] == "not called in the forward pass"
+    assert found.skipped["unused"] == "not called in the forward pass, or only without gradients"
     assert "no gradient" in found.skipped["aside"]
     with pytest.raises(KeyError, match="was not measured: not called"):
         found["unused"]

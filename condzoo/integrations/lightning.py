@@ -15,8 +15,8 @@ from condzoo.probe import Probe
 class ProbeCallback(pl.Callback):
     """Measures the LightningModule every so many optimizer steps; weights come out bitwise as without it.
 
-    Accumulated batches, resumed runs, bf16 and DDP are taken care of; fp16's loss scale and other distributed
-    strategies are written for, and were not run yet. `training_step` must return the mean loss over its batch (or set
+    Accumulated batches, resumed runs and bf16 are taken care of, and DDP, which was run by hand; fp16's loss scale and
+    other distributed strategies are written for, and were not run yet. `training_step` must return the mean loss over its batch (or set
     `reduction="sum"`).
 
     Args:

@@ -15,8 +15,8 @@ from condzoo.probe import Probe
 class ProbeCallback(TrainerCallback):
     """Measures the Trainer's model every so many optimizer steps; weights come out bitwise as without it.
 
-    Accumulated batches, resumed runs, bf16 and DDP are taken care of; fp16's loss scale is written for, and was not run
-    yet under the Trainer. Accumulated batches count alike: where the Trainer divides by the items of all
+    Accumulated batches, resumed runs and bf16 are taken care of; fp16's loss scale and DDP are written for, and were
+    not run yet under the Trainer. Accumulated batches count alike: where the Trainer divides by the items of all
     of them together, they should have equally many.
 
     Args:

@@ -1,4 +1,4 @@
-"""Data-parallel training in several processes, run by test_distributed.py: python processes.py OUT WORLD:KIND,KIND ...
+"""Data-parallel training in several processes, run by test_distributed.py: python processes.py WORLD OUT KIND...
 
 The processes are forks of one that has imported everything and computed nothing.
 """
@@ -91,13 +91,13 @@ def train(model, kind, rank, world, probe=None):
 
 def one(rank, world, out, kinds):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}/store{world}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
     mesh = dist.init_device_mesh("cpu", (world,))
     for kind in kinds:
         plain = train(distributed(network(kind), kind, mesh), kind, rank, world)
         model = distributed(network(kind), kind, mesh)
         scale = 0.5 if "accumulated" in kind else 1.0
-        with Probe(model, every=2, out=f"{out}/{world}/{kind}", loss_scale=scale) as probe:
+        with Probe(model, every=2, out=f"{out}/{kind}", loss_scale=scale) as probe:
             probed = train(model, kind, rank, world, probe)
         for a, b in zip(plain, probed, strict=True):
             a, b = (t.to_local() if hasattr(t, "to_local") else t for t in (a, b))
@@ -106,18 +106,16 @@ def one(rank, world, out, kinds):
     dist.destroy_process_group()
 
 
-def main(out, groups):
-    for world, kinds in groups:
-        children = []
-        for rank in range(world):
-            children.append(os.fork())
-            if not children[-1]:
-                one(rank, world, out, kinds)
-                return
-        if any(os.waitpid(child, 0)[1] for child in children):
-            sys.exit(f"one of {world} processes failed")
+def main(world, out, kinds):
+    children = []
+    for rank in range(world):
+        children.append(os.fork())
+        if not children[-1]:
+            one(rank, world, out, kinds)
+            return
+    if any(os.waitpid(child, 0)[1] for child in children):
+        sys.exit("a process failed")
 
 
 if __name__ == "__main__":
-    parts = [group.split(":") for group in sys.argv[2:]]
-    main(sys.argv[1], [(int(world), kinds.split(",")) for world, kinds in parts])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

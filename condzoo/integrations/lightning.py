@@ -16,8 +16,8 @@ class ProbeCallback(pl.Callback):
     """Measures the LightningModule every so many optimizer steps; weights come out bitwise as without it.
 
     Accumulated batches, resumed runs and bf16 are taken care of, and DDP, which was run by hand; fp16's loss scale and
-    other distributed strategies are written for, and were not run yet. `training_step` must return the mean loss over its batch (or set
-    `reduction="sum"`).
+    other distributed strategies are written for, and were not run yet. `training_step` must return the mean loss over
+    its batch (or set `reduction="sum"`).
 
     Args:
         every: optimizer steps from one measurement to the next, as in `Probe`.

@@ -35,6 +35,7 @@ class Subject:
 
 def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
     """The network as a float64 copy in train mode, and a batch small enough for its depth."""
+    model: Any
     if isinstance(name_or_model, str):
         info = model_info(name_or_model)
         torch.manual_seed(seed)

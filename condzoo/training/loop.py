@@ -80,10 +80,10 @@ def train(
         if earlier is not None and earlier["status"] == "diverged":
             return end_diverged(path, recipe, earlier)
         training = join_gradients(ranks.all_do(lambda: prepare(recipe, own_device, data_root, ranks)))
-        progress = go_on(training, path, notify)
         last = min(training.total_steps, max_steps or training.total_steps)
-        if earlier is not None and earlier["steps"] == progress.step >= last:
+        if earlier is not None and earlier["steps"] >= last:  # going on would cut off the line of its end
             return Run(path, recipe, earlier)
+        progress = go_on(training, path, notify)
         notify(started(training, progress, path, last))
         try:
             fit(training, progress, path, last, request, notify)

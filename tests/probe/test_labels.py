@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
-from condzoo.probe import curvature, measure
+from condzoo.probe import curvature, measure, passes
 
 SAMPLES, WIDTH = 5, 3
 
@@ -208,7 +208,8 @@ def per_sample_heads(model, x):
         yield h.detach(), model.head(torch.tanh(h)).softmax(1).detach()
 
 
-def test_very_many_labels_are_warned_of():
-    model = nn.Linear(4, 2001).double()
-    with pytest.warns(UserWarning, match=r"a backward pass a class and label, 2,001 a batch here; labels='sample'"):
+def test_very_many_labels_are_warned_of(monkeypatch):
+    monkeypatch.setattr(passes, "MANY", 20)
+    model = nn.Linear(4, 21).double()
+    with pytest.warns(UserWarning, match=r"a backward pass a class and label, 21 a batch here; labels='sample'"):
         measure(model, (torch.zeros(2, 4).double(), None), labels="model")

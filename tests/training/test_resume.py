@@ -68,6 +68,15 @@ def timeless(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
+@pytest.mark.parametrize("steps", [3, 6, 7])
+def test_a_finished_run_is_left_as_it_is(steps: int, tiny: Any, tmp_path: Path) -> None:
+    recipe, run = tiny(iterations=steps, log_every=2), tmp_path / "run"
+    first = train(recipe, out=run, device="cpu")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert train(recipe, out=run, device="cpu").summary == first.summary
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_in_pieces_equals_one_in_one_piece(variant: str, tiny: Any, tmp_path: Path) -> None:
     recipe = tiny(**{"probe.every": 5, "log_every": 2, **VARIANTS[variant]})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +23,7 @@ from condzoo.probe.finishing import finish
 from condzoo.probe.hooks import Hook
 from condzoo.probe.layers import CONVS, choose
 from condzoo.probe.measuring import checked
+from condzoo.probe.numbers import positive, whole_number
 from condzoo.probe.passes import coarsest
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
@@ -275,27 +274,3 @@ class Probe:
 
     def _scale(self) -> float:
         return positive("probe.loss_scale", self.loss_scale) * self._scaler_scale
-
-
-def whole_number(name: str, value: int) -> int:
-    """The value if it is a whole number, 0 or more.
-
-    Raises:
-        TypeError: it is no whole number; ValueError: it is negative.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a whole number of steps, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be 0 or more, got {value}")
-    return operator.index(value)
-
-
-def positive(name: str, value: Any) -> float:
-    """The value if it is a finite number above 0, else a ValueError."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be a number above 0, got {value!r}")
-    return number

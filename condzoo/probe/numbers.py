@@ -1,0 +1,29 @@
+"""Numbers that a caller gives: the number, or one clear error with its name."""
+
+import math
+import operator
+from typing import Any
+
+
+def whole_number(name: str, value: int) -> int:
+    """The value if it is a whole number, 0 or more.
+
+    Raises:
+        TypeError: it is no whole number; ValueError: it is negative.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number of steps, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, got {value}")
+    return operator.index(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """The value if it is a finite number above 0, else a ValueError."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+    return number

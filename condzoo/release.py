@@ -29,12 +29,13 @@ from condzoo.probe import Conditioning, plot_records
 from condzoo.probe.serialization import to_record
 from condzoo.training import Recipe, Run, dump_recipe, evaluate_run, load_recipe, load_run, recipe_files
 from condzoo.training.data_sets import centre_share, read_data
+from condzoo.training.environment import processor
 from condzoo.training.networks import build_network
 from condzoo.training.run_directory import CONDITIONING as STEPS
 from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json
 
 RULE = "the lowest seed, fixed before any was trained"
-OTHER_DEVICE = 0.002  # share of the images that another device's arithmetic may decide otherwise
+OTHER_DEVICE = 0.002  # share of the images that the arithmetic of another device or CPU may decide otherwise
 LABEL = re.compile(r"#\s*(Source|Departs):\s*(.*)")
 
 
@@ -157,7 +158,8 @@ def check_model(recipe: Recipe) -> None:
 def check_evaluation(run: Run, data_root: str | Path | None) -> None:
     """Check that the run ended well and that evaluating it again gives its result.
 
-    To the last image on the kind of device it ran on; where only another kind is here, to `OTHER_DEVICE` of them.
+    To the last image on the kind of device, or the CPU, that it ran on; where only another is here, to `OTHER_DEVICE`
+    of them.
 
     Raises:
         ValueError: it does not.
@@ -168,7 +170,8 @@ def check_evaluation(run: Run, data_root: str | Path | None) -> None:
     kind = str(summary["device"]).partition(":")[0]
     here = kind == "cpu" or torch.cuda.is_available()
     again = evaluate_run(run.path, data_root=data_root, device=kind if here else "cpu")
-    allowed = 0 if here else OTHER_DEVICE * again.total
+    same = here and (kind != "cpu" or read_json(run.path / ENVIRONMENT)[-1]["processor"] == processor())
+    allowed = 0 if same else OTHER_DEVICE * again.total
     if again.total != summary["test_images"] or abs(again.correct - summary["test_correct"]) > allowed:
         raise ValueError(
             f"{run.path} recorded {summary['test_correct']} of {summary['test_images']} test images right, "

@@ -24,7 +24,7 @@ def describe_environment(numerics: Numerics) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": _device_name(numerics.device),
@@ -41,7 +41,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
     """The CPU's model name and instruction set, as torch uses it."""
     name = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")

@@ -141,6 +141,18 @@ def test_a_run_of_another_device_may_differ_a_little(runs, monkeypatch, images_o
         check_evaluation(load_run(runs[1]), None)
 
 
+@pytest.mark.parametrize(
+    ("processor", "images_off", "accepted"), [("another", 3, True), ("another", 4, False), (None, 1, False)]
+)
+def test_a_run_of_another_cpu_may_differ_a_little(runs, monkeypatch, processor, images_off, accepted):
+    monkeypatch.setattr("condzoo.release.OTHER_DEVICE", 0.01)  # of 360 images
+    if processor:
+        edit_json(runs[1] / "environment.json", lambda parts: parts[-1].update(processor=processor))
+    edit_json(runs[1] / "summary.json", lambda s: s.update(test_correct=s["test_correct"] + images_off))
+    with nullcontext() if accepted else pytest.raises(ValueError, match="evaluating it again"):
+        check_evaluation(load_run(runs[1]), None)
+
+
 def test_an_unfinished_run_is_refused(runs, tmp_path):
     (runs[0] / "summary.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no finished run: it has no summary\.json"):

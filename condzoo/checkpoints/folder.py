@@ -56,12 +56,12 @@ class CheckpointFolder:
         return parse_weights(self.files[WEIGHTS], self.source(WEIGHTS))
 
 
-def read_folder(path: Path) -> CheckpointFolder:
-    """Read a checkpoint's folder, or the one that a path to its model.safetensors lies in.
+def folder_at(path: Path) -> Path:
+    """The folder that a path to a checkpoint, or to its model.safetensors, names.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: a file and no folder; files that are missing, not listed in SHA256SUMS, changed, or not plain files.
+        ValueError: a file and no folder.
     """
     folder = path.parent if path.name == WEIGHTS else path
     if folder.is_file():
@@ -70,6 +70,17 @@ def read_folder(path: Path) -> CheckpointFolder:
         )
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint at {path}: it must be a folder with {', '.join(ALWAYS)} and {SUMS}")
+    return folder
+
+
+def read_folder(path: Path) -> CheckpointFolder:
+    """Read a checkpoint's folder, or the one that a path to its model.safetensors lies in.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a file and no folder; files that are missing, not listed in SHA256SUMS, changed, or not plain files.
+    """
+    folder = folder_at(path)
     if not (folder / SUMS).exists() and (folder / "summary.json").exists():
         raise ValueError(f"{folder} is a run directory; `condzoo release {folder} --tag TAG` makes a checkpoint of it")
     sums = read_sums(folder)

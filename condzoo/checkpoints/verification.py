@@ -16,6 +16,7 @@ from condzoo.checkpoints.folder import (
     METRICS,
     SUMS,
     CheckpointFolder,
+    folder_at,
     read_folder,
 )
 from condzoo.checkpoints.loading import check_agreement, is_path, load_folder, read_recipe, release_by_name
@@ -64,7 +65,8 @@ def verify_checkpoint(path: str | Path, data_root: str | Path | None = None) -> 
     """Check a checkpoint: sums, the index's hash, keys, logits, model card; with its data, accuracy and conditioning.
 
     Args:
-        path: a checkpoint's folder, or a released name ("arch.tag", or "arch" for its default).
+        path: a checkpoint's folder or the model.safetensors in it, or a released name ("arch.tag", or "arch" for its
+            default).
         data_root: where its data set is; None looks where `load_data` does, and leaves out what needs it
             where it is not found.
 
@@ -73,10 +75,8 @@ def verify_checkpoint(path: str | Path, data_root: str | Path | None = None) -> 
             wrong is a row that failed, not an exception.
     """
     if is_path(path):
-        place = Path(path)
+        place = folder_at(Path(path))
         release = read_index().get(place.name)
-        if not place.is_dir():
-            raise FileNotFoundError(f"no checkpoint at {place}")
     else:
         release = release_by_name(str(path))
         place = find_folder(release) or fetch(release)

@@ -143,6 +143,13 @@ def test_what_is_not_there_is_an_error(tmp_path):
         verify_checkpoint(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no weights are released for"):
         verify_checkpoint("cifar_resnet1202")
+    (tmp_path / "w.pt").touch()
+    with pytest.raises(ValueError, match=r"w\.pt is a file; `condzoo convert \S+ --model NAME` makes"):
+        verify_checkpoint(tmp_path / "w.pt")
+
+
+def test_the_weights_stand_for_their_folder(checkpoint):
+    assert verify_checkpoint(checkpoint / "model.safetensors").path == verify_checkpoint(checkpoint).path
 
 
 def test_the_fixed_input_is_spread_evenly_with_mean_0_and_variance_1():

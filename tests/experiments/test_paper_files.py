@@ -10,6 +10,8 @@ from condzoo.experiments.claims import Verdict
 from condzoo.experiments.collecting import read_data_file
 from condzoo.experiments.loading import parse_experiment, planned_runs, training_of
 from condzoo.experiments.measures import MEASURES
+from condzoo.models.released import recipes_by_model
+from condzoo.training import load_recipe
 
 IDS = experiment_ids()
 
@@ -60,6 +62,18 @@ def test_it_runs_and_is_drawn(name, tiny, tmp_path):
 def test_a_long_matrix_is_announced_by_the_file_alone(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("condzoo.probe.costs.LONG", 0.0)  # seconds from which curvature warns; warnings are errors here
     collect(tiny("fig03"), "cpu", tmp_path)
+
+
+def test_table_b_at_full_length_is_the_recipes_whose_runs_are_released():
+    for run in planned_runs(load_experiment("table_b"), "paper", [1]):
+        assert run.recipe == load_recipe(recipes_by_model()[run.recipe.model.name]), run.label
+
+
+@pytest.mark.parametrize("name", [name for name in IDS if load_experiment(name).kind == "training"])
+def test_gamma_of_every_last_bn_is_drawn_as_the_authors_have_it(name):
+    for run in planned_runs(load_experiment(name), "cpu", [1]):
+        if run.recipe.model.name.endswith("_lastbn"):
+            assert run.recipe.model.last_bn_init == "uniform", run.label
 
 
 def test_an_unknown_field_is_named():

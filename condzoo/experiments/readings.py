@@ -73,19 +73,25 @@ def networks_of(data: Data, label: str) -> list[dict[str, Any]]:
 
 
 def finals(data: Data, label: str, metric: str) -> Values:
-    """A metric of the summary of every run that ended.
+    """A metric of every run that ended: of its summary, or "last_loss", the median of the last tenth of logged losses.
+
+    The summary's training loss is the mean of the last epoch: of a run that is shorter, of all it went through.
 
     Raises:
         Missing: none ended with it.
     """
-    found = {
-        run["seed"]: float(run[metric])
-        for run in runs_of(data, label)
-        if run["status"] == "done" and run[metric] is not None
-    }
+    ended = [run for run in runs_of(data, label) if run["status"] == "done"]
+    values = {run["seed"]: last_loss(run) if metric == "last_loss" else run[metric] for run in ended}
+    found = {seed: float(value) for seed, value in values.items() if value is not None}
     if not found:
         raise Missing(f"no run {label!r} ended with a {metric}")
     return found
+
+
+def last_loss(run: dict[str, Any]) -> float | None:
+    """The median of the last tenth of the losses that were logged; None where there are none."""
+    losses = [loss for _, loss in run["loss"] if loss is not None]
+    return float(np.median(losses[-max(1, len(losses) // 10) :])) if losses else None
 
 
 def fitted_slope(row: np.ndarray) -> float:

@@ -27,6 +27,7 @@ NAMES = {
 }
 COLOURS = "viridis"
 MARKERS = "osD^v<>"
+MARKED = 40  # points a curve, above which they are a line without markers
 
 
 def name_of(quantity: str) -> str:
@@ -171,16 +172,27 @@ def curves(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
 
 
 def draw_curve(ax: Axes, runs: Sequence[dict[str, Any]], column: str, index: int, label: str) -> None:
-    """The median of one metric over seeds, with its range."""
+    """The median of one metric over seeds, with its range; of a run within an epoch the loss as it was logged."""
     factor = 100.0 if column.endswith("error") else 1.0
     rows = {run["seed"]: {e["step"]: e[column] for e in run["epochs"] if e[column] is not None} for run in runs}
+    if column == "train_loss" and all(len(row) < 2 for row in rows.values()):
+        rows = {run["seed"]: smoothed(run["loss"]) for run in runs}
     steps = sorted({step for row in rows.values() for step in row})
     if not steps:
         return
     found = [[factor * row[step] for row in rows.values() if step in row] for step in steps]
-    style = {"color": OKABE_ITO[index % len(OKABE_ITO)], "marker": MARKERS[index % len(MARKERS)], "markersize": 3}
+    marker = MARKERS[index % len(MARKERS)] if len(steps) < MARKED else None
+    style = {"color": OKABE_ITO[index % len(OKABE_ITO)], "marker": marker, "markersize": 3}
     ax.plot(steps, [np.median(values) for values in found], label=label, lw=1.3, **style)  # type: ignore[arg-type]
     ax.fill_between(steps, [min(v) for v in found], [max(v) for v in found], color=style["color"], alpha=0.15, lw=0)
+
+
+def smoothed(losses: Sequence[Sequence[Any]]) -> dict[int, float]:
+    """Step -> the median of the nine logged losses around it, fewer at the ends."""
+    known = [(int(step), float(loss)) for step, loss in losses if loss is not None]
+    return {
+        step: float(np.median([loss for _, loss in known[max(0, i - 4) : i + 5]])) for i, (step, _) in enumerate(known)
+    }
 
 
 def errors(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:

@@ -120,9 +120,9 @@ def rank_correlation(data: Data, labels: list[str], metric: str = "test_error") 
     return {seed: spearman([column[seed] for column in columns]) for seed in sorted(seeds)}
 
 
-def loss_fall(data: Data, label: str) -> Values:
-    """The first logged training loss over the final one."""
-    final = finals(data, label, "train_loss")
+def loss_fall(data: Data, label: str, metric: str = "train_loss") -> Values:
+    """The first logged training loss over the final one: that of the last epoch, or "last_loss" (see `finals`)."""
+    final = finals(data, label, metric)
     return {run["seed"]: run["loss"][0][1] / final[run["seed"]] for run in runs_of(data, label) if run["loss"]}
 
 

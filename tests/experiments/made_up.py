@@ -119,12 +119,15 @@ def ordered(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
     runs = []
     for seed, correlation in values.items():
         for place, label in enumerate(args["labels"]):
-            runs.append(run_of(label, seed, **{args.get("metric", "test_error"): 1.0 + correlation * place / 10}))
+            value, metric = 1.0 + correlation * place / 10, args.get("metric", "test_error")
+            fields = {"loss": [[0, 9.0], [3, value]]} if metric == "last_loss" else {metric: value}
+            runs.append(run_of(label, seed, **fields))
     return {"runs": runs}
 
 
 def falling(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
-    runs = [run_of(args["label"], s, train_loss=0.7, loss=[[0, 0.7 * v], [3, 0.1]]) for s, v in values.items()]
+    last = 0.7 if args.get("metric") == "last_loss" else 0.1
+    runs = [run_of(args["label"], s, train_loss=0.7, loss=[[0, 0.7 * v], [3, last]]) for s, v in values.items()]
     return {"runs": runs}
 
 

@@ -7,7 +7,7 @@ import pytest
 from condzoo.experiments import experiment_ids, judge, load_experiment
 from condzoo.experiments.claims import judge_claim
 from condzoo.experiments.measures import MEASURES
-from condzoo.experiments.readings import spearman
+from condzoo.experiments.readings import Missing, finals, spearman
 from condzoo.experiments.schema import Claim
 from tests.experiments.made_up import BUILDERS, SEEDS, made_up, run_of, targets
 
@@ -63,6 +63,14 @@ def test_a_diverged_run_has_the_error_of_chance():
     lower = Claim(text="", measure="error_difference", args={"label": "a", "to": "b"}, below=0, reason="")
     data = {"runs": [run_of("a", 1, test_error=0.4), run_of("b", 1, status="diverged", test_error=None)]}
     assert judge_claim(lower, data, "here").values == {1: pytest.approx(-50.0)}
+
+
+def test_the_last_loss_is_the_median_of_the_last_tenth_of_what_was_logged():
+    losses = [[step, 100.0] for step in range(18)] + [[18, 1.0], [19, 3.0], [20, None]]
+    assert finals({"runs": [run_of("a", 1, loss=losses)]}, "a", "last_loss") == {1: 2.0}
+    assert finals({"runs": [run_of("a", 1, loss=[[0, 5.0]])]}, "a", "last_loss") == {1: 5.0}
+    with pytest.raises(Missing, match="no run 'a' ended with a last_loss"):
+        finals({"runs": [run_of("a", 1, loss=[])]}, "a", "last_loss")
 
 
 def test_the_worst_trial_of_a_seed_counts():

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from condzoo.experiments import load_experiment
 from condzoo.experiments.matrix_figures import draw_values
-from condzoo.experiments.training_figures import labels_of, layers, plain_numbers, title_of
+from condzoo.experiments.training_figures import curves, labels_of, layers, plain_numbers, title_of
 from tests.experiments.made_up import run_of
 
 QUANTITIES = ("input_kappa50", "grad_kappa50")
@@ -54,6 +54,20 @@ def test_one_point_is_seen():
     layers(figure, {"runs": [probed_run("plain", 1, 1, "diverged")]}, load_experiment("fig09"))
     assert {line.get_marker() for line in figure.axes[0].lines} == {"."}
     assert title_of("plain", [probed_run("plain", 1, 1)]) == "plain"
+
+
+def test_a_run_within_an_epoch_is_drawn_by_the_losses_that_were_logged():
+    epoch = {"step": 50, "train_loss": 7.0, "train_error": 0.8, "test_error": 0.9}
+    losses = [[step, 3.0 + (step == 20)] for step in range(50)]  # a single spike is no level
+    figure, experiment = Figure(), load_experiment("fig12")
+    curves(figure, {"runs": [run_of("a", seed, epochs=[epoch], loss=losses) for seed in (1, 2)]}, experiment)
+    loss, error = figure.axes[0].lines[0], figure.axes[1].lines[0]
+    assert (list(loss.get_xdata()), set(loss.get_ydata()), loss.get_marker()) == (list(range(50)), {3.0}, "None")
+    assert (list(error.get_xdata()), list(error.get_ydata()), error.get_marker()) == ([50], [80.0], "o")
+    longer = [epoch, epoch | {"step": 100}]
+    figure = Figure()
+    curves(figure, {"runs": [run_of("a", 1, epochs=longer, loss=losses)]}, experiment)
+    assert list(figure.axes[0].lines[0].get_xdata()) == [50, 100]
 
 
 def test_a_short_logarithmic_axis_has_plain_numbers():

@@ -16,6 +16,7 @@ from condzoo.experiments.schema import Experiment
 
 DPI = 104
 SMALL_PRINT = 150  # characters a line, at 10 inches
+TITLE = 10  # characters an inch
 
 DRAWERS: dict[str, Callable[[Any, dict[str, Any], Experiment], None]] = {
     "layers": training_figures.layers,
@@ -47,8 +48,9 @@ def draw(experiment: Experiment, data: dict[str, Any], png: str | Path) -> None:
     FigureCanvasAgg(figure)
     DRAWERS[experiment.figure.kind](figure, data, experiment)
     width = figure.get_figwidth()
-    elsewhere = next((f"\n{text}" for text in data["reductions"] if text.startswith(NOT_IMAGENET)), "")
-    figure.suptitle(experiment.title + elsewhere, fontsize=12)
+    elsewhere = [text for text in data["reductions"] if text.startswith(NOT_IMAGENET)]
+    titles = [line for text in (experiment.title, *elsewhere) for line in textwrap.wrap(text, int(TITLE * width))]
+    figure.suptitle("\n".join(titles), fontsize=12)
     wrapped = textwrap.wrap(small_print(data), int(SMALL_PRINT * width / 10))
     figure.supxlabel("\n".join(wrapped), fontsize=7, x=0.01, ha="left", color="0.3")
     Path(png).parent.mkdir(parents=True, exist_ok=True)

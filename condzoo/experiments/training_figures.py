@@ -198,7 +198,7 @@ def smoothed(losses: Sequence[Sequence[Any]]) -> dict[int, float]:
 def errors(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
     """Test error of each run at the end: a column a curve, a point a seed, a bar at the median; how many diverged."""
     labels = labels_of(data)
-    figure.set_size_inches(max(6.0, 0.75 * len(labels) + 1.5), 4.8)
+    figure.set_size_inches(max(8.0, 0.75 * len(labels) + 1.5), 4.8)
     ax = figure.subplots()
     for i, label in enumerate(labels):
         runs = chosen_runs(data, label)
@@ -213,7 +213,7 @@ def errors(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
             above = ax.get_xaxis_transform()  # at the upper edge, wherever the errors lie
             ax.text(i, 0.98, text, transform=above, rotation=90, ha="center", va="top", fontsize=7, color=color)
     ax.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
-    ax.set_ylabel(f"{name_of('test_error')} (points: seeds; bars: medians)")
+    ax.set_ylabel(f"{name_of('test_error')}\n(points: seeds; bars: medians)")
     ax.set_xlim(-0.6, len(labels) - 0.4)
     tidy(ax)
 

@@ -167,6 +167,7 @@ def curves(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
         ax.set(xlabel="iteration", title=name_of(column))
         if column == "train_loss":
             ax.set_yscale("log")
+            plain_numbers(ax)
         tidy(ax)
     axes[-1].legend(fontsize=7, frameon=False)
 
@@ -184,7 +185,11 @@ def draw_curve(ax: Axes, runs: Sequence[dict[str, Any]], column: str, index: int
     marker = MARKERS[index % len(MARKERS)] if len(steps) < MARKED else None
     style = {"color": OKABE_ITO[index % len(OKABE_ITO)], "marker": marker, "markersize": 3}
     ax.plot(steps, [np.median(values) for values in found], label=label, lw=1.3, **style)  # type: ignore[arg-type]
-    ax.fill_between(steps, [min(v) for v in found], [max(v) for v in found], color=style["color"], alpha=0.15, lw=0)
+    low, high = [min(v) for v in found], [max(v) for v in found]
+    if len(steps) > 1:
+        ax.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0)
+    else:  # a band needs a width
+        ax.vlines(steps, low, high, color=style["color"], alpha=0.4)
 
 
 def smoothed(losses: Sequence[Sequence[Any]]) -> dict[int, float]:

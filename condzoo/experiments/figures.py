@@ -16,7 +16,7 @@ from condzoo.experiments.schema import Experiment
 
 DPI = 104
 SMALL_PRINT = 150  # characters a line, at 10 inches
-TITLE = 10  # characters an inch
+TITLE = 10.5  # characters an inch
 
 DRAWERS: dict[str, Callable[[Any, dict[str, Any], Experiment], None]] = {
     "layers": training_figures.layers,

@@ -13,6 +13,7 @@ from condzoo.training.recipe import dump_recipe, parse_recipe
 RECIPE = parse_recipe(
     {
         "iterations": 4,
+        "precision": "fp32",  # auto is bf16 on some CPUs, whose rounding depends on how a batch is split
         "model": {"name": "cifar_resnet8_nobn"},
         "data": {"name": "digits", "batch_size": 359, "augment": "paper"},
         "optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},

@@ -123,8 +123,12 @@ def read_published() -> dict[str, dict[str, dict[str, str]]]:
 
 
 def published_errors(dataset: str, model: str) -> dict[str, str]:
-    """Source -> published test error in %, of a model on a data set."""
-    return read_published().get(dataset, {}).get(model, {})
+    """Source -> published test error in %, of a model on a data set; without one, of its twin without last BN."""
+    known = read_published().get(dataset, {})
+    if model in known or not model.endswith("_lastbn"):
+        return known.get(model, {})
+    plain = known.get(model.removesuffix("_lastbn"), {})
+    return {f"{source}, without last BN": error for source, error in plain.items()}
 
 
 def read_conditioning(folder: CheckpointFolder) -> dict[str, Conditioning]:

@@ -7,9 +7,10 @@
     python benchmarks/probe.py memory [--network resnet50 cifar_resnet1202] [--batch 2]
 
 `cost`: ResNet-20 on CIFAR-sized images, float32, every convolution and linear layer, both moments, full
-spectra: a probed training step over the plain step just before it, median of pairs, with the range; what
-`every=100` adds to a training loop; and the peak resident memory, each in a process of its own, over that of
-plain steps. `peers`: K-FAC factors by curvlinops and nngeometry, where installed, beside ours on patches.
+spectra: a probed training step over the plain step just before it, median of pairs, with the range, with the
+moments and spectra alone (`neurons=False, weights=False`) and with everything, in turns; what `every=100` adds to
+a training loop; and the peak resident memory of everything, each in a process of its own, over that of plain
+steps. `peers`: K-FAC factors by curvlinops and nngeometry, where installed, beside ours on patches.
 `kappa`: layers of known condition number, the value reported. `exact`: curvature of the 8-layer MLP of
 arXiv:2002.10801, Fig. I, in seconds. `memory`: every layer of a large network on one batch, in a process of its
 own: seconds and peak resident memory.
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -83,36 +85,46 @@ class Training:
         after()
         return time.perf_counter() - start
 
-    def probed(self, conv: str, precision: str) -> float:
+    def probed(self, conv: str, precision: str, *, everything: bool = True) -> float:
         """Seconds of a step that is measured."""
-        with Probe(self.model, every=1, conv=conv, precision=precision) as probe:
+        with Probe(
+            self.model, every=1, conv=conv, precision=precision, neurons=everything, weights=everything
+        ) as probe:
             return self.step(probe.step)
 
-    def pairs(self, count: int, other: Callable[[], float]) -> tuple[list[float], list[float]]:
-        """Plain seconds, and the ratios of the other step over the plain one before it; one pair warms up."""
-        plain, ratios = [], []
+    def pairs(self, count: int, *others: Callable[[], float]) -> tuple[list[float], list[list[float]]]:
+        """Plain seconds, and by other step its ratios over the plain one just before it; one round warms up."""
+        plain: list[float] = []
+        ratios: list[list[float]] = [[] for _ in others]
         for _ in range(count + 1):
-            plain.append(self.step())
-            ratios.append(other() / plain[-1])
-        return plain[1:], ratios[1:]
+            for other, found in zip(others, ratios, strict=True):
+                plain.append(self.step())
+                found.append(other() / plain[-1])
+        return plain[len(others) :], [found[1:] for found in ratios]
 
 
 def cost(batch: int, pairs: int, conv: str, precisions: list[str]) -> None:
     """Ratios of probed over plain training steps, and of their peak memory."""
-    training = Training(batch)
-    waiting = seconds_between_probes(training)
+    waiting = seconds_between_probes(Training(batch))
     plain_memory = peak_of(batch, conv, "plain")
     print(f"ResNet-20, batch {batch}, conv={conv}; a channels moment is 9 times smaller a side than K-FAC's patches")
     for precision in precisions:
-        plain, ratios = training.pairs(pairs, lambda p=precision: training.probed(conv, p))
-        ratio, step = statistics.median(ratios), statistics.median(plain)
-        loop = (ratio - 1) / 100 + waiting / step
-        memory = peak_of(batch, conv, precision)
+        torch.manual_seed(0)
+        training = Training(batch)  # from the start: what `auto` has to do again depends on the state
+        everything = partial(training.probed, conv, precision)
+        plain, ratios = training.pairs(pairs, partial(everything, everything=False), everything)
+        step, memory = statistics.median(plain), peak_of(batch, conv, precision)
+        loop = (statistics.median(ratios[1]) - 1) / 100 + waiting / step
         print(
-            f"{precision:8} {ratio:.3f}x ({min(ratios):.3f} to {max(ratios):.3f}, n={pairs}), plain step "
+            f"{precision:8} moments and spectra {spread(ratios[0])}, everything {spread(ratios[1])}, plain step "
             f"{1000 * step:.0f} ms, every=100 slows the loop by {100 * loop:.2f} %, "
             f"peak memory {memory / plain_memory:.2f}x ({plain_memory / 1024:.0f} to {memory / 1024:.0f} MB)"
         )
+
+
+def spread(ratios: list[float]) -> str:
+    """Their median and range as text."""
+    return f"{statistics.median(ratios):.3f}x ({min(ratios):.3f} to {max(ratios):.3f}, n={len(ratios)})"
 
 
 def seconds_between_probes(training: Training) -> float:
@@ -154,7 +166,7 @@ def peers(batch: int, pairs: int) -> None:
     }
     for name, way in ways.items():
         try:
-            ratios = training.pairs(pairs, way)[1]
+            _, [ratios] = training.pairs(pairs, way)
         except ModuleNotFoundError as missing:
             print(f"{name:18} not installed ({missing.name})")
             continue

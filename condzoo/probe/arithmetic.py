@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
@@ -25,32 +25,33 @@ FLOAT32_PRODUCT = 100 * 2.0**-24  # SAFETY * the 5 u ||M|| / sqrt(b) seen at mos
 FLOAT64_PRODUCT = 100 * 2.0**-53  # times sqrt(d) * lambda_max: the product and eigvalsh together
 DATA_ROUNDINGS = 2.0  # roundings that a value of the data has behind it, at least
 SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in the cache
+FOLD = 8  # products of pieces added in float32: the noise stays as calibrated, and the conversion to float64 is short
 
 
-@contextmanager
-def plain_products(device_type: str) -> Iterator[None]:
+def plain_products(device_type: str) -> AbstractContextManager[None]:
     """Matrix products in the dtype of their operands: no autocast, no TF32 or bf16 inside float32.
 
     Nor do torch-function modes see them: one, as `functional_relus` has, costs more than a small product.
+    The operands are detached.
     """
+    if torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device_type):
+        return torch._C.DisableTorchFunction()  # this is entered twice a layer, and asking is quicker than setting
+    return _in_full_precision(device_type)
+
+
+@contextmanager
+def _in_full_precision(device_type: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
-    autocast = torch.is_autocast_enabled(device_type)  # entering it takes longer than asking
+    torch.set_float32_matmul_precision("highest")
     try:
-        with (
-            torch.autocast(device_type, enabled=False) if autocast else nullcontext(),
-            torch.no_grad(),
-            torch._C.DisableTorchFunction(),
-        ):
+        with torch.autocast(device_type, enabled=False), torch._C.DisableTorchFunction():
             yield
     finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before)
 
 
 def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
-    """sum over pieces and rows of x x^T: float32 within a piece, float64 over pieces."""
+    """sum over pieces and rows of x x^T: float32 within a piece and over up to 8, float64 over all."""
     b, g, d, k = columns.shape
     step = max(1, (1 << 23) // (g * d * d))
     parts = [columns] if b <= step else columns.split(step)
@@ -60,9 +61,9 @@ def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
 
 def _piece_sum(pieces: Float[Tensor, "bg d k"], groups: int) -> Float[Tensor, "g d d"]:
     products = torch.bmm(pieces, pieces.mT)
-    if groups == 1:
-        return products.sum(0, keepdim=True, dtype=torch.float64)
-    return products.unflatten(0, (-1, groups)).sum(0, dtype=torch.float64)
+    count = products.shape[0] // groups
+    together = math.gcd(count, FOLD)
+    return products.view(count // together, together, groups, *products.shape[1:]).sum(1).double().sum(0)
 
 
 def gram_float64(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:

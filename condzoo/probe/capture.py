@@ -26,6 +26,7 @@ from condzoo.probe.neurons import RELUS, Neurons, RunningNeurons, linear_range
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.wrappers import in_reentrant_checkpoint, named_modules
 
+CHANNELS_FIRST = CONVOLUTIONS + TRANSPOSED
 CHANGING = "a ReLU whose number of units differs from call to call"
 
 
@@ -48,6 +49,7 @@ class Capture:
         relus: ReLU modules to count, by name.
         attentions: modules whose inner projections are among the layers, by name.
         kappa: full spectra are wanted, not the largest eigenvalues alone.
+        counts_neurons: count units of the `relus`, and of ReLUs called as functions.
         recording: read forwards at all.
         gradients: read the gradients of the backwards that follow.
         further: the gradient is one more class of rows already counted.
@@ -69,6 +71,7 @@ class Capture:
     precision: Precision = "auto"
     bias: bool = False
     kappa: bool = True
+    counts_neurons: bool = True
     recording: bool = True
     gradients: bool = True
     further: bool = False
@@ -93,6 +96,8 @@ class Capture:
             self._handles.append(module.register_forward_hook(Hook(partial(self._on_layer, name)), with_kwargs=True))
         for name, attention in self.attentions.items():
             self._handles += watch(name, attention, self._on_projection)
+        if not self.counts_neurons:
+            return
         for name, module in self.relus.items():
             self._handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name))))
         self._handles += watch_functions(self.model, self._count_units)
@@ -122,7 +127,7 @@ class Capture:
         sums = self.sums.setdefault(name, LayerSums())
         sums.samples += self.batch
         self.dtypes.add(h.dtype)
-        self._channels_first = isinstance(module, CONVOLUTIONS + TRANSPOSED)
+        self._channels_first = isinstance(module, CHANNELS_FIRST)
         with plain_products(x.device.type):
             self._add_input(sums.input, module, x.detach())
         if not sums.input.finite:
@@ -207,9 +212,9 @@ def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k
     return torch.cat([columns, columns.new_ones((*columns.shape[:2], 1, columns.shape[3]))], dim=2)
 
 
-def capture_of(model: nn.Module, layers: dict[str, nn.Module]) -> Capture:
-    """A capture of these layers and of all ReLUs of the model."""
+def capture_of(model: nn.Module, layers: dict[str, nn.Module], *, neurons: bool = True) -> Capture:
+    """A capture of these layers and, with `neurons`, of all ReLUs of the model."""
     named = list(named_modules(model))
     relus: dict[str, nn.Module] = {name: module for name, module in named if isinstance(module, RELUS)}
     attentions = {name: module for name, module in named if isinstance(module, nn.MultiheadAttention)}
-    return Capture(model, layers, relus, attentions)
+    return Capture(model, layers, relus, attentions, counts_neurons=neurons)

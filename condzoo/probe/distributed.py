@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -142,8 +143,8 @@ def _sum_neurons(capture: Capture, of_ranks: list[dict[str, tuple[int, int]]], d
         mine = capture.neurons.get(name)
         seen = torch.zeros((2, known[0][1]), dtype=torch.int32, device=device)
         if mine is not None and mine.been_positive is not None and mine.been_zero is not None:
-            seen = torch.stack([mine.been_positive, mine.been_zero]).to(seen)
+            seen = torch.from_numpy(np.stack([mine.been_positive, mine.been_zero])).to(seen)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        positive, zero = seen.bool().unbind()
+        positive, zero = seen.bool().cpu().numpy()
         merged[name] = RunningNeurons(positive, zero, sum(rows for rows, _ in known))
     capture.neurons = merged

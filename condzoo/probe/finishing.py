@@ -96,7 +96,7 @@ def eigenvalues_of(moments: list[RunningMoment], *, top_only: bool = False) -> l
         if top_only and moment.side > DECOMPOSED:
             values[i] = _largest(moment)
         else:
-            by_size[moment.side, moment.diagonal().device].append(i)
+            by_size[moment.side, moment.device].append(i)
     for members in by_size.values():
         matrices = [moments[i].decomposable() for i in members]
         found = torch.linalg.eigvalsh(torch.cat(matrices)).cpu()
@@ -127,7 +127,9 @@ def _spectrum(
     how = f"{'float32' if moment.fast else 'float64'} products of {str(moment.dtype).removeprefix('torch.')} data"
     if not kappa:
         return from_blocks(values, floor, moment.vectors, arithmetic=how, size=dim * values.shape[0])
-    padded = torch.cat([values, values.new_zeros((values.shape[0], dim - values.shape[1]))], dim=1)
+    padded = values
+    if values.shape[1] < dim:
+        padded = torch.cat([values, values.new_zeros((values.shape[0], dim - values.shape[1]))], dim=1)
     plain = from_blocks(padded, floor, moment.vectors, arithmetic=how)
     if plain.rank >= plain.reachable:
         return plain

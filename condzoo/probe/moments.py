@@ -204,6 +204,11 @@ class RunningMoment:
         """d, coordinates a group."""
         return (self.total if self.total is not None else self.pending[0]).shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the sum is."""
+        return (self.total if self.total is not None else self.pending[0]).device
+
     def diagonal(self) -> Float[Tensor, "g d"]:
         """E[x_i^2], of each coordinate."""
         if self.total is not None:

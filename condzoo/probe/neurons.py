@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 RELUS = (nn.ReLU, nn.ReLU6, nn.Threshold)
@@ -62,8 +64,8 @@ class RunningNeurons:
     `changing`: outputs had different numbers of units, as of a ReLU over tokens; then there is nothing to count.
     """
 
-    been_positive: Tensor | None = None
-    been_zero: Tensor | None = None
+    been_positive: Bool[np.ndarray, " u"] | None = None
+    been_zero: Bool[np.ndarray, " u"] | None = None
     rows: int = 0
     changing: bool = False
 
@@ -74,46 +76,55 @@ class RunningNeurons:
         count = units.shape[axis]
         self.rows += units.numel() // count
         if self.been_positive is None or self.been_zero is None:
-            self.been_positive = self.been_zero = torch.zeros(count, dtype=torch.bool, device=units.device)
-        self.changing = self.changing or count != self.been_positive.numel()
+            self.been_positive = self.been_zero = np.zeros(count, dtype=bool)
+        self.changing = self.changing or count != self.been_positive.size
         if self.changing:
             return
         start, stop = 0, max(1, min(len(units), FIRST * len(units) // max(1, units.numel())))
-        while start < units.shape[0] and not bool((decided := self.been_positive & self.been_zero).all()):
-            part, which = units[start:stop], None
-            if start and bool(decided.any()):
-                which = (~decided).nonzero().flatten()
-                part = part.index_select(axis, which)
-            self._look(part, which, axis, linear)
+        while start < units.shape[0] and not (decided := self.been_positive & self.been_zero).all():
+            part = units[start:stop]
+            if not start or not decided.any():
+                positive, zero = _seen(part, axis, linear)
+                self.been_positive, self.been_zero = self.been_positive | positive, self.been_zero | zero
+            else:
+                (which,) = (~decided).nonzero()
+                part = part.index_select(axis, torch.from_numpy(which).to(part.device))
+                positive, zero = _seen(part, axis, linear)
+                self.been_positive[which] |= positive
+                self.been_zero[which] |= zero
             start, stop = stop, GROWTH * stop
-
-    def _look(self, units: Tensor, which: Tensor | None, axis: int, linear: tuple[float, float]) -> None:
-        """NaN counts as positive and as zero: such a unit is neither dying nor full."""
-        assert self.been_positive is not None
-        assert self.been_zero is not None
-        others = tuple(i for i in range(units.ndim) if i != axis)
-        if not units.numel():
-            return
-        low, high = linear
-        largest, smallest = units.amax(others), units.amin(others)
-        if high < math.inf:
-            positive = (~(units <= low) & ~(units >= high)).any(others)
-            zero = ~(smallest > low) | ~(largest < high)
-        else:
-            positive, zero = ~(largest <= low), ~(smallest > low)
-        if which is None:
-            self.been_positive, self.been_zero = self.been_positive | positive, self.been_zero | zero
-        else:
-            self.been_positive[which] |= positive
-            self.been_zero[which] |= zero
 
     def count(self) -> Neurons:
         """The counts so far."""
         assert self.been_positive is not None
         assert self.been_zero is not None
         return Neurons(
-            units=self.been_positive.numel(),
+            units=self.been_positive.size,
             dying=int((~self.been_positive).sum()),
             full=int((~self.been_zero).sum()),
             rows=self.rows,
         )
+
+
+def _seen(
+    units: Tensor, axis: int, linear: tuple[float, float]
+) -> tuple[Bool[np.ndarray, " u"], Bool[np.ndarray, " u"]]:
+    """Which units were linear on some row, and which flat.
+
+    NaN counts as both: such a unit is neither dying nor full.
+    """
+    if not units.numel():
+        none = np.zeros(units.shape[axis], dtype=bool)
+        return none, none
+    others = tuple(i for i in range(units.ndim) if i != axis)
+    low, high = linear
+    largest, smallest = _as_numpy(units.amax(others)), _as_numpy(units.amin(others))
+    if high == math.inf:
+        return ~(largest <= low), ~(smallest > low)
+    inside = ~(units <= low) & ~(units >= high)
+    return _as_numpy(inside.any(others)), ~(smallest > low) | ~(largest < high)
+
+
+def _as_numpy(values: Tensor) -> np.ndarray:
+    """The values of few units; numpy decides about them in a tenth of the time."""
+    return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()

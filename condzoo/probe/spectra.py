@@ -179,7 +179,7 @@ def from_blocks(
     blocks = values.detach().cpu().double()
     blocks = (blocks if signed else blocks.clamp(min=0)).sort(dim=1, descending=True).values
     return Spectrum(
-        eigenvalues=blocks.flatten().sort(descending=True).values,
+        eigenvalues=blocks[0] if blocks.shape[0] == 1 else blocks.flatten().sort(descending=True).values,
         noise_floor=noise_floor,
         rows=rows,
         nulls=nulls,

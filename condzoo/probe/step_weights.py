@@ -23,7 +23,7 @@ from condzoo.probe.weights import Norms, norms_of, own_weight
 
 
 class StepWeights:
-    """Watches the weights of some layers from `attach` to `detach`.
+    """Watches the weights of some layers from `attach` to `detach`; with measured=False, only which are split.
 
     Attributes:
         norms: of each weight, by layer name.
@@ -31,8 +31,10 @@ class StepWeights:
         split: layers whose weight is split over processes even in the forward pass (tensor parallelism).
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], attentions: Mapping[str, nn.MultiheadAttention]) -> None:
-        self.layers, self.attentions = layers, attentions
+    def __init__(
+        self, layers: Mapping[str, nn.Module], attentions: Mapping[str, nn.MultiheadAttention], *, measured: bool = True
+    ) -> None:
+        self.layers, self.attentions, self.measured = layers, attentions, measured
         self.norms: dict[str, Norms] = {}
         self.grads: dict[str, Tensor] = {}
         self.split: set[str] = set()
@@ -46,7 +48,7 @@ class StepWeights:
         self.clear()
         for name, module in self.layers.items():
             self._handles.append(module.register_forward_pre_hook(Hook(partial(self._before_layer, name))))
-            weight = own_weight(module)
+            weight = own_weight(module) if self.measured else None
             if weight is not None and weight.ndim > 1 and not _is_split(weight):
                 self._watch(name, weight)
         for name, attention in self.attentions.items():
@@ -73,7 +75,7 @@ class StepWeights:
     def mean_gradients(self) -> dict[str, Tensor]:
         """The gradients' mean over the backward passes, as of n accumulated batches the mean loss has it."""
         passes = max((len(ids) for ids in self._passes.values()), default=1)
-        return {name: grad / passes for name, grad in self.grads.items()}
+        return self.grads if passes == 1 else {name: grad / passes for name, grad in self.grads.items()}
 
     def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._note_outer()
@@ -89,6 +91,8 @@ class StepWeights:
             return
         if _is_split(weight):
             self.split.add(name)
+            return
+        if not self.measured:
             return
         self._watch(name, weight)
         if name not in self.norms:

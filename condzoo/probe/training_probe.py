@@ -64,6 +64,8 @@ class Probe:
         tensorboard: a folder for TensorBoard's event files, or an open `SummaryWriter`; needs the
             `tensorboard` extra. What it shows: `write_tensorboard`.
         layers, conv, precision, bias, kappa: as in `measure`.
+        neurons: count dying and full units; weights: norms of the weights and their gradients. Without them a
+            measurement is cheaper: moments and spectra alone.
         start_step: the number of the next step, where a run goes on.
         reduction: whether the loss is the "mean" or the "sum" over the batch.
         loss_scale: what the loss was multiplied by before backward, for example 1 / n for n
@@ -90,6 +92,8 @@ class Probe:
         precision: str = "auto",
         bias: bool = False,
         kappa: bool = True,
+        neurons: bool = True,
+        weights: bool = True,
         start_step: int = 0,
         reduction: str = "mean",
         loss_scale: float = 1.0,
@@ -104,14 +108,14 @@ class Probe:
         self.path = None if out is None else Path(out) / FILE_NAME
         self.latest: Conditioning | None = None
         chosen, self._unmeasurable = choose(model, layers)
-        self._capture = capture_of(model, chosen)
+        self._capture = capture_of(model, chosen, neurons=neurons)
         self._capture.trains = True
         self._capture.bias, self._capture.kappa = bias, kappa
         self._capture.conv = checked("conv", conv, CONVS)
         self._capture.precision = checked("precision", precision, PRECISIONS)
         if not kappa and precision == "auto":
             self._capture.precision = "fast"
-        self._weights = StepWeights(chosen, self._capture.attentions)
+        self._weights = StepWeights(chosen, self._capture.attentions, measured=weights)
         self._capture.split = self._weights.split
         self._step = start_step
         self._tensorboard, self._own_writer = tensorboard, False
@@ -237,11 +241,14 @@ class Probe:
         if distributed.active():
             distributed.sum_over_ranks(capture, self.model)
             grads = distributed.summed(grads, self.model)
-        for sums in capture.sums.values():
-            sums.output_grad.rescale(1 / scale)
+        if scale != 1.0:
+            for sums in capture.sums.values():
+                sums.output_grad.rescale(1 / scale)
         with torch.no_grad():
             count = distributed.processes() if self.reduction == "mean" else samples
-            norms = norms_of(capture.layers, {n: g / (count * scale) for n, g in grads.items()})
+            if count * scale != 1.0:
+                grads = {name: grad / (count * scale) for name, grad in grads.items()}
+            norms = norms_of(capture.layers, grads)
             layers, unseen, nonfinite = finish(capture, self._weights.norms, norms)
         neurons, uncounted = capture.counts()
         split = dict.fromkeys(self._weights.split, SPLIT)

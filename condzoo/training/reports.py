@@ -139,6 +139,8 @@ def opened_probe(training: Training, path: Path | None, start_step: int) -> Iter
         precision=section.precision,
         bias=section.bias,
         kappa=section.kappa,
+        neurons=section.neurons,
+        weights=section.weights,
         start_step=start_step,
         reduction="sum",
     ) as probe:

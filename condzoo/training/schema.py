@@ -164,6 +164,8 @@ class ProbeSection(Section):
     precision: Literal["auto", "fast", "float64"] = Field("auto", description="of the moments' products")
     bias: bool = Field(False, description="the bias as a constant input of its layer")
     kappa: bool = Field(True, description="full spectra; false: lambda_max alone, which is cheaper")
+    neurons: bool = Field(True, description="count dying and full units of ReLUs")
+    weights: bool = Field(True, description="norms of the weights and of their gradients")
 
 
 Optimizer = Annotated[Sgd | FullBatch | Adam | AdamW, Field(discriminator="name")]

@@ -26,6 +26,18 @@ def test_units_are_counted_over_every_sample(channels_first, samples):
     assert (found.dying, found.full) == (int(dying.sum()), int(full.sum())) == (1, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("samples", [1, 20_000])
+def test_the_smallest_positive_number_of_a_dtype_is_not_zero(dtype, samples):
+    x = torch.zeros(samples, 4, dtype=dtype)
+    x[:, 1] = torch.finfo(dtype).tiny
+    x[-1, 2] = torch.finfo(dtype).tiny
+    counted = RunningNeurons()
+    counted.add(x, channels_first=False)
+    found = counted.count()
+    assert (found.dying, found.full) == (2, 1 + (samples == 1))
+
+
 def test_singular_values_of_shapes_that_repeat_and_of_weights_that_are_not_finite():
     torch.manual_seed(0)
     convs = [nn.Conv2d(4, 6, 3, groups=2) for _ in range(3)]

@@ -61,6 +61,25 @@ def test_it_sees_what_measure_sees_on_the_same_batch(kit, name):
     assert (probe.latest.step, probe.latest.samples, probe.latest.mode) == (0, 12, "train")
 
 
+@pytest.mark.parametrize("name", ["conv", "residual"])
+def test_without_neurons_and_weights_the_moments_are_the_same(kit, name):
+    with Probe(kit.build(name)) as probe:
+        train(probe.model, kit, 2, probe)
+    with Probe(kit.build(name), neurons=False, weights=False) as bare:
+        assert not any(m._forward_hooks for m in bare.model.modules() if isinstance(m, nn.ReLU))
+        train(bare.model, kit, 2, bare)
+    assert probe.latest.neurons
+    assert not bare.latest.neurons
+    assert bare.latest.skipped == probe.latest.skipped
+    assert list(bare.latest) == list(probe.latest)
+    for layer, whole in probe.latest.items():
+        part = bare.latest[layer]
+        assert torch.equal(part.input.eigenvalues, whole.input.eigenvalues)
+        assert torch.equal(part.output_grad.eigenvalues, whole.output_grad.eigenvalues)
+        assert (part.weight, part.weight_grad, part.weight_domination) == (None, None, None)
+        assert whole.weight_domination > 0
+
+
 def test_it_measures_the_steps_that_are_due_and_writes_them(kit, tmp_path):
     model = kit.build("mlp")
     with Probe(model, every=3, out=tmp_path / "run") as probe:

@@ -1,0 +1,45 @@
+"""float32 products, added up in float64: how far they are from numpy's in float64, and the noise said of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from condzoo.probe.arithmetic import SAFETY, float32_noise, gram_float32, plain_products
+
+KINDS = {
+    "even": lambda g: torch.randn(g, generator=torch.Generator().manual_seed(0)),
+    "positive": lambda g: torch.randn(g, generator=torch.Generator().manual_seed(1)).relu(),
+    "nearly constant": lambda g: 1 + 0.01 * torch.randn(g, generator=torch.Generator().manual_seed(2)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("pieces", "dim", "rows"), [(1, 8, 40), (7, 16, 9), (12, 5, 300), (128, 16, 64), (1000, 8, 4)])
+def test_the_error_is_under_the_noise_said_of_it(kind, groups, pieces, dim, rows):
+    columns = KINDS[kind]((pieces, groups, dim, rows))
+    found = gram_float32(columns)
+    x = columns.double().numpy()
+    exact = np.einsum("bgik,bgjk->gij", x, x)
+    assert found.shape == (groups, dim, dim)
+    assert found.dtype == torch.float64
+    error = np.linalg.norm(found.numpy() - exact, ord=2, axis=(1, 2)).max()
+    assert 0 < error < 0.8 * float32_noise(found, pieces) / SAFETY
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_plain_products_are_float32_whatever_is_set_around_them_and_leave_it_as_it_was(setting, autocast):
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            with plain_products("cpu"):
+                product = x @ x.T
+            assert torch.is_autocast_enabled("cpu") is autocast
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert product.dtype == torch.float32
+    assert float((product.double() - x.double() @ x.double().T).abs().max()) < 1e-4

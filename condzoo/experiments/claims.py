@@ -4,6 +4,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from condzoo.experiments.loading import scale_of, training_of
 from condzoo.experiments.measures import MEASURES
 from condzoo.experiments.readings import Missing
 from condzoo.experiments.schema import Claim, Experiment
@@ -50,16 +51,25 @@ class Verdict:
 
 
 def judge(experiment: Experiment, data: dict[str, Any]) -> list[Verdict]:
-    """A verdict for each claim, of the data alone.
+    """A verdict for each claim, of the data alone; one seed of a training decides nothing where its scale has more.
 
     Raises:
         ValueError: a claim that names no measure, or arguments that it does not take.
     """
-    return [judge_claim(claim, data, experiment.id) for claim in experiment.claims]
+    owner = training_of(experiment)
+    several = owner.training is not None and len(scale_of(owner, data["scale"]).seeds) > 1
+    return [judge_claim(claim, data, experiment.id, several=several) for claim in experiment.claims]
 
 
-def judge_claim(claim: Claim, data: dict[str, Any], source: str) -> Verdict:
-    """Held where every seed is within the bound, did not hold where the median is not, else not decided."""
+def judge_claim(claim: Claim, data: dict[str, Any], source: str, *, several: bool = False) -> Verdict:
+    """Held where every seed is within the bound, did not hold where the median is not, else not decided.
+
+    Args:
+        claim: with its measure and bound.
+        data: of the experiment.
+        source: the experiment's name, for errors.
+        several: not decided by one seed alone.
+    """
     check_measure(claim, source)
     try:
         values = MEASURES[claim.measure](data, **claim.args)
@@ -68,6 +78,8 @@ def judge_claim(claim: Claim, data: dict[str, Any], source: str) -> Verdict:
     if not values:
         return Verdict(claim, "not decided", {}, "no seed has a value")
     inside = [within(claim, value) for value in values.values()]
+    if several and len(inside) == 1:
+        return Verdict(claim, "not decided", values, f"one seed alone, {'within' if inside[0] else 'out of'} the bound")
     if all(inside):
         return Verdict(claim, "held", values)
     if within(claim, statistics.median(values.values())):

@@ -1,10 +1,11 @@
 """Every claim of every experiment, on data made to satisfy it and on data made to violate it; and how verdicts fall."""
 
 import math
+from pathlib import Path
 
 import pytest
 
-from condzoo.experiments import experiment_ids, judge, load_experiment
+from condzoo.experiments import experiment_ids, judge, load_experiment, read_data_file
 from condzoo.experiments.claims import judge_claim
 from condzoo.experiments.measures import MEASURES
 from condzoo.experiments.readings import Missing, finals, spearman
@@ -102,5 +103,21 @@ def test_spearman_equals_scipys():
 
 def test_all_claims_of_an_experiment_are_judged():
     experiment = load_experiment("table_b")
-    verdicts = judge(experiment, {"runs": [run_of("VGG-20", 1), run_of("VGG-20 LastBN", 1, test_error=0.4)]})
+    runs = [run for seed in (1, 2) for run in (run_of("VGG-20", seed), run_of("VGG-20 LastBN", seed, test_error=0.4))]
+    verdicts = judge(experiment, {"scale": "cpu", "runs": runs})
     assert [v.outcome for v in verdicts] == ["held"] + ["not decided"] * 7
+
+
+@pytest.mark.parametrize(("error", "where"), [(0.4, "within"), (0.6, "out of")])
+def test_one_seed_of_a_training_decides_nothing(error, where):
+    runs = [run_of("VGG-20", 1), run_of("VGG-20 LastBN", 1, test_error=error)]
+    for scale in ("cpu", "paper"):
+        verdict = judge(load_experiment("table_b"), {"scale": scale, "runs": runs})[0]
+        assert (verdict.outcome, verdict.why) == ("not decided", f"one seed alone, {where} the bound")
+        assert list(verdict.values) == [1]
+
+
+def test_one_seed_of_an_experiment_that_has_one_is_enough():
+    data = read_data_file(Path(__file__).parents[2] / "docs" / "data" / "cost.json")
+    verdicts = judge(load_experiment("cost"), data)
+    assert "held" in {verdict.outcome for verdict in verdicts if len(verdict.values) == 1}

@@ -7,6 +7,8 @@ this works before an in-place ReLU. Nothing is kept but running sums.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,6 +29,7 @@ from condzoo.probe.preserving import at_rest
 from condzoo.probe.wrappers import in_reentrant_checkpoint, named_modules
 
 CHANNELS_FIRST = CONVOLUTIONS + TRANSPOSED
+SEEN = ("sums", "neurons", "dtypes", "origin", "_forward_seen", "_waiting", "_latest")  # what a Capture has recorded
 CHANGING = "a ReLU whose number of units differs from call to call"
 
 
@@ -119,6 +122,19 @@ class Capture:
         self.sums, self.neurons, self.dtypes = {}, {}, set()
         self._forward_seen, self._waiting = set(), Counter()
         self._latest = self.origin = None
+
+    def snapshot(self) -> Callable[[], None]:
+        """What undoes all that will be recorded from here on, should the forward pass that follows raise."""
+        own = {key: copy(getattr(self, key)) for key in SEEN}
+        parts = [part for sums in self.sums.values() for part in (sums, sums.input, sums.output_grad)]
+        before = [(part, copy(vars(part))) for part in (*parts, *self.neurons.values())]
+
+        def undo() -> None:
+            vars(self).update(own)
+            for part, values in before:
+                vars(part).update(values)
+
+        return undo
 
     def _on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> None:
         if name in self.split or not self._reads(name):

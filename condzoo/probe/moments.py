@@ -115,7 +115,7 @@ class RunningMoment:
         self._count(pieces * width, columns.dtype, new_rows)
         kept = columns.permute(1, 2, 0, 3).flatten(2).to(torch.float64) * scale
         self.finite = self.finite and bool(torch.isfinite(kept).all())
-        self.pending.append(kept)
+        self.pending = [*self.pending, kept]  # a new list: `Capture.snapshot` keeps the one before
 
     def add_product(
         self,
@@ -155,7 +155,7 @@ class RunningMoment:
         if self.pending:
             rows = torch.cat(self.pending, dim=2)
             self.total = rows @ rows.mT
-            self.pending.clear()
+            self.pending = []
 
     def rescale(self, factor: float) -> None:
         """Multiply every vector seen so far by the factor, to undo a loss scale."""

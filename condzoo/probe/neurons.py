@@ -89,9 +89,9 @@ class RunningNeurons:
             else:
                 (which,) = (~decided).nonzero()
                 part = part.index_select(axis, torch.from_numpy(which).to(part.device))
-                positive, zero = _seen(part, axis, linear)
-                self.been_positive[which] |= positive
-                self.been_zero[which] |= zero
+                positive, zero = np.zeros((2, count), dtype=bool)
+                positive[which], zero[which] = _seen(part, axis, linear)
+                self.been_positive, self.been_zero = self.been_positive | positive, self.been_zero | zero
             start, stop = stop, GROWTH * stop
 
     def count(self) -> Neurons:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -124,6 +124,7 @@ class Probe:
         self._handles: list[RemovableHandle] = []
         self._samples = self._forwards = 0
         self._begun = self._open = False
+        self._undo: Callable[[], None] | None = None  # while a forward pass runs: forgets it
 
     def __enter__(self) -> Probe:
         """Ready for the first step: the output folder exists, and the hooks are on if it is due."""
@@ -178,6 +179,7 @@ class Probe:
         """
         self._must_be_open("step")
         if self.due:
+            self._forget_what_raised()
             self._detach()
             if distributed.total(self._forwards, self.model):
                 self._record()
@@ -202,9 +204,11 @@ class Probe:
     def _attach(self) -> None:
         self._samples = self._forwards = 0
         self._begun = False
+        self._undo = None
         self._capture.clear()
         self._capture.recording, self._capture.gradients = False, True
         self._handles.append(self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(Hook(self._after_forward)))
         self._weights.attach()
         self._capture.attach()
         self._eager.enter_context(uncompiled())
@@ -224,7 +228,19 @@ class Probe:
         if self._capture.recording and not repeated:
             self._start([args, kwargs])
 
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._undo = None
+
+    def _forget_what_raised(self) -> None:
+        """Forget a forward pass that did not come to its end: it raised, and is tried again or left out."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
     def _start(self, batch: Any) -> None:
+        self._forget_what_raised()
+        if not self._begun:
+            self._undo = self._snapshot()
         samples = batch_size(batch)
         self._capture.recording = True
         self._capture.begin(samples, scale=float(samples) if self.reduction == "mean" else 1.0)
@@ -233,6 +249,15 @@ class Probe:
             self._weights.measure()
             self._scaler_scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         self._forwards += 1
+
+    def _snapshot(self) -> Callable[[], None]:
+        undo, samples, forwards = self._capture.snapshot(), self._samples, self._forwards
+
+        def whole() -> None:
+            undo()
+            self._samples, self._forwards = samples, forwards
+
+        return whole
 
     def _record(self) -> None:
         capture, scale = self._capture, self._scale()

@@ -223,3 +223,40 @@ def test_steps_outside_with_are_an_error_and_leave_no_hooks(kit, tmp_path):
         probe.step()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert [r.step for r in read_records(tmp_path / "run")] == [0]
+
+
+class Fragile(nn.Module):
+    """Raises in the middle of a forward pass over more than `most` samples, as a GPU out of memory does."""
+
+    def __init__(self, body, most):
+        super().__init__()
+        self.first, self.rest, self.most = body[:3], body[3:], most
+
+    def forward(self, x):
+        h = self.first(x)
+        if len(x) > self.most:
+            raise MemoryError
+        return self.rest(h)
+
+
+@pytest.mark.parametrize("tried", [[32, 8], [8, 32, 8], [8, 8, 32], [32, 32, 8, 32]])
+def test_a_forward_pass_that_raised_is_forgotten(kit, tried):
+    """Batches too large are given up or tried again smaller; what is left is measured, and nothing else."""
+    found = []
+    for also_large in (True, False):
+        model = Fragile(kit.build("conv"), most=8)
+        with Probe(model) as probe:
+            for i, size in enumerate(tried):
+                x, y = kit.images(size, seed=i)
+                if size == 8:
+                    F.cross_entropy(model(x), y).backward()
+                elif also_large:
+                    with pytest.raises(MemoryError):
+                        model(x)
+            probe.step()
+        found.append(probe.latest)
+    raised, calm = found
+    close(raised, calm, tolerance=0)
+    assert (raised.samples, raised.batches, raised.neurons) == (calm.samples, calm.batches, calm.neurons)
+    assert [layer.samples for layer in raised.values()] == [layer.samples for layer in calm.values()]
+    assert raised.samples == 8 * tried.count(8)

@@ -41,6 +41,8 @@ def collect(
 ) -> dict[str, Any]:
     """Run what of an experiment is missing under `out`, and return its data; also written to out (`data_file`).
 
+    What an earlier call with other seeds or curves has written there is not run again.
+
     Args:
         experiment: of `load_experiment`.
         scale: "paper" or "cpu".
@@ -66,6 +68,7 @@ def collect(
     if kept is not None:
         return kept
     labels = curves(experiment, scale, only)
+    before = data_before(experiment, scale, out)
     if experiment.initialization is not None:
         settings = experiment.initialization.model_copy(update=chosen.settings)
         found = collect_initialization(settings, wanted, data_root, out / "runs" / f"{experiment.id}-{scale}")
@@ -85,11 +88,12 @@ def collect(
             data_root=data_root,
             device=device,
             on_event=on_event,
+            before=before.get("runs", []),
         )
     result: dict[str, Any] = {"schema": SCHEMA, "id": experiment.id, "scale": scale, "seeds": wanted}
     result |= {
         "reductions": [*reductions(experiment, scale, wanted, labels), *folder_reduction(data)],
-        "made": made(found.pop("environment", None)),
+        "made": made_with(before, found.pop("environment", None)),
         **found,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -171,6 +175,13 @@ def finished(
     return data if same and not failed else None
 
 
+def data_before(experiment: Experiment, scale: str, out: Path) -> dict[str, Any]:
+    """What a call with other seeds or curves has written; empty where there is nothing of this experiment and scale."""
+    target = data_file(experiment, scale, out)
+    data = read_data_file(target) if target.exists() else {}
+    return data if (data.get("id"), data.get("scale")) == (experiment.id, scale) else {}
+
+
 def read_data_file(path: str | Path) -> dict[str, Any]:
     """An experiment's data as `collect` wrote it.
 
@@ -184,6 +195,17 @@ def read_data_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not an experiment's data: expected schema {SCHEMA!r}")
     return data
+
+
+def made_with(before: dict[str, Any], environment: dict[str, Any] | None) -> dict[str, Any]:
+    """As `made`; where runs of an earlier call are among them, with its hardware, too."""
+    if not before.get("runs"):
+        return made(environment)
+    if environment is None:  # nothing was run now
+        return before["made"]
+    now = made(environment)
+    then = before["made"]["hardware"].split("; ")
+    return now | {"hardware": "; ".join([*(text for text in then if text != now["hardware"]), now["hardware"]])}
 
 
 def made(environment: dict[str, Any] | None) -> dict[str, Any]:

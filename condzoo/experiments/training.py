@@ -3,6 +3,8 @@
 Shapes: S probed steps, K layers.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 from condzoo.experiments.loading import PlannedRun, planned_runs, training_of
 from condzoo.experiments.schema import Experiment, TrainingSettings
 from condzoo.probe import Conditioning, LayerConditioning, read_records
-from condzoo.training import Run
+from condzoo.training import Recipe, Run
 from condzoo.training.data_sets import read_data
 from condzoo.training.events import OnEvent
 from condzoo.training.run_directory import CONDITIONING, ENVIRONMENT, METRICS, read_json
@@ -43,21 +45,32 @@ def collect_trainings(
     data_root: str | Path | None = None,
     device: str | None = None,
     on_event: OnEvent | None = None,
+    before: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Train what is not yet there under out/runs, and return the numbers of all runs.
+
+    Args:
+        before: runs of an earlier call's data, which need not be there any more.
+        experiment, scale, out, seeds, data, only, engine, data_root, device, on_event: as for `collect`.
 
     Raises:
         ValueError, FileNotFoundError: see `planned_runs`; data that are not there, before a run directory is made.
         Stopped: on a signal; the same call goes on.
     """
+    assert experiment.training is not None
     planned = {run_folder(run): run for run in planned_runs(experiment, scale, seeds, data, only)}
     folder = out / "runs" / f"{training_of(experiment).id}-{scale}"
-    recipes = {name: run.recipe for name, run in planned.items()}
+    known = {
+        name: row
+        for row in before
+        if (name := row_name(row)) in planned and is_whole(row, planned[name], experiment.training)
+    }
+    recipes = {name: run.recipe for name, run in planned.items() if name not in known}
     for recipe in {recipe.data.name: recipe for recipe in recipes.values()}.values():
         read_data(recipe, data_root)
     runs = run_all(recipes, folder, engine=engine, data_root=data_root, device=device, on_event=on_event)
-    assert experiment.training is not None
-    rows = [take_run(p, run, experiment.training) for p, run in zip(planned.values(), runs, strict=True)]
+    taken = {name: take_run(planned[name], run, experiment.training) for name, run in zip(recipes, runs, strict=True)}
+    rows = [known[name] if name in known else taken[name] for name in planned]
     mark_chosen(rows, training_of(experiment))
     rows = [thinned(row) for row in rows]
     return {"runs": rows, "seconds": sum(row["seconds"] or 0.0 for row in rows), "environment": environment_of(runs)}
@@ -65,8 +78,29 @@ def collect_trainings(
 
 def run_folder(run: PlannedRun) -> str:
     """A folder's name that says which run it is."""
-    parts = [run.label, *(f"{field}={value}" for field, value in run.variant.items()), f"seed{run.recipe.seed}"]
-    return plain_name("-".join(parts))
+    return name_of(run.label, run.variant, run.recipe.seed)
+
+
+def row_name(row: dict[str, Any]) -> str:
+    """The folder's name of a run in an experiment's data."""
+    return name_of(row["label"], row["variant"], row["seed"])
+
+
+def name_of(label: str, variant: dict[str, Any], seed: int) -> str:
+    """The folder's name of a curve's run: the point of its grid, and the seed."""
+    return plain_name("-".join([label, *(f"{field}={value}" for field, value in variant.items()), f"seed{seed}"]))
+
+
+def is_whole(row: dict[str, Any], planned: PlannedRun, settings: TrainingSettings) -> bool:
+    """Whether a run in an experiment's data is of this recipe, finished, and has all numbers that are asked for."""
+    same = row.get("recipe") == digest(planned.recipe)
+    return same and row["status"] != "failed" and row["chosen"] and set(settings.quantities) <= row["quantities"].keys()
+
+
+def digest(recipe: Recipe) -> str:
+    """What tells one recipe from another: of the fields that are not at their defaults, which versions may add to."""
+    fields = recipe.model_dump(mode="json", exclude_defaults=True)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def plain_name(text: str) -> str:
@@ -78,6 +112,7 @@ def take_run(planned: PlannedRun, run: Run, settings: TrainingSettings) -> dict[
     """The numbers of one run; `status` is done, diverged or failed."""
     summary = run.summary
     row: dict[str, Any] = {"label": planned.label, "variant": planned.variant, "seed": planned.recipe.seed}
+    row["recipe"] = digest(planned.recipe)
     row |= {key: summary.get(key) for key in ("status", "steps", "train_loss", "test_error", "seconds", "error")}
     row["diverged"] = summary.get("diverged")
     row["test_error"] = None if row["status"] == "diverged" else row["test_error"]

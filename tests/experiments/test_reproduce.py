@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,29 @@ def test_it_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
     data = collect(experiment, "cpu", tmp_path)
     assert [run["status"] for run in data["runs"]] == ["done", "done"]
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items()), "a finished run was trained again"
+
+
+def test_curves_of_an_earlier_call_stay_even_where_their_runs_are_gone(tiny, tmp_path):
+    experiment = tiny("fig11")
+    labels = [spec.label for spec in experiment.training.runs]
+    first = collect(experiment, "cpu", tmp_path, only=labels[:1])
+    shutil.rmtree(tmp_path / "runs")
+    both = collect(experiment, "cpu", tmp_path)
+    assert [run["label"] for run in both["runs"]] == labels
+    assert json.dumps(both["runs"][0]) == json.dumps(first["runs"][0])
+    assert both["made"]["hardware"] == first["made"]["hardware"]
+    assert len(list((tmp_path / "runs").glob("*/*/model.safetensors"))) == 1
+
+    shutil.rmtree(tmp_path / "runs")
+    again = collect(experiment, "cpu", tmp_path, only=labels[1:])
+    assert json.dumps(again["runs"]) == json.dumps(both["runs"][1:])
+    assert again["made"] == both["made"]
+    assert not (tmp_path / "runs").exists()
+
+    scale = experiment.scales["cpu"]
+    slower = scale.model_copy(update={"recipe": {**scale.recipe, "optim.lr": 0.01}})
+    collect(experiment.model_copy(update={"scales": {"cpu": slower}}), "cpu", tmp_path, seeds=[1, 2])
+    assert len(list((tmp_path / "runs").glob("*/*/model.safetensors"))) == 4, "another recipe is another run"
 
 
 def test_a_network_measured_at_initialization_is_not_measured_again(tiny, tmp_path, monkeypatch):

@@ -109,7 +109,8 @@ def error_table(experiment: Experiment, data: dict[str, Any]) -> Iterator[str]:
         errors = sorted(100 * run["test_error"] for run in runs if run["test_error"] is not None)
         measured = "-" if runs else "not run"
         if errors:
-            measured = f"{statistics.median(errors):.2f} ({errors[0]:.2f} to {errors[-1]:.2f}, n = {len(errors)})"
+            spread = f"{errors[0]:.2f} to {errors[-1]:.2f}, " if len(errors) > 1 else ""
+            measured = f"{statistics.median(errors):.2f} ({spread}n = {len(errors)})"
         diverged = sum(run["status"] == "diverged" for run in runs)
         yield f"| {spec.label} | {spec.paper} | {measured} | {f'{diverged} of {len(runs)}' if diverged else ''} |"
     yield ""

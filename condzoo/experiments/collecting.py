@@ -93,7 +93,7 @@ def collect(
     result: dict[str, Any] = {"schema": SCHEMA, "id": experiment.id, "scale": scale, "seeds": wanted}
     result |= {
         "reductions": [*reductions(experiment, scale, wanted, labels), *folder_reduction(data)],
-        "made": made_with(before, found.pop("environment", None)),
+        "made": made(found.pop("environment", None), before if found.pop("kept", 0) else None),
         **found,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -197,26 +197,24 @@ def read_data_file(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def made_with(before: dict[str, Any], environment: dict[str, Any] | None) -> dict[str, Any]:
-    """As `made`; where runs of an earlier call are among them, with its hardware, too."""
-    if not before.get("runs"):
-        return made(environment)
-    if environment is None:  # nothing was run now
+def made(environment: dict[str, Any] | None, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """When, on what and of which source; of the first run where there are runs.
+
+    Args:
+        environment: of that run; None where nothing was trained.
+        before: the data of an earlier call of which runs were kept: their hardware is named, too.
+    """
+    if environment is None and before is not None:
         return before["made"]
-    now = made(environment)
-    then = before["made"]["hardware"].split("; ")
-    return now | {"hardware": "; ".join([*(text for text in then if text != now["hardware"]), now["hardware"]])}
-
-
-def made(environment: dict[str, Any] | None) -> dict[str, Any]:
-    """When, on what and of which source; of the first run where there are runs."""
     if environment is None:
         numerics = Numerics("fp32", channels_last=False, device=torch.device("cpu"))
         environment = describe_environment(numerics)
+    hardware = f"{environment['processor']}, {environment['threads']} thread(s), {environment['device']}"
+    earlier = [] if before is None else before["made"]["hardware"].split("; ")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {
         "date": today,
-        "hardware": f"{environment['processor']}, {environment['threads']} thread(s), {environment['device']}",
+        "hardware": "; ".join(dict.fromkeys([*earlier, hardware])),
         "torch": environment["packages"]["torch"],
         "python": platform.python_version(),
         "commit": (environment["source"] or {}).get("commit"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from condzoo.experiments.claims import Verdict, judge
 from condzoo.experiments.collecting import NOT_IMAGENET, estimated_minutes, read_data_file, stem
-from condzoo.experiments.loading import experiment_ids, load_experiment, training_of
+from condzoo.experiments.loading import experiment_ids, labels_run, load_experiment, scale_of, training_of
 from condzoo.experiments.schema import SCALES, Experiment
 
 INTRODUCTION = """# Reproduction of arXiv:2002.10801
@@ -81,7 +81,7 @@ def scale_section(experiment: Experiment, data: dict[str, Any], figures: str) ->
         yield f"Less than the paper's: {'; '.join(data['reductions'])}."
         yield ""
     yield (
-        f"`{command(experiment, data['scale'])}`: scale {data['scale']}, seeds {numbers(data['seeds'])}, "
+        f"`{command(experiment, data['scale'], data)}`: scale {data['scale']}, seeds {numbers(data['seeds'])}, "
         f"{made['hardware']}, torch {made['torch']}, {made['date']}, {minutes(data)} minutes in all."
     )
     yield ""
@@ -116,10 +116,17 @@ def error_table(experiment: Experiment, data: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def command(experiment: Experiment, scale: str) -> str:
-    """What a user types."""
+def command(experiment: Experiment, scale: str, data: dict[str, Any] | None = None) -> str:
+    """What a user types, for the seeds and curves of `data` where they are not all of the scale's."""
     parts = ["condzoo reproduce", experiment.id]
     parts += ["--scale", scale] if scale != "cpu" else []
+    owner = training_of(experiment)
+    if data is not None and data["seeds"] != scale_of(owner, scale).seeds:
+        parts += ["--seeds", ",".join(map(str, data["seeds"]))]
+    if data is not None and owner.training is not None:
+        labels = list(dict.fromkeys(run["label"] for run in data["runs"]))
+        every = labels_run(experiment, scale)
+        parts += [f"--only '{label}'" for label in labels] if set(labels) < set(every) else []
     parts += ["--imagenet FOLDER"] if needs_folder(experiment) else []
     return " ".join(parts)
 

@@ -73,7 +73,8 @@ def collect_trainings(
     rows = [known[name] if name in known else taken[name] for name in planned]
     mark_chosen(rows, training_of(experiment))
     rows = [thinned(row) for row in rows]
-    return {"runs": rows, "seconds": sum(row["seconds"] or 0.0 for row in rows), "environment": environment_of(runs)}
+    seconds = sum(row["seconds"] or 0.0 for row in rows)
+    return {"runs": rows, "seconds": seconds, "environment": environment_of(runs), "kept": len(known)}
 
 
 def run_folder(run: PlannedRun) -> str:

@@ -29,7 +29,15 @@ from condzoo.probe.preserving import at_rest
 from condzoo.probe.wrappers import in_reentrant_checkpoint, named_modules
 
 CHANNELS_FIRST = CONVOLUTIONS + TRANSPOSED
-SEEN = ("sums", "neurons", "dtypes", "origin", "_forward_seen", "_waiting", "_latest")  # what a Capture has recorded
+SEEN: dict[str, Callable[[], Any]] = {  # what a Capture records -> nothing recorded yet
+    "sums": dict,
+    "neurons": dict,
+    "dtypes": set,
+    "origin": lambda: None,
+    "_forward_seen": set,
+    "_waiting": Counter,
+    "_latest": lambda: None,
+}
 CHANGING = "a ReLU whose number of units differs from call to call"
 
 
@@ -119,9 +127,7 @@ class Capture:
 
     def clear(self) -> None:
         """Forget everything seen, for the next measurement."""
-        self.sums, self.neurons, self.dtypes = {}, {}, set()
-        self._forward_seen, self._waiting = set(), Counter()
-        self._latest = self.origin = None
+        vars(self).update({key: empty() for key, empty in SEEN.items()})
 
     def snapshot(self) -> Callable[[], None]:
         """What undoes all that will be recorded from here on, should the forward pass that follows raise."""

@@ -159,6 +159,8 @@ class RunningMoment:
 
     def rescale(self, factor: float) -> None:
         """Multiply every vector seen so far by the factor, to undo a loss scale."""
+        if factor == 1.0:
+            return
         self.noise *= factor**2
         self.total = None if self.total is None else self.total * factor**2
         self.pending = [vectors * factor for vectors in self.pending]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,21 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe import distributed
 from condzoo.probe.arithmetic import PRECISIONS
-from condzoo.probe.batches import batch_size
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
-from condzoo.probe.hooks import Hook
 from condzoo.probe.layers import CONVS, choose
 from condzoo.probe.measuring import checked
 from condzoo.probe.numbers import positive, whole_number
 from condzoo.probe.passes import coarsest
-from condzoo.probe.preserving import at_rest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
+from condzoo.probe.step_passes import StepPasses
 from condzoo.probe.step_weights import StepWeights
 from condzoo.probe.tensorboard import open_writer, write_tensorboard
 from condzoo.probe.weights import norms_of
@@ -121,10 +118,8 @@ class Probe:
         self._tensorboard, self._own_writer = tensorboard, False
         self._scaler, self._scaler_scale = scaler, 1.0
         self._eager = ExitStack()
-        self._handles: list[RemovableHandle] = []
-        self._samples = self._forwards = 0
-        self._begun = self._open = False
-        self._undo: Callable[[], None] | None = None  # while a forward pass runs: forgets it
+        self._passes = StepPasses(model, self._capture, mean=reduction == "mean", on_first=self._begin_step)
+        self._open = False
 
     def __enter__(self) -> Probe:
         """Ready for the first step: the output folder exists, and the hooks are on if it is due."""
@@ -168,8 +163,7 @@ class Probe:
         """
         self._must_be_open("begin")
         if self.due:
-            self._begun = True
-            self._start(batch)
+            self._passes.begin(batch)
 
     def step(self) -> None:
         """Say that a training step is over; measures it if it was due.
@@ -179,9 +173,8 @@ class Probe:
         """
         self._must_be_open("step")
         if self.due:
-            self._forget_what_raised()
             self._detach()
-            if distributed.total(self._forwards, self.model):
+            if distributed.total(self._passes.count, self.model):
                 self._record()
             else:
                 warnings.warn(
@@ -202,13 +195,9 @@ class Probe:
             )
 
     def _attach(self) -> None:
-        self._samples = self._forwards = 0
-        self._begun = False
-        self._undo = None
         self._capture.clear()
         self._capture.recording, self._capture.gradients = False, True
-        self._handles.append(self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True))
-        self._handles.append(self.model.register_forward_hook(Hook(self._after_forward)))
+        self._passes.attach()
         self._weights.attach()
         self._capture.attach()
         self._eager.enter_context(uncompiled())
@@ -216,59 +205,22 @@ class Probe:
     def _detach(self) -> None:
         self._capture.detach()
         self._weights.detach()
+        self._passes.detach()
         self._eager.close()
-        while self._handles:
-            self._handles.pop().remove()
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._begun or at_rest():
-            return
-        self._capture.recording = module.training and torch.is_grad_enabled()
-        repeated = self._forwards > 0 and torch._C._current_graph_task_id() != -1  # by checkpointing
-        if self._capture.recording and not repeated:
-            self._start([args, kwargs])
-
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._undo = None
-
-    def _forget_what_raised(self) -> None:
-        """Forget a forward pass that did not come to its end: it raised, and is tried again or left out."""
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
-
-    def _start(self, batch: Any) -> None:
-        self._forget_what_raised()
-        if not self._begun:
-            self._undo = self._snapshot()
-        samples = batch_size(batch)
-        self._capture.recording = True
-        self._capture.begin(samples, scale=float(samples) if self.reduction == "mean" else 1.0)
-        self._samples += samples
-        if not self._forwards:
-            self._weights.measure()
-            self._scaler_scale = 1.0 if self._scaler is None else self._scaler.get_scale()
-        self._forwards += 1
-
-    def _snapshot(self) -> Callable[[], None]:
-        undo, samples, forwards = self._capture.snapshot(), self._samples, self._forwards
-
-        def whole() -> None:
-            undo()
-            self._samples, self._forwards = samples, forwards
-
-        return whole
+    def _begin_step(self) -> None:
+        self._weights.measure()
+        self._scaler_scale = 1.0 if self._scaler is None else self._scaler.get_scale()
 
     def _record(self) -> None:
         capture, scale = self._capture, self._scale()
         grads = self._weights.mean_gradients() if self.reduction == "mean" else self._weights.grads
-        samples = distributed.total(self._samples, self.model)
+        samples = distributed.total(self._passes.samples, self.model)
         if distributed.active():
             distributed.sum_over_ranks(capture, self.model)
             grads = distributed.summed(grads, self.model)
-        if scale != 1.0:
-            for sums in capture.sums.values():
-                sums.output_grad.rescale(1 / scale)
+        for sums in capture.sums.values():
+            sums.output_grad.rescale(1 / scale)
         with torch.no_grad():
             count = distributed.processes() if self.reduction == "mean" else samples
             if count * scale != 1.0:
@@ -291,7 +243,7 @@ class Probe:
             precision=capture.precision,
             kappa=capture.kappa,
             samples=samples,
-            batches=self._forwards,
+            batches=self._passes.count,
             step=self._step,
             first_nonfinite=nonfinite,
         )

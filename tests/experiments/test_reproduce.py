@@ -12,7 +12,7 @@ from condzoo.experiments import collect, draw, estimated_minutes, experiment_ids
 from condzoo.experiments.collecting import SCHEMA, folder_reduction
 from condzoo.experiments.initialization import measure_network
 from condzoo.experiments.loading import labels_run, planned_runs
-from condzoo.experiments.report import error_table
+from condzoo.experiments.report import command, error_table
 from condzoo.reproduce_commands import run_experiments
 from condzoo.training import Stopped
 from condzoo.training.loop import train
@@ -137,6 +137,30 @@ def test_curves_of_an_earlier_call_stay_even_where_their_runs_are_gone(tiny, tmp
     slower = scale.model_copy(update={"recipe": {**scale.recipe, "optim.lr": 0.01}})
     collect(experiment.model_copy(update={"scales": {"cpu": slower}}), "cpu", tmp_path, seeds=[1, 2])
     assert len(list((tmp_path / "runs").glob("*/*/model.safetensors"))) == 4, "another recipe is another run"
+
+
+def test_the_report_names_the_machines_of_kept_runs_alone(tiny, tmp_path):
+    experiment = tiny("fig11")
+    labels = [spec.label for spec in experiment.training.runs]
+    path = tmp_path / "fig11.json"
+    data = collect(experiment, "cpu", tmp_path, only=labels[:1])
+    here = data["made"]["hardware"]
+    data["made"]["hardware"] = "another machine"
+    path.write_text(json.dumps(data))
+    assert collect(experiment, "cpu", tmp_path)["made"]["hardware"] == f"another machine; {here}"
+    path.write_text(json.dumps(data))
+    assert collect(experiment, "cpu", tmp_path, only=labels[1:])["made"]["hardware"] == here
+
+
+def test_the_report_s_command_is_the_one_that_was_run():
+    experiment = load_experiment("table_b")
+    run = {"label": "VGG-20 LastBN"}
+    some = {"seeds": [1, 3], "runs": [run, run]}
+    assert command(experiment, "paper", some) == (
+        "condzoo reproduce table_b --scale paper --seeds 1,3 --only 'VGG-20 LastBN'"
+    )
+    every = {"seeds": [1, 2, 3], "runs": [{"label": label} for label in labels_run(experiment, "cpu")]}
+    assert command(experiment, "cpu", every) == command(experiment, "cpu") == "condzoo reproduce table_b"
 
 
 def test_a_network_measured_at_initialization_is_not_measured_again(tiny, tmp_path, monkeypatch):

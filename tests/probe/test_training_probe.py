@@ -253,6 +253,8 @@ def test_a_forward_pass_that_raised_is_forgotten(kit, tried):
                 elif also_large:
                     with pytest.raises(MemoryError):
                         model(x)
+                    model.eval()(kit.images(8)[0])
+                    model.train()
             probe.step()
         found.append(probe.latest)
     raised, calm = found
@@ -260,3 +262,26 @@ def test_a_forward_pass_that_raised_is_forgotten(kit, tried):
     assert (raised.samples, raised.batches, raised.neurons) == (calm.samples, calm.batches, calm.neurons)
     assert [layer.samples for layer in raised.values()] == [layer.samples for layer in calm.values()]
     assert raised.samples == 8 * tried.count(8)
+
+
+class InParts(Fragile):
+    """Tries the whole batch in a call of itself, and where that raises the halves."""
+
+    def forward(self, x):
+        if len(x) <= self.most:
+            return super().forward(x)
+        try:
+            return super().forward(x)
+        except MemoryError:
+            return torch.cat([self(half) for half in x.chunk(2)])
+
+
+def test_a_pass_inside_a_pass_does_not_end_the_outer_one(kit):
+    model = InParts(kit.build("conv"), most=8)
+    x, y = kit.images(16)
+    with Probe(model) as probe:
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    # the outer call of 16 samples, which reached the first two layers only, and its two halves
+    assert (probe.latest.samples, probe.latest.batches) == (32, 3)
+    assert [layer.samples for layer in probe.latest.values()] == [32, 32, 16, 16]

@@ -150,11 +150,14 @@ def test_the_probe_does_not_change_the_weights(tiny: Any, tmp_path: Path) -> Non
 
 def test_the_recipes_probe_section_is_the_probes_settings(tiny: Any, tmp_path: Path) -> None:
     settings = {"probe.every": 2, "probe.bias": True, "probe.kappa": False, "probe.precision": "float64"}
+    assert read_records(train(tiny(**settings), out=tmp_path / "all", max_steps=1, device="cpu").path)[0].neurons
+    settings |= {"probe.neurons": False, "probe.weights": False}
     events: list[Any] = []
     run = train(tiny(**settings), out=tmp_path / "run", max_steps=3, device="cpu", on_event=events.append)
     record = read_records(run.path)[-1]
     assert (record.step, record.bias, record.kappa, record.precision) == (2, True, False, "float64")
     assert record["fc"].input.status(0.5) == "not computed"
+    assert (record.neurons, record["fc"].weight, record["fc"].weight_grad) == ({}, None, None)
     steps = [event for event in events if isinstance(event, StepDone)]
     assert list(steps[-1].last_layer) == ["lambda_max"]
     assert last_layer_texts(run)[1] == "not computed"

@@ -152,6 +152,20 @@ def test_option_a_has_no_parameters_and_one_step_of_the_grid():
     assert torch.equal(out, option_a(x, 32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 7, 8])
+def test_option_a_s_gradient_is_the_slice_s_in_the_memory_format_of_the_network(size: int, dtype: torch.dtype):
+    x = torch.randn(2, 16, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = create_model("cifar_resnet8").layer2[0].shortcut(x)
+    sent = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, x, sent)
+    expected = torch.zeros_like(x)
+    expected[:, :, ::2, ::2] = sent[:, :16]
+    assert torch.equal(out[:, :16], x[:, :, ::2, ::2])
+    assert torch.equal(gradient, expected)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("depth", [8, 14, 20])
 @pytest.mark.parametrize("suffix", ["", "_nofinalbn", "_lastbn"])
 @torch.no_grad()

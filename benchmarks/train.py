@@ -1,6 +1,6 @@
 """Training speed of CIFAR ResNet-20, batch 128: condzoo beside the scripts people use now.
 
-    python benchmarks/train.py --data-root DIR [--steps 60] [--rounds 3] [--overhead]
+    python benchmarks/train.py --data-root DIR [--steps 60] [--rounds 3] [--compile] [--overhead]
 
 Every contender trains the same network on the same images for as many steps, data loading, augmentation and
 logging included, in turns (A B C A B C ...), each turn in a process of its own; printed are medians over the
@@ -10,6 +10,8 @@ their workers. Without CIFAR-10 in the data root, random images of its shape are
 - plain: the common script: fp32, torchvision transforms on PIL images, a DataLoader with workers.
 - timm: timm's create_loader as its train.py calls it, its optimizer factory, and the step of its train.py.
 - condzoo: `condzoo.train` with precision = "auto".
+- compiled (with --compile): the same with compile = true. It compiles in the first step of a turn, which is left out
+  like every other's; the seconds it took are printed, for whoever trains no longer than that.
 
 --overhead trains one whole epoch with condzoo and prints the share of it (evaluation left out, a checkpoint
 included) that is not forward pass, loss, backward pass and update.
@@ -118,16 +120,24 @@ def with_timm(data: ImageData, count: int) -> float:
     return train_plainly(loader, optimizer, model, count)
 
 
-def with_condzoo(data: ImageData, count: int) -> float:
+def with_condzoo(data: ImageData, count: int, recipe: dict[str, Any] = RECIPE) -> float:
     """`condzoo.train`, whose own evaluation is after the last step."""
     times: list[float] = []
 
     def note(event: Any) -> None:
-        if isinstance(event, StepDone):
+        if isinstance(event, Started | StepDone):
             times.append(time.perf_counter())
 
-    train_on(data, RECIPE, note, max_steps=count)
-    return (count - 1) * BATCH / (times[-1] - times[0])
+    train_on(data, recipe, note, max_steps=count)
+    started, first, last = times[0], times[1], times[-1]
+    if recipe.get("compile"):
+        print(f"first step, compiled in it: {first - started:.0f} s", file=sys.stderr)
+    return (count - 1) * BATCH / (last - first)
+
+
+def compiled(data: ImageData, count: int) -> float:
+    """`condzoo.train` with compile = true."""
+    return with_condzoo(data, count, RECIPE | {"compile": True})
 
 
 def overhead(data: ImageData, count: int) -> float:
@@ -198,7 +208,9 @@ def read_images(root: str | None) -> ImageData:
     return ImageData("cifar10", 10, train_, test, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
 
 
-CONTENDERS: dict[str, Callable[[ImageData, int], float]] = {"plain": plain, "timm": with_timm, "condzoo": with_condzoo}
+Contender = Callable[[ImageData, int], float]
+THEIRS: dict[str, Contender] = {"plain": plain, "timm": with_timm}
+OURS: dict[str, Contender] = {"condzoo": with_condzoo, "compiled": compiled}
 
 
 def take_turn(name: str, arguments: argparse.Namespace) -> float:
@@ -211,15 +223,19 @@ def take_turn(name: str, arguments: argparse.Namespace) -> float:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Every contender in turns, and a table."""
-    speeds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    ours = [name for name in OURS if name != "compiled" or arguments.compile]
+    speeds: dict[str, list[float]] = {name: [] for name in [*THEIRS, *ours]}
     for _ in range(arguments.rounds):
-        for name in CONTENDERS:
+        for name in speeds:
             speeds[name].append(take_turn(name, arguments))
     for name, values in speeds.items():
-        ratios = [ours / theirs for ours, theirs in zip(speeds["condzoo"], values, strict=True)]
-        ratio = f"condzoo is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
         each = " ".join(f"{value:.0f}" for value in values)
-        print(f"{name:8} {statistics.median(values):5.0f} images/s  ({each})  {ratio if name != 'condzoo' else ''}")
+        print(f"{name:8} {statistics.median(values):5.0f} images/s  ({each})")
+    for name in ours:
+        for other in THEIRS:
+            ratios = [own / theirs for own, theirs in zip(speeds[name], speeds[other], strict=True)]
+            median, least, most = statistics.median(ratios), min(ratios), max(ratios)
+            print(f"{name} is {median:.2f} times as fast as {other} ({least:.2f} to {most:.2f})")
 
 
 def main() -> None:
@@ -229,10 +245,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of each turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--overhead", action="store_true", help="the loop's overhead over an epoch, and no comparison")
-    parser.add_argument("--turn", choices=[*CONTENDERS, "overhead"], help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help="also condzoo with compile = true")
+    parser.add_argument("--turn", choices=[*THEIRS, *OURS, "overhead"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.turn:
-        turn = CONTENDERS.get(arguments.turn, overhead)
+        turn = {**THEIRS, **OURS, "overhead": overhead}[arguments.turn]
         print(json.dumps(turn(read_images(arguments.data_root), arguments.steps)))
         return
     capability = torch.backends.cpu.get_cpu_capability()

@@ -66,6 +66,7 @@ class Capture:
         further: the gradient is one more class of rows already counted.
         trains: of a `Probe`, which reads training steps: the passes of a measurement at rest are not its.
         split: layers to leave alone, since no process sees the whole of them.
+        on_gradient: called before a gradient is read.
         batch: samples of the current batch.
         scale: what an output gradient is multiplied by: the batch, for a loss that is its mean.
         sums: by layer name, in the order of their first call.
@@ -88,6 +89,7 @@ class Capture:
     further: bool = False
     trains: bool = False
     split: set[str] = field(default_factory=set)
+    on_gradient: Callable[[], None] | None = None
     batch: int = 0
     scale: float = 1.0
     sums: dict[str, LayerSums] = field(default_factory=dict)
@@ -187,6 +189,8 @@ class Capture:
     def _on_gradient(self, module: nn.Module, moment: RunningMoment, scale: float, grad_h: Tensor) -> None:
         if not self.gradients:
             return
+        if self.on_gradient is not None:
+            self.on_gradient()
         with plain_products(grad_h.device.type):
             for columns in output_columns(module, grad_h.detach()):
                 moment.add(columns, self.precision, scale, new_rows=not self.further)

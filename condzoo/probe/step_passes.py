@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.batches import batch_size
 from condzoo.probe.capture import Capture
 from condzoo.probe.hooks import Hook
 from condzoo.probe.preserving import at_rest
+from condzoo.probe.step_weights import StepWeights
 
 
 class StepPasses:
     """Watches a model's forward passes from `attach` to `detach`, and begins each that trains in the capture.
 
-    One that raises is forgotten again: a batch that does not fit into memory is tried again in parts.
+    One that raises, or whose backward pass does, is forgotten again: a batch that does not fit into memory is tried
+    again in parts. Passes that wait for their backward pass together are forgotten together.
 
     Args:
         model: the module that trains.
         capture: what records.
+        weights: what sums the weights' gradients.
         mean: whether the loss is a mean over the batch, which its gradients are multiplied by.
         on_first: called before the step's first pass.
 
@@ -31,18 +36,26 @@ class StepPasses:
         samples: in all of them.
     """
 
-    def __init__(self, model: nn.Module, capture: Capture, *, mean: bool, on_first: Callable[[], None]) -> None:
-        self.model, self.capture, self.mean, self.on_first = model, capture, mean, on_first
+    def __init__(
+        self, model: nn.Module, capture: Capture, weights: StepWeights, *, mean: bool, on_first: Callable[[], None]
+    ) -> None:
+        self.model, self.capture, self.weights, self.mean, self.on_first = model, capture, weights, mean, on_first
+        capture.on_gradient = self._in_backward
         self.count = self.samples = 0
         self._told = False
         self._running: list[Callable[[], None] | None] = []  # a call of the model each: what forgets it
+        self._waiting: list[Callable[[], None]] = []  # what forgets each pass since a backward pass ended, oldest first
+        self._backwards: set[int] = set()  # backward passes that have begun and not ended: they run, or raised
+        self._ended = False
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
         """Put the hooks on, after forgetting all that was seen."""
         self.count = self.samples = 0
-        self._told = False
+        self._told = self._ended = False
         self._running.clear()
+        self._waiting.clear()
+        self._backwards.clear()
         self._handles.append(self.model.register_forward_pre_hook(Hook(self._before), with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(Hook(self._returned)))
         self._handles.append(self.model.register_forward_hook(Hook(self._over), always_call=True))
@@ -55,7 +68,18 @@ class StepPasses:
     def begin(self, batch: Any) -> None:
         """A pass over this batch begins; from now on in this step, passes are told and not looked for."""
         self._told = True
+        self.settle()
+        self._waiting.append(self._snapshot())
         self._start(batch)
+
+    def settle(self) -> None:
+        """Forget the passes whose backward pass has raised; for when none runs."""
+        if self._backwards and self._waiting:
+            self._waiting[0]()
+        if self._backwards or self._ended:
+            self._waiting.clear()
+            self._backwards.clear()
+            self._ended = False
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running.append(None)
@@ -64,7 +88,10 @@ class StepPasses:
         self.capture.recording = module.training and torch.is_grad_enabled()
         repeated = self.count > 0 and torch._C._current_graph_task_id() != -1  # by checkpointing
         if self.capture.recording and not repeated:
-            self._running[-1] = self._snapshot()
+            self.settle()
+            forget = self._snapshot()
+            self._running[-1] = forget
+            self._waiting.append(forget)
             self._start([args, kwargs])
 
     def _returned(self, *_: Any) -> None:
@@ -76,12 +103,27 @@ class StepPasses:
         forget = self._running.pop() if self._running else None  # a hook before ours may raise
         if forget is not None:
             forget()
+            if forget in self._waiting:
+                del self._waiting[self._waiting.index(forget) :]
+
+    def _in_backward(self) -> None:
+        """A gradient has come to a layer."""
+        task = torch._C._current_graph_task_id()
+        if task != -1 and task not in self._backwards:
+            self._backwards.add(task)
+            Variable._execution_engine.queue_callback(partial(self._backward_ended, task))
+
+    def _backward_ended(self, task: int) -> None:
+        self._backwards.discard(task)
+        self._ended = not self._backwards
 
     def _snapshot(self) -> Callable[[], None]:
-        undo, count, samples = self.capture.snapshot(), self.count, self.samples
+        undo, undo_weights = self.capture.snapshot(), self.weights.snapshot()
+        count, samples = self.count, self.samples
 
         def forget() -> None:
             undo()
+            undo_weights()
             self.count, self.samples = count, samples
 
         return forget

@@ -7,7 +7,7 @@ gradient is the process's own only before it is averaged.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,18 @@ class StepWeights:
         self.split.clear()
         self._passes.clear()
         self._outer.clear()
+
+    def snapshot(self) -> Callable[[], None]:
+        """What undoes all that will be seen from here on, should the pass that follows raise."""
+        norms, grads = dict(self.norms), dict(self.grads)
+        passes = {name: set(ids) for name, ids in self._passes.items()}
+
+        def undo() -> None:
+            self.norms, self.grads = dict(norms), dict(grads)
+            self._passes = defaultdict(set, {name: set(ids) for name, ids in passes.items()})
+            self._outer.clear()  # none runs any more, and one that raised has not taken itself out
+
+        return undo
 
     def measure(self) -> None:
         """The norms of all weights that are whole at rest; the others follow when their layers run."""

@@ -118,7 +118,9 @@ class Probe:
         self._tensorboard, self._own_writer = tensorboard, False
         self._scaler, self._scaler_scale = scaler, 1.0
         self._eager = ExitStack()
-        self._passes = StepPasses(model, self._capture, mean=reduction == "mean", on_first=self._begin_step)
+        self._passes = StepPasses(
+            model, self._capture, self._weights, mean=reduction == "mean", on_first=self._begin_step
+        )
         self._open = False
 
     def __enter__(self) -> Probe:
@@ -174,12 +176,14 @@ class Probe:
         self._must_be_open("step")
         if self.due:
             self._detach()
+            self._passes.settle()
             if distributed.total(self._passes.count, self.model):
                 self._record()
             else:
                 warnings.warn(
-                    f"step {self._step} was due, but no forward pass in train mode with gradients was seen; "
-                    "is this the model that trains, and is the loop inside `with Probe(...)`?",
+                    f"step {self._step} was due, but no forward pass in train mode with gradients was seen (one that "
+                    "raised, or whose backward pass did, does not count); is this the model that trains, and is the "
+                    "loop inside `with Probe(...)`?",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -1,11 +1,13 @@
 """`Probe` in a training loop: the same numbers as `measure`, and the same weights as without it."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from condzoo.probe import Probe, measure, read_records
 
@@ -262,6 +264,65 @@ def test_a_forward_pass_that_raised_is_forgotten(kit, tried):
     assert (raised.samples, raised.batches, raised.neurons) == (calm.samples, calm.batches, calm.neurons)
     assert [layer.samples for layer in raised.values()] == [layer.samples for layer in calm.values()]
     assert raised.samples == 8 * tried.count(8)
+
+
+class Brittle(torch.autograd.Function):
+    """Raises in the middle of a backward pass over more than 8 samples."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if len(grad) > 8:
+            raise MemoryError
+        return grad
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("checkpointed", [None, False, True])  # use_reentrant
+@pytest.mark.parametrize("tried", [[32, 8], [8, 32, 8], [8, 8, 32], [32, 32, 8, 32]])
+def test_a_backward_pass_that_raised_is_forgotten(kit, tried, checkpointed, told):
+    found = []
+    for also_large in (True, False):
+        model = kit.build("conv")
+        last = list(model)[-1]
+        front = model[0].forward
+        model[0].forward = lambda x, front=front: Brittle.apply(front(x))
+        if checkpointed is not None:
+            body = last.forward
+            last.forward = lambda x, body=body: checkpoint(body, x, use_reentrant=checkpointed)
+        with Probe(model) as probe:
+            for i, size in enumerate(tried):
+                x, y = kit.images(size, seed=i)
+                if size == 8 or also_large:
+                    if told:
+                        probe.begin(x)
+                    loss = F.cross_entropy(model(x), y)
+                    with pytest.raises(MemoryError) if size > 8 else nullcontext():
+                        loss.backward()
+            probe.step()
+        found.append(probe.latest)
+    raised, calm = found
+    close(raised, calm, tolerance=0)
+    assert (raised.samples, raised.batches, raised.neurons) == (calm.samples, calm.batches, calm.neurons)
+    for a, b in zip(raised.values(), calm.values(), strict=True):
+        assert (a.samples, a.weight, a.weight_grad) == (b.samples, b.weight, b.weight_grad)
+    assert raised.samples == 8 * tried.count(8)
+
+
+def test_nothing_is_measured_where_every_backward_pass_raised(kit):
+    model = kit.build("conv")
+    front = model[0].forward
+    model[0].forward = lambda x: Brittle.apply(front(x))
+    x, y = kit.images(32)
+    with Probe(model) as probe:
+        with pytest.raises(MemoryError):
+            F.cross_entropy(model(x), y).backward()
+        with pytest.warns(RuntimeWarning, match="whose backward pass did, does not count"):
+            probe.step()
+    assert probe.latest is None
 
 
 class InParts(Fragile):

@@ -41,9 +41,9 @@ def init_convolutions(model: nn.Module) -> None:
 class OptionAShortcut(nn.Module):
     """The shortcut without parameters: every second position, the new channels zero (option A of He et al.).
 
-    Pooling over one position picks it exactly, and its gradient keeps the memory format. That of a slice is always
-    in the default layout: in a channels_last network every later ReLU and BatchNorm then reads two layouts at once,
-    a tenth of a training step on a CPU (docs/training.md).
+    Pooling over one position picks it exactly, and its gradient keeps the memory format. That of a slice is always in
+    the default layout: in a channels_last network the ReLU and BatchNorm before it then read two layouts at once,
+    which is slow on a CPU (docs/training.md).
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:

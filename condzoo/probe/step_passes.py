@@ -61,9 +61,11 @@ class StepPasses:
         self._handles.append(self.model.register_forward_hook(Hook(self._over), always_call=True))
 
     def detach(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off; `count` and `samples` are then final."""
         while self._handles:
             self._handles.pop().remove()
+        self.settle()
+        self._waiting.clear()  # what could still be undone keeps sums alive
 
     def begin(self, batch: Any) -> None:
         """A pass over this batch begins; from now on in this step, passes are told and not looked for."""

@@ -176,7 +176,6 @@ class Probe:
         self._must_be_open("step")
         if self.due:
             self._detach()
-            self._passes.settle()
             if distributed.total(self._passes.count, self.model):
                 self._record()
             else:

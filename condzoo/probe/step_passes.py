@@ -64,17 +64,15 @@ class StepPasses:
         """Take the hooks off; `count` and `samples` are then final."""
         while self._handles:
             self._handles.pop().remove()
-        self.settle()
+        self._settle()
         self._waiting.clear()  # what could still be undone keeps sums alive
 
     def begin(self, batch: Any) -> None:
         """A pass over this batch begins; from now on in this step, passes are told and not looked for."""
         self._told = True
-        self.settle()
-        self._waiting.append(self._snapshot())
         self._start(batch)
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Forget the passes whose backward pass has raised; for when none runs."""
         if self._backwards and self._waiting:
             self._waiting[0]()
@@ -90,11 +88,7 @@ class StepPasses:
         self.capture.recording = module.training and torch.is_grad_enabled()
         repeated = self.count > 0 and torch._C._current_graph_task_id() != -1  # by checkpointing
         if self.capture.recording and not repeated:
-            self.settle()
-            forget = self._snapshot()
-            self._running[-1] = forget
-            self._waiting.append(forget)
-            self._start([args, kwargs])
+            self._running[-1] = self._start([args, kwargs])
 
     def _returned(self, *_: Any) -> None:
         if self._running:
@@ -130,7 +124,11 @@ class StepPasses:
 
         return forget
 
-    def _start(self, batch: Any) -> None:
+    def _start(self, batch: Any) -> Callable[[], None]:
+        """Begin a pass over this batch; returns what forgets it."""
+        self._settle()
+        forget = self._snapshot()
+        self._waiting.append(forget)
         samples = batch_size(batch)
         self.capture.recording = True
         self.capture.begin(samples, scale=float(samples) if self.mean else 1.0)
@@ -138,3 +136,4 @@ class StepPasses:
             self.on_first()
         self.samples += samples
         self.count += 1
+        return forget

@@ -70,11 +70,10 @@ class StepWeights:
     def snapshot(self) -> Callable[[], None]:
         """What undoes all that will be seen from here on, should the pass that follows raise."""
         norms, grads = dict(self.norms), dict(self.grads)
-        passes = {name: set(ids) for name, ids in self._passes.items()}
+        passes = defaultdict(set, {name: set(ids) for name, ids in self._passes.items()})
 
         def undo() -> None:
-            self.norms, self.grads = dict(norms), dict(grads)
-            self._passes = defaultdict(set, {name: set(ids) for name, ids in passes.items()})
+            self.norms, self.grads, self._passes = norms, grads, passes
             self._outer.clear()  # none runs any more, and one that raised has not taken itself out
 
         return undo

@@ -227,6 +227,13 @@ def test_steps_outside_with_are_an_error_and_leave_no_hooks(kit, tmp_path):
     assert [r.step for r in read_records(tmp_path / "run")] == [0]
 
 
+def same_record(raised, calm):
+    close(raised, calm, tolerance=0)
+    assert (raised.samples, raised.batches, raised.neurons) == (calm.samples, calm.batches, calm.neurons)
+    for a, b in zip(raised.values(), calm.values(), strict=True):
+        assert (a.samples, a.weight, a.weight_grad) == (b.samples, b.weight, b.weight_grad)
+
+
 class Fragile(nn.Module):
     """Raises in the middle of a forward pass over more than `most` samples, as a GPU out of memory does."""
 
@@ -259,11 +266,8 @@ def test_a_forward_pass_that_raised_is_forgotten(kit, tried):
                     model.train()
             probe.step()
         found.append(probe.latest)
-    raised, calm = found
-    close(raised, calm, tolerance=0)
-    assert (raised.samples, raised.batches, raised.neurons) == (calm.samples, calm.batches, calm.neurons)
-    assert [layer.samples for layer in raised.values()] == [layer.samples for layer in calm.values()]
-    assert raised.samples == 8 * tried.count(8)
+    same_record(*found)
+    assert found[0].samples == 8 * tried.count(8)
 
 
 class Brittle(torch.autograd.Function):
@@ -280,17 +284,23 @@ class Brittle(torch.autograd.Function):
         return grad
 
 
+def brittle(kit):
+    """A network whose first layer's backward pass raises over more than 8 samples."""
+    model = kit.build("conv")
+    front = model[0].forward
+    model[0].forward = lambda x: Brittle.apply(front(x))
+    return model
+
+
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("checkpointed", [None, False, True])  # use_reentrant
 @pytest.mark.parametrize("tried", [[32, 8], [8, 32, 8], [8, 8, 32], [32, 32, 8, 32]])
 def test_a_backward_pass_that_raised_is_forgotten(kit, tried, checkpointed, told):
     found = []
     for also_large in (True, False):
-        model = kit.build("conv")
-        last = list(model)[-1]
-        front = model[0].forward
-        model[0].forward = lambda x, front=front: Brittle.apply(front(x))
+        model = brittle(kit)
         if checkpointed is not None:
+            last = model[-1]
             body = last.forward
             last.forward = lambda x, body=body: checkpoint(body, x, use_reentrant=checkpointed)
         with Probe(model) as probe:
@@ -304,18 +314,12 @@ def test_a_backward_pass_that_raised_is_forgotten(kit, tried, checkpointed, told
                         loss.backward()
             probe.step()
         found.append(probe.latest)
-    raised, calm = found
-    close(raised, calm, tolerance=0)
-    assert (raised.samples, raised.batches, raised.neurons) == (calm.samples, calm.batches, calm.neurons)
-    for a, b in zip(raised.values(), calm.values(), strict=True):
-        assert (a.samples, a.weight, a.weight_grad) == (b.samples, b.weight, b.weight_grad)
-    assert raised.samples == 8 * tried.count(8)
+    same_record(*found)
+    assert found[0].samples == 8 * tried.count(8)
 
 
 def test_nothing_is_measured_where_every_backward_pass_raised(kit):
-    model = kit.build("conv")
-    front = model[0].forward
-    model[0].forward = lambda x: Brittle.apply(front(x))
+    model = brittle(kit)
     x, y = kit.images(32)
     with Probe(model) as probe:
         with pytest.raises(MemoryError):

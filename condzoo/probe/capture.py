@@ -7,11 +7,11 @@ this works before an in-place ReLU. Nothing is kept but running sums.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,15 @@ from torch.utils.hooks import RemovableHandle
 from condzoo.probe.arithmetic import Precision, plain_products
 from condzoo.probe.attention import watch
 from condzoo.probe.correlations import PIECES, correlates, patch_gram, positions
-from condzoo.probe.functional_relus import watch_functions
-from condzoo.probe.hooks import Hook
+from condzoo.probe.functional_relus import FunctionalRelus
+from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.layers import CONVOLUTIONS, TRANSPOSED, Conv, input_columns, output_columns
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, Neurons, RunningNeurons, linear_range
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.wrappers import in_reentrant_checkpoint, named_modules
+
+Module = TypeVar("Module", bound=nn.Module)
 
 CHANNELS_FIRST = CONVOLUTIONS + TRANSPOSED
 SEEN: dict[str, Callable[[], Any]] = {  # what a Capture records -> nothing recorded yet
@@ -73,6 +75,7 @@ class Capture:
         neurons: by the ReLU's name, its further calls within a forward by that name and "#1", "#2", ...
         dtypes: of the layers' outputs.
         origin: the layer where NaN or Inf appeared first in a forward pass, None as long as there was none.
+        modules: of the model, by name, as it was last looked at.
     """
 
     model: nn.Module
@@ -96,24 +99,56 @@ class Capture:
     neurons: dict[str, RunningNeurons] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
     origin: str | None = None
-    _handles: list[RemovableHandle] = field(default_factory=list)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    _functions: FunctionalRelus = field(init=False)
+    _outer: list[RemovableHandle] = field(default_factory=list)
+    _inner: list[RemovableHandle] = field(default_factory=list)
     _forward_seen: set[str] = field(default_factory=set)
     _waiting: Counter[str] = field(default_factory=Counter)
     _relu_calls: dict[str, int] = field(default_factory=dict)
     _channels_first: bool = False
     _latest: tuple[str, Tensor] | None = None
 
+    def look_at(self, layers: dict[str, nn.Module]) -> None:
+        """Read these layers and all ReLUs and attentions that the model has now; for while the hooks are off."""
+        self.modules = dict(named_modules(self.model))
+        refill(self.layers, layers)
+        refill(self.relus, {name: m for name, m in self.modules.items() if isinstance(m, RELUS)})
+        refill(self.attentions, {name: m for name, m in self.modules.items() if isinstance(m, nn.MultiheadAttention)})
+
     def attach(self) -> None:
         """Put the hooks on."""
-        for name, module in self.layers.items():
-            self._handles.append(module.register_forward_hook(Hook(partial(self._on_layer, name)), with_kwargs=True))
-        for name, attention in self.attentions.items():
-            self._handles += watch(name, attention, self._on_projection)
+        self._functions = FunctionalRelus(self._count_units)
+        self._outer = self._hook(inside=False)
+        self._inner = self._hook(inside=True)
+
+    def follow(self, layers: dict[str, nn.Module]) -> None:
+        """Read these layers, for a model that changed, from within a call of it.
+
+        The hooks on the model itself stay: those around its call have begun.
+        """
+        remove(self._inner)
+        self.look_at(layers)
+        self._inner = self._hook(inside=True)
+
+    def _hook(self, *, inside: bool) -> list[RemovableHandle]:
+        """Hooks on all modules inside the model, or on the model, whose name is empty."""
+
+        def side(modules: Mapping[str, Module]) -> list[tuple[str, Module]]:
+            return [(name, module) for name, module in modules.items() if bool(name) == inside]
+
+        handles: list[RemovableHandle] = []
+        for name, module in side(self.layers):
+            handles.append(module.register_forward_hook(Hook(partial(self._on_layer, name)), with_kwargs=True))
+        for name, attention in side(self.attentions):
+            handles += watch(name, attention, self._on_projection)
         if not self.counts_neurons:
-            return
-        for name, module in self.relus.items():
-            self._handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name))))
-        self._handles += watch_functions(self.model, self._count_units)
+            return handles
+        for name, module in side(self.relus):
+            handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name))))
+        for name, module in side(self.modules):
+            handles += self._functions.watch(name, module)
+        return handles
 
     def begin(self, samples: int, scale: float) -> None:
         """A forward pass over `samples` samples follows, its gradients to be multiplied by `scale`."""
@@ -124,8 +159,8 @@ class Capture:
     def detach(self) -> None:
         """Take the hooks off; those of graphs still alive no longer record."""
         self.recording = self.gradients = False
-        while self._handles:
-            self._handles.pop().remove()
+        remove(self._outer)
+        remove(self._inner)
 
     def clear(self) -> None:
         """Forget everything seen, for the next measurement."""
@@ -238,9 +273,14 @@ def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k
     return torch.cat([columns, columns.new_ones((*columns.shape[:2], 1, columns.shape[3]))], dim=2)
 
 
+def refill(held: dict[str, Module], found: Mapping[str, Module]) -> None:
+    """Put other entries into a dict that others hold, too."""
+    held.clear()
+    held.update(found)
+
+
 def capture_of(model: nn.Module, layers: dict[str, nn.Module], *, neurons: bool = True) -> Capture:
     """A capture of these layers and, with `neurons`, of all ReLUs of the model."""
-    named = list(named_modules(model))
-    relus: dict[str, nn.Module] = {name: module for name, module in named if isinstance(module, RELUS)}
-    attentions = {name: module for name, module in named if isinstance(module, nn.MultiheadAttention)}
-    return Capture(model, layers, relus, attentions, counts_neurons=neurons)
+    capture = Capture(model, {}, {}, counts_neurons=neurons)
+    capture.look_at(layers)
+    return capture

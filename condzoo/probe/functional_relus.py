@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.hooks import Hook
 from condzoo.probe.neurons import OF_RELU, OF_RELU6, RELUS
-from condzoo.probe.wrappers import named_modules
 
 Report = Callable[[str, Tensor, tuple[float, float]], None]
 
@@ -31,8 +30,11 @@ FUNCTIONS: dict[Any, tuple[str, tuple[float, float]]] = {
 }
 
 
-class _Calls(TorchFunctionMode):
-    """Reports outputs of FUNCTIONS under the name of the module that runs, with the function's at the end."""
+class FunctionalRelus(TorchFunctionMode):
+    """Reports (name, output, linear range) of functional ReLUs.
+
+    The name is that of the module that runs, with the function's at the end.
+    """
 
     def __init__(self, report: Report) -> None:
         super().__init__()
@@ -48,30 +50,32 @@ class _Calls(TorchFunctionMode):
                 self.report(f"{name}.{local}" if name else local, output, linear)
         return output
 
-
-def watch_functions(model: nn.Module, report: Report) -> list[RemovableHandle]:
-    """Report (name, output, linear range) of each functional ReLU while `model` runs forward."""
-    calls = _Calls(report)
-    handles: list[RemovableHandle] = []
-    for name, module in named_modules(model):
-        inner = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
-        if inner and module is not model and not isinstance(module, RELUS):
-            continue  # torch's own layers call no ReLU
+    def watch(self, name: str, module: nn.Module) -> list[RemovableHandle]:
+        """Know when this module runs; while any does that is watched, calls are reported."""
         if isinstance(module, torch.jit.ScriptModule):
-            continue  # runs outside Python, and takes no such hooks
+            return []  # runs outside Python, and takes no such hooks
+        if name and _calls_none(module):
+            return []
 
-        def enter(module: nn.Module, args: Any, name: str = name) -> None:
-            if not calls.running:
-                calls.__enter__()
-            calls.running.append((name, module))
+        def enter(module: nn.Module, args: Any) -> None:
+            if not self.running:
+                self.__enter__()
+            self.running.append((name, module))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if not calls.running or calls.running[-1][1] is not module:
+            if not self.running or self.running[-1][1] is not module:
                 return  # another hook raised before this module was entered
-            calls.running.pop()
-            if not calls.running:
-                calls.__exit__(None, None, None)
+            self.running.pop()
+            if not self.running:
+                self.__exit__(None, None, None)
 
-        handles.append(module.register_forward_pre_hook(Hook(enter)))
-        handles.append(module.register_forward_hook(Hook(leave), always_call=True, prepend=True))  # last in, first out
-    return handles
+        return [
+            module.register_forward_pre_hook(Hook(enter)),
+            module.register_forward_hook(Hook(leave), always_call=True, prepend=True),  # last in, first out
+        ]
+
+
+def _calls_none(module: nn.Module) -> bool:
+    """Whether this is a layer of torch's own, which calls no ReLU."""
+    inner = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
+    return inner and not isinstance(module, RELUS)

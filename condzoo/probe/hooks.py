@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+
 
 class Hook:
     """A function as a hook; in a deep copy or pickle of the module it does nothing."""
@@ -19,6 +21,12 @@ class Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         """What a copy is made of."""
         return Hook, (_nothing,)
+
+
+def remove(handles: list[RemovableHandle]) -> None:
+    """Take these hooks off, and empty the list."""
+    while handles:
+        handles.pop().remove()
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

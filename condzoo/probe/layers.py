@@ -46,12 +46,15 @@ def kind(module: nn.Module) -> str:
     return ("depthwise " if groups == module.in_channels else "grouped ") + name
 
 
-def choose(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def choose(
+    model: nn.Module, names: Sequence[str] | None, *, known: bool = False
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers to measure, by name, and those that cannot be, with the reason.
 
     Args:
         model: any module.
         names: layer names or shell patterns ("stage1.*"); None takes all.
+        known: each name matched a layer once; one that no longer does is no error, and among those that cannot be.
 
     Raises:
         TypeError: not a module, or not a list of names.
@@ -75,10 +78,14 @@ def choose(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[str, nn.
     if names is None:
         return found, skipped
     chosen = {n: m for n, m in found.items() if any(fnmatchcase(n, pattern) for pattern in names)}
+    named = {n: why for n, why in skipped.items() if any(fnmatchcase(n, p) for p in names)}
     for pattern in names:
-        if not any(fnmatchcase(n, pattern) for n in found):
+        if any(fnmatchcase(n, pattern) for n in found):
+            continue
+        if not known:
             raise ValueError(_no_layer(pattern, list(found), skipped))
-    return chosen, {n: why for n, why in skipped.items() if any(fnmatchcase(n, p) for p in names)}
+        named.setdefault(pattern, "the model no longer has a layer of this name")
+    return chosen, named
 
 
 def _no_layer(pattern: str, names: list[str], skipped: dict[str, str]) -> str:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.batches import batch_size
 from condzoo.probe.capture import Capture
-from condzoo.probe.hooks import Hook
+from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.step_weights import StepWeights
 
@@ -62,8 +62,7 @@ class StepPasses:
 
     def detach(self) -> None:
         """Take the hooks off; `count` and `samples` are then final."""
-        while self._handles:
-            self._handles.pop().remove()
+        remove(self._handles)
         self._settle()
         self._waiting.clear()  # what could still be undone keeps sums alive
 

@@ -17,7 +17,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.attention import packed_weights
-from condzoo.probe.hooks import Hook
+from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.weights import Norms, norms_of, own_weight
 
@@ -56,8 +56,7 @@ class StepWeights:
 
     def detach(self) -> None:
         """Take the hooks off."""
-        while self._handles:
-            self._handles.pop().remove()
+        remove(self._handles)
         self._seen.clear()
 
     def clear(self) -> None:

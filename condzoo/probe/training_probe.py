@@ -27,7 +27,7 @@ from condzoo.probe.step_passes import StepPasses
 from condzoo.probe.step_weights import StepWeights
 from condzoo.probe.tensorboard import open_writer, write_tensorboard
 from condzoo.probe.weights import norms_of
-from condzoo.probe.wrappers import refuse_threads, uncompiled, unwrapped
+from condzoo.probe.wrappers import refuse_threads, structure, uncompiled, unwrapped
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -105,6 +105,7 @@ class Probe:
         self.path = None if out is None else Path(out) / FILE_NAME
         self.latest: Conditioning | None = None
         chosen, self._unmeasurable = choose(model, layers)
+        self._names, self._structure = None if layers is None else list(layers), structure(model)
         self._capture = capture_of(model, chosen, neurons=neurons)
         self._capture.trains = True
         self._capture.bias, self._capture.kappa = bias, kappa
@@ -112,7 +113,7 @@ class Probe:
         self._capture.precision = checked("precision", precision, PRECISIONS)
         if not kappa and precision == "auto":
             self._capture.precision = "fast"
-        self._weights = StepWeights(chosen, self._capture.attentions, measured=weights)
+        self._weights = StepWeights(self._capture.layers, self._capture.attentions, measured=weights)
         self._capture.split = self._weights.split
         self._step = start_step
         self._tensorboard, self._own_writer = tensorboard, False
@@ -212,8 +213,18 @@ class Probe:
         self._eager.close()
 
     def _begin_step(self) -> None:
+        if (now := structure(self.model)) != self._structure:
+            self._structure = now
+            self._look_again()
         self._weights.measure()
         self._scaler_scale = 1.0 if self._scaler is None else self._scaler.get_scale()
+
+    def _look_again(self) -> None:
+        """Watch what the model has become: layers were put in, replaced or taken out since it was last looked at."""
+        chosen, self._unmeasurable = choose(self.model, self._names, known=True)
+        self._weights.detach()
+        self._capture.follow(chosen)
+        self._weights.attach()
 
     def _record(self) -> None:
         capture, scale = self._capture, self._scale()

@@ -55,6 +55,11 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield short[name], module
 
 
+def structure(model: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
+    """What a model is made of: unequal once a module was put in, replaced, taken out, or became another class."""
+    return [(name, module, type(module)) for name, module in model.named_modules()]
+
+
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Inside, what torch.compile has compiled runs eagerly: a compiled graph has no hooks."""

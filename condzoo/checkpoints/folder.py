@@ -119,7 +119,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     if not (folder / SUMS).exists():
         raise ValueError(f"{folder} has no {SUMS}; it is no checkpoint")
     try:
-        lines = read_plain_file(folder / SUMS).decode("ascii").splitlines()
+        # not splitlines: to it a vertical tab, one bit from a newline, ends a line, too
+        lines = read_plain_file(folder / SUMS).decode("ascii").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{folder / SUMS} is not plain text: {error}") from error
     sums: dict[str, str] = {}

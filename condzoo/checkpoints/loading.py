@@ -61,8 +61,12 @@ def load_folder(folder: CheckpointFolder) -> nn.Module:
     """The network of a folder, its weights compared key by key before anything large is built."""
     config = check_agreement(folder)
     state = folder.weights()
-    with torch.device("meta"):
-        check_state(state, build_network(config).state_dict(), folder.source(WEIGHTS))
+    try:
+        with torch.device("meta"):
+            expected = build_network(config).state_dict()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder.path / CONFIG} describes no network: {error}") from error
+    check_state(state, expected, folder.source(WEIGHTS))
     model = build_network(config)
     model.load_state_dict(state)
     return model.eval()

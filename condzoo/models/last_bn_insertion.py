@@ -96,8 +96,10 @@ def feeding_dropout(model: nn.Module, head: nn.Module) -> nn.Module | None:
     """The nn.Dropout whose output `head` takes.
 
     That is the module right before it among its siblings, or, in a timm model, the sibling with one of timm's
-    names for it.
+    names for it; none where a second head (`aux_head`, timm's volo) reads its output, too.
     """
+    if isinstance(getattr(model, "aux_head", None), nn.Module):
+        return None
     for parent in model.modules():
         siblings = list(parent.children())
         if not any(child is head for child in siblings):
@@ -131,14 +133,15 @@ def attach(model: Any, head: nn.Module) -> None:
 
 
 def normalize_input(last_bn: nn.BatchNorm1d, linear_head: bool, module: nn.Module, args: tuple) -> tuple | None:
-    """The hook: last BN over the last dimension of a layer's input [B, ..., D].
+    """The hook: last BN over the last dimension of a layer's input [B, ..., D], or over D of a pooled [B, D, 1, 1].
 
     Without a linear head (`num_classes=0`) an unpooled map passes it by.
     """
     x, *rest = args
-    if not linear_head and x.ndim != 2:
+    pooled = x.ndim > 2 and x.shape[1] == x[0].numel() == last_bn.num_features  # flattened after this dropout
+    if not linear_head and x.ndim != 2 and not pooled:
         return None
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(1) if pooled else x.reshape(-1, x.shape[-1])
     check_batch(rows, last_bn.training)
     return (last_bn(rows).reshape(x.shape), *rest)
 

@@ -26,7 +26,9 @@ def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
     if attention.in_proj_weight is not None:
         return {"in_proj": _linear(attention.in_proj_weight, attention.in_proj_bias)}
     separate = {"q_proj": attention.q_proj_weight, "k_proj": attention.k_proj_weight, "v_proj": attention.v_proj_weight}
-    return {name: _linear(weight, None) for name, weight in separate.items() if weight is not None}
+    bias = attention.in_proj_bias
+    parts = dict.fromkeys(separate) if bias is None else dict(zip(separate, bias.detach().chunk(3), strict=True))
+    return {name: _linear(weight, parts[name]) for name, weight in separate.items() if weight is not None}
 
 
 def packed_weights(attention: nn.MultiheadAttention) -> dict[str, Tensor | None]:
@@ -74,6 +76,11 @@ def _local_name(attention: nn.MultiheadAttention, weight: Tensor) -> str | None:
     return _PARTS.get((first, first + weight.shape[0] // width))
 
 
+def has_bias(module: nn.Module) -> bool:
+    """Whether this layer adds a bias, be it a slice of a packed one."""
+    return bool(getattr(module, "sliced_bias", False)) or getattr(module, "bias", None) is not None
+
+
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer around an existing weight; a slice of a parameter is seen, but is no parameter."""
     layer = nn.Linear.__new__(nn.Linear)
@@ -81,4 +88,5 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     layer.out_features, layer.in_features = weight.shape
     layer.register_parameter("weight", weight if isinstance(weight, nn.Parameter) else None)
     layer.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
+    vars(layer)["sliced_bias"] = bias is not None and layer.bias is None
     return layer

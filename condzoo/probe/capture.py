@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.arithmetic import Precision, plain_products
-from condzoo.probe.attention import watch
+from condzoo.probe.attention import has_bias, watch
 from condzoo.probe.correlations import PIECES, correlates, patch_gram, positions
 from condzoo.probe.functional_relus import FunctionalRelus
 from condzoo.probe.hooks import Hook, remove
-from condzoo.probe.layers import CONVOLUTIONS, TRANSPOSED, Conv, input_columns, output_columns
+from condzoo.probe.layers import CONVOLUTIONS, MEASURED, TRANSPOSED, Conv, input_columns, output_columns
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, Neurons, RunningNeurons, linear_range
+from condzoo.probe.patches import padded_inside
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.wrappers import in_reentrant_checkpoint, named_modules
 
@@ -45,11 +46,12 @@ CHANGING = "a ReLU whose number of units differs from call to call"
 
 @dataclass(eq=False)
 class LayerSums:
-    """What one layer has shown so far."""
+    """What one layer has shown so far; `hidden`: why its rows cannot be seen, if so."""
 
     input: RunningMoment = field(default_factory=RunningMoment)
     output_grad: RunningMoment = field(default_factory=RunningMoment)
     samples: int = 0
+    hidden: str | None = None
 
 
 @dataclass(eq=False)
@@ -148,12 +150,14 @@ class Capture:
             handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name))))
         for name, module in side(self.modules):
             handles += self._functions.watch(name, module)
+            if isinstance(module, MEASURED) and name not in self.layers:
+                handles.append(module.register_forward_hook(Hook(self._note_layout)))
         return handles
 
     def begin(self, samples: int, scale: float) -> None:
         """A forward pass over `samples` samples follows, its gradients to be multiplied by `scale`."""
         self.find_origin()
-        self.batch, self.scale, self._latest = samples, scale, None
+        self.batch, self.scale, self._latest, self._channels_first = samples, scale, None, False
         self._relu_calls.clear()
 
     def detach(self) -> None:
@@ -186,14 +190,21 @@ class Capture:
         sums = self.sums.setdefault(name, LayerSums())
         sums.samples += self.batch
         self.dtypes.add(h.dtype)
-        self._channels_first = isinstance(module, CHANNELS_FIRST)
+        self._note_layout(module)
+        if (seen := x if self.conv == "channels" else padded_inside(module, x, h)) is None:
+            sums.hidden = f"{type(module).__name__} pads its input in a way of its own: its patches are not seen"
+            return
         with plain_products(x.device.type):
-            self._add_input(sums.input, module, x.detach())
+            self._add_input(sums.input, module, seen.detach())
         if not sums.input.finite:
             self.find_origin(name)
         self._latest = name, h.detach()
         if h.requires_grad:
             h.register_hook(partial(self._on_gradient, module, sums.output_grad, self.scale))
+
+    def _note_layout(self, module: nn.Module, *_: Any) -> None:
+        """Remember where the units are in what follows this layer: along dimension 1, or the last."""
+        self._channels_first = isinstance(module, CHANNELS_FIRST)
 
     def counts(self) -> tuple[dict[str, Neurons], dict[str, str]]:
         """Dying and full units by ReLU, and the reason by ReLU that cannot be counted."""
@@ -265,7 +276,7 @@ class Capture:
         return waited or name not in self._forward_seen
 
     def _adds_bias(self, module: nn.Module) -> bool:
-        return self.bias and getattr(module, "bias", None) is not None
+        return self.bias and has_bias(module)
 
 
 def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k]

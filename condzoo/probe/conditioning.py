@@ -45,8 +45,8 @@ class LayerConditioning:
 
     @property
     def weight_domination(self) -> float | None:
-        """sigma_max(dL/dW) / sigma_max(W); small where the weight dwarfs its gradient."""
-        return None if self.weight is None or self.weight_grad is None else self.weight_grad / self.weight
+        """sigma_max(dL/dW) / sigma_max(W); small where the weight dwarfs its gradient, None for a weight of zeros."""
+        return self.weight_grad / self.weight if self.weight and self.weight_grad is not None else None
 
 
 @dataclass(frozen=True, eq=False)

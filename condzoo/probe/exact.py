@@ -5,7 +5,8 @@
     G = (1/N) sum_n J_n^T H_n J_n             J_n: Jacobian of the logits, H_n: of the loss in them
     H = d^2 L / dw^2                          L: the batch-mean loss
 
-over the weights and biases of all linear and convolution layers. With BatchNorm in train mode a sample's
+over the weights and biases of all linear and convolution layers. Fused attention runs by its mathematical definition,
+since the fused kernels have no second derivative. With BatchNorm in train mode a sample's
 gradient is defined layer by layer as g_i x_i^T, concatenated (arXiv:2002.10801, appendix); H and G are
 those of the batch as one function. M and F are decomposed on their smaller Gram side.
 Shapes: N samples, K classes, P parameters, T positions of a layer.
@@ -21,12 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size, call, in_float64
 from condzoo.probe.costs import announce, cost
-from condzoo.probe.gradient_rows import LayerRows, gradient_rows
+from condzoo.probe.gradient_rows import LayerRows, gradient_rows, unavailable
 from condzoo.probe.label_models import checked_distribution, distribution_of
 from condzoo.probe.layers import choose
 from condzoo.probe.losses import Loss, logits_of, mean_loss, name_of
@@ -34,6 +36,7 @@ from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
 from condzoo.probe.second_derivatives import ggn_matrix, hessian_matrix
 from condzoo.probe.spectra import Spectrum, from_blocks
+from condzoo.probe.weights import own_weight
 from condzoo.probe.wrappers import replica
 
 MATRICES = ("fisher", "grad_moment", "hessian", "ggn")
@@ -79,26 +82,53 @@ def curvature(
         raise ValueError(f"matrix={matrix!r} needs targets y; only 'fisher' and 'ggn' do without")
     check_loss(matrix, loss)
     model = copy.deepcopy(replica(model)).double()
-    layers, _ = choose(model, None if block is None else [block])
+    layers = exact_layers(model, block)
     x, y = in_float64(x), in_float64(y)
-    with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
+    with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         if matrix == "hessian":
             return _hessian(model, layers, x, y, loss)
         if matrix == "ggn" and samples_interact(model):
             return _interacting_ggn(model, layers, x, loss)
-        rows = gradient_rows(model, layers, x, y, loss, matrix)
+        rows = called_rows(gradient_rows(model, layers, x, y, loss, matrix))
     parameters = sum(p.numel() for m in layers.values() for p in m.parameters(recurse=False))
-    return spectrum_of_rows(list(rows.values()), batch_size(x), parameters)
+    return spectrum_of_rows(rows, batch_size(x), parameters)
+
+
+def exact_layers(model: nn.Module, block: str | None) -> dict[str, nn.Module]:
+    """The layers whose parameters an exact matrix is over: one block's, or all.
+
+    Raises:
+        ValueError: an unknown block, or a weight that is computed: no parameter holds it.
+    """
+    layers, _ = choose(model, None if block is None else [block])
+    for name, module in layers.items():
+        if own_weight(module) is None:
+            raise ValueError(unavailable(name, "a layer whose weight is computed (by a parametrization or a hook)"))
+    return layers
+
+
+def called_rows(rows: dict[str, LayerRows]) -> list[LayerRows]:
+    """The factors, of at least one layer.
+
+    Raises:
+        ValueError: none was called.
+    """
+    if not rows:
+        raise ValueError("the forward pass calls none of the layers asked for: there is no gradient")
+    return list(rows.values())
 
 
 def spectrum_of_rows(rows: list[LayerRows], samples: int, parameters: int) -> Spectrum:
-    """The spectrum of (1/N) R^T R, R: [N * K, P], without forming R where N * K is the smaller side."""
-    vectors = rows[0].vectors
-    side = min(vectors, parameters)
+    """The spectrum of (1/N) R^T R, R: [N * K, P], without forming R where N * K is the smaller side.
+
+    `parameters` are those of the rows, and of layers that the forward pass does not call: eigenvalues of 0.
+    """
+    vectors, reached = rows[0].vectors, sum(layer.parameters for layer in rows)
+    side = min(vectors, reached)
     _check_size(side)
-    announce(cost(side, _operations(rows, samples, parameters)), "exact curvature")
+    announce(cost(side, _operations(rows, samples, reached)), "exact curvature")
     small = torch.zeros((side, side), dtype=torch.float64)
-    if vectors <= parameters:
+    if vectors <= reached:
         for layer in rows:
             small += layer.gram()
     elif all(layer.single_position for layer in rows):

@@ -142,6 +142,8 @@ def _spectrum(
 
 
 def _unusable(sums: LayerSums) -> str | None:
+    if sums.hidden is not None:
+        return sums.hidden
     if not sums.input.finite:
         return "its input holds NaN or Inf"
     if not sums.output_grad.vectors:

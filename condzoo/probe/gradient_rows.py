@@ -18,7 +18,7 @@ from condzoo.probe.batches import batch_size, call
 from condzoo.probe.label_models import checked_distribution, class_axis, weighted_gradients
 from condzoo.probe.layers import CONVOLUTIONS
 from condzoo.probe.losses import Loss, logits_of, mean_loss
-from condzoo.probe.patches import unfolded
+from condzoo.probe.patches import padded_inside, unfolded
 
 SAMPLES = 64  # samples whose gradients are formed at a time
 
@@ -29,12 +29,14 @@ class LayerRows:
 
     Attributes:
         bias: whether the layer has one.
+        width: d_out / groups.
         inputs: a tensor [N, groups, T, d_in / groups] for each call of the layer.
         grads: for each label draw, a tensor [N, groups, T, d_out / groups] a call.
         samples: N.
     """
 
     bias: bool
+    width: int
     samples: int
     inputs: list[Tensor] = field(default_factory=list)
     grads: list[list[Tensor]] = field(default_factory=list)
@@ -62,8 +64,8 @@ class LayerRows:
     @property
     def parameters(self) -> int:
         """P of this layer: weights and biases."""
-        g, x = self.grads[0][0], self.inputs[0]
-        return g.shape[1] * g.shape[3] * (x.shape[3] + (1 if self.bias else 0))
+        x = self.inputs[0]
+        return x.shape[1] * self.width * (x.shape[3] + (1 if self.bias else 0))
 
     def times(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " v"]:
         """Inner products of all gradients with a vector, without forming them."""
@@ -112,7 +114,9 @@ def _product_in_parts(layer: LayerRows) -> Float[Tensor, "v v"]:
 def gradient_rows(
     model: nn.Module, layers: dict[str, nn.Module], x: Any, y: Any, loss: Loss | None, matrix: str
 ) -> dict[str, LayerRows]:
-    """The layers' factors, for "grad_moment" with labels y, else for the expectation over the loss's distribution.
+    """The factors of the layers that are called.
+
+    For "grad_moment" with labels y, else for the expectation over the loss's distribution.
 
     Raises:
         ValueError: a layer whose gradient is not of this form (transposed convolutions), or that is not called
@@ -121,9 +125,9 @@ def gradient_rows(
     inside = set(model.modules())
     for name, module in layers.items():
         if module not in inside:
-            raise ValueError(_unavailable(name, "a projection inside nn.MultiheadAttention"))
+            raise ValueError(unavailable(name, "a projection inside nn.MultiheadAttention"))
     count = batch_size(x)
-    rows = {n: LayerRows(bias=getattr(m, "bias", None) is not None, samples=count) for n, m in layers.items()}
+    rows = {n: LayerRows(getattr(m, "bias", None) is not None, _width(m), count) for n, m in layers.items()}
     handles = [m.register_forward_hook(_listener(n, rows[n]), with_kwargs=True) for n, m in layers.items()]
     try:
         output = call(model, x)
@@ -141,7 +145,15 @@ def gradient_rows(
     return {name: layer for name, layer in rows.items() if layer.inputs}
 
 
-def _unavailable(name: str, what: str) -> str:
+def _width(module: nn.Module) -> int:
+    """Outputs a group."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return int(module.out_channels) // int(module.groups)  # type: ignore[arg-type]
+
+
+def unavailable(name: str, what: str) -> str:
+    """That a layer has no exact curvature here, and what to ask for instead."""
     return (
         f"layer {name!r} is {what}, whose exact curvature is not available; "
         "pass block='<a linear or convolution layer>'"
@@ -155,21 +167,22 @@ def _backward(value: Tensor, weights: list[Any], rows: dict[str, LayerRows], sig
     for layer in rows.values():
         for i, grad in enumerate(layer.grads[-1]):
             if not grad.numel():  # no gradient reaches this call
-                shape = layer.inputs[i].shape
-                layer.grads[-1][i] = layer.inputs[i].new_zeros((*shape[:3], 1))
+                layer.grads[-1][i] = layer.inputs[i].new_zeros((*layer.inputs[i].shape[:3], layer.width))
 
 
 def _listener(name: str, rows: LayerRows) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], h: Tensor) -> None:
         if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-            raise ValueError(_unavailable(name, f"a {type(module).__name__}"))
+            raise ValueError(unavailable(name, f"a {type(module).__name__}"))
         x, index = (args[0] if args else kwargs["input"]).detach(), len(rows.inputs)
         if x.shape[0] % rows.samples or (x.ndim > 2 and x.shape[0] != rows.samples == x.shape[1]):
             raise ValueError(
                 f"layer {name!r} reads an input {list(x.shape)}, whose rows cannot be told apart by sample: the first "
                 f"dimension must be the {rows.samples} samples; pass block='<layer>' for one that does"
             )
-        rows.inputs.append(_positions_of_input(module, x, rows.samples))
+        if (seen := padded_inside(module, x, h)) is None:
+            raise ValueError(unavailable(name, f"a {type(module).__name__}, which pads its input in a way of its own"))
+        rows.inputs.append(_positions_of_input(module, seen, rows.samples))
         groups = rows.inputs[-1].shape[1]
 
         def keep(grad_h: Tensor) -> None:

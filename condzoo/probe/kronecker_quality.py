@@ -29,6 +29,7 @@ from condzoo.probe.losses import Loss
 from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
 from condzoo.probe.spectra import Spectrum, from_blocks
+from condzoo.probe.weights import own_weight
 from condzoo.probe.wrappers import replica
 
 MATRICES = ("fisher", "grad_moment")
@@ -150,7 +151,9 @@ def kronecker_report(
     chosen, skipped = choose(model, layers)
     inside = set(model.modules())
     blocks: dict[str, nn.Module] = {
-        n: m for n, m in chosen.items() if isinstance(m, (nn.Linear, *CONVOLUTIONS)) and m in inside
+        n: m
+        for n, m in chosen.items()
+        if isinstance(m, (nn.Linear, *CONVOLUTIONS)) and m in inside and own_weight(m) is not None
     }
     skipped |= {n: f"the exact block of {_what(m)} is not available" for n, m in chosen.items() if n not in blocks}
     x, y = in_float64(x), in_float64(y)
@@ -183,6 +186,8 @@ def _spectrum(moment: Tensor, vectors: int) -> Spectrum:
 
 
 def _what(module: nn.Module) -> str:
+    if own_weight(module) is None:
+        return "a layer whose weight is computed"
     projection = isinstance(module, nn.Linear)
     return "a projection inside nn.MultiheadAttention" if projection else type(module).__name__
 

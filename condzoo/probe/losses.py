@@ -68,7 +68,9 @@ def mean_loss(loss: Loss | None, output: Any, target: Any, batch: int, reduction
     """
     if loss is None:
         own = own_loss_of(output)
-        return _cross_entropy(output, target) if own is None else own
+        if own is None:
+            return _cross_entropy(output, target)
+        return own / batch if reduction == "sum" else own
     value = loss(logits_of(output) if distribution_of(loss) else output, target)
     if not isinstance(value, Tensor) or value.ndim > 1 or (value.ndim == 1 and len(value) != batch):
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from condzoo.probe.batches import batch_size, call, in_float64
-from condzoo.probe.exact import MATRICES, check_loss, samples_interact
+from condzoo.probe.exact import MATRICES, called_rows, check_loss, exact_layers, samples_interact
 from condzoo.probe.gradient_rows import LayerRows, gradient_rows
 from condzoo.probe.label_models import checked_distribution
 from condzoo.probe.lanczos import TopEigenvalues, largest_eigenvalues
-from condzoo.probe.layers import choose
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
@@ -56,18 +56,18 @@ def top_curvature(
         raise ValueError(f"matrix={matrix!r} needs targets y; only 'fisher' and 'ggn' do without")
     check_loss(matrix, loss)
     model = copy.deepcopy(replica(model)).double()
-    layers, _ = choose(model, None if block is None else [block])
+    layers = exact_layers(model, block)
     parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
+    dim = sum(p.numel() for p in parameters)
     x, y = in_float64(x), in_float64(y)
-    with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
+    with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         if matrix == "hessian":
             product = _hessian_product(mean_loss(loss, call(model, x), y, batch_size(x)), parameters)
         elif matrix == "ggn" and samples_interact(model):
             product = _ggn_product(_checked_logits(model, x, loss), parameters)
         else:
-            rows = gradient_rows(model, layers, x, y, loss, matrix)
-            product = _rows_product(list(rows.values()), batch_size(x))
-        dim = sum(p.numel() for p in parameters)
+            rows = called_rows(gradient_rows(model, layers, x, y, loss, matrix))
+            product, dim = _rows_product(rows, batch_size(x)), sum(layer.parameters for layer in rows)
         return largest_eigenvalues(product, dim, k, tolerance=tolerance, seed=seed)
 
 

@@ -138,7 +138,7 @@ class RunningMoment:
         """
         self._count(rows, dtype, new_rows)
         self.spill()
-        product, noise = self._product(multiply, pieces, dtype, precision)
+        product, noise = self._product(multiply, rows, pieces, dtype, precision)
         if scale != 1.0:
             product, noise = product.mul_(scale**2), noise * scale**2
         self.total = product if self.total is None else self.total + product
@@ -166,22 +166,20 @@ class RunningMoment:
         self.pending = [vectors * factor for vectors in self.pending]
 
     def _product(
-        self, multiply: Callable[[bool], Tensor], pieces: int, dtype: torch.dtype, precision: Precision
+        self, multiply: Callable[[bool], Tensor], rows: int, pieces: int, dtype: torch.dtype, precision: Precision
     ) -> tuple[Tensor, float]:
-        if precision == "float64" or dtype == torch.float64:
-            product = multiply(True)
-            # A sum of squares hides no NaN or Inf of the data; one read decides.
-            self.finite = self.finite and math.isfinite(float(product.diagonal(dim1=-2, dim2=-1).sum()))
-            return product, 0.0
-        product = multiply(False)
-        noise = arithmetic.float32_noise(product, pieces)
-        self.finite = self.finite and math.isfinite(noise)
-        if not self.finite:
-            return product, 0.0
-        if precision == "auto" and arithmetic.reaches_under(product, noise):
-            return multiply(True), 0.0
-        self.fast = True
-        return product, noise
+        if precision != "float64" and dtype != torch.float64:
+            product = multiply(False)
+            noise = arithmetic.float32_noise(product, pieces)
+            # Squares of float32 data above 1e19 overflow, and those below 1e-19 vanish, though the data is as it is.
+            holds = math.isfinite(noise) and noise >= rows * torch.finfo(torch.float32).tiny
+            if holds and not (precision == "auto" and arithmetic.reaches_under(product, noise)):
+                self.fast = True
+                return product, noise
+        product = multiply(True)
+        # A sum of squares hides no NaN or Inf of the data; one read decides.
+        self.finite = self.finite and math.isfinite(float(product.diagonal(dim1=-2, dim2=-1).sum()))
+        return product, 0.0
 
     def decomposable(self) -> Float[Tensor, "g m m"]:
         """The moment, or the Gram matrix with the same nonzero eigenvalues where that is smaller."""

@@ -37,8 +37,11 @@ class Passes:
         self.mode = "train" if model.training else "eval"
         self.generator = torch.Generator().manual_seed(seed)
         self.weights = {n: w for n, m in capture.layers.items() if (w := own_weight(m)) is not None}
+        # A weight that is computed (parametrizations, hooks) is no leaf; what it is computed from is among these.
+        computed = len(self.weights) < len(capture.layers) or not self.weights
+        self.inputs = [*self.weights.values(), *(model.parameters() if computed else ())]
         self.weight_grads: dict[str, Tensor] = {}
-        self.samples, self.batches, self.total_loss = 0, 0, 0.0
+        self.samples, self.batches, self.total_loss, self.sees_loss = 0, 0, 0.0, False
 
     def one(self, x: Any, y: Any) -> None:
         """One batch: a forward pass and the backward passes that the labels ask for."""
@@ -81,18 +84,19 @@ class Passes:
         self.capture.gradients = self.capture.further = False
 
     def _from_data(self, value: Tensor, count: int) -> None:
-        self.total_loss += float(value.detach()) * count
+        self.total_loss, self.sees_loss = self.total_loss + float(value.detach()) * count, True
         for name, grad in self._backward(value, keep=False).items():
             held = self.weight_grads.get(name)
             self.weight_grads[name] = grad * count if held is None else held.add_(grad, alpha=count)
 
     def _backward(self, value: Tensor, signal: Tensor | None = None, *, keep: bool = True) -> dict[str, Tensor]:
         """Gradients of the weights, without touching any .grad; the capture's hooks see the rest."""
-        inputs = list(self.weights.values()) or [p for p in self.model.parameters() if p.requires_grad]
+        inputs = [p for p in self.inputs if p.requires_grad]
         if not inputs or not value.requires_grad:
             raise ValueError("the loss does not depend on the model's parameters, or it has none: nothing to measure")
         grads = torch.autograd.grad(value, inputs, signal, retain_graph=keep, allow_unused=True)
-        return {n: g for n, g in zip(self.weights, grads, strict=False) if g is not None}
+        found = dict(zip(map(id, inputs), grads, strict=True))
+        return {n: g for n, w in self.weights.items() if (g := found.get(id(w))) is not None}
 
     def result(self, skipped: Mapping[str, str]) -> Conditioning:
         """The measurement, from everything seen."""
@@ -115,7 +119,7 @@ class Passes:
             mode=self.mode,
             dtype=coarsest(dtypes),
             labels=self.labels,
-            loss=mean if self.weight_grads and abs(mean) < float("inf") else None,
+            loss=mean if self.sees_loss and abs(mean) < float("inf") else None,
             loss_name=self.loss_name,
             conv=self.capture.conv,
             bias=self.capture.bias,

@@ -36,10 +36,7 @@ def unfolded(
         rows: images stand side by side in a piece until it has about so many rows; with 1 a piece is an image.
     """
     frame = padded(x, conv)
-    sizes = [
-        (frame.shape[2 + i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
-        for i in range(len(conv.kernel_size))
-    ]
+    sizes = _positions(frame, conv)
     shifts = list(itertools.product(*(range(k) for k in conv.kernel_size)))
     beside = max(1, min(frame.shape[0], rows // max(1, math.prod(sizes))))
     step = max(1, IMAGES // max(1, frame.shape[1] * len(shifts) * math.prod(sizes))) // beside * beside or beside
@@ -49,6 +46,35 @@ def unfolded(
         for images, width in ((part[:whole], beside), (part[whole:], len(part) - whole)):
             if len(images):
                 yield _side_by_side(images, width, shifts, sizes, conv)
+
+
+def padded_inside(module: nn.Module, x: Float[Tensor, "n c *hw"], h: Float[Tensor, "n k *out"]) -> Tensor | None:
+    """The input with the padding that a subclass of a convolution adds in its forward, None where it is not known.
+
+    Known are timm's, as TensorFlow's "SAME". The convolution itself then adds none (its `padding` is 0).
+
+    Args:
+        module: any layer; what is no convolution pads nothing.
+        x, h: its input and output.
+    """
+    if not isinstance(module, Convolution) or x.ndim != len(module.kernel_size) + 2:
+        return x
+    if _positions(padded(x, module), module) == list(h.shape[2:]):
+        return x
+    from timm.layers import Conv2dSame, ScaledStdConv2dSame, StdConv2dSame
+    from timm.layers.padding import pad_same
+
+    if not isinstance(module, (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame)):
+        return None
+    return pad_same(x, list(module.kernel_size), list(module.stride), list(module.dilation))
+
+
+def _positions(frame: Float[Tensor, "n c *padded"], conv: Convolution) -> list[int]:
+    """Output positions along each dimension."""
+    return [
+        (frame.shape[2 + i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
+        for i in range(len(conv.kernel_size))
+    ]
 
 
 def _side_by_side(

@@ -53,7 +53,9 @@ def _pulled_back(
             signals[start : start + ROWS],
             retain_graph=True,
             is_grads_batched=True,
-            materialize_grads=True,
+            allow_unused=True,
         )
-        parts.append(torch.cat([g.flatten(1) for g in grads], dim=1))
+        count = len(signals[start : start + ROWS])
+        filled = [p.new_zeros(count, p.numel()) if g is None else g for g, p in zip(grads, parameters, strict=True)]
+        parts.append(torch.cat([g.flatten(1) for g in filled], dim=1))
     return torch.cat(parts)

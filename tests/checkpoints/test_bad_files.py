@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from condzoo.checkpoints import load_checkpoint
+from condzoo.checkpoints import load_checkpoint, verify_checkpoint
 from condzoo.checkpoints.folder import read_folder, write_sums
 from condzoo.models import released
 from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
@@ -63,6 +63,34 @@ def test_a_thousand_flipped_bits_are_each_noticed(checkpoint):
             load_checkpoint(checkpoint)
         path.write_bytes(original)
     read_folder(checkpoint)
+
+
+def test_every_bit_of_the_ends_of_lines_of_the_sums_is_noticed(checkpoint):
+    """One bit from a newline is a vertical tab, at which str.splitlines splits as well."""
+    path = checkpoint / "SHA256SUMS"
+    original = path.read_bytes()
+    ends = [i for i, byte in enumerate(original) if byte == ord("\n")]
+    assert len(ends) > 5
+    for i in ends:
+        for bit in range(8):
+            content = bytearray(original)
+            content[i] ^= 1 << bit
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=re.escape(str(checkpoint))):
+                load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"no_such_argument": 1}, {"drop_rate": "0.5"}, {"drop_rate": -1.0}, {"init": "none"}]
+)
+def test_arguments_that_build_no_network_are_the_configs_fault(checkpoint, arguments):
+    edit_json(checkpoint, "config.json", lambda config: config["model_args"].update(arguments))
+    write_sums(checkpoint)
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
+        load_checkpoint(checkpoint)
+    assert str(checkpoint) in str(caught.value)
+    rows = verify_checkpoint(checkpoint)
+    assert not rows.ok
 
 
 def test_a_thousand_flipped_bits_of_the_weights_are_noticed_by_name_too(index):

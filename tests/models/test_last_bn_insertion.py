@@ -9,15 +9,31 @@ import timm
 import torch
 import torchvision
 from timm.models.densenet import DenseNet
+from timm.models.hgnet import HighPerfGpuNet
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vgg import VGG
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 from torchvision.models import convnext, swin_transformer
 
 from condzoo.models.last_bn_insertion import insert_last_bn
 
 CLASSES = 7
+
+
+class FlattensLate(nn.Module):
+    """Drops out the pooled map and flattens it by a function call, as torchvision's Inception v3 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.avgpool = nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1)
+        self.dropout, self.fc = nn.Dropout(0.1), nn.Linear(10, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.dropout(self.avgpool(self.conv(x).relu())), 1))
+
+
 # name -> (how to build it, image size)
 ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "timm resnet": (lambda: timm.create_model("test_resnet", num_classes=CLASSES), 32),
@@ -42,6 +58,27 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     ),
     "timm densenet": (lambda: DenseNet(8, (2, 2), num_classes=CLASSES), 32),
     "timm vgg": (lambda: VGG([8, "M", 8, "M"], num_classes=CLASSES, mlp_ratio=0.01), 32),
+    "timm hgnet": (
+        lambda: HighPerfGpuNet(
+            {
+                "stem_type": "v2",
+                "stem_chs": [4, 8],
+                "stage1": [8, 8, 16, 1, False, False, 3, 2],
+                "stage2": [16, 8, 24, 1, True, True, 3, 2],
+                "stage3": [24, 8, 24, 1, True, True, 3, 1],
+                "stage4": [24, 8, 24, 1, False, True, 3, 1],
+            },
+            num_classes=CLASSES,
+            head_hidden_size=20,
+            drop_rate=0.1,
+        ),
+        32,
+    ),
+    "timm volo": (
+        lambda: VOLO([1, 1], img_size=64, num_classes=CLASSES, stem_hidden_dim=8, embed_dims=[8, 12], num_heads=[2, 2]),
+        64,
+    ),
+    "flattens late": (FlattensLate, 32),
     "torchvision resnet": (lambda: torchvision.models.resnet18(num_classes=CLASSES), 32),
     "torchvision mobilenetv2": (lambda: torchvision.models.mobilenet_v2(num_classes=CLASSES, width_mult=0.25), 32),
     "torchvision mobilenetv3": (lambda: torchvision.models.mobilenet_v3_small(num_classes=CLASSES), 32),
@@ -76,8 +113,9 @@ def build(architecture: str) -> tuple[nn.Module, list[Tensor]]:
 
 
 def head_of(model: nn.Module) -> nn.Linear:
-    """The classifier: the last linear layer with one output a class."""
-    return [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES][-1]
+    """The classifier: the last linear layer with one output a class, that is no second head."""
+    layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "aux_head"]
+    return [m for m in layers if m.out_features == CLASSES][-1]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from condzoo.probe.arithmetic import SAFETY, float32_noise, gram_float32, plain_products
+from condzoo.probe.moments import RunningMoment
 
 KINDS = {
     "even": lambda g: torch.randn(g, generator=torch.Generator().manual_seed(0)),
@@ -43,3 +44,30 @@ def test_plain_products_are_float32_whatever_is_set_around_them_and_leave_it_as_
         torch.set_float32_matmul_precision(before)
     assert product.dtype == torch.float32
     assert float((product.double() - x.double() @ x.double().T).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["auto", "fast"])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-22, 1e-18, 1e-12, 1e12, 1e19, 1e30])
+def test_data_whose_squares_leave_float32_is_measured_all_the_same(magnitude, parts, precision):
+    """A deep network without normalization shrinks or grows its signals by many decades."""
+    x = torch.randn((240, 6), generator=torch.Generator().manual_seed(0))
+    scaled = x * magnitude
+    moment = RunningMoment()
+    for part in scaled.split(240 // parts):
+        moment.add(part.T[None, None], precision)
+    expected = np.linalg.svd(scaled.double().numpy(), compute_uv=False) ** 2 / 240
+    found = np.sort(np.linalg.eigvalsh(moment.decomposable()[0].numpy()))[::-1]
+    assert moment.finite
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert moment.fast == (precision == "fast" and 1e-15 < magnitude < 1e15) or precision == "auto"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("precision", ["auto", "fast", "float64"])
+def test_data_that_is_not_finite_is_known_from_data_whose_squares_are_not(bad, precision):
+    x = torch.full((40, 4), 1e25)
+    x[3, 2] = bad
+    moment = RunningMoment()
+    moment.add(x.T[None, None], precision)
+    assert not moment.finite

@@ -118,3 +118,31 @@ def test_separate_weights_for_keys_and_values_are_three_layers():
             assert float((a.eigenvalues - b.eigenvalues).abs().max()) < 1e-10 * b.lambda_max
         assert found[name].weight == pytest.approx(expected[other].weight, rel=1e-12)
         assert found[name].weight_grad == pytest.approx(expected[other].weight_grad, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "separate", "without"])
+def test_a_bias_is_one_more_input_of_every_projection(kind):
+    torch.manual_seed(0)
+    sizes = {"kdim": 5, "vdim": 5} if kind == "separate" else {}
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True, bias=kind != "without", **sizes)
+            self.head = nn.Linear(WIDTH, 3)
+
+        def forward(self, x):
+            keys = {"self": x, "cross": 2 * x.flip(1), "separate": x[..., :5], "without": 2 * x.flip(1)}[kind]
+            return self.head(self.attention(x, keys, keys, need_weights=False)[0].mean(1))
+
+    model, (x, y) = Network().double(), batch()
+    plain, found = measure(model, (x, y)), measure(model, (x, y), bias=True)
+    assert list(found) == list(plain)
+    inner = [name for name in found if name.startswith("attention.")]
+    assert len(inner) == {"self": 2, "cross": 3, "separate": 4, "without": 3}[kind]
+    for name in inner:
+        assert found[name].input.dim == plain[name].input.dim + (kind != "without")
+    if kind == "cross":
+        rows = torch.cat([x, torch.ones_like(x[..., :1])], dim=2).flatten(0, 1)
+        expected = torch.linalg.svdvals(rows).square() / len(rows)
+        assert torch.allclose(found["attention.q_proj"].input.eigenvalues, expected, rtol=1e-10)

@@ -254,3 +254,30 @@ def test_tensors_of_inference_mode_and_callers_in_it_are_measured(expected):
     model = Plain().double()
     with torch.inference_mode():
         same(measure(model, data()), expected)
+
+
+def test_a_models_own_sum_is_divided_by_the_batch_where_that_is_said():
+    class Summed(nn.Module):
+        def __init__(self, reduction):
+            super().__init__()
+            self.head, self.reduction = nn.Linear(4, 3), reduction
+
+        def forward(self, x, labels):
+            logits = self.head(x)
+            loss = nn.functional.cross_entropy(logits, labels, reduction=self.reduction)
+            return {"logits": logits, "loss": loss}
+
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "x": torch.randn((20, 4), generator=generator),
+        "labels": torch.randint(3, (20,), generator=generator),
+    }
+    found = []
+    for reduction in ("mean", "sum"):
+        torch.manual_seed(0)
+        found.append(measure(Summed(reduction), batch, reduction=reduction))
+    of_mean, of_sum = found
+    assert of_sum.loss == pytest.approx(of_mean.loss, rel=1e-6)
+    expected = of_mean["head"].output_grad.eigenvalues
+    assert torch.allclose(of_sum["head"].output_grad.eigenvalues, expected, rtol=1e-5, atol=1e-12)
+    assert of_sum["head"].weight_grad == pytest.approx(of_mean["head"].weight_grad, rel=1e-5)

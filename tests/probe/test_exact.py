@@ -242,3 +242,62 @@ def test_rows_that_cannot_be_told_apart_by_sample_are_an_error():
 
     with pytest.raises(ValueError, match=r"layer 'fc' reads an input \[10, 5, 3\], whose rows cannot be told apart"):
         curvature(TimeFirst().double(), torch.randn(5, 10, 3), torch.zeros(5, dtype=torch.long), "fisher")
+
+
+class Partly(nn.Module):
+    """Beside the layers of the loss: one never called, one whose output is not used, one called once in vain."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.unused, self.aside = first, nn.Linear(3, 2), nn.Linear(5, 3)
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x):
+        h = self.first(x).flatten(1).tanh()[:, :5]
+        self.aside(h)
+        self.head(h.cos())
+        return self.head(h)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "hessian", "ggn"])
+def test_layers_without_a_part_in_the_loss_have_eigenvalues_of_zero(kit, matrix, kind, samples):
+    torch.manual_seed(0)
+    first = nn.Linear(4, 5) if kind == "linear" else nn.Conv2d(3, 3, 2, stride=2, groups=3)
+    model = Partly(first).double()
+    x, y = kit.images(samples)
+    x = x[:, 0, 0] if kind == "linear" else x
+    reached = sum(p.numel() for m in (model.first, model.head) for p in m.parameters())
+    expected = torch.linalg.eigvalsh(dense(model, x, y, matrix)).flip(0)
+    found = curvature(model, x, y, matrix)
+    assert found.dim == sum(p.numel() for p in model.parameters()) > reached
+    assert float((found.eigenvalues - expected).abs().max()) <= 1e-10 * float(expected[0])
+    top = top_curvature(model, x, y, matrix, k=2)
+    assert torch.allclose(top.values, expected[:2], rtol=1e-7)
+
+
+def test_a_block_that_is_not_called_and_weights_that_are_computed_are_explained(kit):
+    model = Partly(nn.Linear(4, 5)).double()
+    x, y = torch.randn(6, 4).double(), torch.randint(4, (6,))
+    for of in (curvature, top_curvature):
+        with pytest.raises(ValueError, match="calls none of the layers asked for"):
+            of(model, x, y, block="unused")
+    nn.utils.parametrizations.weight_norm(model.first)
+    for of in (curvature, top_curvature):
+        for matrix in ("fisher", "hessian"):
+            with pytest.raises(ValueError, match="layer 'first' is a layer whose weight is computed"):
+                of(model, x, y, matrix)
+    assert curvature(model, x, y, block="head").dim == 24
+    report = kronecker_report(model, x, y)
+    assert report.skipped["first"] == "the exact block of a layer whose weight is computed is not available"
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+def test_fused_attention_has_second_derivatives(kit, matrix):
+    model, (x, y) = kit.build("tokens"), kit.images(6)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = torch.linalg.eigvalsh(dense(model, x, y, matrix)).flip(0)
+    found = curvature(model, x, y, matrix).eigenvalues
+    assert float((found - expected).abs().max()) <= 1e-10 * float(expected[0])
+    top = top_curvature(model, x, y, matrix, k=2).values
+    assert torch.allclose(top, expected[:2], rtol=1e-7)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, ScaledStdConv2dSame, StdConv2dSame
 from torch import nn
 
-from condzoo.probe import measure
+from condzoo.probe import curvature, measure
 
 LAYERS = {
     "linear": (lambda: nn.Linear(4, 3), (4,)),
@@ -122,3 +124,42 @@ def test_a_shared_layer_whose_maps_differ_in_size_counts_every_position_once(kit
     for conv in ("channels", "patches"):
         found = measure(Pyramid(), (x, x), loss=loss, conv=conv)["layer"]
         check(kit, layer, found, [x, x[:, :, ::2, ::2]], conv, False)
+
+
+@pytest.mark.parametrize("make", [Conv2dSame, StdConv2dSame, ScaledStdConv2dSame])
+@pytest.mark.parametrize(("size", "kernel", "stride"), [(7, 3, 2), (8, 3, 2), (8, 3, 1), (9, 5, 2), (6, 2, 2)])
+def test_patches_of_convolutions_that_pad_inside_are_those_they_see(kit, make, size, kernel, stride):
+    """TensorFlow's SAME, as timm's tf_ networks have it: one side gets the odd pixel."""
+    torch.manual_seed(0)
+    conv = make(3, 4, kernel, stride=stride, bias=False)
+    model = nn.Sequential(conv, nn.Flatten(), nn.LazyLinear(4))
+    x, y = torch.randn(5, 3, size, size), torch.randint(4, (5,))
+    model(x)
+    model, x = model.double(), x.double()
+    found = measure(model, (x, y), conv="patches")
+    out = -(-size // stride)
+    total = max(0, (out - 1) * stride + kernel - size)
+    frame = F.pad(x, (total // 2, total - total // 2) * 2)
+    rows = kit.patch_rows(nn.Conv2d(3, 4, kernel, stride=stride), frame).flatten(1)
+    assert len(rows) == 5 * out * out
+    expected = kit.eigenvalues(rows, 1, len(rows))
+    assert torch.allclose(found["0"].input.eigenvalues, expected, rtol=1e-9, atol=1e-12 * float(expected[0]))
+
+
+class Causal(nn.Conv1d):
+    """Pads the past alone."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (2, 0)))
+
+
+def test_patches_that_cannot_be_known_are_skipped_by_name():
+    torch.manual_seed(0)
+    model = nn.Sequential(Causal(2, 3, 3), nn.Flatten(), nn.Linear(24, 4)).double()
+    batch = torch.randn(30, 2, 8).double(), torch.randint(4, (30,))
+    found = measure(model, batch, conv="patches")
+    assert found.skipped == {"0": "Causal pads its input in a way of its own: its patches are not seen"}
+    assert list(found) == ["2"]
+    assert list(measure(model, batch)) == ["0", "2"]
+    with pytest.raises(ValueError, match="layer '0' is a Causal, which pads its input in a way of its own"):
+        curvature(model, *batch)

@@ -42,3 +42,38 @@ def test_residuals_bound_the_error_where_it_stops_early():
 def test_k_out_of_range_is_explained():
     with pytest.raises(ValueError, match="k must be from 1 to the matrix's side 3, got 4"):
         largest_eigenvalues(lambda v: v, 3, 4)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 2, 4, 7])
+def test_repeated_eigenvalues_are_all_there(copies, k):
+    generator = torch.Generator().manual_seed(2)
+    values = torch.tensor([5.0, 3.0, 2.9, 1.0, 0.5, 0.1, -4.0], dtype=torch.float64).repeat(copies)
+    basis = torch.linalg.qr(torch.randn((len(values), len(values)), generator=generator, dtype=torch.float64)).Q
+    a = basis @ torch.diag(values) @ basis.T
+    found = largest_eigenvalues(lambda v: a @ v, len(values), k)
+    assert torch.allclose(found.values, values.sort(descending=True).values[:k], rtol=1e-9, atol=1e-12)
+    assert bool((found.residuals <= 1e-7).all())
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "fisher", "ggn"])
+def test_a_kronecker_product_with_the_identity_repeats_each_value(kit, matrix):
+    """The Hessian of a linear regression is Sigma_x (x) I: each of Sigma_x's eigenvalues, as often as outputs."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 3, bias=False).double(), torch.randn(40, 5).double()
+    regression = matrix != "ggn"
+    y = torch.randn(40, 3).double() if regression else torch.randint(3, (40,))
+    loss = nn.MSELoss() if regression else None
+    found = top_curvature(model, x, y, matrix, k=5, loss=loss).values
+    expected = curvature(model, x, y, matrix, loss=loss).eigenvalues[:5]
+    assert torch.allclose(found, expected, rtol=1e-7)
+    if regression:
+        assert torch.allclose(expected[:3], expected[0].expand(3), rtol=1e-9)
+
+
+def test_beyond_the_rank_the_values_are_zero(kit):
+    model, (x, y) = networks("mlp"), kit.images(4)
+    found = top_curvature(model, x, y, "grad_moment", k=8)
+    expected = curvature(model, x, y, "grad_moment").eigenvalues[:8]
+    assert torch.allclose(found.values, expected, rtol=1e-7, atol=1e-12 * float(expected[0]))
+    assert found.values.shape == (8,)

@@ -369,3 +369,51 @@ def test_a_unit_that_is_nan_is_neither_dying_nor_full() -> None:
     x = torch.full((16, 4), float("nan"))
     counted = measure(net, [(x, torch.zeros(16, dtype=torch.long))]).neurons["1"]
     assert (counted.units, counted.dying, counted.full) == (3, 0, 0)
+
+
+WAYS = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "old weight_norm": lambda m: nn.utils.weight_norm(m),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("labels", ["data", "model"])
+def test_layers_whose_weight_is_computed_are_measured(kit, way, labels):
+    """As the same network with those weights as parameters, wherever the layers stand."""
+    plain, model = kit.build("mlp").eval(), kit.build("mlp").eval()
+    for at in (1, 3):
+        WAYS[way](model[at])
+        plain[at].weight = nn.Parameter(model[at].weight.detach().clone())
+    expected, found = (measure(m, kit.images(), labels=labels) for m in (plain, model))
+    assert list(found) == list(expected)
+    assert not found.skipped
+    for name, layer in expected.items():
+        close(found[name].input, layer.input.eigenvalues)
+        close(found[name].output_grad, layer.output_grad.eigenvalues)
+    assert found.loss == pytest.approx(expected.loss)
+    assert (found["1"].weight, found["1"].weight_grad) == (None, None)
+    assert found["5"].weight_grad == pytest.approx(expected["5"].weight_grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_a_network_of_computed_weights_alone_is_measured(kit):
+    model = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(48, 4))).double()
+    found = measure(model, kit.images())
+    assert list(found) == ["1"]
+    assert found.loss > 0
+
+
+def test_a_weight_of_zeros_has_no_domination_and_is_shown(kit, tmp_path):
+    model = kit.build("mlp")
+    nn.init.zeros_(model[-1].weight)
+    with Probe(model, tensorboard=tmp_path) as probe:
+        x, y = kit.images()
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    layer = probe.latest["5"]
+    assert (layer.weight, layer.weight_domination) == (0.0, None)
+    assert layer.weight_grad > 0
+    assert "5      Linear" in probe.latest.table()

@@ -150,3 +150,30 @@ def test_torchvisions_one_relu_for_three_widths():
     net = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
     found = measure(net, (torch.randn(6, 8, 5, 5), torch.randint(3, (6,)))).neurons
     assert {n: u.units for n, u in found.items()} == {"0.relu": 2, "0.relu#1": 2, "0.relu#2": 8}
+
+
+class Waves(nn.Module):
+    """Two convolutions over time and a head; unit 1 of each ReLU is always off."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.relu1 = nn.Conv1d(1, 4, 3), nn.ReLU()
+        self.conv2, self.head = nn.Conv1d(4, 4, 3), nn.Linear(4, 3)
+        with torch.no_grad():
+            for conv in (self.conv1, self.conv2):
+                conv.bias[1] = -99.0
+
+    def forward(self, x):
+        return self.head(F.relu(self.conv2(self.relu1(self.conv1(x[:, None])))).mean(2))
+
+
+@pytest.mark.parametrize("layers", [None, ["head"], ["conv1"]])
+def test_units_after_convolutions_over_time_are_channels_whichever_layers_are_measured(layers):
+    torch.manual_seed(0)
+    model = Waves()
+    x = torch.randn(64, 12)
+    found = measure(model, (x, torch.randint(3, (64,))), layers=layers).neurons
+    assert {name: (units.units, units.dying, units.rows) for name, units in found.items()} == {
+        "relu1": (4, 1, 640),
+        "relu()": (4, 1, 512),
+    }

@@ -11,7 +11,7 @@ from condzoo.data import IMAGE_FOLDER, DataSet, load_data
 from condzoo.models.released import fetch, find_folder
 from condzoo.training import Evaluation, evaluate, evaluate_run, load_run
 from condzoo.training.precision import Numerics, resolve_device
-from condzoo.training.run_directory import RECIPE, SUMMARY
+from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def evaluate_again(
     Raises:
         ValueError, FileNotFoundError: no such run or checkpoint; no data; a data set that is not the target's.
     """
-    folder = Path(target).parent if Path(target).is_file() else Path(target)
+    folder = Path(target).parent if Path(target).name in (MODEL, RECIPE, SUMMARY) else Path(target)
     if (folder / SUMMARY).is_file() or ((folder / RECIPE).is_file() and not (folder / CONFIG).is_file()):
         return run_again(folder, data, data_root, device)
     if is_path(target):

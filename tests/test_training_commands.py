@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from condzoo.cli import main
 from tests.forked_command import interrupted
@@ -183,6 +184,14 @@ def test_eval_of_a_run_and_of_its_release_are_as_recorded(capsys, tmp_path):
     code, _, err = run(capsys, "eval", trained, "--data", "mnist")
     assert code == 2
     assert "data: got 'mnist', it was trained and is evaluated on 'digits'; leave --data out" in err
+    summary = json.loads((trained / "summary.json").read_text())
+    (trained / "summary.json").write_text(json.dumps(summary | {"test_correct": summary["test_correct"] - 1}))
+    assert run(capsys, "eval", trained / "model.safetensors")[0] == 0, "a file of the run stands for it"
+    torch.save({"fc.weight": torch.zeros(2)}, trained / "best.pt")
+    code, _, err = run(capsys, "eval", trained / "best.pt")
+    assert code == 2, "another file does not"
+    assert "best.pt" in err
+    assert "condzoo convert" in err
 
 
 @pytest.mark.real_data

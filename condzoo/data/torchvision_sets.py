@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, VisionDataset
 
 from condzoo.data.arrays import LabelledImages
@@ -38,12 +39,11 @@ def load_torchvision(
 ) -> tuple[LabelledImages, LabelledImages]:
     """(train, test) from the first of the roots that holds the set; see `condzoo.data.load_data`."""
     root = next((root for root in roots.values() if (root / _folder(name)).is_dir()), None)
-    if root is None:
-        if not download:
-            raise FileNotFoundError(_not_found(name, roots))
-        root = next(iter(roots.values()))
-        root.mkdir(parents=True, exist_ok=True)
-        CLASSES[name](str(root), download=True)  # type: ignore[call-arg]
+    if root is None and not download:
+        raise FileNotFoundError(_not_found(name, roots))
+    root = root or next(iter(roots.values()))
+    if download and not _complete(name, root):
+        _fetch(name, root)
     _check_files(name, root / _folder(name))
     train, test = (CLASSES[name](str(root), train=train) for train in (True, False))  # type: ignore[call-arg]
     return _labelled(train), _labelled(test)
@@ -64,6 +64,26 @@ def _md5s(name: str) -> dict[str, str]:
         meta = [dataset.meta["filename"], dataset.meta["md5"]]
         return dict([*dataset.train_list, *dataset.test_list, meta])
     return IDX_MD5[name]
+
+
+def _complete(name: str, root: Path) -> bool:
+    return all((root / _folder(name) / file).is_file() for file in _md5s(name))
+
+
+def _fetch(name: str, root: Path) -> None:
+    """Download what is missing, in one of the processes that ask for it at the same time.
+
+    Raises:
+        OSError: the network, the server or the disk; a next call goes on.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{name}.lock"):
+        if _complete(name, root):
+            return
+        try:
+            CLASSES[name](str(root), download=True)  # type: ignore[call-arg]
+        except (RuntimeError, OSError) as error:
+            raise OSError(f"data set {name!r} could not be fetched into {root}: {error}") from error
 
 
 def _check_files(name: str, folder: Path) -> None:

@@ -31,12 +31,13 @@ def attempt(recipe: Recipe, path: Path, options: RunOptions) -> Run:
     """
     try:
         return train_to_any_end(recipe, path, options)
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever a network's own code raises must not end the others
         if hasattr(error, "exit_code"):  # Stopped: the others stop, too
             raise
+        why = str(error) if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{error!r}"
         if options.on_event is not None:
-            options.on_event(Notice(f"{path} failed: {error}"))
-        return failed(recipe, path, str(error))
+            options.on_event(Notice(f"{path} failed: {why}"))
+        return failed(recipe, path, why)
 
 
 def train_to_any_end(recipe: Recipe, path: Path, options: RunOptions) -> Run:

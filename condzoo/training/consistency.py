@@ -5,8 +5,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from condzoo.data import HUB, data_info, folder_view
+from condzoo.probe.layers import choose
 from condzoo.training.data_sets import STORED, class_count, image_shape
 from condzoo.training.networks import build_network, freeze
 from condzoo.training.schema import Constant, DataSection, FullBatch, ModelSection, Recipe, Sgd, Step
@@ -92,14 +94,19 @@ def _images(data: DataSection) -> Iterator[str]:
 def _network(recipe: Recipe) -> Iterator[str]:
     key = recipe.model.model_dump_json()
     classes = class_count(recipe.data) or SOME_CLASSES
-    fault, path = _build_fault(key, tuple(recipe.freeze), image_shape(recipe.data), classes)
+    layers = None if recipe.probe.layers is None else tuple(recipe.probe.layers)
+    fault, path = _build_fault(key, tuple(recipe.freeze), layers, image_shape(recipe.data), classes)
     if fault:
         yield f"{path}: {fault}"
 
 
 @lru_cache(maxsize=256)
 def _build_fault(
-    model_json: str, patterns: tuple[str, ...], image_shape: tuple[int, int, int], num_classes: int
+    model_json: str,
+    patterns: tuple[str, ...],
+    layers: tuple[str, ...] | None,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
 ) -> tuple[str, str]:
     """(what is wrong with the network, where), tried out on the meta device: no memory, no random draw."""
     section = ModelSection.model_validate_json(model_json)
@@ -112,7 +119,28 @@ def _build_fault(
         freeze(model, patterns)
     except ValueError as error:
         return str(error).removeprefix("freeze: "), "freeze"
-    return "", ""
+    if not any(p.requires_grad for p in model.parameters()):
+        return "every parameter of the network is frozen; nothing is left to train", "freeze"
+    try:
+        choose(model, layers)
+    except ValueError as error:
+        return str(error), "probe.layers"
+    return _forward_fault(model, image_shape, num_classes), "model"
+
+
+def _forward_fault(model: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> str:
+    """What is wrong with the network's outputs for such images; shapes alone, on the meta device."""
+    images = " x ".join(map(str, image_shape))
+    try:
+        with torch.no_grad():
+            output = model(torch.empty(2, *image_shape, device="meta"))
+    except Exception as error:  # as above
+        unknown = isinstance(error, NotImplementedError) or "meta" in str(error)  # needs values, which are not there
+        return "" if unknown else f"takes no images of {images}: {_first_line(error)}"
+    if isinstance(output, Tensor) and output.shape == (2, num_classes):
+        return ""
+    got = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    return f"gives {got} for 2 images of {images}, must be [2, {num_classes}]: one number a class"
 
 
 def _first_line(error: BaseException) -> Any:

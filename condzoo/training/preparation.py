@@ -83,6 +83,7 @@ def prepare(
     numerics = resolve_numerics(recipe, model, device)
     if recipe.sync_bn:
         model = synchronize_norms(model, ranks, device)
+    check_parts(recipe, model, data.size("train"), ranks.world)
     model = place(model, numerics).train()
     guard = Guard(model, device, deferred=checks_are_deferred(device))
     plan = BatchPlan(
@@ -112,6 +113,32 @@ def prepare(
         steps_per_epoch=steps,
         total_steps=recipe.iterations or (recipe.epochs or 0) * steps,
     )
+
+
+def check_parts(recipe: Recipe, model: nn.Module, images: int, processes: int) -> None:
+    """See that a BatchNorm over features gets no part of one image, which has no variance.
+
+    Parts are what a process sees at once: of a batch, of one that is accumulated, of the last one of an epoch.
+
+    Raises:
+        ValueError: one would.
+    """
+    norm = next((name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d)), None)
+    if norm is None:
+        return
+    size = recipe.data.batch_size
+    batches = {min(size, images)}
+    if isinstance(recipe.optim, FullBatch) or not recipe.data.drop_last:
+        batches.add(images % size or size)
+    for batch in batches:
+        for mine in {batch // processes, -(-batch // processes)} - {0}:
+            part = -(-mine // recipe.accumulate)
+            if 1 in (part, mine % part):
+                raise ValueError(
+                    f"data.batch_size: got {size}, with which one of {processes} process(es) sees a single image at a "
+                    f"time (of {images}, accumulate = {recipe.accumulate}), and {norm} has no variance of one; take "
+                    "another, drop_last = true, or less accumulation"
+                )
 
 
 def join_gradients(training: Training) -> Training:

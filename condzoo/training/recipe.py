@@ -86,7 +86,7 @@ def set_field(given: dict[str, Any], path: str, value: Any) -> None:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
             raise RecipeError(f"override {path}={value}: {name} is a value, not a table")
-    if path in ("epochs", "iterations"):
+    if path in ("epochs", "iterations") and value is not None:
         given.pop("epochs", None)
         given.pop("iterations", None)
     if value is None:

@@ -15,9 +15,10 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from condzoo.training.run_directory import write_atomically
+from condzoo.training.run_directory import TEMPORARY, write_atomically
 
 KEPT = 2
+DAMAGED = ".damaged"
 
 
 class CheckpointError(ValueError):
@@ -50,7 +51,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def newest_checkpoint(folder: Path, notify: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None where none was ever finished.
+    """The newest checkpoint that is whole; None where none was ever finished. Newer ones are put aside by name.
 
     Args:
         folder: of the checkpoints.
@@ -68,6 +69,9 @@ def newest_checkpoint(folder: Path, notify: Callable[[str], None]) -> Checkpoint
             continue
         for fault in damaged:
             notify(f"{fault}; going on from {path.name} instead")
+        for other in folder.glob("step_*.json"):  # one that is damaged must not count as one that is kept
+            if other.name > path.name:
+                other.replace(other.with_name(other.name + DAMAGED))
         return Checkpoint(load(content), numbers)
     if damaged:
         raise CheckpointError(
@@ -102,3 +106,5 @@ def _delete_old(folder: Path) -> None:
     for path in folder.glob("step_*.safetensors"):
         if path.stem not in valid:
             path.unlink()
+    for path in folder.glob(f"step_*{TEMPORARY}"):  # of a run that was killed as it wrote
+        path.unlink()

@@ -16,6 +16,7 @@ from condzoo.training.schema import Recipe
 RECIPE, METRICS, SUMMARY = "recipe.toml", "metrics.jsonl", "summary.json"
 ENVIRONMENT, MODEL, CHECKPOINTS = "environment.json", "model.safetensors", "checkpoints"
 CONDITIONING, PICTURE = "conditioning.jsonl", "conditioning.png"
+TEMPORARY = ".tmp"  # at the end of the name of a file that is being written
 
 
 class RunDirectoryError(ValueError):
@@ -61,7 +62,8 @@ def begun(path: Path, recipe: Recipe) -> bool:
         return False
     stored = path / RECIPE
     if not stored.exists():
-        strangers = sorted(p.name for p in path.iterdir() if p.name != ".lock")
+        ours = (".lock", RECIPE + TEMPORARY)  # of a run that was killed as it began
+        strangers = sorted(p.name for p in path.iterdir() if p.name not in ours)
         if strangers:
             raise RunDirectoryError(
                 f"{path} holds {strangers[0]!r} but no {RECIPE}: it is not a run directory; use another --out"
@@ -99,7 +101,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write under a temporary name, on the disk for certain, then rename: readers see the old or the new."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     with _naming(path):
         try:
             with temporary.open("wb") as file:

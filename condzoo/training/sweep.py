@@ -9,7 +9,7 @@ from typing import Any
 from condzoo.training.attempts import RunOptions, train_to_any_end
 from condzoo.training.events import OnEvent
 from condzoo.training.many_runs import run_all, run_all_here
-from condzoo.training.recipe import RecipeError, parse_override, parse_recipe, recipe_tables, set_field
+from condzoo.training.recipe import RecipeError, parse_override, parse_recipe, set_field
 from condzoo.training.runs import Run, default_seeds_directory
 from condzoo.training.schema import Recipe
 from condzoo.training.summaries import write_summary
@@ -80,11 +80,15 @@ def plan_sweep(
     Raises:
         RecipeError: a combination that is no valid recipe; two that would be in one folder.
     """
+    if "seed" in grid and seeds:
+        raise RecipeError("grid: seed: got both this and seeds, give one")
+    fields = {field: values for field, values in grid.items() if field != "seed"}
     planned: dict[str, Recipe] = {}
-    for values in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, values, strict=True))
-        for seed in seeds or [recipe.seed]:
-            tables = recipe_tables(recipe)
+    for values in itertools.product(*fields.values()):
+        chosen = dict(zip(fields, values, strict=True))
+        for seed in seeds or grid.get("seed") or [recipe.seed]:
+            # as given, not as resolved: defaults of one optimizer or schedule are no fields of another
+            tables = recipe.model_dump(exclude_unset=True, exclude_none=True)
             for field, value in [*chosen.items(), ("seed", seed)]:
                 set_field(tables, field, value)
             name = "-".join([*(f"{field}={value}" for field, value in chosen.items()), f"seed{seed}"])
@@ -113,13 +117,15 @@ def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
     """The grid of "optim.lr=0.1,0.01", "freeze=[],['conv1.*']": a field's path and TOML values or bare words.
 
     Raises:
-        RecipeError: no field, or no value.
+        RecipeError: no field, no value, or a field twice.
     """
-    grid = {}
+    grid: dict[str, list[Any]] = {}
     for text in texts:
         field, equals, values = text.partition("=")
         if not equals or not field.strip() or not values.strip():
             raise RecipeError(f"grid {text!r}: must be FIELD=A,B,..., e.g. optim.lr=0.1,0.01")
+        if field.strip() in grid:
+            raise RecipeError(f"grid {text!r}: {field.strip()} came before; give all of its values at once, as A,B,...")
         grid[field.strip()] = [parse_override(f"{field}={value}")[1] for value in split_values(values)]
     return grid
 

@@ -156,3 +156,31 @@ def test_real_cifar10_and_mnist(data_root: Path) -> None:
     assert means == pytest.approx([125.3, 123.0, 113.9], abs=0.06)
     assert mnist.mean[0] / 255 == pytest.approx(0.1307, abs=1e-4)
     assert mnist.std[0] / 255 == pytest.approx(0.3081, abs=1e-4)
+
+
+def test_a_download_that_failed_says_so_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_set: MakeSet
+) -> None:
+    made = tmp_path / "elsewhere"
+    make_set("mnist")
+    (tmp_path / "MNIST").rename(made)
+    root = tmp_path / "root"
+    asked = []
+
+    def download(self: datasets.MNIST) -> None:
+        asked.append(self.root)
+        folder = Path(self.root) / "MNIST" / "raw"
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(asked) == 1:
+            raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+        for path in (made / "raw").iterdir():
+            path.rename(folder / path.name)
+
+    monkeypatch.setattr(datasets.MNIST, "download", download)
+    with pytest.raises(OSError, match=r"data set 'mnist' could not be fetched into .*root: Error downloading train"):
+        load_data("mnist", root, download=True)
+    with pytest.raises(ValueError, match="is missing"):
+        load_data("mnist", root)
+    assert len(load_data("mnist", root, download=True).test) == 10
+    assert len(load_data("mnist", root, download=True).test) == 10
+    assert asked == [str(root)] * 2, "what is whole is not fetched again"

@@ -85,6 +85,7 @@ def test_of_epochs_and_iterations_the_override_stays(file: Path) -> None:
     recipe = load_recipe(file, ["iterations=100"])
     assert (recipe.epochs, recipe.iterations) == (None, 100)
     assert load_recipe(file, ["iterations=100", "epochs=5"]).epochs == 5
+    assert load_recipe(file, ["iterations=100", "epochs=none"]).iterations == 100
 
 
 def test_milestones_beyond_the_end_are_not_reached() -> None:

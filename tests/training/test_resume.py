@@ -283,3 +283,36 @@ def test_another_thread_count_is_said(tiny: Any, tmp_path: Path) -> None:
     events: list[Any] = []
     train(tiny(), out=tmp_path / "run", max_steps=4, device="cpu", on_event=events.append)
     assert events[0] == Notice("the run began with 1 threads and goes on with 2: sums may round differently")
+
+
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(tiny: Any, tmp_path: Path) -> None:
+    """After the fallback two good ones stand again: the next damage, too, costs no more than one."""
+    recipe = tiny(**{"save_every": 0.5, "probe.every": 5})
+    whole = train(recipe, out=tmp_path / "whole", device="cpu")
+    run, folder = tmp_path / "run", tmp_path / "run/checkpoints"
+    train(recipe, out=run, max_steps=14, device="cpu")
+    (folder / "step_0000000014.json").write_bytes(b"{")
+    train(recipe, out=run, max_steps=18, device="cpu")
+    good = sorted(path.name for path in folder.glob("*.json"))
+    assert good == ["step_0000000012.json", "step_0000000018.json"]
+    assert (folder / "step_0000000014.json.damaged").exists()
+    (folder / "step_0000000018.json").write_bytes(b"{")
+    train(recipe, out=run, device="cpu")
+    assert_same_results(whole.path, run)
+
+
+def test_a_run_killed_as_it_wrote_its_first_file_begins_again(tiny: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").touch()
+    (run / "recipe.toml.tmp").write_text("epochs = ")
+    recipe = tiny(**{"epochs": 1, "probe.every": 5})
+    train(recipe, out=run, device="cpu")
+    assert not list(run.rglob("*.tmp"))
+    assert_same_results(train(recipe, out=tmp_path / "whole", device="cpu").path, run)
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / "step_0000000005.safetensors.tmp").write_bytes(b"half")
+    save_checkpoint(tmp_path, Checkpoint({"x": torch.zeros(3)}, {"step": 6}))
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from condzoo.training import Recipe, RecipeError, train
+from condzoo.training.distributed import Ranks
 from condzoo.training.preparation import Training, prepare, training_steps
 from condzoo.training.steps import take_step
 
@@ -137,3 +138,30 @@ def test_dropout_is_a_function_of_seed_and_step(tiny: Any) -> None:
         torch.rand(skipped)
         results.append(float(take_step(training, next(training_steps(training, 0, 1))).loss_sum))
     assert results[0] == results[1]
+
+
+PARTS = {
+    "a last batch of one": ({"data.batch_size": 4, "data.drop_last": False}, 1, True),
+    "the same, dropped": ({"data.batch_size": 4, "data.drop_last": True}, 1, False),
+    "chunks of a full batch": ({"optim": {"name": "gd", "lr": 0.1}, "data.batch_size": 4}, 1, True),
+    "parts of one": ({"data.batch_size": 8, "accumulate": 8}, 1, True),
+    "a last part of one": ({"data.batch_size": 7, "accumulate": 3}, 1, True),
+    "even parts": ({"data.batch_size": 8, "accumulate": 4}, 1, False),
+    "one of two processes": ({"data.batch_size": 239, "data.drop_last": False}, 2, True),
+    "nothing for some of them": ({"data.batch_size": 1436, "data.drop_last": False}, 3, True),
+    "two for each": ({"data.batch_size": 1433, "data.drop_last": False}, 2, False),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_batchnorm_that_would_see_one_image_is_an_error_before_the_run(case: str, tiny: Any) -> None:
+    """Of 1,437 training images, as every process would see it, for networks that have a BatchNorm1d alone."""
+    changes, processes, wrong = PARTS[case]
+    for name in ("mlp4x24_bn", "cifar_resnet8_lastbn", "mlp4x24"):
+        recipe = tiny(**{**changes, "model.name": name})
+        for rank in range(processes):
+            if wrong and name != "mlp4x24":
+                with pytest.raises(ValueError, match=r"^data\.batch_size: got \d+, with which one of .* single image"):
+                    prepare(recipe, CPU, ranks=Ranks(rank, processes))
+            else:
+                prepare(recipe, CPU, ranks=Ranks(rank, processes))

@@ -18,6 +18,7 @@ from condzoo.training import (
     Started,
     StepDone,
     Stopped,
+    attempts,
     finished_among,
     parse_grid,
     parse_seeds,
@@ -29,6 +30,7 @@ from condzoo.training import (
     train,
     train_seeds,
 )
+from condzoo.training.recipe import parse_recipe
 
 
 def test_every_combination_is_a_run_of_its_own(tiny: Any, tmp_path: Path) -> None:
@@ -198,3 +200,53 @@ def test_grids_and_seeds_as_text() -> None:
     for wrong in ("", "a", "3-1", "1-", "-1"):
         with pytest.raises(RecipeError, match="must be like 1-5 or 1,3,7"):
             parse_seeds(wrong)
+
+
+def test_seeds_of_a_grid_are_the_runs_seeds(tiny: Any) -> None:
+    planned = plan_sweep(tiny(), {"seed": [3, 7], "optim.lr": [0.1, 0.2]})
+    assert list(planned) == [f"optim.lr={lr}-seed{seed}" for lr in (0.1, 0.2) for seed in (3, 7)]
+    assert [(r.optim.lr, r.seed) for r in planned.values()] == [(0.1, 3), (0.1, 7), (0.2, 3), (0.2, 7)]
+    with pytest.raises(RecipeError, match=r"^grid: seed: got both this and seeds, give one$"):
+        plan_sweep(tiny(), {"seed": [3, 7]}, [1])
+    with pytest.raises(RecipeError, match=r"seed: got 'three', must be a whole number"):
+        plan_sweep(tiny(), {"seed": ["three"]})
+
+
+def test_a_grid_over_kinds_leaves_the_defaults_of_the_other_kinds_out() -> None:
+    recipe = parse_recipe(
+        {
+            "epochs": 1,
+            "model": {"name": "mlp4x24"},
+            "data": {"name": "digits", "batch_size": 64},
+            "optim": {"name": "sgd", "lr": 0.1},
+        }
+    )
+    grid = {"optim.name": ["sgd", "adam"], "schedule.name": ["constant", "onecycle"]}
+    planned = list(plan_sweep(recipe, grid).values())
+    assert [(type(r.optim).__name__, type(r.schedule).__name__) for r in planned] == [
+        ("Sgd", "Constant"),
+        ("Sgd", "OneCycle"),
+        ("Adam", "Constant"),
+        ("Adam", "OneCycle"),
+    ]
+    assert planned[0] == recipe
+
+
+def test_a_field_given_twice_is_an_error_and_not_the_last_one() -> None:
+    with pytest.raises(RecipeError, match=r"optim\.lr came before; give all of its values at once, as A,B"):
+        parse_grid(["optim.lr=0.1", "seed=1,2", "optim.lr=0.01"])
+
+
+def test_whatever_a_run_raises_the_others_go_on(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = attempts.train
+
+    def breaks(recipe: Any, **options: Any) -> Any:
+        assert recipe.seed != 1, "Input height (8) doesn't match model (224)."
+        return real(recipe, **options)
+
+    monkeypatch.setattr(attempts, "train", breaks)
+    runs = sweep(tiny(), {}, [1, 2], tmp_path, max_steps=2, device="cpu")
+    assert [run.summary["status"] for run in runs] == ["failed", "done"]
+    assert "AssertionError(" in runs[0].summary["error"]
+    assert "doesn't match model (224)." in runs[0].summary["error"]
+    assert (tmp_path / "summary.json").exists()

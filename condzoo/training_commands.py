@@ -198,12 +198,13 @@ def print_comparison(runs: "list[Run]", out: Path) -> None:
     from condzoo.probe import plot_comparison
     from condzoo.training import summarize
     from condzoo.training.distributed import writes
+    from condzoo.training.reports import shows_layers
 
     if not runs:
         typer.echo("no runs in this shard")
         return
     labels = display.run_labels(runs)
-    probed = {label: run.path for label, run in labels.items() if (run.path / "conditioning.jsonl").exists()}
+    probed = {label: run.path for label, run in labels.items() if shows_layers(run.path)}
     if probed and writes():
         plot_comparison(probed, out / "conditioning.png")
     display.print_runs(runs, out / "conditioning.png")

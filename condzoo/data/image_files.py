@@ -28,7 +28,8 @@ def read_image(file: str | os.PathLike[str] | BufferedIOBase, name: str | None =
         with Image.open(file) as image:  # type: ignore[arg-type]  # Pillow asks for IO[bytes], which this is
             if image.mode not in EIGHT_BIT:
                 raise ImageError(f"{path}: its pixels are of mode {image.mode!r}; convert it to 8 bits a channel")
-            return image.convert("RGB")
+            one_a_colour = isinstance(image.info.get("transparency"), bytes)  # of which Pillow warns
+            return (image.convert("RGBA") if one_a_colour else image).convert("RGB")
     except ImageError:
         raise
     except Exception as error:  # a damaged file makes each of Pillow's decoders fail in its own way

@@ -77,6 +77,8 @@ def scan_split(folder: Path) -> tuple[FolderImages, tuple[str, ...]]:
             raise ValueError(f"{entry.path} lies outside a class folder; move it into the folder of its class")
     if not entries:
         raise ValueError(f"{folder} is empty: it must hold a folder of images for every class")
+    for _ in os.walk(folder, onerror=unreadable, followlinks=True):
+        pass  # ImageFolder leaves out a folder that it may not read, and says nothing
     found = ImageFolder(folder, is_valid_file=check_name, allow_empty=True)
     labels = np.array(found.targets, dtype=np.int64)
     counts = np.bincount(labels, minlength=len(found.classes))
@@ -85,6 +87,11 @@ def scan_split(folder: Path) -> tuple[FolderImages, tuple[str, ...]]:
         raise ValueError(f"class folder {empty} holds no image; fill it, or remove it from every split")
     paths = np.array([os.fsencode(os.path.relpath(path, folder)) for path, _ in found.samples])
     return FolderImages(folder, paths, labels), tuple(found.classes)
+
+
+def unreadable(error: OSError) -> None:
+    """Raise what kept a folder from being read; it names the folder."""
+    raise error
 
 
 def check_name(path: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -48,6 +48,16 @@ def _in_full_precision(device_type: str) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def plain_convolutions(device_type: str) -> AbstractContextManager[None]:
+    """Convolutions of float32 in float32: cuDNN takes TF32 unless told otherwise."""
+    if device_type != "cuda":
+        return nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    )
 
 
 def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:

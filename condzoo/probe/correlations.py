@@ -23,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from condzoo.probe.arithmetic import plain_convolutions
+
 CHUNKS = 8  # float32 sums that are added in float64
 PIECES = 4  # as which they count for the noise: border terms are fewer
 BORDER_SUMS = 4  # float32 sums of a border term, at most
@@ -78,8 +80,9 @@ def _correlations_float32(x: Float[Tensor, "n c h w"], kh: int, kw: int) -> Floa
     """C_s for s in [0, kh - 1] x [-(kw - 1), kw - 1], in one call a chunk of images."""
     size = (x.shape[1], x.shape[1], kh, 2 * kw - 1)
     half = x.new_zeros(size, dtype=torch.float64)
-    for part in x.chunk(CHUNKS):
-        half += conv2d_weight(F.pad(part, (0, 0, 0, kh - 1)), list(size), part, padding=(0, kw - 1))
+    with plain_convolutions(x.device.type):
+        for part in x.chunk(CHUNKS):
+            half += conv2d_weight(F.pad(part, (0, 0, 0, kh - 1)), list(size), part, padding=(0, kw - 1))
     return _with_negative_shifts(half)
 
 

@@ -77,7 +77,7 @@ def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:
 
 def _magnitudes(ax: Axes, conditioning: Conditioning) -> None:
     for side, color, marker, label in SIDES:
-        _by_depth(ax, [getattr(c, side).lambda_max for c in conditioning.values()], color, marker, "-", label)
+        _by_depth(ax, [getattr(c, side).lambda_max or np.nan for c in conditioning.values()], color, marker, "-", label)
     _finish_depth(ax, r"Largest eigenvalue $\lambda_{max}$ by depth", conditioning)
 
 

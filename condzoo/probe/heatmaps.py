@@ -40,7 +40,7 @@ class Panel:
 
 def panels(records: Sequence[Conditioning]) -> list[Panel]:
     """The four heat maps of a run: magnitude and condition of inputs and of output gradients."""
-    layers = list(dict.fromkeys(name for record in records for name in record))
+    layers = forward_order(records)
     steps = [record.step or 0 for record in records]
     found = []
     for side, p, quantity in QUANTITIES:
@@ -51,6 +51,21 @@ def panels(records: Sequence[Conditioning]) -> list[Panel]:
                     values[i, j] = _log10(getattr(record[name], side), p)
         found.append(Panel(quantity, layers, steps, values))
     return found
+
+
+def forward_order(records: Sequence[Conditioning]) -> list[str]:
+    """The layers of all records, each before those that follow it in the record where it first is."""
+    order: list[str] = []
+    for record in records:
+        if all(name in order for name in record):
+            continue
+        place = len(order)
+        for name in reversed(list(record)):
+            if name in order:
+                place = order.index(name)
+            else:
+                order.insert(place, name)
+    return order
 
 
 def _log10(s: Spectrum, p: float | None) -> float:

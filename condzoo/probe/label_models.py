@@ -91,6 +91,8 @@ def class_axis(kind: Distribution, output: Any, logits: Tensor, target: Any) -> 
         return 1
     of_language = not isinstance(output, Tensor) and logits.ndim == 3
     shape = target.shape if isinstance(target, Tensor) else None
+    if shape == logits.shape:  # a probability for each class, where torch has them
+        return 1
     fits_last, fits_second = shape == logits.shape[:-1], shape == logits.shape[:1] + logits.shape[2:]
     if fits_last != fits_second:
         return logits.ndim - 1 if fits_last else 1

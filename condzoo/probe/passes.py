@@ -66,7 +66,7 @@ class Passes:
         logits = losses.logits_of(output)
         kind = label_models.checked_distribution(self.loss, logits, f"labels={self.labels!r}")
         axis = label_models.class_axis(kind, output, logits, y)
-        counted = label_models.counted_outputs(value, logits, axis) if logits.ndim > 2 and "softmax" in kind else None
+        counted = label_models.counted_outputs(value, logits, axis) if "softmax" in kind else None
         self.capture.gradients = True
         if self.labels == "sample":
             self._backward(logits, label_models.drawn_gradient(kind, logits, self.generator, axis, counted))

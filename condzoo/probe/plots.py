@@ -96,7 +96,7 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
             "markersize": 4,
             "label": label,
         }
-        axes[0].plot(steps, [s.lambda_max for s in spectra], **style)
+        axes[0].plot(steps, [s.lambda_max or np.nan for s in spectra], **style)
         kappas = np.array([s.condition_number(0.5) for s in spectra])
         axes[1].plot(steps, np.where(np.isfinite(kappas), kappas, np.nan), **style)
     for ax, what in zip(axes, (r"$\lambda_{max}$", r"$\kappa_{50\%}$"), strict=True):

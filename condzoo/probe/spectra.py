@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ class Spectrum:
         return "structural null" if self.dim - self.nulls == self.reachable else "rank-limited"
 
 
-def spectrum(moment: Float[Tensor, "*shape"], *, rows: int | None = None) -> Spectrum:
+def spectrum(moment: Float[Tensor, "*shape"] | np.ndarray, *, rows: int | None = None) -> Spectrum:
     """The spectrum of a second moment, or of eigenvalues that you already have.
 
     Args:
@@ -144,7 +144,7 @@ def spectrum(moment: Float[Tensor, "*shape"], *, rows: int | None = None) -> Spe
     Raises:
         ValueError: not one of these shapes, not symmetric, or not finite.
     """
-    moment = torch.as_tensor(moment)
+    moment = as_tensor(moment)
     if not bool(torch.isfinite(moment).all()):
         raise ValueError("moment holds NaN or Inf; find its origin with condzoo.measure(...).skipped")
     dim = moment.shape[-1] if moment.ndim else 0
@@ -207,7 +207,7 @@ def condition_number(eigenvalues: Tensor | np.ndarray | Sequence[float | int] | 
     """
     if isinstance(eigenvalues, Spectrum):
         return eigenvalues.condition_number(p)
-    values = torch.as_tensor(eigenvalues)
+    values = as_tensor(eigenvalues)
     if values.ndim != 1 or not values.numel():
         raise ValueError(
             f"eigenvalues must be a non-empty vector [d], got shape {list(values.shape)}; "
@@ -215,6 +215,11 @@ def condition_number(eigenvalues: Tensor | np.ndarray | Sequence[float | int] | 
         )
     kept(p, values.numel())
     return spectrum(values if values.is_floating_point() else values.double()).condition_number(p)
+
+
+def as_tensor(values: Any) -> Tensor:
+    """A tensor of numbers in any container; of numpy's, views that run backwards and read-only ones, too."""
+    return torch.as_tensor(np.array(values) if isinstance(values, np.ndarray) else values)
 
 
 def _unit_roundoff(dtype: torch.dtype) -> float:

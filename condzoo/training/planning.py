@@ -105,12 +105,12 @@ def plan_training(
     images, classes = data_size(recipe, data_root)
     full_batch = isinstance(recipe.optim, FullBatch)
     if full_batch:
-        per_step, per_epoch, passes = images, 1, math.ceil(images / batch / count)
-        in_pass = min(batch, images)
+        per_step, per_epoch, passes = images, 1, math.ceil(images / batch)
+        in_pass = math.ceil(min(batch, images) / count)
     else:
         per_epoch = batches_per_epoch(images, batch, recipe.data.drop_last)
-        per_step, passes = batch, recipe.accumulate
-        in_pass = math.ceil(batch / count / recipe.accumulate)
+        per_step, passes = min(batch, images), recipe.accumulate
+        in_pass = math.ceil(per_step / count / recipe.accumulate)
     traced = trace(recipe, classes, in_pass)
     steps = min(recipe.iterations or (recipe.epochs or 0) * per_epoch, max_steps or math.inf)
     half = sixteen_bit(recipe, device, traced.convolutional)

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save
 
 from condzoo.data import Split
-from condzoo.probe import Probe, plot_records
+from condzoo.probe import Probe, plot_records, read_records
 from condzoo.training.distributed import share_buffers
 from condzoo.training.evaluation import evaluate
 from condzoo.training.preparation import Training
@@ -41,7 +41,7 @@ def record_epoch(training: Training, progress: Progress, path: Path, lr: float, 
     """A line of metrics.jsonl for the epoch that ended (or that a run stopped in: kind "end"), with its evaluation."""
     record: dict[str, Any] = {
         "kind": kind,
-        "epoch": (progress.step - 1) // training.steps_per_epoch,
+        "epoch": max(0, progress.step - 1) // training.steps_per_epoch,
         "step": progress.step,
         "lr": lr,
     }
@@ -97,7 +97,7 @@ def write_results(
     """Write model.safetensors, conditioning.png and, last, summary.json; returns the summary."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in training.result.state_dict().items()}
     write_atomically(path / MODEL, save(tensors, metadata={"format": "pt"}))
-    if (path / CONDITIONING).exists():
+    if shows_layers(path):
         plot_records(path / CONDITIONING, path / PICTURE)
     summary = {
         **status,
@@ -117,6 +117,11 @@ def write_results(
     }
     write_json(path / SUMMARY, summary)
     return read_json(path / SUMMARY)
+
+
+def shows_layers(path: Path) -> bool:
+    """Whether any record of a run holds a layer: where all were skipped, there is nothing to draw."""
+    return (path / CONDITIONING).exists() and any(len(record) for record in read_records(path / CONDITIONING))
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ class TensorBoard:
         """The lines that came since the last call."""
         for record in self.new_records(METRICS):
             of_step = record["kind"] == "step"  # which says its own number; an epoch's line, how many were taken
-            step = record["step"] if of_step else record["step"] - 1
+            step = record["step"] if of_step else max(0, record["step"] - 1)
             for key, tag in TAGS.items():
                 if record.get(key) is not None and tag.startswith("step/") == of_step:
                     self.writer.add_scalar(tag, record[key], step)

@@ -1,5 +1,7 @@
 """Class folders: what is read, in which order and view; every fault of a folder or a file is told with its path."""
 
+import errno
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -219,3 +221,29 @@ def test_a_source_pickles_for_workers_that_are_not_forked(folders: Folders) -> N
     source = load(folders()).train
     again = pickle.loads(pickle.dumps(source))
     assert np.array_equal(again.read(5)[0], source.read(5)[0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_transparency_of_a_palette_is_dropped_without_a_word(tmp_path: Path) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 40, 40])
+    image.save(tmp_path / "clear.png", transparency=bytes([0, 128]))
+    with Image.open(tmp_path / "clear.png") as written:
+        assert isinstance(written.info["transparency"], bytes)
+    assert np.array(read_image(tmp_path / "clear.png"))[0, 0].tolist() == [200, 40, 40]
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folders()
+    inner = root / "train" / "ant" / "more"
+    inner.mkdir()
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path) == inner:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*ant.more'"):
+        load(root)

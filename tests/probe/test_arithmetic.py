@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from condzoo.probe.arithmetic import SAFETY, float32_noise, gram_float32, plain_products
+from condzoo.probe.arithmetic import SAFETY, float32_noise, gram_float32, plain_convolutions, plain_products
 from condzoo.probe.moments import RunningMoment
 
 KINDS = {
@@ -71,3 +71,14 @@ def test_data_that_is_not_finite_is_known_from_data_whose_squares_are_not(bad, p
     moment = RunningMoment()
     moment.add(x.T[None, None], precision)
     assert not moment.finite
+
+
+def test_convolutions_of_a_gpu_are_asked_for_without_tf32(monkeypatch):
+    """No GPU here: what cuDNN is told, and that it is as before after it."""
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    before = torch.backends.cudnn.allow_tf32
+    with plain_convolutions("cuda"):
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
+    with plain_convolutions("cpu"):
+        assert torch.backends.cudnn.allow_tf32 == before

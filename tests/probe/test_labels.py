@@ -213,3 +213,26 @@ def test_very_many_labels_are_warned_of(monkeypatch):
     model = nn.Linear(4, 21).double()
     with pytest.warns(UserWarning, match=r"a backward pass a class and label, 21 a batch here; labels='sample'"):
         measure(model, (torch.zeros(2, 4).double(), None), labels="model")
+
+
+def test_samples_that_the_loss_ignores_have_no_part_also_where_each_has_one_label():
+    model, x = network(), inputs()
+    y = torch.tensor([0, -100, 2, -100, 1])
+    found = measure(model, (x, y), labels="model")
+    as_map = nn.Sequential(model, nn.Unflatten(1, (WIDTH, 1)))
+    expected = measure(as_map, (x, y[:, None]), labels="model")
+    for a, b in zip(found.values(), expected.values(), strict=True):
+        assert torch.allclose(a.output_grad.eigenvalues, b.output_grad.eigenvalues, rtol=1e-10)
+    whole = measure(model, (x, y.clamp(min=0)), labels="model")
+    assert found["2"].output_grad.lambda_max < whole["2"].output_grad.lambda_max
+
+
+@pytest.mark.parametrize("labels", ["model", "sample"])
+def test_targets_that_are_probabilities_have_the_classes_where_torch_does(labels):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, WIDTH, 1)).double()
+    x = torch.randn(SAMPLES, 4, 7).double()
+    hard = torch.randint(WIDTH, (SAMPLES, 7))
+    soft = F.one_hot(hard, WIDTH).movedim(-1, 1).double()
+    of_hard, of_soft = (measure(model, (x, y), labels=labels) for y in (hard, soft))
+    assert torch.allclose(of_soft["0"].output_grad.eigenvalues, of_hard["0"].output_grad.eigenvalues, rtol=1e-10)

@@ -51,3 +51,14 @@ def test_singular_values_of_shapes_that_repeat_and_of_weights_that_are_not_finit
         blocks = tensors[name].double().numpy().reshape(groups, len(tensors[name]) // groups, -1)
         assert norms.frobenius == pytest.approx(np.linalg.norm(blocks), rel=1e-12)
         assert norms.sigma_max == pytest.approx(max(np.linalg.norm(block, 2) for block in blocks), rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e-25, 1.0, 1e25, 1e37, 0.0])
+def test_singular_values_of_large_weights_do_not_leave_float32(scale):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn((1100, 3), generator=generator) for _ in range(2))
+    weight = (left @ right.T / 40) * scale
+    found = norms_of({"fc": nn.Linear(1100, 1100)}, {"fc": weight})["fc"]
+    expected = np.linalg.svd(weight.double().numpy(), compute_uv=False)
+    assert found.sigma_max == pytest.approx(expected[0], rel=1e-4)
+    assert found.frobenius == pytest.approx(np.sqrt((expected**2).sum()), rel=1e-6)

@@ -19,6 +19,7 @@ from condzoo.probe import (
     record_columns,
     to_pandas,
 )
+from condzoo.probe.heatmaps import panels
 from condzoo.probe.records import append_record, drop_torn_line
 
 
@@ -192,3 +193,23 @@ def test_nothing_to_plot_is_an_error(tmp_path):
         plot_comparison({}, tmp_path / "x.png")
     with pytest.raises(ValueError, match="no layer was measured"):
         Conditioning(layers={}).plot(tmp_path / "x.png")
+
+
+def test_layers_that_come_later_stand_where_the_forward_pass_has_them(measured):
+    names = list(measured)
+    assert len(names) > 2
+    last = replace(measured, layers={names[-1]: measured[names[-1]]}, step=0)
+    middle = replace(measured, layers={n: measured[n] for n in names if n != names[1]}, step=1)
+    assert panels([last, middle, replace(measured, step=2)])[0].layers == names
+    assert panels([last])[0].layers == names[-1:]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_last_layer_that_sees_zeros_alone_is_plotted_without_a_warning(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    torch.nn.init.constant_(model[0].bias, -99.0)
+    record = replace(measure(model, (torch.randn(8, 3), torch.randint(2, (8,)))), step=0)
+    assert record["2"].input.lambda_max == 0.0
+    plot_records([record], tmp_path / "dead.png")
+    record.plot(tmp_path / "depth.png")
+    assert (tmp_path / "dead.png").exists()

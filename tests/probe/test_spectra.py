@@ -139,3 +139,12 @@ def test_a_known_null_of_one_factor_leaves_the_rest_of_the_product_known():
     assert unknown.noise_floor == pytest.approx(3.6)
     assert unknown.rank == 3  # 12, 6 and 4; 2 * 1 may be less than what 4 * noise hides
     assert unknown.status(4 / 6) == "bound"
+
+
+def test_numpy_arrays_that_run_backwards_or_are_read_only_are_taken():
+    values = np.linalg.eigvalsh(np.diag([4.0, 2.0, 1.0]))[::-1]
+    assert condition_number(values) == 4.0
+    matrix = np.diag([4.0, 2.0, 1.0])
+    matrix.flags.writeable = False
+    assert spectrum(matrix[::-1, ::-1]).condition_number() == 4.0
+    assert spectrum(np.broadcast_to(values, (3,))).lambda_max == 4.0

@@ -62,3 +62,20 @@ def test_the_last_checkpoint_before_divergence_is_kept_and_finite(tiny: Any, tmp
     (newest,) = (tmp_path / "run/checkpoints").glob("*.safetensors")
     assert newest.stem == "step_0000000011"
     assert all(bool(value.isfinite().all()) for value in load_file(newest).values())
+
+
+def test_a_network_that_overflows_at_once_diverges_in_epoch_0(tiny: Any, tmp_path: Path) -> None:
+    """Its every record is without a layer, of which no picture can be drawn."""
+    recipe = tiny(**{"model.init": "scaled:1e30", "probe.every": 1}, on_divergence="record")
+    run = train(recipe, out=tmp_path / "run", device="cpu")
+    assert (run.summary["status"], run.summary["steps"]) == ("diverged", 0)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0]
+
+
+def test_a_run_whose_probe_sees_no_gradient_ends_without_a_picture(tiny: Any, tmp_path: Path) -> None:
+    changes = {"model.name": "cifar_resnet8", "freeze": ["conv1.*", "bn1.*"], "probe.layers": ["conv1"]}
+    run = train(tiny(**changes, **{"probe.every": 5}), out=tmp_path / "run", max_steps=6, device="cpu")
+    assert run.summary["status"] == "done"
+    assert (run.path / "conditioning.jsonl").exists()
+    assert not (run.path / "conditioning.png").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from condzoo.data import load_data
+from condzoo.data import BatchPlan, load_data
 from condzoo.models import create_model
 from condzoo.training import load_recipe
 from condzoo.training.accelerators import GPUS, Accelerator, accelerator
@@ -141,3 +141,19 @@ def test_an_unknown_gpu_is_named_with_the_closest() -> None:
 
 def test_the_known_number_of_training_images_is_that_of_the_data() -> None:
     assert load_data("digits").size("train") == TRAINING_IMAGES["digits"]
+
+
+def test_devices_share_every_chunk_of_a_full_batch_as_in_training(tiny: Any) -> None:
+    recipe = tiny(**{"optim": {"name": "gd", "lr": 0.1}, "data.batch_size": 128})
+    plan = plan_training(recipe, A100, 4)
+    parts = [list(load_data("digits").ordered_batches("train", BatchPlan(128, part=r, parts=4))) for r in range(4)]
+    assert plan.images_per_pass == max(len(y) for part in parts for _, y in part) == 32
+    alone = plan_training(recipe, A100)
+    assert alone.images_per_pass == 128
+    assert plan.activation_bytes < alone.activation_bytes / 3
+    assert plan.flops_per_step == pytest.approx(alone.flops_per_step, rel=1e-6)
+
+
+def test_a_batch_holds_no_more_images_than_there_are(tiny: Any) -> None:
+    plan = plan_training(tiny(**{"data.batch_size": 5000, "data.drop_last": False}), A100)
+    assert (plan.images_per_step, plan.images_per_pass) == (1437, 1437)

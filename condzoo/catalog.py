@@ -92,10 +92,14 @@ def model_info(name: str) -> ModelInfo:
     built on the meta device and counted.
 
     Raises:
-        ValueError: an unknown name, with the closest ones.
+        ValueError: an unknown name or tag, with the closest ones.
     """
-    arch = name.split(".", 1)[0]
+    arch, _, tag = name.partition(".")
     ours, plain = read_catalog()
+    if arch in ours and tag:
+        from condzoo.models.released import find_release
+
+        find_release(arch, tag)
     if arch in ours or arch in plain:
         return ours.get(arch) or plain[arch]
     from condzoo.models import describe

@@ -32,16 +32,20 @@ def release(
     from condzoo.checkpoints.hub import push as upload
     from condzoo.models.released import HUB_OWNER
     from condzoo.release import release as make_release
+    from condzoo.release import released_before
 
     if not push and (dry_run or owner is not None):
         raise ValueError("--dry-run and --owner say how to --push; give that too, or leave them out")
-    folder = make_release(runs, tag, out=out, data_root=data_root, default=default)
-    typer.echo(f"released {folder}")
+    made = released_before(runs, tag, out=out) if push else None
+    folder = made or make_release(runs, tag, out=out, data_root=data_root, default=default)
+    typer.echo(f"{'released before: ' if made else 'released '}{folder}")
     if push:
         uploaded = upload(folder, owner=owner or HUB_OWNER, dry_run=dry_run)
         typer.echo(
             f"{'uploaded' if uploaded.done else 'would upload'} {len(uploaded.files)} files to {uploaded.repository}"
         )
+        if not uploaded.done:
+            typer.echo("\n".join(uploaded.files))
 
 
 def verify(

@@ -28,6 +28,7 @@ from condzoo.checkpoints.writing import (
     write_table,
 )
 from condzoo.models import create_model, insert_last_bn
+from condzoo.models.registry import create_timm_model
 from condzoo.models.weight_files import check_state, sha256
 
 CALIBRATION_BATCH = 64
@@ -62,7 +63,7 @@ def convert(
     """
     content, state = read_foreign(Path(source))
     target = check_free(root_of(out) / f"{model_info(model).name}.{check_tag(tag)}")
-    classes = next((v.shape[0] for k, v in state.items() if k in ("fc.weight", "linear.weight")), None)
+    classes = next((len(v) for k, v in state.items() if k in ("fc.weight", "linear.weight") and v.ndim), None)
     args: dict[str, Any] = (
         {"projection": True} if has_projections(state) and model_info(model).family == "cifar_resnet" else {}
     )
@@ -132,7 +133,7 @@ def not_timms(source: str, arch: str) -> str:
 
 def timm_network(name: str, weights: str | Path | None) -> tuple[Any, str, str | None]:
     """(a network of timm's, where its weights are from, their file's SHA-256): timm's own, or those in a file."""
-    network = timm.create_model(name, pretrained=weights is None)
+    network = create_timm_model(name, pretrained=weights is None)
     if weights is None:
         return network, f"timm/{name}", None
     content, state = read_foreign(Path(weights))

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from condzoo.catalog import model_info, read_catalog
-from condzoo.checkpoints.folder import CONDITIONING, METRICS, PICTURE, RECIPE
+from condzoo.checkpoints.folder import CONDITIONING, METRICS, PICTURE, RECIPE, read_folder
+from condzoo.checkpoints.records import Metrics, read_record
 from condzoo.checkpoints.remeasuring import count_correct, measure_conditioning
 from condzoo.checkpoints.writing import (
     add_to_index,
@@ -88,6 +89,18 @@ def release(
         add_to_index(target.name, sha256(weights), config["pretrained_cfg"], default)
     write_table(root)
     return target
+
+
+def released_before(runs: str | Path | Sequence[str | Path], tag: str, *, out: str | Path | None = None) -> Path | None:
+    """The folder that `release` made of these runs before, as it is; None where there is none, or another's."""
+    run = checked_run([Path(runs)] if isinstance(runs, str | Path) else [Path(path) for path in runs])
+    root = Path(out) if out is not None else default_root()
+    target = root / f"{run.recipe.model.name}.{check_tag(tag)}"
+    if not target.is_dir():
+        return None
+    made = read_record(read_folder(target), METRICS, Metrics)
+    same = (made.released_seed, made.sha256) == (run.recipe.seed, sha256(serialize(run.load_model())))
+    return target if same else None
 
 
 def checked_run(paths: Sequence[Path]) -> Run:

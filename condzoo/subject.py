@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from timm import is_model
+from timm.layers import DropBlock2d, DropPath
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from condzoo.catalog import ModelInfo, list_models, model_info
+from condzoo.catalog import ModelInfo, list_models, model_info, read_catalog
 from condzoo.models import create_model
 
 
@@ -37,17 +39,16 @@ def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
     """The network as a float64 copy in train mode, and a batch small enough for its depth."""
     model: Any
     if isinstance(name_or_model, str):
-        info = model_info(name_or_model)
+        info = zoo_info(name_or_model)
         torch.manual_seed(seed)
         model, changed = create_model(info.name), {}
     else:
-        model = copy.deepcopy(name_or_model)
-        arch = getattr(model, "pretrained_cfg", {}).get("architecture")
-        if arch not in list_models():
-            raise ValueError(
-                f"{type(model).__name__} is not a network of the zoo; validate takes a name or one of those"
-            )
-        info, changed = model_info(arch), changed_arguments(model, model_info(arch))
+        model = copy.deepcopy(name_or_model).cpu().requires_grad_(True)  # also of one that is frozen, or on a GPU
+        arch = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
+        if not arch or (arch not in list_models() and is_model(arch)):
+            raise ValueError(not_of_the_zoo(type(model).__name__))
+        info = zoo_info(arch)
+        changed = changed_arguments(model, info)
         info = with_arguments(info, changed)
         without_dropout(model)
     batch = 64 if info.family == "mlp" else 16 if info.depth <= 110 else 8
@@ -55,6 +56,22 @@ def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
     x = torch.randn(batch, *small_input(info), generator=generator, dtype=torch.float64)
     y = torch.randint(info.num_classes or model.num_features, (batch,), generator=generator)
     return Subject(info, model.double().train(), x, y, changed)
+
+
+def zoo_info(name: str) -> ModelInfo:
+    """What the zoo says of a network: registered, another size of one, or the plain twin of a last-BN network.
+
+    Raises:
+        ValueError: an unknown name, or another network of timm's.
+    """
+    if is_model(name) and not any(name in table for table in read_catalog()):
+        raise ValueError(not_of_the_zoo(name))
+    return model_info(name)
+
+
+def not_of_the_zoo(said: str) -> str:
+    """The error text for a network without promises."""
+    return f"{said} is not a network of the zoo; validate takes a name or one of those"
 
 
 def changed_arguments(model: Any, info: ModelInfo) -> dict[str, Any]:
@@ -71,6 +88,8 @@ def changed_arguments(model: Any, info: ModelInfo) -> dict[str, Any]:
         first = next(layer for _, layer in weighted(model))
         if isinstance(first, nn.Conv2d) and first.in_channels != info.input_size[0]:
             found["in_chans"] = first.in_channels
+        if model.global_pool.pool_type != "avg":
+            found["global_pool"] = model.global_pool.pool_type
     if info.family == "cifar_resnet" and any(name.endswith(".shortcut.0") for name, _ in weighted(model)):
         found["projection"] = True
     if getattr(model, "last_bn_init", "ones") != "ones":
@@ -104,6 +123,8 @@ def without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(module, DropPath | DropBlock2d):
+            module.drop_prob = 0.0
 
 
 def small_input(info: ModelInfo) -> tuple[int, int, int]:

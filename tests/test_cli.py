@@ -162,3 +162,35 @@ def test_help_joins_the_lines_of_a_paragraph_and_keeps_wildcards(capsys, monkeyp
         with pytest.raises(SystemExit):
             main(list(args))
         assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("probe", "cifar_resnet20_lastbn.nosuch"), "error: unknown tag 'nosuch' of cifar_resnet20_lastbn"),
+        (("info", "mlp8x24.nosuch"), "error: unknown tag 'nosuch' of mlp8x24"),
+        (("probe", "mlp8x24.mnist", "--init", "he"), "error: --init is for new weights; mlp8x24.mnist"),
+        (("probe", "mlp4x24", "--data", "digits", "--device", "gpu"), "error: device 'gpu' cannot be used here"),
+        (("validate", "efficientnet_b0"), "error: efficientnet_b0 is not a network of the zoo"),
+        (("info", "mlp4x99999999999"), "error: mlp4x99999999999 cannot be built"),
+        (("convert", "timm/resnet18.nosuch", "--last-bn"), "error: timm has no weights 'resnet18.nosuch'; did"),
+        (("convert", "timm/resnet18d.x", "--last-bn"), "error: timm has no weights 'resnet18d.x'"),
+    ],
+)
+def test_names_and_tags_that_are_not_there_are_one_line(capsys, args, text):
+    code, _, err = run(capsys, *args)
+    assert code == 2
+    assert text in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_damaged_run_is_one_line(capsys, tmp_path):
+    args = ("digits/resnet20_nobn_lastbn", "--set", "model.name=mlp4x24", "--set", "data.resize=8")
+    code, _, err = run(capsys, "train", *args, "--max-steps", "2", "--out", str(tmp_path / "run"), "--device", "cpu")
+    assert code == 0, err
+    weights = tmp_path / "run" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    for command in ("eval", "probe"):
+        code, _, err = run(capsys, command, str(tmp_path / "run"))
+        assert code == 2
+        assert "model.safetensors is not a readable safetensors file" in err

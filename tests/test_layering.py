@@ -26,7 +26,7 @@ ALLOWED = {
     "promises": {"probe", "catalog", "subject", "initial_conditioning", "fingerprint"},
     "validation": {"checkpoints", "subject", "initial_conditioning", "promises"},
     "evaluating": {"models", "data", "checkpoints", "training"},
-    "probing": {"models", "data", "probe", "catalog", "training"},
+    "probing": {"models", "data", "probe", "catalog", "checkpoints", "evaluating", "training"},
     "conversion": {"models", "data", "probe", "catalog", "checkpoints"},
     "release": {"models", "data", "probe", "catalog", "checkpoints", "conversion", "training"},
     "experiments": {"models", "data", "probe", "catalog", "checkpoints", "training"},

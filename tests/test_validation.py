@@ -351,3 +351,32 @@ def test_the_model_is_left_as_it_was():
 def test_a_network_that_is_not_of_the_zoo_has_no_promises():
     with pytest.raises(ValueError, match="Linear is not a network of the zoo; validate takes a name or one of those"):
         validate(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "skipped"),
+    [
+        ("cifar_resnet8", {"global_pool": "max"}, {"function", "conditioning"}),
+        ("cifar_resnet8_lastbn", {"global_pool": "catavgmax"}, {"function", "conditioning"}),
+        ("resnet18_lastbn", {"drop_path_rate": 0.5}, set()),
+        ("mlp12x16_bn", {}, set()),
+    ],
+)
+def test_sound_networks_of_other_pooling_paths_and_sizes_pass(name, arguments, skipped):
+    torch.manual_seed(0)
+    found = validate(create_model(name, **arguments))
+    assert found.ok, found.table()
+    assert {check.name for check in found.checks if check.skipped} == skipped
+
+
+def test_a_network_whose_parameters_are_frozen_is_checked_and_stays_so():
+    torch.manual_seed(0)
+    model = create_model("cifar_resnet8").requires_grad_(False)
+    assert validate(model).ok
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_networks_of_timms_are_refused_by_name_as_they_are_as_objects():
+    for network in ("efficientnet_b0", create_model("efficientnet_b0", num_classes=2)):
+        with pytest.raises(ValueError, match=r"^\w+ is not a network of the zoo; validate takes a name"):
+            validate(network)

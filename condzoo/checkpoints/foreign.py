@@ -46,8 +46,11 @@ def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor]]:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
             break
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()) or not loaded:
-        raise ValueError(f"{path} holds no state dict: it is a {type(loaded).__name__} of other things than tensors")
+    tensors = isinstance(loaded, dict) and all(isinstance(v, Tensor) for v in loaded.values())
+    if not tensors or not loaded or not all(isinstance(key, str) for key in loaded):
+        raise ValueError(
+            f"{path} holds no state dict: it is a {type(loaded).__name__} of other things than tensors by name"
+        )
     for key, value in loaded.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{path}: {key!r} has values that are not finite; these weights cannot be used")
@@ -89,13 +92,14 @@ def translate(state: Mapping[str, Tensor], network: nn.Module, source: str) -> t
         ValueError: weights of another network; names the first key that differs.
     """
     cifar = type(network).__name__ == "CifarResNet"
-    state, note = dict(state), "Keys and values as they were."
+    state, note, reordered = dict(state), "Keys and values as they were.", False
     if cifar and has_projections(state):
         state, note = from_projections(state), "Option-B shortcuts, renamed to condzoo's keys."
     elif cifar and "linear.weight" in state:
         if network.get_submodule("layer1.0").shortcut is None:
             raise ValueError(f"{source}: akamaster's networks have shortcuts, this one has none; take cifar_resnet")
-        state, note = from_akamaster(state), "Channels of the second and third stage put in condzoo's order."
+        state = with_fc(state)
+        note, reordered = "Channels of the second and third stage put in condzoo's order.", True
     expected = network.state_dict()
     for key, value in expected.items():
         if key.endswith("num_batches_tracked"):
@@ -107,13 +111,17 @@ def translate(state: Mapping[str, Tensor], network: nn.Module, source: str) -> t
         state = {key: value for key, value in state.items() if not key.startswith("last_bn.")}
         note += " The last BN is the identity." if hasattr(network, "last_bn") else ""
     check_state(state, expected, source)
-    return state, note
+    return (from_akamaster(state) if reordered else state), note
 
 
 def from_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a CIFAR ResNet with option-B shortcuts under condzoo's keys; its channels have their order already."""
-    renamed = {PROJECTION.sub(r"\1.shortcut.", key): value for key, value in state.items()}
-    return {re.sub(r"^linear\.", "fc.", key): value for key, value in renamed.items()}
+    return with_fc({PROJECTION.sub(r"\1.shortcut.", key): value for key, value in state.items()})
+
+
+def with_fc(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The classifier under condzoo's name, where it has akamaster's."""
+    return {re.sub(r"^linear\.", "fc.", key): value for key, value in state.items()}
 
 
 def from_akamaster(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,10 +139,10 @@ def from_akamaster(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         order = torch.cat([order + before, torch.arange(before), torch.arange(c_in + before, c)])
         orders.append(order)
     renumbered = {}
-    for key, value in state.items():
+    for key, value in with_fc(state).items():
         stage, _, rest = key.removeprefix("layer").partition(".")
-        if key.startswith("linear."):
-            renumbered["fc." + rest] = value[:, orders[2]] if rest == "weight" else value
+        if key == "fc.weight":
+            renumbered[key] = value[:, orders[2]]
         elif not key.startswith("layer"):
             renumbered[key] = value
         else:

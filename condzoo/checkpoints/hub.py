@@ -30,6 +30,7 @@ def push(path: str | Path, *, owner: str = HUB_OWNER, dry_run: bool = False, api
     Raises:
         ValueError, FileNotFoundError: not a checkpoint that loads.
         ModuleNotFoundError: huggingface_hub is not installed (the extra `hub`).
+        OSError: the upload failed; calling it again uploads what is missing.
     """
     folder = read_folder(Path(path))
     load_folder(folder)
@@ -41,8 +42,12 @@ def push(path: str | Path, *, owner: str = HUB_OWNER, dry_run: bool = False, api
         from huggingface_hub import HfApi  # the extra `hub`; nothing else here needs it
 
         api = HfApi()
-    api.create_repo(repository, repo_type="model", exist_ok=True)
-    api.upload_folder(
-        repo_id=repository, folder_path=folder.path, allow_patterns=list(files), commit_message=f"Release {repository}"
-    )
+    message = f"Release {repository}"
+    try:
+        api.create_repo(repository, repo_type="model", exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder.path, allow_patterns=list(files), commit_message=message
+        )
+    except Exception as error:  # its HTTP client's errors are of many kinds
+        raise OSError(f"{folder.path} is made, but could not be uploaded to {repository}: {error}") from error
     return Upload(repository, files, done=True)

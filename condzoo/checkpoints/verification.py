@@ -14,6 +14,7 @@ from condzoo.checkpoints.folder import (
     CONFIG,
     EXPECTED,
     METRICS,
+    RECIPE,
     SUMS,
     CheckpointFolder,
     folder_at,
@@ -103,11 +104,13 @@ def checks(place: Path, release: Release | None, data_root: str | Path | None) -
 
 
 def attempt(check: str, function: Callable[..., tuple[bool, str]], *arguments: Any) -> Check:
-    """One row; a file that cannot be read is a failed check."""
+    """One row; whatever its files make of it, a check that cannot be done has failed."""
     try:
         return Check(check, *function(*arguments))
     except ValueError as error:
         return Check(check, False, str(error))
+    except Exception as error:  # a record that is whole by its schema may still say what makes no sense
+        return Check(check, False, f"{type(error).__name__}: {error}")
 
 
 def check_index(folder: CheckpointFolder, release: Release | None) -> Check:
@@ -158,6 +161,9 @@ def check_on_data(folder: CheckpointFolder, model: nn.Module, data_root: str | P
             raise
         for check in ("accuracy", "conditioning"):
             yield Check(check, None, f"not checked without its data: {str(error).splitlines()[0]}")
+        return
+    except Exception as error:
+        yield Check("accuracy", False, f"{folder.source(RECIPE)} names no data that can be read: {error}")
         return
     yield attempt("accuracy", check_accuracy, folder, model, data)
     yield attempt("conditioning", check_conditioning, folder, model, data, recipe["data"]["batch_size"])

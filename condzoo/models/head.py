@@ -9,9 +9,11 @@ import math
 from typing import Any
 
 from timm.layers import create_classifier
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from condzoo.models.last_bn import accept_plain_weights, build_last_bn, check_batch
+
+fx.wrap("check_batch")  # a traced network calls it as it is
 
 
 def check_sizes(num_classes: int, in_chans: int) -> None:
@@ -99,8 +101,10 @@ def forward_head(model: Any, x: Tensor, pre_logits: bool = False) -> Tensor:  # 
     An unpooled map (global_pool="") passes the last BN by: it is defined on the pooled vector.
     """
     x = model.global_pool(x)
-    if model.has_last_bn and x.ndim == 2:
-        check_batch(x, model.training)
+    # what is known without x comes first: torch.fx cannot ask a traced value
+    flat = bool(model.global_pool.pool_type) or not getattr(model, "spatial", True)
+    if model.has_last_bn and (flat or x.ndim == 2):
+        check_batch(x, model.last_bn)
         x = model.last_bn(x)
     x = model.head_drop(x)
     return x if pre_logits else model.fc(x)

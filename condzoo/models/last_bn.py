@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 GAMMA_INITS = ("ones", "uniform")
 
@@ -33,17 +34,17 @@ def build_last_bn(num_features: int, init: str = "ones") -> nn.BatchNorm1d:
     return bn
 
 
-def check_batch(x: Tensor, training: bool) -> None:
+def check_batch(x: Tensor, last_bn: nn.Module) -> None:
     """Reject a batch that has no variance, in words that say what to do.
 
     Args:
         x: the last BN's input, [B, D].
-        training: whether the BN takes its statistics from the batch.
+        last_bn: takes its statistics from the batch in train mode; synchronized, from those of all processes.
 
     Raises:
         ValueError: one example in training mode. None is no error: it leaves the running statistics alone.
     """
-    if training and x.shape[0] == 1:
+    if isinstance(last_bn, nn.BatchNorm1d) and last_bn.training and x.shape[0] == 1:
         raise ValueError(
             f"the last BN needs at least 2 examples in training mode, got a batch of {x.shape[0]}; "
             "call model.eval() or use a larger batch"
@@ -58,7 +59,7 @@ def reset_to_identity_(bn: nn.BatchNorm1d) -> nn.BatchNorm1d:
     return bn
 
 
-def identity_state(bn: nn.BatchNorm1d, device: torch.device) -> dict[str, Tensor]:
+def identity_state(bn: _BatchNorm, device: torch.device) -> dict[str, Tensor]:
     """The state dict that makes `bn` the identity in eval mode, on `device`."""
     d, dtype = bn.num_features, bn.weight.dtype
     return {
@@ -84,7 +85,7 @@ def fill_in_last_bn(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
     """The hook of `accept_plain_weights`: a module-level function, so that copy and pickle keep it."""
     bn = getattr(model, "last_bn", None)
     own = prefix + "last_bn."
-    if not isinstance(bn, nn.BatchNorm1d) or any(key.startswith(own) for key in state_dict):
+    if not isinstance(bn, _BatchNorm) or any(key.startswith(own) for key in state_dict):
         return
     body = [prefix + key for key in model.state_dict() if not key.startswith("last_bn.")]
     # BatchNorm itself does without this counter: older published weights lack it

@@ -127,22 +127,23 @@ def refuse_functional_dropout(model: nn.Module, head: nn.Linear) -> None:
 def attach(model: Any, head: nn.Module) -> None:
     """Hook `model.last_bn` before the head, or before the dropout that feeds it; `model.last_bn_hook` removes it."""
     site = feeding_dropout(model, head) or head
-    # partial of a module-level function: copy and pickle carry it along with the copy's own last_bn
-    hook = partial(normalize_input, model.last_bn, isinstance(head, nn.Linear))
+    # partial of a module-level function: copy and pickle carry it along with the copy. It looks for model.last_bn
+    # when it runs: another may stand there by then (convert_sync_batchnorm).
+    hook = partial(normalize_input, model, isinstance(head, nn.Linear))
     model.last_bn_hook = site.register_forward_pre_hook(hook)
 
 
-def normalize_input(last_bn: nn.BatchNorm1d, linear_head: bool, module: nn.Module, args: tuple) -> tuple | None:
+def normalize_input(model: Any, linear_head: bool, module: nn.Module, args: tuple) -> tuple | None:
     """The hook: last BN over the last dimension of a layer's input [B, ..., D], or over D of a pooled [B, D, 1, 1].
 
     Without a linear head (`num_classes=0`) an unpooled map passes it by.
     """
-    x, *rest = args
+    last_bn, (x, *rest) = model.last_bn, args
     pooled = x.ndim > 2 and x.shape[1] == x[0].numel() == last_bn.num_features  # flattened after this dropout
     if not linear_head and x.ndim != 2 and not pooled:
         return None
     rows = x.flatten(1) if pooled else x.reshape(-1, x.shape[-1])
-    check_batch(rows, last_bn.training)
+    check_batch(rows, last_bn)
     return (last_bn(rows).reshape(x.shape), *rest)
 
 

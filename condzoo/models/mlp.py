@@ -44,6 +44,7 @@ class MLP(nn.Module):
     """
 
     fc: nn.Module
+    spatial = False  # the head's input is a vector, whatever the pooling
 
     def __init__(
         self,

@@ -11,9 +11,10 @@ import functools
 import re
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -156,7 +157,8 @@ def create_model(
         model_kwargs["num_classes"] = num_classes
     arch = name.split(".", 1)[0]
     ours = any(arch in family.rows for family in FAMILIES.values())
-    if is_model(arch) and not ours:
+    elsewhere = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))  # timm's way to name a folder of weights
+    if (is_model(arch) or elsewhere) and not ours:
         return create_timm_model(name, pretrained, init, last_bn_init, model_kwargs)
     if init is not None:
         model_kwargs["init"] = init
@@ -167,17 +169,40 @@ def create_model(
     family, args = sibling(name)
     if pretrained:
         raise ValueError(f"no weights are released for {name!r}: it is not one of the registered models")
-    return build_network(family, name, args, pretrained_cfg=pretrained_config(family, name), **model_kwargs)
+    given = {key: value for key, value in model_kwargs.items() if value is not None}  # as timm does it
+    return build_network(family, name, args, pretrained_cfg=pretrained_config(family, name), **given)
 
 
 def create_timm_model(
-    name: str, pretrained: bool, init: str | None, last_bn_init: str, model_kwargs: dict[str, Any]
+    name: str,
+    pretrained: bool = False,
+    init: str | None = None,
+    last_bn_init: str = "ones",
+    model_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> nn.Module:
-    """A network of timm's own, delegated to timm; `init` is applied to it afterwards."""
+    """A network of timm's own, delegated to timm; `init` is applied to it afterwards.
+
+    Raises:
+        ValueError: a tag, or weights, that timm does not have; `last_bn_init`.
+    """
     if last_bn_init != "ones":
         raise ValueError(f"last_bn_init is for networks with a last BN; {name!r} is timm's own and has none")
+    arch, _, tag = name.partition(".")
+    if is_model(arch) and (tag or pretrained):
+        check_timm_weights(name, arch, tag)
     model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
     return model if init is None else init_weights(model, init)
+
+
+def check_timm_weights(name: str, arch: str, tag: str) -> None:
+    """ValueError where timm has no weights of this tag, or none at all."""
+    known = timm.list_pretrained(f"{arch}.*") + ([arch] if arch in timm.list_pretrained(arch) else [])
+    if not known:
+        raise ValueError(f"timm has no pretrained weights for {arch!r}")
+    if tag and name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"timm has no weights {name!r}; {hint}it has: {', '.join(known)}")
 
 
 def sibling(name: str) -> tuple[Family, dict[str, Any]]:
@@ -216,8 +241,11 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name.
     """
-    with torch.device("meta"):
-        model: Any = create_model(name).eval()
+    try:
+        with torch.device("meta"):
+            model: Any = create_model(name).eval()
+    except RuntimeError as error:  # a size that no tensor can have
+        raise ValueError(f"{name} cannot be built: {error}") from error
     config = model.pretrained_cfg
     input_size = tuple(getattr(model, "input_size", None) or config["input_size"])
     with FlopCounterMode(display=False) as counter, torch.no_grad():

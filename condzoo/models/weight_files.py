@@ -41,12 +41,13 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def parse_weights(content: bytes, source: str) -> dict[str, Tensor]:
+def parse_weights(content: bytes, source: str, *, finite: bool = True) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Args:
         content: the whole file.
         source: what errors call it.
+        finite: all values must be.
 
     Raises:
         ValueError: not a safetensors file (a pickle, truncated, an impossible header, overlapping or missing
@@ -59,7 +60,7 @@ def parse_weights(content: bytes, source: str) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{source} is not a readable safetensors file: {error}; get it again") from error
     for key, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value.float()).all():
+        if finite and value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise ValueError(f"{source}: {key!r} has values that are not finite; these weights cannot be used")
     return state
 

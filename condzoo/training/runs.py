@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
 from condzoo import exit_codes
 from condzoo.data import Split
+from condzoo.models.weight_files import check_state, parse_weights, read_plain_file
 from condzoo.training.data_sets import class_count, image_shape, read_data
 from condzoo.training.evaluation import Evaluation, evaluate
 from condzoo.training.networks import build_network
@@ -53,7 +53,10 @@ class Run:
         section = self.recipe.data
         classes = class_count(section) or self.summary["num_classes"]
         model = build_network(self.recipe.model, image_shape(section), classes)
-        model.load_state_dict(load_file(self.path / MODEL))
+        path = self.path / MODEL
+        state = parse_weights(read_plain_file(path), str(path), finite=False)  # a diverged run's need not be
+        check_state(state, model.state_dict(), str(path))
+        model.load_state_dict(state)
         return model.eval()
 
 

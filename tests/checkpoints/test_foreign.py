@@ -221,3 +221,24 @@ def test_old_files_without_batch_counters_and_in_half_precision_load():
     translated, _ = translate(state, network, "file")
     assert {v.dtype for k, v in translated.items() if v.is_floating_point()} == {torch.float32}
     network.load_state_dict(translated)
+
+
+def test_other_networks_with_a_layer_called_linear_are_refused_by_their_first_key(tmp_path):
+    """kuangliu's MobileNet and the like: no akamaster's, whatever their classifier is called."""
+    network = create_model("cifar_resnet8")
+    whole = akamaster_state(8)
+    mobile = {"conv1.weight": whole["conv1.weight"], "layers.0.conv1.weight": torch.zeros(2)}
+    mobile["linear.weight"] = torch.zeros(10, 4)
+    deeper = whole | {"layer4.0.conv1.weight": torch.zeros(2)}
+    short = {key: value for key, value in whole.items() if not key.startswith("layer1.0.conv2")}
+    for state, message in (
+        (mobile, r"f: 'bn1\.weight' is missing"),
+        (deeper, r"f: 'layer4\.0\.conv1\.weight' is \[2\] float32, and the network has no such key"),
+        (short, r"f: 'layer1\.0\.conv2\.weight' is missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            translate(state, network, "f")
+    for content in ({0: torch.ones(1)}, torch.ones(3)):
+        torch.save(content, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match="holds no state dict"):
+            read_foreign(tmp_path / "w.pt")

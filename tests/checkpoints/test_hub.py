@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import shutil
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -125,3 +126,31 @@ def test_a_damaged_folder_is_not_pushed(checkpoint, tmp_path):
 def test_the_stand_in_is_called_as_the_real_client_is(method):
     real = inspect.signature(getattr(huggingface_hub.HfApi, method)).parameters
     assert set(inspect.signature(getattr(Hub, method)).parameters) <= set(real)
+
+
+def test_a_push_that_failed_is_repeated_with_the_same_command(hub, runs, tmp_path, capsys, monkeypatch):
+    command = ["release", *map(str, runs), "--tag", "digits", "--out", str(tmp_path / "out"), "--push"]
+
+    def say(*options):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--owner", "someone", *options])
+        return stop.value.code or 0, capsys.readouterr()
+
+    code, said = say("--dry-run")
+    assert code == 0
+    assert "would upload 9 files to someone/mlp4x24_bn.digits\nREADME.md\nSHA256SUMS\n" in said.out
+    with monkeypatch.context() as broken:
+        broken.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: fail())
+        code, said = say()
+    assert code == 2
+    assert "is made, but could not be uploaded to someone/mlp4x24_bn.digits: no route to host" in said.err
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # huggingface_hub's own
+        code, said = say()
+    assert code == 0
+    assert said.out.startswith("released before: ")
+    assert len(hub.files["someone/mlp4x24_bn.digits"]) == 9
+
+
+def fail():
+    raise ConnectionAbortedError("no route to host")

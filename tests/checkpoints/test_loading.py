@@ -10,8 +10,11 @@ from safetensors.torch import save_file
 
 import condzoo
 from condzoo.checkpoints import load_checkpoint
+from condzoo.data import BatchPlan, load_data
 from condzoo.models import create_model, released
 from condzoo.models.weight_files import parse_weights
+from condzoo.probe import measure
+from condzoo.probing import Question, answer
 
 NAME = "mlp4x24_bn.digits"
 
@@ -243,3 +246,16 @@ def test_a_run_directory_is_told_apart(runs):
 def test_a_path_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere"):
         load_checkpoint(tmp_path / "nowhere")
+
+
+def test_probe_measures_the_weights_that_a_tag_or_folder_names(index, checkpoint):
+    """And not new ones of the same network."""
+    of_tag, of_folder = (answer(Question(target, batches=1)) for target in (checkpoint.name, str(checkpoint)))
+    new = answer(Question("mlp4x24_bn", data="digits", batches=1))
+    model = load_checkpoint(checkpoint).train()
+    images = load_data("digits", resize=12)
+    x, y = next(images.train_batches(BatchPlan(128, seed=0), epoch=0))
+    expected = measure(model, (x, y))["fc"]
+    for found in (of_tag, of_folder):
+        assert torch.equal(found["fc"].input.eigenvalues, expected.input.eigenvalues)
+        assert found["fc"].weight == expected.weight != new["fc"].weight

@@ -157,3 +157,25 @@ def test_the_fixed_input_is_spread_evenly_with_mean_0_and_variance_1():
     assert x.mean().abs() < 0.01
     assert x.var().item() == pytest.approx(1, abs=0.01)
     assert torch.equal(x.flatten()[:2], torch.tensor([-0.5 * 12**0.5, (2654435761 / 2**32 - 0.5) * 12**0.5]))
+
+
+SENSELESS = {
+    "no data in metrics": ("metrics.json", lambda record: record["data"].clear(), {"model card"}),
+    "no images": ("metrics.json", lambda record: record.update(test_images=0), {"model card", "accuracy"}),
+    "no layers": ("conditioning.json", lambda record: record["at_end"].update(layers={}), {"model card"}),
+}
+
+
+@pytest.mark.parametrize("case", SENSELESS)
+def test_records_that_make_no_sense_are_failed_rows(checkpoint, case):
+    name, change, expected = SENSELESS[case]
+    edit_json(checkpoint, name, change)
+    write_sums(checkpoint)
+    assert expected <= set(failed(verify_checkpoint(checkpoint)))
+
+
+def test_data_that_nobody_knows_is_a_failed_row(checkpoint):
+    recipe = (checkpoint / "recipe.toml").read_text()
+    (checkpoint / "recipe.toml").write_text(recipe.replace('name = "digits"', 'name = "letters"'))
+    write_sums(checkpoint)
+    assert "accuracy" in failed(verify_checkpoint(checkpoint))

@@ -5,8 +5,10 @@ import pickle
 
 import pytest
 import torch
+import torch.fx
 from torch import Tensor, nn
 
+from condzoo.models import create_model
 from condzoo.models.last_bn import accept_plain_weights, build_last_bn, check_batch, reset_to_identity_
 
 
@@ -61,9 +63,11 @@ def test_a_batch_of_one_is_rejected_in_training_mode_only():
     with pytest.raises(
         ValueError, match=r"at least 2 examples in training mode, got a batch of 1; call model.eval\(\)"
     ):
-        check_batch(torch.ones(1, 4), training=True)
-    check_batch(torch.ones(1, 4), training=False)
-    check_batch(torch.ones(2, 4), training=True)
+        check_batch(torch.ones(1, 4), nn.BatchNorm1d(4))
+    check_batch(torch.ones(1, 4), nn.BatchNorm1d(4).eval())
+    check_batch(torch.ones(1, 4), nn.SyncBatchNorm(4))
+    check_batch(torch.ones(2, 4), nn.BatchNorm1d(4))
+    check_batch(torch.ones(0, 4), nn.BatchNorm1d(4))
 
 
 def test_reset_to_identity_is_the_identity_in_eval_mode():
@@ -128,3 +132,29 @@ def test_plain_weights_load_into_a_submodule_and_onto_meta():
         wrapped = nn.Sequential(Net(True))
     wrapped.load_state_dict({f"0.{key}": value for key, value in plain.state_dict().items()}, assign=True)
     torch.testing.assert_close(wrapped.eval()(x), plain(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_frozen_or_synchronized_last_bn_takes_one_image():
+    model = create_model("cifar_resnet8_lastbn").train()
+    x = torch.randn(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="needs at least 2 examples"):
+        model(x)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    assert model(x).shape == (1, 10)
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(create_model("cifar_resnet8_lastbn"))
+    synchronized.load_state_dict(create_model("cifar_resnet8").state_dict())
+
+
+TRACED = ["cifar_resnet8_lastbn", "cifar_vgg8_nobn_lastbn", "mlp4x24_lastbn", "resnet18_lastbn"]
+
+
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("training", [True, False])
+def test_networks_with_a_last_bn_can_be_traced(name, training):
+    model = create_model(name).train(training)
+    size = getattr(model, "input_size", (3, 32, 32))
+    x = torch.randn(2, *size)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    torch.testing.assert_close(traced(x), model(x))

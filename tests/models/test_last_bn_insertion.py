@@ -214,3 +214,18 @@ def test_the_same_keys_as_the_zoo_s_own_last_bn():
     import condzoo.models  # noqa: F401
 
     assert set(inserted.state_dict()) == set(timm.create_model("resnet18_lastbn", num_classes=CLASSES).state_dict())
+
+
+@torch.no_grad()
+def test_a_last_bn_that_takes_the_place_of_another_is_the_one_that_runs():
+    """As torch's and timm's conversions to SyncBatchNorm put one there; without a process group it is BatchNorm."""
+    plain, batches = build("torchvision resnet")
+    expected = insert_last_bn(copy.deepcopy(plain), batches)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(insert_last_bn(plain, batches))
+    assert type(model.last_bn) is nn.SyncBatchNorm
+    model.eval()
+    torch.testing.assert_close(model(batches[0][:1]), expected(batches[0][:1]))
+    model.last_bn.bias.fill_(5.0)
+    assert (model(batches[0]) - expected(batches[0])).abs().min() > 1e-3
+    model.load_state_dict(build("torchvision resnet")[0].state_dict())  # plain weights: it is the identity again
+    torch.testing.assert_close(model(batches[0]), build("torchvision resnet")[0](batches[0]), rtol=1e-5, atol=1e-5)

@@ -82,7 +82,9 @@ def run_experiments(
     failed = False
     for number, experiment in enumerate(experiments, start=1):
         display.console.print(f"[{number}/{len(experiments)}] {experiment.id}: {experiment.title}", markup=False)
-        own = {"data": {"root": str(imagenet)}, "data_root": None} if needs_folder(experiment) else {}
+        # the folder is part of the recipes: however it is written, it is the same one
+        root = None if imagenet is None else str(imagenet.resolve())
+        own = {"data": {"root": root}, "data_root": None} if needs_folder(experiment) else {}
         with TrainingProgress(display.console) as progress:
             data = collect(experiment, scale, out, on_event=progress, **{**options, **own})
         picture = out / f"{stem(experiment.id, scale)}.png"

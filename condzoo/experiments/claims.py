@@ -1,10 +1,11 @@
 """Verdicts: each claim's measure against its bound, over seeds."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from condzoo.experiments.loading import scale_of, training_of
+from condzoo.experiments.loading import training_of
 from condzoo.experiments.measures import MEASURES
 from condzoo.experiments.readings import Missing
 from condzoo.experiments.schema import Claim, Experiment
@@ -51,17 +52,20 @@ class Verdict:
 
 
 def judge(experiment: Experiment, data: dict[str, Any]) -> list[Verdict]:
-    """A verdict for each claim, of the data alone; one seed of a training decides nothing where its scale has more.
+    """A verdict for each claim, of the data alone; one seed of what is random decides nothing, nor do some of several.
 
     Raises:
         ValueError: a claim that names no measure, or arguments that it does not take.
     """
     owner = training_of(experiment)
-    several = owner.training is not None and len(scale_of(owner, data["scale"]).seeds) > 1
-    return [judge_claim(claim, data, experiment.id, several=several) for claim in experiment.claims]
+    several = owner.training is not None or owner.initialization is not None
+    seeds = data.get("seeds", ()) if several else ()
+    return [judge_claim(claim, data, experiment.id, several=several, seeds=seeds) for claim in experiment.claims]
 
 
-def judge_claim(claim: Claim, data: dict[str, Any], source: str, *, several: bool = False) -> Verdict:
+def judge_claim(
+    claim: Claim, data: dict[str, Any], source: str, *, several: bool = False, seeds: Sequence[int] = ()
+) -> Verdict:
     """Held where every seed is within the bound, did not hold where the median is not, else not decided.
 
     Args:
@@ -69,6 +73,7 @@ def judge_claim(claim: Claim, data: dict[str, Any], source: str, *, several: boo
         data: of the experiment.
         source: the experiment's name, for errors.
         several: not decided by one seed alone.
+        seeds: not decided where one of these has no value.
     """
     check_measure(claim, source)
     try:
@@ -77,6 +82,8 @@ def judge_claim(claim: Claim, data: dict[str, Any], source: str, *, several: boo
         return Verdict(claim, "not decided", {}, str(missing))
     if not values:
         return Verdict(claim, "not decided", {}, "no seed has a value")
+    if lacking := [str(seed) for seed in seeds if seed not in values]:
+        return Verdict(claim, "not decided", values, f"no value of seed {', '.join(lacking)}")
     inside = [within(claim, value) for value in values.values()]
     if several and len(inside) == 1:
         return Verdict(claim, "not decided", values, f"one seed alone, {'within' if inside[0] else 'out of'} the bound")

@@ -14,7 +14,7 @@ from condzoo.experiments.initialization import collect_initialization
 from condzoo.experiments.loading import labels_run, planned_runs, scale_of, training_of
 from condzoo.experiments.schema import Experiment
 from condzoo.experiments.theory import collect_theory
-from condzoo.experiments.training import collect_trainings
+from condzoo.experiments.training import collect_trainings, digest, row_name, run_folder
 from condzoo.training.environment import describe_environment
 from condzoo.training.events import OnEvent
 from condzoo.training.many_runs import ENGINES
@@ -41,7 +41,8 @@ def collect(
 ) -> dict[str, Any]:
     """Run what of an experiment is missing under `out`, and return its data; also written to out (`data_file`).
 
-    What an earlier call with other seeds or curves has written there is not run again.
+    What an earlier call with other seeds or curves has written there is not run again; of runs that this one leaves out
+    and whose folders are gone, the file that it replaces is kept as *.json.bak.
 
     Args:
         experiment: of `load_experiment`.
@@ -64,11 +65,12 @@ def collect(
         raise ValueError(f"engine: got {engine!r}, must be one of: {', '.join(ENGINES)}")
     chosen, out = scale_of(training_of(experiment), scale), Path(out)
     wanted = list(seeds or chosen.seeds)
-    kept = finished(experiment, scale, out, seeds=seeds, only=only)
+    kept = finished(experiment, scale, out, seeds=seeds, only=only, fields=data)
     if kept is not None:
         return kept
     labels = curves(experiment, scale, only)
     before = data_before(experiment, scale, out)
+    keep_what_is_left_out(experiment, scale, out, before, wanted, labels)
     if experiment.initialization is not None:
         settings = experiment.initialization.model_copy(update=chosen.settings)
         found = collect_initialization(settings, wanted, data_root, out / "runs" / f"{experiment.id}-{scale}")
@@ -101,6 +103,23 @@ def collect(
         data_file(experiment, scale, out), (json.dumps(result, allow_nan=False, separators=(",", ":")) + "\n").encode()
     )
     return result
+
+
+def keep_what_is_left_out(
+    experiment: Experiment,
+    scale: str,
+    out: Path,
+    before: dict[str, Any],
+    seeds: Sequence[int],
+    labels: Sequence[str] | None,
+) -> None:
+    """Copy the file that is going to be replaced to *.json.bak where it is all that is left of a run."""
+    folder = out / "runs" / f"{training_of(experiment).id}-{scale}"
+    rows = [row for row in before.get("runs", []) if row["chosen"] and row["status"] != "failed"]
+    left_out = [row for row in rows if row["seed"] not in seeds or (labels is not None and row["label"] not in labels)]
+    if any(not (folder / row_name(row)).is_dir() for row in left_out):
+        path = data_file(experiment, scale, out)
+        write_atomically(path.with_name(f"{path.name}.bak"), path.read_bytes())
 
 
 def reductions(experiment: Experiment, scale: str, seeds: list[int], labels: list[str] | None) -> list[str]:
@@ -157,8 +176,11 @@ def finished(
     *,
     seeds: Sequence[int] | None = None,
     only: Sequence[str] | None = None,
+    fields: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """The data already there for the same seeds, scale and curves; not where a run had failed.
+    """The data already there for the same seeds, scale, curves and recipes; not where a run had failed.
+
+    `fields` are of [data], as in `collect`: another folder of images is another experiment.
 
     Raises:
         ValueError: a scale or curve that there is not.
@@ -172,7 +194,18 @@ def finished(
     same = (data["id"], data["scale"], data["seeds"]) == (experiment.id, scale, wanted)
     same = same and (labels is None or labels == list(dict.fromkeys(run["label"] for run in data["runs"])))
     failed = any(run["status"] == "failed" for run in data.get("runs", []))
-    return data if same and not failed else None
+    return data if same and not failed and not outdated(experiment, scale, data, fields) else None
+
+
+def outdated(experiment: Experiment, scale: str, data: dict[str, Any], fields: dict[str, Any] | None) -> bool:
+    """Whether other recipes are asked for than these runs had, as far as they say which."""
+    if not any("recipe" in run for run in data.get("runs", [])):
+        return False
+    roots = [run["root"] for run in data["runs"] if run.get("root") is not None]
+    fields = fields or ({"root": roots[0]} if roots else None)
+    planned = planned_runs(experiment, scale, data["seeds"], fields)
+    recipes = {run_folder(run): digest(run.recipe) for run in planned}
+    return any(run.get("recipe") not in (None, recipes.get(row_name(run))) for run in data["runs"])
 
 
 def data_before(experiment: Experiment, scale: str, out: Path) -> dict[str, Any]:
@@ -194,6 +227,10 @@ def read_data_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not an experiment's data: expected schema {SCHEMA!r}")
+    if lacking := [key for key in ("id", "scale", "seeds", "made", "reductions") if key not in data]:
+        raise ValueError(
+            f"{path} is damaged: it has no {lacking[0]}; delete it, and give the `reproduce` command again"
+        )
     return data
 
 

@@ -75,6 +75,6 @@ WAYS: dict[str, Callable[[nn.Module, torch.Tensor], None]] = {"full": whole, "bl
 def fitted_exponent(points: list[dict[str, Any]], over: str, way: str) -> float:
     """The slope of log seconds over log size, in the larger half of the sizes."""
     chosen = sorted((p for p in points if p["varied"] == over), key=lambda point: point[over])
-    chosen = chosen[len(chosen) // 2 - 1 :] if len(chosen) > 3 else chosen
+    chosen = chosen[len(chosen) // 2 :] if len(chosen) > 3 else chosen
     sizes = [math.log(point[over]) for point in chosen]
     return float(np.polyfit(sizes, [math.log(point["seconds"][way]) for point in chosen], 1)[0])

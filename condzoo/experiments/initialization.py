@@ -52,8 +52,8 @@ def measured_once(
     path = None if folder is None else folder / f"{plain_name(label)}-seed{seed}.json"
     asked = settings.model_dump(mode="json")
     if path is not None and path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["settings"] == asked:
+        kept = read_kept(path)
+        if kept.get("settings") == asked:
             return kept["network"], kept["seconds"]
     began = time.perf_counter()
     row = {"label": label, "seed": seed, "matrices": measure_network(settings.models[label], settings, seed, data_root)}
@@ -63,6 +63,15 @@ def measured_once(
         kept = {"settings": asked, "network": row, "seconds": seconds}
         write_atomically(path, json.dumps(kept, allow_nan=False).encode())
     return row, seconds
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """What was written of a network; empty where the file is damaged: it is measured again."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return kept if isinstance(kept, dict) and {"network", "seconds"} <= kept.keys() else {}
 
 
 def measure_network(

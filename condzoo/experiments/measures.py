@@ -85,6 +85,11 @@ def exponent(data: Data, way: str, over: str) -> Values:
     return {0: data["exponents"][over][way]}
 
 
+def exponent_difference(data: Data, way: str, than: str, over: str) -> Values:
+    """How much larger one way's exponent is than another's: above 0 it grows faster."""
+    return {0: data["exponents"][over][way] - data["exponents"][over][than]}
+
+
 def curvature_level(network: dict[str, Any], matrix: str, of: str, value: str) -> float:
     """log10 of a value of the whole matrix, or its mean over the blocks that have it.
 
@@ -129,5 +134,6 @@ MEASURES: dict[str, Callable[..., Values]] = {
         smallest_error,
         time_ratio,
         exponent,
+        exponent_difference,
     )
 }

@@ -75,17 +75,25 @@ def networks_of(data: Data, label: str) -> list[dict[str, Any]]:
 def finals(data: Data, label: str, metric: str) -> Values:
     """A metric of every run that ended: of its summary, or "last_loss", the median of the last tenth of logged losses.
 
-    The summary's training loss is the mean of the last epoch: of a run that is shorter, of all it went through.
+    The summary's training loss is the mean of the last epoch. Of a run that has no two epochs that would be the mean of
+    all that it went through: there "train_loss" is the last loss, too.
 
     Raises:
         Missing: none ended with it.
     """
     ended = [run for run in runs_of(data, label) if run["status"] == "done"]
-    values = {run["seed"]: last_loss(run) if metric == "last_loss" else run[metric] for run in ended}
+    values = {run["seed"]: final_metric(run, metric) for run in ended}
     found = {seed: float(value) for seed, value in values.items() if value is not None}
     if not found:
         raise Missing(f"no run {label!r} ended with a {metric}")
     return found
+
+
+def final_metric(run: dict[str, Any], metric: str) -> float | None:
+    """One run's metric at its end; see `finals`."""
+    short = metric == "train_loss" and len(run["epochs"]) < 2
+    value = last_loss(run) if short or metric == "last_loss" else run[metric]
+    return run[metric] if short and value is None else value  # its losses were not logged
 
 
 def last_loss(run: dict[str, Any]) -> float | None:

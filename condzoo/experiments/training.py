@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from condzoo.training.run_directory import read_records as read_metrics
 from condzoo.training.sweep import run_all
 
 DIGITS = 5  # significant ones that are kept
-LOSS_POINTS = 200  # of the loss by step, at most
+LOSS_POINTS, EPOCHS, PROBED_STEPS = 200, 100, 100  # of a run that are kept, at most
 KAPPA = re.compile(r"(input|grad)_kappa(\d+)")
 LAYER_VALUES: dict[str, Callable[[LayerConditioning], float | None]] = {
     "input_lambda_max": lambda layer: layer.input.lambda_max,
@@ -113,9 +114,9 @@ def take_run(planned: PlannedRun, run: Run, settings: TrainingSettings) -> dict[
     """The numbers of one run; `status` is done, diverged or failed."""
     summary = run.summary
     row: dict[str, Any] = {"label": planned.label, "variant": planned.variant, "seed": planned.recipe.seed}
-    row["recipe"] = digest(planned.recipe)
+    row |= {"recipe": digest(planned.recipe), "root": planned.recipe.data.root}
     row |= {key: summary.get(key) for key in ("status", "steps", "train_loss", "test_error", "seconds", "error")}
-    row["diverged"] = summary.get("diverged")
+    row |= {"diverged": summary.get("diverged"), "classes": summary.get("num_classes")}
     row["test_error"] = None if row["status"] == "diverged" else row["test_error"]
     if row["status"] == "failed":
         return row | {"loss": [], "epochs": [], "probed": [], "quantities": {}}
@@ -190,17 +191,33 @@ def mark_chosen(rows: list[dict[str, Any]], owner: Experiment) -> None:
         for row in own:
             done = row["status"] == "done" and row["train_loss"] is not None
             losses.setdefault(str(row["variant"]), []).append(row["train_loss"] if done else math.inf)
-        medians = {variant: sorted(values)[len(values) // 2] for variant, values in losses.items()}
+        medians = {variant: statistics.median(values) for variant, values in losses.items()}
         best = min(medians, key=medians.__getitem__, default=None)
         for row in own:
             row["chosen"] = spec.choose == "all" or str(row["variant"]) == best
 
 
 def thinned(row: dict[str, Any]) -> dict[str, Any]:
-    """A run as it is kept: of those that were not chosen only what became of them; the loss at some steps."""
-    every = -(-len(row["loss"]) // LOSS_POINTS) or 1
-    row = {**row, "loss": row["loss"][::every]}
+    """A run as it is kept: of those that were not chosen only what became of them; of many steps and epochs some."""
+    kept = spread(len(row["probed"]), PROBED_STEPS)
+    quantities = {
+        name: {**table, "values": [table["values"][i] for i in kept]} for name, table in row["quantities"].items()
+    }
+    row = {
+        **row,
+        "loss": [row["loss"][i] for i in spread(len(row["loss"]), LOSS_POINTS)],
+        "epochs": [row["epochs"][i] for i in spread(len(row["epochs"]), EPOCHS)],
+        "probed": [row["probed"][i] for i in kept],
+        "quantities": quantities,
+    }
     return row if row["chosen"] else {**row, "loss": [], "epochs": row["epochs"][-1:], "probed": [], "quantities": {}}
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many of `count` places, evenly, the first and the last always; all of them where they are few."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
 def environment_of(runs: Sequence[Run]) -> dict[str, Any] | None:

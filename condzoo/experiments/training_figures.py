@@ -147,13 +147,18 @@ def explosion(figure: Any, data: dict[str, Any], experiment: Experiment) -> None
     axes = figure.subplots(1, len(labels), squeeze=False)
     for ax, label in zip(axes[0], labels, strict=True):
         run = chosen_runs(data, label)[0]
-        for i, (step, values) in enumerate(zip(run["probed"], run["quantities"][quantity]["values"], strict=True)):
+        table = run["quantities"].get(quantity, {"values": []})
+        if not table["values"]:
+            ax.text(0.5, 0.5, f"not measured ({run['status']})", transform=ax.transAxes, ha="center", fontsize=8)
+        for i, (step, values) in enumerate(zip(run["probed"], table["values"], strict=True)):
             color = colormaps[COLOURS](i / max(1, len(run["probed"]) - 1) * 0.9)
             ax.plot(np.array(values, dtype=float), color=color, lw=1.1, label=f"iteration {step}")
         ax.set(yscale="log", xlabel="layer, from the input", title=title_of(label, [run]))
         tidy(ax)
     axes[0, 0].set_ylabel(name_of(quantity))
-    axes[0, -1].legend(fontsize=7, frameon=False)
+    drawn = [ax for ax in axes[0] if ax.lines]
+    if drawn:
+        drawn[-1].legend(fontsize=7, frameon=False)
 
 
 def curves(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
@@ -212,9 +217,9 @@ def errors(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
         ax.plot([i] * len(known), known, MARKERS[i % 2], color=color, alpha=0.8)
         if known:
             ax.hlines(np.median(known), i - 0.25, i + 0.25, color=color)
-        lost = len(runs) - len(known)
-        if lost:
-            text = f"{lost} of {len(runs)} diverged"
+        fates = {fate: sum(run["status"] == fate for run in runs) for fate in ("diverged", "failed")}
+        text = ", ".join(f"{count} of {len(runs)} {fate}" for fate, count in fates.items() if count)
+        if text:
             above = ax.get_xaxis_transform()  # at the upper edge, wherever the errors lie
             ax.text(i, 0.98, text, transform=above, rotation=90, ha="center", va="top", fontsize=7, color=color)
     ax.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
@@ -234,7 +239,8 @@ def last_layer(figure: Any, data: dict[str, Any], experiment: Experiment) -> Non
             name = {"label": label} if j == 0 else {}
             marker = {"marker": MARKERS[i % len(MARKERS)], "markersize": 3}
             for ax, quantity in zip(axes, quantities, strict=False):
-                values = np.array([row[-1] for row in run["quantities"][quantity]["values"]], dtype=float)
+                rows = run["quantities"].get(quantity, {"values": []})["values"]
+                values = np.array([row[-1] for row in rows], dtype=float)
                 ax.plot(run["probed"], values, **style, **marker, **name)
             if run["loss"]:
                 axes[-1].plot(*zip(*run["loss"], strict=True), **style, **name)

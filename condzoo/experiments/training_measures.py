@@ -13,6 +13,7 @@ from condzoo.experiments.readings import (
     Data,
     Missing,
     Values,
+    final_metric,
     finals,
     finite_median,
     fitted_slope,
@@ -95,13 +96,13 @@ def final_loss(data: Data, label: str) -> Values:
 def loss_ratio(data: Data, label: str, to: str) -> Values:
     """Final training loss of one curve over another's."""
     one, other = finals(data, label, "train_loss"), finals(data, to, "train_loss")
-    return {seed: one[seed] / other[seed] for seed in one if seed in other}
+    return {seed: quotient(one[seed], other[seed]) for seed in one if seed in other}
 
 
 def final_error(data: Data, label: str) -> Values:
-    """Test error at the end, %; 90 (chance, of ten classes) for a run that diverged."""
+    """Test error at the end, %; chance (90, of ten classes) for a run that diverged."""
     return {
-        run["seed"]: 100 * run["test_error"] if run["test_error"] is not None else 90.0
+        run["seed"]: 100 * (run["test_error"] if run["test_error"] is not None else 1 - 1 / (run.get("classes") or 10))
         for run in runs_of(data, label)
         if run["status"] != "failed"
     }
@@ -115,7 +116,7 @@ def error_difference(data: Data, label: str, to: str) -> Values:
 
 def rank_correlation(data: Data, labels: list[str], metric: str = "test_error") -> Values:
     """Spearman's correlation of a final metric with the labels' order (1: it grows along the list)."""
-    columns = [finals(data, label, metric) for label in labels]
+    columns = [final_error(data, x) if metric == "test_error" else finals(data, x, metric) for x in labels]
     seeds = set.intersection(*(set(column) for column in columns))
     return {seed: spearman([column[seed] for column in columns]) for seed in sorted(seeds)}
 
@@ -123,15 +124,28 @@ def rank_correlation(data: Data, labels: list[str], metric: str = "test_error") 
 def loss_fall(data: Data, label: str, metric: str = "train_loss") -> Values:
     """The first logged training loss over the final one: that of the last epoch, or "last_loss" (see `finals`)."""
     final = finals(data, label, metric)
-    return {run["seed"]: run["loss"][0][1] / final[run["seed"]] for run in runs_of(data, label) if run["loss"]}
+    runs = [run for run in runs_of(data, label) if run["loss"] and run["seed"] in final]
+    return {run["seed"]: quotient(run["loss"][0][1], final[run["seed"]]) for run in runs}
+
+
+def quotient(above: float, below: float) -> float:
+    """above / below; by 0 it is infinite, or not a number."""
+    return above / below if below else math.inf if above else math.nan
 
 
 def converged(data: Data, label: str, below: float) -> Values:
-    """1 where a run ended with a training loss below the number given, 0 where it diverged or did not."""
-    return {
-        run["seed"]: float(run["status"] == "done" and (run["train_loss"] or math.inf) < below)
-        for run in runs_of(data, label)
-    }
+    """1 where a run ended with a training loss below the number given, 0 where it diverged or did not.
+
+    A run that failed (a full disk) says nothing.
+    """
+    found = {}
+    for run in runs_of(data, label):
+        if run["status"] != "failed":
+            loss = final_metric(run, "train_loss") if run["status"] == "done" else None
+            found[run["seed"]] = float(loss is not None and loss < below)
+    if not found:
+        raise Missing(f"every run {label!r} failed")
+    return found
 
 
 def collapse(data: Data, label: str, quantity: str = "fisher_lambda_max") -> Values:

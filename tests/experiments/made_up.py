@@ -25,7 +25,7 @@ def run_of(label: str, seed: int, **fields: Any) -> dict[str, Any]:
         "train_loss": 1.0,
         "test_error": 0.5,
         "loss": [[0, 2.0], [3, 1.0]],
-        "epochs": [],
+        "epochs": [{"step": s, "train_loss": 1.0, "train_error": 0.5, "test_error": 0.5} for s in (2, 4)],
         "probed": list(range(STEPS)),
         "quantities": {},
     }
@@ -219,6 +219,11 @@ def times(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
     return {"points": points}
 
 
+def exponent_differences(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
+    difference = next(iter(values.values()))
+    return {"exponents": {args["over"]: {args["way"]: difference, args["than"]: 0.0}}}
+
+
 def exponents(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
     return {"exponents": {args["over"]: {args["way"]: next(iter(values.values()))}}}
 
@@ -244,6 +249,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any], dict[int, float]], dict[str, Any]]
     "smallest_error": trials,
     "time_ratio": times,
     "exponent": exponents,
+    "exponent_difference": exponent_differences,
 }
 TARGETS = {
     "converged": (0.0, 1.0),
@@ -263,7 +269,7 @@ def targets(claim: Claim) -> tuple[list[float], list[float]]:
     around = [b + step for b in bounds for step in (-abs(b) - 1, -0.4 * abs(b), 0.4 * abs(b), abs(b) + 1)]
     if len(bounds) == 2:
         around.append(sum(bounds) / 2)
-    positive = claim.measure not in ("slope_over_depth", "collapse")
+    positive = claim.measure not in ("slope_over_depth", "collapse", "exponent_difference")
     chosen = TARGETS.get(claim.measure, tuple(v for v in around if v > 0 or not positive))
     inside = [v for v in chosen if claim.above is None or v > claim.above]
     inside = [v for v in inside if claim.below is None or v < claim.below]

@@ -121,3 +121,54 @@ def test_one_seed_of_an_experiment_that_has_one_is_enough():
     data = read_data_file(Path(__file__).parents[2] / "docs" / "data" / "cost.json")
     verdicts = judge(load_experiment("cost"), data)
     assert "held" in {verdict.outcome for verdict in verdicts if len(verdict.values) == 1}
+
+
+def test_a_seed_without_a_value_leaves_a_claim_undecided():
+    experiment = load_experiment("table_b")
+    runs = [run for seed in (1, 2) for run in (run_of("VGG-20", seed), run_of("VGG-20 LastBN", seed, test_error=0.4))]
+    runs += [run_of("VGG-20", 3, status="failed", test_error=None), run_of("VGG-20 LastBN", 3)]
+    verdict = judge(experiment, {"scale": "cpu", "seeds": [1, 2, 3], "runs": runs})[0]
+    assert (verdict.outcome, verdict.why) == ("not decided", "no value of seed 3")
+
+
+def test_one_seed_of_networks_at_initialization_decides_nothing():
+    data = read_data_file(Path(__file__).parents[2] / "docs" / "data" / "fig01.json")
+    assert {v.outcome for v in judge(load_experiment("fig01"), data)} == {"held"}
+    data = {**data, "seeds": [1], "networks": [n for n in data["networks"] if n["seed"] == 1]}
+    verdicts = judge(load_experiment("fig01"), data)
+    assert {v.outcome for v in verdicts} == {"not decided"}
+    assert {v.why for v in verdicts} == {"one seed alone, within the bound"}
+
+
+def test_a_diverged_seed_beside_good_ones_is_no_error():
+    fall = Claim(text="", measure="loss_fall", args={"label": "a"}, above=1.5, reason="")
+    runs = [run_of("a", 1), run_of("a", 2, status="diverged", train_loss=None), run_of("a", 3, train_loss=0.0)]
+    verdict = judge_claim(fall, {"runs": runs}, "here", seeds=[1, 2, 3])
+    assert verdict.values == {1: pytest.approx(2.0), 3: math.inf}
+    assert verdict.why == "no value of seed 2"
+
+
+def test_a_run_that_failed_has_neither_converged_nor_not():
+    stays = Claim(text="", measure="converged", args={"label": "a", "below": 2.0}, below=0.5, reason="")
+    failed = [run_of("a", seed, status="failed", train_loss=None) for seed in (1, 2)]
+    verdict = judge_claim(stays, {"runs": failed}, "here")
+    assert (verdict.outcome, verdict.measured) == ("not decided", "every run 'a' failed")
+    runs = [*failed, run_of("a", 3, status="diverged", train_loss=None), run_of("a", 4, train_loss=0.0)]
+    assert judge_claim(stays, {"runs": runs}, "here").values == {3: 0.0, 4: 1.0}
+
+
+def test_the_final_loss_of_a_run_within_an_epoch_is_the_last_and_not_the_mean_of_all():
+    losses = [[0, 9.0], [1, 5.0], [2, 1.9]]
+    short = run_of("a", 1, train_loss=5.3, loss=losses, epochs=run_of("a", 1)["epochs"][:1])
+    assert finals({"runs": [short]}, "a", "train_loss") == {1: 1.9}
+    assert finals({"runs": [short | {"loss": []}]}, "a", "train_loss") == {1: 5.3}
+    assert finals({"runs": [run_of("a", 1, train_loss=5.3, loss=losses)]}, "a", "train_loss") == {1: 5.3}
+    trains = Claim(text="", measure="converged", args={"label": "a", "below": 2.2}, above=0.5, reason="")
+    assert judge_claim(trains, {"runs": [short]}, "here").values == {1: 1.0}
+
+
+def test_chance_is_that_of_the_classes():
+    lower = Claim(text="", measure="error_difference", args={"label": "a", "to": "b"}, below=0, reason="")
+    lost = run_of("a", 1, status="diverged", test_error=None, classes=100)
+    data = {"runs": [lost, run_of("b", 1, test_error=0.97, classes=100)]}
+    assert judge_claim(lower, data, "here").values == {1: pytest.approx(2.0)}

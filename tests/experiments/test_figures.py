@@ -1,11 +1,21 @@
 """What a figure shows, read off its axes: which seed's layers, what diverged, values known of some seeds only."""
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 from condzoo.experiments import load_experiment
 from condzoo.experiments.matrix_figures import draw_values
-from condzoo.experiments.training_figures import curves, labels_of, layers, plain_numbers, title_of
+from condzoo.experiments.training_figures import (
+    curves,
+    errors,
+    explosion,
+    labels_of,
+    last_layer,
+    layers,
+    plain_numbers,
+    title_of,
+)
 from tests.experiments.made_up import run_of
 
 QUANTITIES = ("input_kappa50", "grad_kappa50")
@@ -92,3 +102,26 @@ def test_the_range_over_seeds_is_drawn_where_only_some_layers_are_known():
     corners = np.concatenate([path.vertices for path in ax.collections[0].get_paths()])
     assert {2.0, 4.0, 8.0, 16.0} <= set(corners[:, 1])
     assert ax.get_xlim() == (0.6, 4.4), "the layer that is not known, and the whole matrix, keep their places"
+
+
+@pytest.mark.parametrize(("draw", "name"), [(explosion, "fig11"), (last_layer, "fig15")])
+def test_a_run_that_failed_has_no_lines_and_is_no_error(draw, name):
+    experiment = load_experiment(name)
+    good = probed_run("a", 1, 4)
+    good["quantities"] = dict.fromkeys(experiment.figure.quantities, good["quantities"]["input_kappa50"])
+    failed = run_of("b", 1, status="failed", loss=[], epochs=[], probed=[], quantities={})
+    figure = Figure()
+    draw(figure, {"runs": [good, failed]}, experiment)
+    texts = {text.get_text() for ax in figure.axes for text in ax.texts}
+    assert texts == ({"not measured (failed)"} if draw is explosion else set())
+
+
+def test_what_became_of_runs_without_an_error_is_told_apart():
+    runs = [
+        run_of("a", 1),
+        run_of("a", 2, status="diverged", test_error=None),
+        run_of("a", 3, status="failed", test_error=None),
+    ]
+    figure = Figure()
+    errors(figure, {"runs": runs}, load_experiment("table_b"))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1 of 3 diverged, 1 of 3 failed"]

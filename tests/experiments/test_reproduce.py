@@ -13,6 +13,7 @@ from condzoo.experiments.collecting import SCHEMA, folder_reduction
 from condzoo.experiments.initialization import measure_network
 from condzoo.experiments.loading import labels_run, planned_runs
 from condzoo.experiments.report import command, error_table
+from condzoo.experiments.training import mark_chosen, thinned
 from condzoo.reproduce_commands import run_experiments
 from condzoo.training import Stopped
 from condzoo.training.loop import train
@@ -332,3 +333,74 @@ def test_each_file_of_the_report_has_its_figure_and_none_is_large():
     assert {name.split(".")[0] for name in data} <= set(experiment_ids())
     assert all(path.stat().st_size < 1_000_000 for path in data.values())
     assert all(5_000 < path.stat().st_size < 300_000 for path in figures.values())
+
+
+def test_the_file_that_is_all_that_is_left_of_a_run_is_kept_beside_the_new_one(tiny, tmp_path):
+    experiment = tiny("fig11")
+    labels = [spec.label for spec in experiment.training.runs]
+    collect(experiment, "cpu", tmp_path)
+    before = (tmp_path / "fig11.json").read_bytes()
+    collect(experiment, "cpu", tmp_path, only=labels[:1])
+    assert not (tmp_path / "fig11.json.bak").exists(), "the other's folder is there"
+    (tmp_path / "fig11.json").write_bytes(before)
+    shutil.rmtree(tmp_path / "runs")
+    collect(experiment, "cpu", tmp_path, only=labels[:1])
+    assert (tmp_path / "fig11.json.bak").read_bytes() == before
+
+
+def test_data_of_another_recipe_are_not_taken_for_finished(tiny, tmp_path):
+    experiment = tiny("fig11")
+    labels = [spec.label for spec in experiment.training.runs]
+    first = collect(experiment, "cpu", tmp_path, only=labels[:1])
+    assert collect(experiment, "cpu", tmp_path, only=labels[:1]) == first
+    scale = experiment.scales["cpu"]
+    slower = experiment.model_copy(
+        update={"scales": {"cpu": scale.model_copy(update={"recipe": {**scale.recipe, "optim.lr": 0.01}})}}
+    )
+    shutil.rmtree(tmp_path / "runs")
+    again = collect(slower, "cpu", tmp_path, only=labels[:1])
+    assert again["runs"][0]["recipe"] != first["runs"][0]["recipe"]
+
+
+def test_a_damaged_file_of_a_network_is_measured_again_and_damaged_data_are_named(tiny, tmp_path):
+    experiment = tiny("fig01")
+    first = collect(experiment, "cpu", tmp_path)
+    for content in (b"{", b"{}", b"[1]"):
+        (tmp_path / "fig01.json").unlink()
+        for path in (tmp_path / "runs" / "fig01-cpu").glob("*.json"):
+            path.write_bytes(content)
+        assert collect(experiment, "cpu", tmp_path)["networks"] == first["networks"]
+    (tmp_path / "fig01.json").write_text(json.dumps({"schema": SCHEMA}))
+    with pytest.raises(ValueError, match=r"fig01\.json is damaged: it has no id; delete it"):
+        collect(experiment, "cpu", tmp_path)
+
+
+def test_what_is_kept_of_a_long_run_is_little_and_stays_when_it_is_taken_again():
+    values = [[float(step), 1.0] for step in range(1000)]
+    long = run_of(
+        "a",
+        1,
+        loss=[[step, 1.0] for step in range(5000)],
+        epochs=[{"step": step} for step in range(333)],
+        probed=list(range(1000)),
+        quantities={"q": {"layers": ["x", "y"], "values": values}},
+    )
+    once = thinned(long)
+    assert (len(once["loss"]), len(once["epochs"]), len(once["probed"])) == (200, 100, 100)
+    assert (once["loss"][0], once["loss"][-1]) == ([0, 1.0], [4999, 1.0])
+    assert [row[0] for row in once["quantities"]["q"]["values"]] == once["probed"]
+    assert once["probed"][-1] == 999
+    assert thinned(once) == once
+
+
+def test_of_two_seeds_the_rate_with_the_lower_median_is_chosen():
+    experiment = load_experiment("fig05")
+    label = experiment.training.runs[0].label
+    losses = {0.1: (0.1, 0.9), 0.2: (0.6, 0.7)}
+    rows = [
+        run_of(label, seed, variant={"optim.lr": rate}, train_loss=loss)
+        for rate, own in losses.items()
+        for seed, loss in enumerate(own)
+    ]
+    mark_chosen(rows, experiment)
+    assert [row["variant"]["optim.lr"] for row in rows if row["chosen"]] == [0.1, 0.1]

@@ -31,7 +31,7 @@ def runs_of(data: Data, label: str) -> list[dict[str, Any]]:
 
 
 def table_of(run: dict[str, Any], quantity: str) -> np.ndarray:
-    """One run's quantity as [S, K]: log10 for magnitudes and condition numbers, NaN where not known.
+    """One run's quantity as [S, K]: log10 for magnitudes (-inf of 0) and condition numbers, NaN where not known.
 
     Raises:
         Missing: it was not measured.
@@ -42,7 +42,8 @@ def table_of(run: dict[str, Any], quantity: str) -> np.ndarray:
     values = np.array(kept["values"], dtype=float)
     if not any(word in quantity for word in LOGARITHMIC):
         return values
-    return np.log10(np.where(values > 0, values, np.nan))
+    with np.errstate(divide="ignore"):
+        return np.log10(values)
 
 
 def steps_chosen(table: np.ndarray, at: str) -> np.ndarray:

@@ -16,8 +16,10 @@ INTRODUCTION = """# Reproduction of arXiv:2002.10801
 Made by `condzoo reproduce --report` of the files in docs/data/; a test checks that it is up to date. Each claim is a
 measure with a bound, written into recipes/paper/ before the run. **held**: every seed is within the bound; **did not
 hold**: the median over seeds is not; **not decided**: only the median is, a value is missing, or a training has one
-seed alone. Values are medians, with the range over seeds. Scale `paper` is the appendix's own setup, for GPUs; scale
-`cpu` is what two cores can do, and what it leaves out is listed with each experiment.
+seed alone. Values are medians, with the range over seeds. A condition number that is not known counts as infinite, for
+its smallest eigenvalue is under the noise: a ratio of 0 says that most of the other network's are. Scale `paper` is the
+appendix's own setup, for GPUs; scale `cpu` is what two cores can do, and what it leaves out is listed with each
+experiment.
 """
 OUTCOMES = ("held", "did not hold", "not decided")
 

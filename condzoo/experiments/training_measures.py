@@ -50,13 +50,11 @@ def spread_over_depth(data: Data, label: str, quantity: str, at: str = "start", 
     return values
 
 
-def ratio_between(
-    data: Data, label: str, to: str, quantity: str, at: str = "all", unknown: float | None = None, last: bool = False
-) -> Values:
+def ratio_between(data: Data, label: str, to: str, quantity: str, at: str = "all", last: bool = False) -> Values:
     """How many times a quantity of one curve is another's: 10^median of log10 over layers and steps, seed by seed.
 
-    Layers are compared in their order; `last` looks at the last layer alone. `unknown` is the log10 that stands for
-    a value that is not known (a kappa under the noise is large: at least as large as any known one).
+    `last` looks at the last layer alone. A kappa that is not known is infinite: its smallest eigenvalue is under the
+    noise, so it is larger than those that are known, and leaving it out would flatter the network that has it.
     """
     values = {}
     for one, other in paired(data, label, to):
@@ -64,10 +62,13 @@ def ratio_between(
         for run in (one, other):
             table = steps_chosen(table_of(run, quantity), at)
             table = table[:, -1:] if last else table
-            levels.append(np.nan_to_num(table, nan=unknown) if unknown is not None else table)
+            levels.append(np.where(np.isnan(table), np.inf, table) if "kappa" in quantity else table)
         if not all(np.isfinite(level).any() for level in levels):
             raise Missing(f"{quantity} of {label} or {to} is not known at any layer")
-        values[one["seed"]] = float(10 ** (np.nanmedian(levels[0]) - np.nanmedian(levels[1])))
+        above, below = (float(np.nanmedian(level)) for level in levels)
+        if above == below == math.inf:
+            raise Missing(f"{quantity} of {label} and {to} is not known at most layers")
+        values[one["seed"]] = float(10 ** (above - below))
     return values
 
 
@@ -153,7 +154,7 @@ def collapse(data: Data, label: str, quantity: str = "fisher_lambda_max") -> Val
     found = {}
     for run in runs_of(data, label):
         first = table_of(run, quantity)[:, 0]
-        if not np.isfinite(first[[0, -1]]).all():
+        if not np.isfinite(first[0]) or np.isnan(first[-1]):  # a last value of 0 is a collapse
             raise Missing(f"{label}, seed {run['seed']}: {quantity} of the first layer is not finite")
         found[run["seed"]] = float(first[0] - first[-1])
     return found

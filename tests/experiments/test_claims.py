@@ -10,7 +10,7 @@ from condzoo.experiments.claims import judge_claim
 from condzoo.experiments.measures import MEASURES
 from condzoo.experiments.readings import Missing, finals, spearman
 from condzoo.experiments.schema import Claim
-from tests.experiments.made_up import BUILDERS, SEEDS, made_up, run_of, targets
+from tests.experiments.made_up import BUILDERS, SEEDS, by_layer, made_up, run_of, targets
 
 CLAIMS = [(name, i) for name in experiment_ids() for i in range(len(load_experiment(name).claims))]
 RATIO = Claim(text="", measure="loss_ratio", args={"label": "a", "to": "b"}, below=1, reason="")
@@ -172,3 +172,28 @@ def test_chance_is_that_of_the_classes():
     lost = run_of("a", 1, status="diverged", test_error=None, classes=100)
     data = {"runs": [lost, run_of("b", 1, test_error=0.97, classes=100)]}
     assert judge_claim(lower, data, "here").values == {1: pytest.approx(2.0)}
+
+
+def test_a_kappa_that_is_not_known_is_larger_than_any_that_is():
+    """Leaving it out would flatter the network whose smallest eigenvalues are under the noise."""
+    args = {"label": "a", "to": "b", "quantity": "input_kappa50"}
+    better = Claim(text="", measure="ratio_between", args=args, below=1, reason="")
+
+    def data(plain):
+        rows = {"a": [[10.0] * 3] * 2, "b": [plain] * 2}
+        return {"runs": [run_of(label, 1, quantities=by_layer("input_kappa50", r)) for label, r in rows.items()]}
+
+    assert judge_claim(better, data([1.1, None, None]), "here").values == {1: 0.0}
+    assert judge_claim(better, data([1.1, 100.0, None]), "here").values == {1: pytest.approx(0.1)}
+    assert judge_claim(better, data([None, None, None]), "here").outcome == "not decided"
+    unknown = {"runs": [run_of(x, 1, quantities=by_layer("input_kappa50", [[5.0, None, None]] * 2)) for x in "ab"]}
+    assert judge_claim(better, unknown, "here").why == "input_kappa50 of a and b is not known at most layers"
+
+
+def test_a_first_layer_that_fell_to_zero_has_collapsed():
+    args = {"label": "a", "quantity": "fisher_lambda_max"}
+    collapsed = Claim(text="", measure="collapse", args=args, above=1, reason="")
+    run = run_of("a", 1, quantities=by_layer("fisher_lambda_max", [[1e6, 1.0], [0.0, 1.0]]))
+    assert judge_claim(collapsed, {"runs": [run]}, "here").outcome == "held"
+    run = run_of("a", 1, quantities=by_layer("fisher_lambda_max", [[1e6, 1.0], [None, 1.0]]))
+    assert judge_claim(collapsed, {"runs": [run]}, "here").outcome == "not decided"

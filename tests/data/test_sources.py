@@ -128,17 +128,21 @@ def test_a_missing_file_is_an_error_with_its_path(name: str, make_set: MakeSet, 
         load_data(name, tmp_path)
 
 
-def test_download_goes_through_torchvision_into_the_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_set: MakeSet
-) -> None:
-    made = tmp_path / "elsewhere"
+@pytest.fixture
+def elsewhere(tmp_path: Path, make_set: MakeSet) -> Path:
+    """MNIST's folder, where no data root has it."""
     make_set("mnist")
-    (tmp_path / "MNIST").rename(made)
+    return (tmp_path / "MNIST").rename(tmp_path / "elsewhere")
+
+
+def test_download_goes_through_torchvision_into_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Path
+) -> None:
     asked = []
 
     def download(self: datasets.MNIST) -> None:
         asked.append(self.root)
-        made.rename(Path(self.root) / "MNIST")
+        elsewhere.rename(Path(self.root) / "MNIST")
 
     monkeypatch.setattr(datasets.MNIST, "download", download)
     root = tmp_path / "new" / "root"
@@ -159,11 +163,8 @@ def test_real_cifar10_and_mnist(data_root: Path) -> None:
 
 
 def test_a_download_that_failed_says_so_and_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_set: MakeSet
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Path
 ) -> None:
-    made = tmp_path / "elsewhere"
-    make_set("mnist")
-    (tmp_path / "MNIST").rename(made)
     root = tmp_path / "root"
     asked = []
 
@@ -173,7 +174,7 @@ def test_a_download_that_failed_says_so_and_is_tried_again(
         folder.mkdir(parents=True, exist_ok=True)
         if len(asked) == 1:
             raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
-        for path in (made / "raw").iterdir():
+        for path in (elsewhere / "raw").iterdir():
             path.rename(folder / path.name)
 
     monkeypatch.setattr(datasets.MNIST, "download", download)

@@ -125,6 +125,9 @@ def _build_fault(
         choose(model, layers)
     except ValueError as error:
         return str(error), "probe.layers"
+    made_for: Any = getattr(model, "pretrained_cfg", {}).get("input_size", ())
+    if tuple(made_for[1:]) == image_shape[1:] and not section.args:
+        return "", ""  # images of the size that it is made for; trying out the deepest takes seconds
     return _forward_fault(model, image_shape, num_classes), "model"
 
 

@@ -41,8 +41,8 @@ def reproduce(
 ) -> None:
     """Make a figure or table of arXiv:2002.10801's appendix again: the runs, the figure, and whether its claims held.
 
-    A claim that does not hold is a result, not an error. The same command again goes on where it stopped, and runs
-    nothing that is finished.
+    A claim that does not hold is a result, not an error, and so is a run that diverges; exit 1 where one failed
+    otherwise. The same command again goes on where it stopped, and runs nothing that is finished.
     """
     from condzoo.experiments import experiment_ids, load_experiment
     from condzoo.training import parse_seeds
@@ -64,22 +64,23 @@ def reproduce(
         "device": device,
     }
     experiments = with_images(experiments, imagenet, every)
-    failed = run_experiments(experiments, scale, out, imagenet, options)
-    if failed and strict:
+    whole, held = run_experiments(experiments, scale, out, imagenet, options)
+    if not whole or (strict and not held):
         raise typer.Exit(exit_codes.CHECK_FAILED)
 
 
 def run_experiments(
     experiments: list["Experiment"], scale: str, out: Path, imagenet: Path | None, options: dict[str, Any]
-) -> bool:
-    """Run, draw and judge each experiment; returns whether a claim did not hold."""
+) -> tuple[bool, bool]:
+    """Run, draw and judge each experiment; returns whether no run failed, and whether no claim did not hold."""
     from condzoo import display
     from condzoo.experiments import collect, draw, judge, stem
     from condzoo.experiments.report import needs_folder
+    from condzoo.experiments.training import row_name
     from condzoo.progress import TrainingProgress
 
     display.console.print(time_ahead(experiments, scale, out, options), markup=False)
-    failed = False
+    whole = held = True
     for number, experiment in enumerate(experiments, start=1):
         display.console.print(f"[{number}/{len(experiments)}] {experiment.id}: {experiment.title}", markup=False)
         # the folder is part of the recipes: however it is written, it is the same one
@@ -91,8 +92,12 @@ def run_experiments(
         draw(experiment, data, picture)
         verdicts = judge(experiment, data)
         display.print_verdicts(verdicts, picture)
-        failed |= any(verdict.outcome == "did not hold" for verdict in verdicts)
-    return failed
+        held &= all(verdict.outcome != "did not hold" for verdict in verdicts)
+        for run in data.get("runs", []):
+            if run["status"] == "failed":
+                display.console.print(f"failed: {row_name(run)}: {run['error']}", style="yellow", markup=False)
+                whole = False
+    return whole, held
 
 
 def time_ahead(experiments: list["Experiment"], scale: str, out: Path, options: dict[str, Any]) -> str:

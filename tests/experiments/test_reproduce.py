@@ -207,6 +207,23 @@ def test_a_run_that_failed_is_tried_again(tiny, tmp_path, monkeypatch):
     assert [run["status"] for run in data["runs"]] == ["done", "done"]
 
 
+def test_a_run_that_failed_is_an_error_at_the_end_of_all_others(tiny, tmp_path, monkeypatch, capsys):
+    experiment = tiny("fig11")
+    monkeypatch.setattr("condzoo.experiments.load_experiment", lambda _: experiment)
+
+    def one_fails(recipe, **options):
+        if recipe.model.name.startswith("mlp"):
+            raise OSError("disk full")
+        return train(recipe, **options)
+
+    monkeypatch.setattr(ATTEMPTS, "train", one_fails)
+    assert condzoo("reproduce", "fig11", "--out", str(tmp_path)) == 1
+    assert "failed: _a_100-layer_BN_MLP-seed1: disk full" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "fig11.png").is_file()
+    monkeypatch.setattr(ATTEMPTS, "train", train)
+    assert condzoo("reproduce", "fig11", "--out", str(tmp_path)) == 0
+
+
 def test_only_some_curves(tiny, tmp_path):
     table = load_experiment("table_b")
     labels = ["VGG-20", "VGG-20 LastBN", "ResNet-20", "ResNet-20 LastBN"]
@@ -249,7 +266,8 @@ def test_data_that_are_not_there_are_said_before_a_run_directory_is_made(tmp_pat
 def test_all_without_a_folder_of_images_leaves_those_that_need_one_out_aloud(monkeypatch, tmp_path, capsys):
     names = []
     monkeypatch.setattr(
-        "condzoo.reproduce_commands.run_experiments", lambda experiments, *_: names.extend(e.id for e in experiments)
+        "condzoo.reproduce_commands.run_experiments",
+        lambda experiments, *_: names.extend(e.id for e in experiments) or (True, True),
     )
     assert condzoo("reproduce", "--all", "--out", str(tmp_path)) == 0
     assert set(experiment_ids()) - set(names) == {"fig10", "fig14", "table_a"}

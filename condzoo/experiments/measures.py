@@ -116,6 +116,7 @@ MEASURES: dict[str, Callable[..., Values]] = {
         training.slope_over_depth,
         training.spread_over_depth,
         training.ratio_between,
+        training.variation_ratio,
         training.median_share,
         training.upper_minus_lower,
         training.final_loss,

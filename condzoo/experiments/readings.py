@@ -11,7 +11,7 @@ import numpy as np
 
 Data = dict[str, Any]
 Values = dict[int, float]
-LOGARITHMIC = ("lambda_max", "kappa")
+LOGARITHMIC = ("lambda_max", "kappa", "weight_domination")
 
 
 class Missing(ValueError):
@@ -31,7 +31,7 @@ def runs_of(data: Data, label: str) -> list[dict[str, Any]]:
 
 
 def table_of(run: dict[str, Any], quantity: str) -> np.ndarray:
-    """One run's quantity as [S, K]: log10 for magnitudes (-inf of 0) and condition numbers, NaN where not known.
+    """One run's quantity as [S, K]: log10 of all but shares (-inf of 0), NaN where not known.
 
     Raises:
         Missing: it was not measured.

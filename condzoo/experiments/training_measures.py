@@ -6,6 +6,7 @@ Shapes: S probed steps, K layers.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,29 @@ def ratio_between(data: Data, label: str, to: str, quantity: str, at: str = "all
             raise Missing(f"{quantity} of {label} and {to} is not known at most layers")
         values[one["seed"]] = float(10 ** (above - below))
     return values
+
+
+def variation_ratio(data: Data, label: str, to: str, quantity: str) -> Values:
+    """Decades a layer's quantity goes through over the steps, largest over smallest, one curve's over another's.
+
+    Of each curve the median over layers, the first step included; below 1 the first curve is the stabler one.
+    """
+    return {
+        one["seed"]: quotient(*(variation(run, quantity) for run in (one, other)))
+        for one, other in paired(data, label, to)
+    }
+
+
+def variation(run: dict[str, Any], quantity: str) -> float:
+    """Decades between the largest and the smallest step of a layer, median over the layers where two are known.
+
+    Raises:
+        Missing: there is no such layer.
+    """
+    table = table_of(run, quantity)
+    columns = [column[np.isfinite(column)] for column in table.T]
+    ranges = [float(np.ptp(column)) for column in columns if len(column) >= 2]
+    return finite_median(ranges, f"{run['label']}, seed {run['seed']}: {quantity} at two steps")
 
 
 def median_share(data: Data, label: str, quantity: str, at: str = "end", part: str = "all") -> Values:
@@ -149,7 +173,7 @@ def converged(data: Data, label: str, below: float) -> Values:
     return found
 
 
-def collapse(data: Data, label: str, quantity: str = "fisher_lambda_max") -> Values:
+def collapse(data: Data, label: str, quantity: str) -> Values:
     """Decades by which the first layer's value fell from the first probed step to the last."""
     found = {}
     for run in runs_of(data, label):

@@ -65,6 +65,16 @@ def levels(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
     return {"runs": runs}
 
 
+def varying(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
+    """One curve goes through `value` decades on each layer, the other through one, at levels far from each other."""
+    runs = []
+    for seed, ratio in values.items():
+        for label, decades, level in ((args["label"], ratio, 1e-3), (args["to"], 1.0, 1e5)):
+            rows = [[level * 10 ** (decades * share + k) for k in range(LAYERS)] for share in (0.3, 1.0, 0.0, 0.6)]
+            runs.append(run_of(label, seed, quantities=by_layer(args["quantity"], rows)))
+    return {"runs": runs}
+
+
 def shares(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
     """Every layer has the share at the end, and none before."""
     rows = {s: [[0.0] * LAYERS] * (STEPS - 1) + [[v] * LAYERS] for s, v in values.items()}
@@ -138,12 +148,11 @@ def converging(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]
 
 
 def collapsing(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
-    quantity = args.get("quantity", "fisher_lambda_max")
     runs = []
     for seed, decades in values.items():
         rows: list[list[float | None]] = [[1.0] * LAYERS for _ in range(STEPS)]
         rows[0][0] = 10.0**decades
-        runs.append(run_of(args["label"], seed, quantities=by_layer(quantity, rows)))
+        runs.append(run_of(args["label"], seed, quantities=by_layer(args["quantity"], rows)))
     return {"runs": runs}
 
 
@@ -231,6 +240,7 @@ def exponents(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
 BUILDERS: dict[str, Callable[[dict[str, Any], dict[int, float]], dict[str, Any]]] = {
     "slope_over_depth": sloped,
     "ratio_between": levels,
+    "variation_ratio": varying,
     "median_share": shares,
     "upper_minus_lower": uneven_shares,
     "final_loss": single("train_loss"),

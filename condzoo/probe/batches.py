@@ -13,20 +13,25 @@ Adapter = Callable[[Any], tuple[Any, Any]]
 TARGETS = ("labels", "label")  # the targets' keys in a batch that is a dict
 
 
-def each(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches one by one; a single pair or dict counts as one batch."""
+def each(batches: Iterable[Any], *, adapted: bool = False) -> Iterator[Any]:
+    """The batches one by one; a single pair or dict counts as one batch.
+
+    Args:
+        batches: as for `measure`.
+        adapted: an adapter makes pairs of them, so that dicts are batches whatever their keys.
+    """
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be a pair (x, y), or an iterable of such pairs, got {batches!r:.60}")
-    return iter([batches] if isinstance(batches, Mapping) or _is_pair(batches) else batches)
+    return iter([batches] if isinstance(batches, Mapping) or _is_pair(batches, adapted=adapted) else batches)
 
 
-def _is_pair(batches: Any) -> bool:
+def _is_pair(batches: Any, *, adapted: bool) -> bool:
     """Whether these are x and y, and not two batches: no batch is a tensor, nor a dict without targets."""
     if not isinstance(batches, (tuple, list)) or len(batches) != 2:
         return False
     x, y = batches
     if isinstance(x, Mapping):
-        return not (_holds_targets(x) and isinstance(y, Mapping) and _holds_targets(y))
+        return not (isinstance(y, Mapping) and (adapted or (_holds_targets(x) and _holds_targets(y))))
     return isinstance(x, Tensor) or isinstance(y, Tensor)
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import TensorWeakRef
 
 from condzoo.probe.arithmetic import Precision, plain_products
 from condzoo.probe.attention import has_bias, watch
@@ -40,6 +41,7 @@ SEEN: dict[str, Callable[[], Any]] = {  # what a Capture records -> nothing reco
     "_forward_seen": set,
     "_waiting": Counter,
     "_latest": lambda: None,
+    "_outputs": list,
 }
 CHANGING = "a ReLU whose number of units differs from call to call"
 
@@ -109,7 +111,9 @@ class Capture:
     _waiting: Counter[str] = field(default_factory=Counter)
     _relu_calls: dict[str, int] = field(default_factory=dict)
     _channels_first: bool = False
+    _linear_shape: torch.Size | None = None
     _latest: tuple[str, Tensor] | None = None
+    _outputs: list[tuple[str, TensorWeakRef]] = field(default_factory=list)
 
     def look_at(self, layers: dict[str, nn.Module]) -> None:
         """Read these layers and all ReLUs and attentions that the model has now; for while the hooks are off."""
@@ -157,8 +161,10 @@ class Capture:
     def begin(self, samples: int, scale: float) -> None:
         """A forward pass over `samples` samples follows, its gradients to be multiplied by `scale`."""
         self.find_origin()
-        self.batch, self.scale, self._latest, self._channels_first = samples, scale, None, False
+        self.batch, self.scale, self._latest = samples, scale, None
+        self._channels_first, self._linear_shape = False, None
         self._relu_calls.clear()
+        self._outputs.clear()
 
     def detach(self) -> None:
         """Take the hooks off; those of graphs still alive no longer record."""
@@ -190,7 +196,7 @@ class Capture:
         sums = self.sums.setdefault(name, LayerSums())
         sums.samples += self.batch
         self.dtypes.add(h.dtype)
-        self._note_layout(module)
+        self._note_layout(module, args, h)
         if (seen := x if self.conv == "channels" else padded_inside(module, x, h)) is None:
             sums.hidden = f"{type(module).__name__} pads its input in a way of its own: its patches are not seen"
             return
@@ -199,23 +205,43 @@ class Capture:
         if not sums.input.finite:
             self.find_origin(name)
         self._latest = name, h.detach()
+        self._outputs.append((name, TensorWeakRef(h)))
         if h.requires_grad:
             h.register_hook(partial(self._on_gradient, module, sums.output_grad, self.scale))
 
-    def _note_layout(self, module: nn.Module, *_: Any) -> None:
+    def _note_layout(self, module: nn.Module, _: Any, h: Tensor) -> None:
         """Remember where the units are in what follows this layer: along dimension 1, or the last."""
         self._channels_first = isinstance(module, CHANNELS_FIRST)
+        self._linear_shape = None if self._channels_first else h.shape
+
+    def _units_second(self, shape: torch.Size) -> bool:
+        """Whether a ReLU's units are along dimension 1; of an image after a linear layer the last is, [n, h, w, d]."""
+        if len(shape) == 3:
+            return self._channels_first
+        return self._channels_first or shape != self._linear_shape
 
     def counts(self) -> tuple[dict[str, Neurons], dict[str, str]]:
         """Dying and full units by ReLU, and the reason by ReLU that cannot be counted."""
         counted = {name: units.count() for name, units in self.neurons.items() if not units.changing}
         return counted, dict.fromkeys(self.neurons.keys() - counted.keys(), CHANGING)
 
-    def find_origin(self, reader: str | None = None) -> None:
-        """Name the layer where NaN or Inf came in: the latest, if its output holds it, else the one that reads it."""
-        if self.origin is None:
-            made = self._latest is not None and not bool(torch.isfinite(self._latest[1]).all())
-            self.origin = self._latest[0] if made and self._latest is not None else reader
+    def find_origin(self, reader: str | None = None, *, everywhere: bool = False) -> None:
+        """Name the layer where NaN or Inf came in: the first whose output holds it, else the one that reads it.
+
+        It may be on a branch that is not the latest layer's. Outputs that nothing else keeps are gone.
+
+        Args:
+            reader: a layer whose input holds it.
+            everywhere: look at all outputs although neither a reader nor the latest layer shows any.
+        """
+        if self.origin is not None:
+            return
+        latest = [] if self._latest is None else [self._latest]
+        made = [name for name, h in latest if not torch.isfinite(h).all()]
+        if made or everywhere or reader is not None:
+            kept = ((name, h) for name, reference in self._outputs if (h := reference()) is not None)
+            made = [name for name, h in kept if not torch.isfinite(h).all()][:1] + made
+        self.origin = next(iter(made), reader)
 
     def _add_input(self, moment: RunningMoment, module: nn.Module, x: Tensor) -> None:
         bias = self._adds_bias(module)
@@ -250,9 +276,9 @@ class Capture:
         call = self._relu_calls.get(name, 0)  # each call in a forward has units of its own
         self._relu_calls[name] = call + 1
         units = self.neurons.setdefault(f"{name}#{call}" if call else name, RunningNeurons())
-        first = output.ndim > 3 or (output.ndim == 3 and self._channels_first)
+        first = output.ndim == 2 or self._units_second(output.shape)
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            units.add(output, channels_first=first or output.ndim == 2, linear=linear)
+            units.add(output, channels_first=first, linear=linear)
 
     def _reads(self, name: str, *, at_once: bool = False) -> bool:
         """Whether this call is to be recorded: in training, and not a repetition of one that was (checkpointing).
@@ -267,6 +293,8 @@ class Capture:
             if repeated or not in_reentrant_checkpoint():
                 return False
             (self._forward_seen if at_once else self._waiting).update((name,))
+            if not at_once:
+                self.sums.setdefault(name, LayerSums())  # its place in the order of the forward pass
             return at_once
         if not repeated:
             self._forward_seen.add(name)

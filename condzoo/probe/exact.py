@@ -8,7 +8,9 @@
 over the weights and biases of all linear and convolution layers. Fused attention runs by its mathematical definition,
 since the fused kernels have no second derivative. With BatchNorm in train mode a sample's
 gradient is defined layer by layer as g_i x_i^T, concatenated (arXiv:2002.10801, appendix); H and G are
-those of the batch as one function. M and F are decomposed on their smaller Gram side.
+those of the batch as one function. There g_i depends on the labels of all samples: F's expectation is over
+independent ones as long as a batch has no more than 512 labels times classes, and over one class for all
+samples at a time beyond. M and F are decomposed on their smaller Gram side.
 Shapes: N samples, K classes, P parameters, T positions of a layer.
 """
 
@@ -17,21 +19,20 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from condzoo.probe.arithmetic import float64_noise
-from condzoo.probe.batches import batch_size, call, in_float64
+from condzoo.probe.batches import batch_size, call, in_float64, on_device
 from condzoo.probe.costs import announce, cost
-from condzoo.probe.gradient_rows import LayerRows, gradient_rows, unavailable
+from condzoo.probe.gradient_rows import ELSEWHERE, LayerRows, gradient_rows, unavailable
 from condzoo.probe.label_models import checked_distribution, distribution_of
-from condzoo.probe.layers import choose
-from condzoo.probe.losses import Loss, logits_of, mean_loss, name_of
+from condzoo.probe.layers import choose, samples_interact
+from condzoo.probe.losses import Loss, logits_of, loss_in_float64, mean_loss, name_of
 from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
 from condzoo.probe.second_derivatives import ggn_matrix, hessian_matrix
@@ -78,20 +79,37 @@ def curvature(
     Source: arXiv:2002.10801, appendix, Figs. I-IV.
     """
     checked("matrix", matrix, MATRICES)
-    if y is None and matrix in ("grad_moment", "hessian"):
-        raise ValueError(f"matrix={matrix!r} needs targets y; only 'fisher' and 'ggn' do without")
-    check_loss(matrix, loss)
-    model = copy.deepcopy(replica(model)).double()
+    model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
     layers = exact_layers(model, block)
-    x, y = in_float64(x), in_float64(y)
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         if matrix == "hessian":
             return _hessian(model, layers, x, y, loss)
         if matrix == "ggn" and samples_interact(model):
             return _interacting_ggn(model, layers, x, loss)
         rows = called_rows(gradient_rows(model, layers, x, y, loss, matrix))
-    parameters = sum(p.numel() for m in layers.values() for p in m.parameters(recurse=False))
-    return spectrum_of_rows(rows, batch_size(x), parameters)
+    return spectrum_of_rows(rows, batch_size(x), sum(p.numel() for p in own_parameters(layers)))
+
+
+def in_float64_copies(
+    model: nn.Module, x: Any, y: Any, matrix: str, loss: Loss | None
+) -> tuple[nn.Module, Any, Any, Loss | None]:
+    """The model, a batch on its device and the loss, in float64; the model is a copy.
+
+    Raises:
+        ValueError: the matrix needs targets, or another loss.
+    """
+    if y is None and matrix in ("grad_moment", "hessian"):
+        raise ValueError(f"matrix={matrix!r} needs targets y; 'fisher' does without")
+    check_loss(matrix, loss)
+    model = copy.deepcopy(replica(model)).double()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch = on_device(in_float64((x, y)), device)
+    return model, *batch, loss_in_float64(loss)
+
+
+def own_parameters(layers: Mapping[str, nn.Module]) -> list[Tensor]:
+    """Weights and biases of the layers, one that is shared once."""
+    return list({id(p): p for m in layers.values() for p in m.parameters(recurse=False)}.values())
 
 
 def exact_layers(model: nn.Module, block: str | None) -> dict[str, nn.Module]:
@@ -111,8 +129,11 @@ def called_rows(rows: dict[str, LayerRows]) -> list[LayerRows]:
     """The factors, of at least one layer.
 
     Raises:
-        ValueError: none was called.
+        ValueError: none was called, or one's weight is used elsewhere, too.
     """
+    for name, layer in rows.items():
+        if not layer.whole:
+            raise ValueError(unavailable(name, ELSEWHERE))
     if not rows:
         raise ValueError("the forward pass calls none of the layers asked for: there is no gradient")
     return list(rows.values())
@@ -127,7 +148,7 @@ def spectrum_of_rows(rows: list[LayerRows], samples: int, parameters: int) -> Sp
     side = min(vectors, reached)
     _check_size(side)
     announce(cost(side, _operations(rows, samples, reached)), "exact curvature")
-    small = torch.zeros((side, side), dtype=torch.float64)
+    small = rows[0].inputs[0].new_zeros((side, side))
     if vectors <= reached:
         for layer in rows:
             small += layer.gram()
@@ -137,14 +158,14 @@ def spectrum_of_rows(rows: list[LayerRows], samples: int, parameters: int) -> Sp
         for start in range(0, vectors, 512):
             part = torch.cat([layer.dense(slice(start, start + 512)) for layer in rows], dim=1)
             small.addmm_(part.T, part)
-    values = torch.linalg.eigvalsh(small / samples)
+    values = torch.linalg.eigvalsh(small / samples).cpu()
     padded = torch.cat([values, values.new_zeros(parameters - side)])
     floor = float64_noise(side, max(0.0, float(values.max())))
     return from_blocks(padded[None], floor, vectors, arithmetic="exact, float64")
 
 
 def _operations(rows: list[LayerRows], samples: int, parameters: int) -> float:
-    """Floating-point operations of the products in `_from_rows`."""
+    """Floating-point operations of the products in `spectrum_of_rows`."""
     vectors = rows[0].vectors
     if vectors > parameters:
         formed = samples if all(layer.single_position for layer in rows) else 2 * vectors
@@ -179,27 +200,28 @@ def _from_factors(rows: list[LayerRows], samples: int) -> Tensor:
 
 
 def _hessian(model: nn.Module, layers: dict[str, nn.Module], x: Any, y: Any, loss: Loss | None) -> Spectrum:
-    parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
-    _check_size(sum(p.numel() for p in parameters))
-    value = mean_loss(loss, call(model, x), y, batch_size(x))
+    parameters = own_parameters(layers)
     side = sum(p.numel() for p in parameters)
+    _check_size(side)
+    value = mean_loss(loss, call(model, x), y, batch_size(x))
     announce(cost(side, 0.0, 3 * side * _seconds_of_backward(value, parameters)), "exact Hessian")
-    values = torch.linalg.eigvalsh(hessian_matrix(value, parameters))
+    values = torch.linalg.eigvalsh(hessian_matrix(value, parameters)).cpu()
     floor = float64_noise(values.numel(), float(values.abs().max()))
     return from_blocks(values[None], floor, None, arithmetic="exact, float64", signed=True)
 
 
 def _interacting_ggn(model: nn.Module, layers: dict[str, nn.Module], x: Any, loss: Loss | None) -> Spectrum:
-    parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
-    _check_size(sum(p.numel() for p in parameters))
+    parameters = own_parameters(layers)
+    side = sum(p.numel() for p in parameters)
+    _check_size(side)
     logits = logits_of(call(model, x))
     checked_distribution(loss, logits, "matrix='ggn'", tokens=False)
-    side, vectors = sum(p.numel() for p in parameters), logits.numel()
+    vectors = logits.numel()
     passes = vectors * _seconds_of_backward(logits.sum(), parameters)
     announce(cost(side, 2.0 * vectors * side**2, passes), "exact generalized Gauss-Newton matrix")
-    values = torch.linalg.eigvalsh(ggn_matrix(logits, parameters))
+    values = torch.linalg.eigvalsh(ggn_matrix(logits, parameters)).cpu()
     floor = float64_noise(values.numel(), max(0.0, float(values.max())))
-    return from_blocks(values[None], floor, logits.numel(), arithmetic="exact, float64")
+    return from_blocks(values[None], floor, vectors, arithmetic="exact, float64")
 
 
 def check_loss(matrix: str, loss: Loss | None) -> None:
@@ -219,11 +241,6 @@ def _seconds_of_backward(value: Tensor, parameters: Sequence[Tensor]) -> float:
     began = time.perf_counter()
     torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     return time.perf_counter() - began
-
-
-def samples_interact(model: nn.Module) -> bool:
-    """Whether a BatchNorm computes statistics of the batch, so that a sample's output depends on the others."""
-    return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
 
 
 def _check_size(side: int) -> None:

@@ -15,11 +15,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from condzoo.probe.batches import batch_size, call
-from condzoo.probe.label_models import checked_distribution, class_axis, weighted_gradients
-from condzoo.probe.layers import CONVOLUTIONS
+from condzoo.probe.label_models import (
+    ONE_BY_ONE,
+    checked_distribution,
+    class_axis,
+    gradients_one_by_one,
+    weighted_gradients,
+)
+from condzoo.probe.layers import CONVOLUTIONS, samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.patches import padded_inside, unfolded
 
+ELSEWHERE = "a layer whose weight is used otherwise than by its own call"
+SAME = 1e-6  # rounding between two ways to a gradient in float64, relative
 SAMPLES = 64  # samples whose gradients are formed at a time
 
 
@@ -33,11 +41,13 @@ class LayerRows:
         inputs: a tensor [N, groups, T, d_in / groups] for each call of the layer.
         grads: for each label draw, a tensor [N, groups, T, d_out / groups] a call.
         samples: N.
+        whole: whether the weight's gradient is the sum of these rows; else another layer, or none, uses it, too.
     """
 
     bias: bool
     width: int
     samples: int
+    whole: bool = True
     inputs: list[Tensor] = field(default_factory=list)
     grads: list[list[Tensor]] = field(default_factory=list)
 
@@ -106,7 +116,7 @@ class LayerRows:
 
 
 def _product_in_parts(layer: LayerRows) -> Float[Tensor, "v v"]:
-    total = torch.zeros((layer.vectors, layer.vectors), dtype=torch.float64)
+    total = layer.inputs[0].new_zeros((layer.vectors, layer.vectors))
     dense = torch.cat([layer.dense(slice(i, i + SAMPLES)) for i in range(0, layer.vectors, SAMPLES)])
     return total.addmm_(dense, dense.T)
 
@@ -114,7 +124,7 @@ def _product_in_parts(layer: LayerRows) -> Float[Tensor, "v v"]:
 def gradient_rows(
     model: nn.Module, layers: dict[str, nn.Module], x: Any, y: Any, loss: Loss | None, matrix: str
 ) -> dict[str, LayerRows]:
-    """The factors of the layers that are called.
+    """The factors of the layers that are called, or whose weight is used without a call.
 
     For "grad_moment" with labels y, else for the expectation over the loss's distribution.
 
@@ -137,12 +147,15 @@ def gradient_rows(
         else:
             predicted = logits_of(output)
             kind = checked_distribution(loss, predicted, f"matrix={matrix!r}", tokens=matrix != "ggn")
-            for signal in weighted_gradients(kind, predicted, class_axis(kind, output, predicted, y)):
+            signals = weighted_gradients(kind, predicted, class_axis(kind, output, predicted, y))
+            if samples_interact(model) and predicted.numel() <= ONE_BY_ONE:
+                signals = gradients_one_by_one(signals)
+            for signal in signals:
                 _backward(predicted, weights, rows, signal)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: layer for name, layer in rows.items() if layer.inputs}
+    return {name: layer for name, layer in rows.items() if layer.inputs or not layer.whole}
 
 
 def _width(module: nn.Module) -> int:
@@ -163,15 +176,29 @@ def unavailable(name: str, what: str) -> str:
 def _backward(value: Tensor, weights: list[Any], rows: dict[str, LayerRows], signal: Tensor | None) -> None:
     for layer in rows.values():
         layer.grads.append([torch.empty(0)] * len(layer.inputs))
-    torch.autograd.grad(value, weights, signal, retain_graph=True, allow_unused=True)
-    for layer in rows.values():
+    found = torch.autograd.grad(value, weights, signal, retain_graph=True, allow_unused=True)
+    for layer, weight_grad in zip(rows.values(), found, strict=True):
         for i, grad in enumerate(layer.grads[-1]):
             if not grad.numel():  # no gradient reaches this call
                 layer.grads[-1][i] = layer.inputs[i].new_zeros((*layer.inputs[i].shape[:3], layer.width))
+        if len(layer.grads) == 1:
+            layer.whole = _is_sum(layer, weight_grad)
+
+
+def _is_sum(layer: LayerRows, weight_grad: Tensor | None) -> bool:
+    """Whether a weight's gradient is the mean of its rows."""
+    if not layer.inputs:
+        return weight_grad is None or not weight_grad.any()
+    x, g = torch.cat(layer.inputs, dim=2), torch.cat(layer.grads[0], dim=2)
+    mean = torch.einsum("ngto,ngti->goi", g, x).flatten() / layer.samples
+    expected = torch.zeros_like(mean) if weight_grad is None else weight_grad.flatten()
+    return float((mean - expected).norm()) <= SAME * float(mean.norm() + expected.norm())
 
 
 def _listener(name: str, rows: LayerRows) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], h: Tensor) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing repeats a forward pass that was read
         if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             raise ValueError(unavailable(name, f"a {type(module).__name__}"))
         x, index = (args[0] if args else kwargs["input"]).detach(), len(rows.inputs)

@@ -10,7 +10,7 @@ Shapes: N samples, T positions, g groups.
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from condzoo.probe.arithmetic import float64_noise
-from condzoo.probe.batches import batch_size, in_float64
-from condzoo.probe.exact import spectrum_of_rows
+from condzoo.probe.batches import batch_size
+from condzoo.probe.exact import in_float64_copies, spectrum_of_rows
 from condzoo.probe.finishing import NO_GRADIENT, NOT_CALLED
-from condzoo.probe.gradient_rows import LayerRows, gradient_rows
+from condzoo.probe.gradient_rows import ELSEWHERE, LayerRows, gradient_rows
 from condzoo.probe.kronecker import KroneckerSpectrum
 from condzoo.probe.layers import CONVOLUTIONS, choose, kind
 from condzoo.probe.losses import Loss
@@ -30,7 +30,6 @@ from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
 from condzoo.probe.spectra import Spectrum, from_blocks
 from condzoo.probe.weights import own_weight
-from condzoo.probe.wrappers import replica
 
 MATRICES = ("fisher", "grad_moment")
 
@@ -53,21 +52,25 @@ class KroneckerQuality:
 
     @property
     def lambda_ratio(self) -> float:
-        """lambda_max of the exact block over that of the approximation."""
-        return self.exact.lambda_max / self.kronecker.lambda_max
+        """lambda_max of the exact block over that of the approximation; NaN where both are 0."""
+        top = self.kronecker.lambda_max
+        return self.exact.lambda_max / top if top else math.nan
 
     @property
     def relative_distance(self) -> float:
-        """|a - b|_2 / |a|_2 of the sorted spectra, a exact and b the approximation's: mostly of the large ones."""
+        """|a - b|_2 / |a|_2 of the sorted spectra, a exact and b the approximation's: mostly of the large ones.
+
+        NaN where all are 0.
+        """
         a, b = self.exact.eigenvalues, self.kronecker.eigenvalues
         return float((a - b).norm() / a.norm())
 
     @property
     def log_distance(self) -> float:
-        """max_i |log10 (a_i / b_i)| over the i at which both sorted spectra are above their noise floors."""
+        """max_i |log10 (a_i / b_i)| over the i at which both sorted spectra are above their noise floors, else NaN."""
         known = min(self.exact.rank, self.kronecker.rank)
         ratio = self.exact.eigenvalues[:known] / self.kronecker.eigenvalues[:known]
-        return float(ratio.log10().abs().max())
+        return float(ratio.log10().abs().max()) if known else math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,16 +141,19 @@ def kronecker_report(
         loss: as in `curvature`.
         seed: of dropout.
 
+    Returns:
+        A `KroneckerReport`: layer name to `KroneckerQuality`; eigenvalues in loss / parameter^2.
+
     Raises:
         ValueError: an unknown matrix or layer, a missing y, or a block too large to decompose.
+
+    Source: arXiv:2002.10801, Proposition 1; for convolutions arXiv:1602.01407.
 
     Convolutions count patches, as K-FAC does. With one position and labels whose gradient does not depend on x
     the two are equal; the ratio says how far that is off.
     """
     checked("matrix", matrix, MATRICES)
-    if y is None and matrix == "grad_moment":
-        raise ValueError("matrix='grad_moment' needs targets y; 'fisher' does without")
-    model = copy.deepcopy(replica(model)).double()
+    model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
     chosen, skipped = choose(model, layers)
     inside = set(model.modules())
     blocks: dict[str, nn.Module] = {
@@ -156,13 +162,14 @@ def kronecker_report(
         if isinstance(m, (nn.Linear, *CONVOLUTIONS)) and m in inside and own_weight(m) is not None
     }
     skipped |= {n: f"the exact block of {_what(m)} is not available" for n, m in chosen.items() if n not in blocks}
-    x, y = in_float64(x), in_float64(y)
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
         rows = gradient_rows(model, blocks, x, y, loss, matrix)
     samples = batch_size(x)
+    skipped |= {n: f"the exact block of {ELSEWHERE} is not available" for n, layer in rows.items() if not layer.whole}
+    rows = {n: layer for n, layer in rows.items() if layer.whole}
     reached = {n: layer for n, layer in rows.items() if any(bool(g.any()) for calls in layer.grads for g in calls)}
     found = {n: _quality(blocks[n], layer, samples) for n, layer in reached.items()}
-    skipped |= {n: NO_GRADIENT if n in rows else NOT_CALLED for n in blocks if n not in reached}
+    skipped |= {n: NO_GRADIENT if n in rows else NOT_CALLED for n in blocks if n not in reached and n not in skipped}
     return KroneckerReport(found, skipped, matrix, "train" if model.training else "eval", samples)
 
 

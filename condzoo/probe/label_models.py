@@ -13,7 +13,7 @@ Shapes: n samples, t labels a sample (tokens, pixels; else one), k classes or co
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 Distribution = Literal["softmax", "log-softmax", "gaussian", "bernoulli"]
 
+SOFTMAX: tuple[Distribution, ...] = ("softmax", "log-softmax")
 FUNCTIONS: dict[Any, Distribution] = {
     F.cross_entropy: "softmax",
     F.nll_loss: "log-softmax",
@@ -36,6 +37,7 @@ MODULES: tuple[tuple[type[nn.Module], Distribution], ...] = (
     (nn.MSELoss, "gaussian"),
     (nn.BCEWithLogitsLoss, "bernoulli"),
 )
+ONE_BY_ONE = 512  # backward passes a batch, up to which each sample's label is a pass of its own under batch statistics
 ALLOWED = "cross-entropy (softmax), NLL (log-probabilities), MSE (Gaussian) or BCE with logits (Bernoulli) of torch"
 
 
@@ -69,7 +71,7 @@ def checked_distribution(loss: Any, output: Any, asked: str, *, tokens: bool = T
         )
     tensor = isinstance(output, Tensor)
     shape = list(output.shape) if tensor else type(output).__name__
-    if found in ("softmax", "log-softmax") and not (tensor and (output.ndim == 2 or (tokens and output.ndim > 2))):
+    if found in SOFTMAX and not (tensor and (output.ndim == 2 or (tokens and output.ndim > 2))):
         allowed = "[n, classes] or [n, classes, ...]" if tokens else "[n, classes]"
         raise ValueError(f"{asked} needs logits {allowed}, got {shape}; use the labels of the data (labels='data')")
     if not (tensor and output.ndim and output.is_floating_point()):
@@ -87,7 +89,7 @@ def class_axis(kind: Distribution, output: Any, logits: Tensor, target: Any) -> 
     Raises:
         ValueError: nothing decides.
     """
-    if logits.ndim <= 2 or "softmax" not in kind:
+    if logits.ndim <= 2 or kind not in SOFTMAX:
         return 1
     of_language = not isinstance(output, Tensor) and logits.ndim == 3
     shape = target.shape if isinstance(target, Tensor) else None
@@ -104,6 +106,14 @@ def class_axis(kind: Distribution, output: Any, logits: Tensor, target: Any) -> 
     return logits.ndim - 1 if of_language else 1
 
 
+def classes_second(logits: Any, target: Any) -> Any:
+    """Logits as torch's cross-entropy takes them, [n, classes, ...], where the targets say that theirs are last."""
+    if isinstance(logits, Tensor) and isinstance(target, Tensor) and logits.ndim > 2:
+        fits_last, fits_second = (target.shape == logits.movedim(axis, -1).shape[:-1] for axis in (-1, 1))
+        return logits.movedim(-1, 1) if fits_last and not fits_second else logits
+    return logits
+
+
 def counted_outputs(value: Tensor | None, logits: Tensor, axis: int) -> Tensor | None:
     """1 for logits that the loss looks at, 0 for those of masked tokens (label -100) and others that it leaves out.
 
@@ -117,13 +127,13 @@ def counted_outputs(value: Tensor | None, logits: Tensor, axis: int) -> Tensor |
 
 def _by_label(kind: Distribution, tensor: Tensor, axis: int) -> Float[Tensor, "n t k"]:
     """A sample's labels are independent: t of k classes under a softmax, one of all coordinates else."""
-    if kind in ("softmax", "log-softmax"):
+    if kind in SOFTMAX:
         return tensor.movedim(axis, -1).reshape(tensor.shape[0], -1, tensor.shape[axis])
     return tensor.reshape(tensor.shape[0], 1, -1)
 
 
 def _as_output(kind: Distribution, signal: Float[Tensor, "n t k"], output: Tensor, axis: int) -> Tensor:
-    if kind in ("softmax", "log-softmax"):
+    if kind in SOFTMAX:
         shape = output.movedim(axis, -1).shape
         return signal.reshape(shape).movedim(-1, axis).to(output)
     return signal.reshape(output.shape).to(output)
@@ -162,6 +172,19 @@ def weighted_gradients(
         yield _as_output(kind, signal, output, axis)
 
 
+def gradients_one_by_one(weighted: Iterable[Float[Tensor, n * k]]) -> Iterator[Float[Tensor, n * k]]:
+    """Of gradients of all samples at once each sample's alone, zero for the others.
+
+    Under batch statistics a gradient depends on all labels, which are independent: products of two samples' signals
+    have no part in the expectation.
+    """
+    for signal in weighted:
+        for n, own in enumerate(signal):
+            alone = torch.zeros_like(signal)
+            alone[n] = own
+            yield alone
+
+
 def signed_gradients(
     kind: Distribution,
     output: Float[Tensor, n * k],
@@ -188,7 +211,7 @@ def drawn_gradient(
 ) -> Float[Tensor, n * k]:
     """d(-log p(y)) / d output / n for labels y drawn from the distribution; `axis`, `counted` as above."""
     f = _by_label(kind, output.detach().double().cpu(), axis)
-    if kind in ("softmax", "log-softmax"):
+    if kind in SOFTMAX:
         p = f.softmax(dim=2)
         drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).reshape(f.shape[:2])
         signal = (p if kind == "softmax" else torch.zeros_like(p)) - F.one_hot(drawn, f.shape[2])

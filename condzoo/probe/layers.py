@@ -14,6 +14,7 @@ from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from condzoo.probe.attention import projections
@@ -128,6 +129,11 @@ def output_columns(module: nn.Module, grad_h: Tensor) -> Iterator[Float[Tensor, 
         return _rows(grad_h.flatten(0, -2) if grad_h.ndim > 1 else grad_h[None])
     grad_h = grad_h[None] if grad_h.ndim == _spatial(module) + 1 else grad_h
     return _positions(grad_h, _groups(module))
+
+
+def samples_interact(model: nn.Module) -> bool:
+    """Whether a BatchNorm computes statistics of the batch, so that a sample's output depends on the others."""
+    return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
 
 
 def _spatial(module: nn.Module) -> int:

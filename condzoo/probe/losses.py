@@ -4,14 +4,16 @@ samples do not interact.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from condzoo.probe.label_models import distribution_of
+from condzoo.probe.batches import in_float64
+from condzoo.probe.label_models import SOFTMAX, classes_second, distribution_of
 
 Labels = Literal["data", "model", "sample"]
 LABELS = ("data", "model", "sample")
@@ -53,6 +55,15 @@ def reduction_of(loss: Loss | None) -> str:
     return "sum" if getattr(loss, "reduction", "mean") == "sum" else "mean"
 
 
+def loss_in_float64(loss: Any) -> Any:
+    """The loss with its own tensors, such as class weights, in float64."""
+    if isinstance(loss, nn.Module):
+        return copy.deepcopy(loss).double()
+    if isinstance(loss, partial):
+        return partial(loss_in_float64(loss.func), *in_float64(loss.args), **in_float64(loss.keywords))
+    return loss
+
+
 def mean_loss(loss: Loss | None, output: Any, target: Any, batch: int, reduction: str | None = None) -> Tensor:
     """The batch-mean loss: a sum is divided by the batch, a loss a sample is averaged.
 
@@ -71,7 +82,9 @@ def mean_loss(loss: Loss | None, output: Any, target: Any, batch: int, reduction
         if own is None:
             return _cross_entropy(output, target)
         return own / batch if reduction == "sum" else own
-    value = loss(logits_of(output) if distribution_of(loss) else output, target)
+    kind = distribution_of(loss)
+    logits = logits_of(output) if kind else output
+    value = loss(classes_second(logits, target) if kind in SOFTMAX else logits, target)
     if not isinstance(value, Tensor) or value.ndim > 1 or (value.ndim == 1 and len(value) != batch):
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a scalar, or one number a sample [{batch}]; got {got}")
@@ -88,4 +101,4 @@ def _cross_entropy(output: Any, target: Any) -> Tensor:
             "without loss= the model must return logits (a tensor, or an output with .logits) and the targets be a "
             f"tensor, got {got}; pass loss=lambda output, y: ..."
         )
-    return F.cross_entropy(logits, target)
+    return F.cross_entropy(classes_second(logits, target), target)

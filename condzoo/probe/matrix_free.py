@@ -6,7 +6,6 @@ gradient's product with the vector, G by J^T (H (J v)), with J v from the transp
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,15 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from condzoo.probe.batches import batch_size, call, in_float64
-from condzoo.probe.exact import MATRICES, called_rows, check_loss, exact_layers, samples_interact
+from condzoo.probe.batches import batch_size, call
+from condzoo.probe.exact import (
+    MATRICES,
+    called_rows,
+    exact_layers,
+    in_float64_copies,
+    own_parameters,
+)
 from condzoo.probe.gradient_rows import LayerRows, gradient_rows
 from condzoo.probe.label_models import checked_distribution
 from condzoo.probe.lanczos import TopEigenvalues, largest_eigenvalues
+from condzoo.probe.layers import samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
-from condzoo.probe.wrappers import replica
 
 Product = Callable[[Tensor], Tensor]
 
@@ -52,14 +57,10 @@ def top_curvature(
         ValueError: as `curvature`, and k out of range.
     """
     checked("matrix", matrix, MATRICES)
-    if y is None and matrix in ("grad_moment", "hessian"):
-        raise ValueError(f"matrix={matrix!r} needs targets y; only 'fisher' and 'ggn' do without")
-    check_loss(matrix, loss)
-    model = copy.deepcopy(replica(model)).double()
+    model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
     layers = exact_layers(model, block)
-    parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
-    dim = sum(p.numel() for p in parameters)
-    x, y = in_float64(x), in_float64(y)
+    parameters = own_parameters(layers)
+    dim, device = sum(p.numel() for p in parameters), parameters[0].device
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         if matrix == "hessian":
             product = _hessian_product(mean_loss(loss, call(model, x), y, batch_size(x)), parameters)
@@ -68,7 +69,9 @@ def top_curvature(
         else:
             rows = called_rows(gradient_rows(model, layers, x, y, loss, matrix))
             product, dim = _rows_product(rows, batch_size(x)), sum(layer.parameters for layer in rows)
-        return largest_eigenvalues(product, dim, k, tolerance=tolerance, seed=seed)
+        return largest_eigenvalues(
+            lambda v: product(v.to(device)).detach().cpu(), dim, k, tolerance=tolerance, seed=seed
+        )
 
 
 def _checked_logits(model: nn.Module, x: Any, loss: Loss | None) -> Tensor:
@@ -82,7 +85,7 @@ def _rows_product(rows: list[LayerRows], samples: int) -> Product:
 
     def product(vector: Tensor) -> Tensor:
         parts = vector.split([layer.parameters for layer in rows])
-        inner = sum((layer.times(part) for layer, part in zip(rows, parts, strict=True)), start=torch.zeros(1))
+        inner = torch.stack([layer.times(part) for layer, part in zip(rows, parts, strict=True)]).sum(0)
         return torch.cat([layer.transposed_times(inner) for layer in rows]) / samples
 
     return product
@@ -107,7 +110,7 @@ def _ggn_product(logits: Tensor, parameters: Sequence[Tensor]) -> Product:
         pushed: Any = torch.autograd.grad(pulled, dual, vector, retain_graph=True)[0]
         curved = p * pushed - p * (p * pushed).sum(dim=1, keepdim=True)
         grads = torch.autograd.grad(logits, parameters, curved, retain_graph=True, materialize_grads=True)
-        return _flat(grads).detach() / logits.shape[0]
+        return _flat(grads) / logits.shape[0]
 
     return product
 

@@ -16,7 +16,7 @@ from condzoo.probe.batches import Adapter, as_pair, each, in_float64
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.layers import CONVS, choose
-from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss
+from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_in_float64
 from condzoo.probe.passes import Passes
 from condzoo.probe.preserving import preserved
 from condzoo.probe.wrappers import refuse_threads, replica
@@ -53,7 +53,9 @@ def measure(
         labels: whose labels the gradients have: "data" (M's factor), "model" (F's: the exact expectation
             over the loss's own distribution, one backward pass a class or output coordinate) or "sample"
             (F's: one draw from it). The distribution is a softmax for cross-entropy, a unit-variance
-            Gaussian for MSE, Bernoulli for BCE with logits.
+            Gaussian for MSE, Bernoulli for BCE with logits. With BatchNorm's batch statistics "model" takes
+            a pass a sample and class, and in batches of more than 512 of these a pass a class with a random
+            sign a sample, whose mean is the expectation.
         loss: callable of (output, y), a mean or sum over the batch or one number a sample. None: the loss
             that the model returns in its output, else cross-entropy.
         layers: names or shell patterns ("layer4.*"); None measures all.
@@ -97,7 +99,7 @@ def measure(
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
         capture.attach()
         try:
-            for batch in each(batches):
+            for batch in each(batches, adapted=adapter is not None):
                 x, y = as_pair(batch, own_loss=loss is None) if adapter is None else adapter(batch)
                 first = first or [(x, y)]
                 run.one(x, y)
@@ -121,6 +123,7 @@ def certificate(model: nn.Module, batch: list[tuple[Any, Any]], options: dict[st
     """
     own = measure(model, batch, precision="float64", **options)
     wide = [(in_float64(x), in_float64(y)) for x, y in batch]
+    options["loss"] = loss_in_float64(options["loss"])
     exact = measure(copy.deepcopy(model).double(), wide, precision="float64", **options)
     found: dict[str, dict[str, float]] = {}
     for name in own.keys() & exact.keys():

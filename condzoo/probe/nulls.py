@@ -24,8 +24,9 @@ def structural_nulls(moment: Float[Tensor, "g d d"], *, sums_to_zero: bool) -> t
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     alive = diagonal > 0
     found = [(int((~alive).sum()), "coordinates always 0")]
-    found.append((sum(_parallel(m, a) for m, a in zip(moment, alive, strict=True)), "coordinates that copy another"))
-    if sums_to_zero:
+    copies = sum(_parallel(m, a) for m, a in zip(moment, alive, strict=True))
+    found.append((copies, "coordinates that copy another"))
+    if sums_to_zero and int(alive.sum()) - copies > 1:  # of two coordinates one copies the other
         found.append((1, "rows sum to 0 (softmax)"))
     present = [(count, why) for count, why in found if count]
     return sum(count for count, _ in present), ", ".join(f"{count}: {why}" for count, why in present)
@@ -35,15 +36,16 @@ def zero_sum_remainder(moment: Float[Tensor, "g d d"], dtype: torch.dtype, *, la
     """E[(sum_i g_i)^2] / d where rows sum to zero but for the rounding of the data, else None.
 
     Zero means under 1e-6 (20 u^2, for coarser data) of the mean E[g_i^2]: so little in exactly this
-    direction does not come about by chance. In the network's last layer also under (4 u)^2: the gradient
-    p - y of a confident softmax is small, but its rounding is that of p, which is near 1.
+    direction does not come about by chance, but for two coordinates, where the rounding alone is let pass. In
+    the network's last layer also under (4 u)^2: the gradient p - y of a confident softmax is small, but its
+    rounding is that of p, which is near 1.
     """
-    if moment.shape[0] > 1 or moment.shape[1] < 3:
+    if moment.shape[0] > 1 or moment.shape[1] < 2:
         return None
     dim, roundoff = moment.shape[1], torch.finfo(dtype).eps / 2
     remainder = max(0.0, float(moment.sum()) / dim)
     trace = float(moment.diagonal(dim1=-2, dim2=-1).sum())
-    limit = max(1e-6, 20 * roundoff**2) * trace / dim
+    limit = max(1e-6 if dim > 2 else 0.0, 20 * roundoff**2) * trace / dim
     if last:
         limit = max(limit, (4 * roundoff) ** 2)
     return remainder if trace > 0 and remainder <= limit else None

@@ -14,6 +14,7 @@ from condzoo.probe.batches import batch_size, call, on_device
 from condzoo.probe.capture import Capture
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
+from condzoo.probe.layers import samples_interact
 from condzoo.probe.losses import Labels, Loss
 from condzoo.probe.weights import norms_of, own_weight
 
@@ -66,7 +67,7 @@ class Passes:
         logits = losses.logits_of(output)
         kind = label_models.checked_distribution(self.loss, logits, f"labels={self.labels!r}")
         axis = label_models.class_axis(kind, output, logits, y)
-        counted = label_models.counted_outputs(value, logits, axis) if "softmax" in kind else None
+        counted = label_models.counted_outputs(value, logits, axis) if kind in label_models.SOFTMAX else None
         self.capture.gradients = True
         if self.labels == "sample":
             self._backward(logits, label_models.drawn_gradient(kind, logits, self.generator, axis, counted))
@@ -77,7 +78,11 @@ class Passes:
                     "labels='sample' takes one",
                     stacklevel=4,
                 )
-            signals = label_models.signed_gradients(kind, logits, self.generator, axis, counted)
+            if samples_interact(self.model) and logits.numel() <= label_models.ONE_BY_ONE:
+                all_at_once = label_models.weighted_gradients(kind, logits, axis, counted)
+                signals = label_models.gradients_one_by_one(all_at_once)
+            else:
+                signals = label_models.signed_gradients(kind, logits, self.generator, axis, counted)
             for c, signal in enumerate(signals):
                 self.capture.further = c > 0
                 self._backward(logits, signal)

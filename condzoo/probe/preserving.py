@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from condzoo.probe.wrappers import uncompiled
+from condzoo.probe.wrappers import uncompiled, without_reentrant_checkpoints
 
 _inside = 0  # measurements under way
 
@@ -38,7 +38,7 @@ def preserved(model: nn.Module, seed: int) -> Iterator[None]:
         if buffer is not None
     ]
     global _inside
-    with torch.random.fork_rng(devices=devices), uncompiled():
+    with torch.random.fork_rng(devices=devices), uncompiled(), without_reentrant_checkpoints():
         torch.default_generator.manual_seed(seed)
         for index in devices:
             torch.cuda.default_generators[index].manual_seed(seed)

@@ -18,7 +18,7 @@ def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor]) -> Float[Tensor, 
     """d^2 loss / dw^2, symmetrized against round-off."""
     first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     gradient = torch.cat([g.flatten() for g in first])
-    hessian = _pulled_back(gradient, parameters, torch.eye(gradient.numel(), dtype=gradient.dtype))
+    hessian = _pulled_back(gradient, parameters, torch.eye(gradient.numel()).to(gradient))
     return (hessian + hessian.T) / 2
 
 
@@ -31,7 +31,7 @@ def ggn_matrix(logits: Float[Tensor, "n k"], parameters: Sequence[Tensor]) -> Fl
     samples, classes = logits.shape
     p = logits.detach().softmax(dim=1)
     factors = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :]  # [n, k, column]
-    total = torch.zeros((sum(w.numel() for w in parameters),) * 2, dtype=torch.float64)
+    total = logits.new_zeros((sum(w.numel() for w in parameters),) * 2)
     for sample in range(0, samples, max(1, ROWS // classes)):
         chosen = range(sample, min(samples, sample + max(1, ROWS // classes)))
         signals = logits.new_zeros((len(chosen), classes, samples, classes))

@@ -219,7 +219,11 @@ def condition_number(eigenvalues: Tensor | np.ndarray | Sequence[float | int] | 
 
 def as_tensor(values: Any) -> Tensor:
     """A tensor of numbers in any container; of numpy's, views that run backwards and read-only ones, too."""
-    return torch.as_tensor(np.array(values) if isinstance(values, np.ndarray) else values)
+    if isinstance(values, Tensor):
+        return values
+    if isinstance(values, np.ndarray):
+        return torch.as_tensor(np.array(values))
+    return torch.as_tensor(values, dtype=torch.float64)  # which Python's numbers are
 
 
 def _unit_roundoff(dtype: torch.dtype) -> float:

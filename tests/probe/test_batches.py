@@ -166,6 +166,8 @@ def test_two_batches_are_not_taken_for_a_pair_nor_a_pair_for_two():
     batch = {"x": x, "labels": y}
     adapter = lambda b: (b["x"], b["labels"])  # noqa: E731
     assert measure(plain, [batch, batch], adapter=adapter).samples == 2 * len(x)
+    image = {"image": x, "target": y}
+    assert measure(plain, [image, image], adapter=lambda b: (b["image"], b["target"])).samples == 2 * len(x)
     assert measure(plain, [(x, y), (x, y)]).samples == 2 * len(x)
     assert measure(plain, ((x,), y)).samples == len(x)
 

@@ -1,10 +1,15 @@
 """Exact curvature against matrices built from torch.func, one sample and one class at a time."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev
+from torch.utils import checkpoint as checkpoint_module
+from torch.utils.checkpoint import checkpoint
 
 from condzoo.probe import costs, curvature, exact, kronecker_report, measure, top_curvature
 
@@ -156,7 +161,7 @@ def test_the_model_is_untouched_and_ranks_are_said(kit):
     [
         ({"matrix": "fischer"}, r"matrix must be one of 'fisher', .*got 'fischer'; did you mean 'fisher'\?"),
         ({"block": "9"}, "no layer matches '9'; did you mean"),
-        ({"matrix": "hessian", "y": None}, "matrix='hessian' needs targets y; only 'fisher' and 'ggn' do without"),
+        ({"matrix": "hessian", "y": None}, "matrix='hessian' needs targets y; 'fisher' does without"),
     ],
 )
 def test_wrong_arguments_are_explained(kit, arguments, message):
@@ -301,3 +306,92 @@ def test_fused_attention_has_second_derivatives(kit, matrix):
     assert float((found - expected).abs().max()) <= 1e-10 * float(expected[0])
     top = top_curvature(model, x, y, matrix, k=2).values
     assert torch.allclose(top, expected[:2], rtol=1e-7)
+
+
+def test_fisher_under_batch_statistics_is_over_independent_labels(kit):
+    """Against the expectation by all label combinations of the batch, each with its probability."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 3)).double()
+    x, samples = kit.images(3)[0], 3
+    h = model[1](x.flatten(1)).detach().requires_grad_()
+    log_p = model[2:](h).log_softmax(1)
+    inputs = torch.cat([x.flatten(1), torch.ones(samples, 1)], dim=1)
+    expected = 0
+    for labels in itertools.product(range(3), repeat=samples):
+        chosen = log_p[range(samples), labels]
+        (g,) = torch.autograd.grad(-chosen.sum(), h, retain_graph=True)
+        rows = torch.einsum("no,ni->noi", g, inputs).flatten(1)
+        expected = expected + chosen.detach().sum().exp() * rows.T @ rows / samples
+    found = curvature(model, x, None, "fisher", block="1").eigenvalues
+    assert torch.allclose(found, spectrum_of(expected), rtol=1e-10, atol=1e-14)
+
+
+class Tied(nn.Module):
+    """A weight that is used by two layers, by an embedding and a layer, or by a function instead of its layer."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.first, self.last = kind, nn.Linear(5, 5), nn.Linear(5, 5, bias=False)
+        self.embedding = nn.Embedding(5, 5)
+        if kind == "two layers":
+            self.last.weight = self.first.weight
+        if kind == "embedding":
+            self.last.weight = self.embedding.weight
+
+    def forward(self, x):
+        h = self.embedding(x) if self.kind == "embedding" else F.one_hot(x, 5).to(self.first.weight)
+        h = F.linear(h, self.first.weight) if self.kind == "function" else self.first(h)
+        return self.last(h.tanh())
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"), [("two layers", "(first|last)"), ("embedding", "last"), ("function", "first")]
+)
+def test_a_weight_that_is_used_otherwise_has_no_rows_and_its_hessian_counts_it_once(kind, layer):
+    torch.manual_seed(0)
+    model = Tied(kind).double()
+    x, y = torch.arange(5).repeat(2), torch.arange(10) % 5
+    for matrix in ("grad_moment", "fisher", "ggn"):
+        with pytest.raises(ValueError, match=f"'{layer}' is a layer whose weight is used otherwise than by its own"):
+            curvature(model, x, y, matrix)
+        with pytest.raises(ValueError, match="used otherwise"):
+            top_curvature(model, x, y, matrix)
+    found = curvature(model, x, y, "hessian")
+    own = {id(p): p for m in (model.first, model.last) for p in m.parameters()}
+    assert found.dim == sum(p.numel() for p in own.values())
+    top = top_curvature(model, x, y, "hessian").values[0]
+    assert float(top) == pytest.approx(float(found.eigenvalues.max()), rel=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("matrix", ["grad_moment", "fisher", "hessian", "ggn"])
+def test_activation_checkpointing_changes_nothing(kit, matrix, reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.on = nn.Linear(48, 5), nn.Linear(5, 4), False
+
+        def forward(self, x):
+            def inner(h):
+                return self.body(h).tanh()
+
+            x = x.flatten(1).requires_grad_()
+            return self.head(checkpoint(inner, x, use_reentrant=reentrant) if self.on else inner(x))
+
+    torch.manual_seed(0)
+    model, (x, y), found = Checkpointed().double(), kit.images(7), []
+    for model.on in (False, True):
+        found.append((curvature(model, x, y, matrix).eigenvalues, measure(model, (x, y))["body"].output_grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1].eigenvalues, found[1][1].eigenvalues)
+    apply = checkpoint_module.CheckpointFunction.apply
+    assert apply.__self__ is checkpoint_module.CheckpointFunction, "torch's own is there again"
+
+
+def test_class_weights_follow_the_model_into_float64(kit):
+    model, (x, y) = kit.build("mlp"), kit.images(6)
+    weight = torch.tensor([1.0, 2, 3, 4])
+    for matrix in ("grad_moment", "hessian"):
+        wide = curvature(model, x, y, matrix, block="5", loss=nn.CrossEntropyLoss(weight=weight.double())).eigenvalues
+        for loss in (nn.CrossEntropyLoss(weight=weight), functools.partial(F.cross_entropy, weight=weight)):
+            assert torch.equal(curvature(model, x, y, matrix, block="5", loss=loss).eigenvalues, wide)

@@ -1,6 +1,7 @@
 """The report on Proposition 1 against dense blocks from per-sample gradients and torch.kron of dense factors."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -134,3 +135,11 @@ def test_wrong_arguments_are_explained():
         kronecker_report(network(), *data(3), "hessian")
     with pytest.raises(ValueError, match="'grad_moment' needs targets y; 'fisher' does without"):
         kronecker_report(network(), data(3)[0], None, "grad_moment")
+
+
+def test_a_layer_that_sees_zeros_alone_has_a_row():
+    report = kronecker_report(nn.Sequential(nn.Linear(4, 3, bias=False)), torch.zeros(5, 4))
+    assert report["0"].exact.lambda_max == report["0"].kronecker.lambda_max == 0
+    assert math.isnan(report["0"].lambda_ratio)
+    assert math.isnan(report["0"].log_distance)
+    assert "nan" in report.table()

@@ -236,3 +236,31 @@ def test_targets_that_are_probabilities_have_the_classes_where_torch_does(labels
     soft = F.one_hot(hard, WIDTH).movedim(-1, 1).double()
     of_hard, of_soft = (measure(model, (x, y), labels=labels) for y in (hard, soft))
     assert torch.allclose(of_soft["0"].output_grad.eigenvalues, of_hard["0"].output_grad.eigenvalues, rtol=1e-10)
+
+
+def test_logits_of_a_plain_tensor_with_the_classes_last_as_language_models_give_them():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 6), nn.Linear(6, WIDTH)
+
+        def forward(self, x):
+            return self.head(self.body(x).tanh())
+
+    torch.manual_seed(0)
+    model = Tagger().double()
+    x, y = inputs(10).reshape(2, 5, 4), torch.arange(10).reshape(2, 5) % WIDTH
+    second = nn.Sequential(model, Last()).double()
+    for labels in ("data", "model", "sample"):
+        found, expected = measure(model, (x, y), labels=labels), measure(second, (x, y), labels=labels)
+        assert found.loss == pytest.approx(expected.loss)
+        for name in ("body", "head"):
+            a, b = found[name].output_grad.eigenvalues, expected[f"0.{name}"].output_grad.eigenvalues
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-15)
+    explicit = measure(model, (x, y), loss=nn.CrossEntropyLoss(ignore_index=2))
+    assert explicit.loss == pytest.approx(float(F.cross_entropy(model(x).mT, y, ignore_index=2).detach()))
+
+
+class Last(nn.Module):
+    def forward(self, h):
+        return h.mT  # [n, tokens, classes] -> [n, classes, tokens]

@@ -1,6 +1,8 @@
 """`measure` against the dense oracle of conftest.py, and what it promises to leave alone."""
 
 import copy
+import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -417,3 +419,55 @@ def test_a_weight_of_zeros_has_no_domination_and_is_shown(kit, tmp_path):
     assert (layer.weight, layer.weight_domination) == (0.0, None)
     assert layer.weight_grad > 0
     assert "5      Linear" in probe.latest.table()
+
+
+class Branches(nn.Module):
+    """Three layers on one input: the output of all but the last is read after another layer ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.head = (nn.Linear(*shape) for shape in ((48, 6), (48, 6), (48, 6), (6, 4)))
+
+    def forward(self, x):
+        q, k, v = (layer(x.flatten(1)) for layer in (self.q, self.k, self.v))
+        return self.head((q * k).tanh() * v)
+
+
+@pytest.mark.parametrize("layer", ["q", "k", "v"])
+def test_a_branch_with_nan_is_named_and_not_the_one_that_ran_last(kit, layer):
+    torch.manual_seed(0)
+    model = Branches().double()
+    with torch.no_grad():
+        getattr(model, layer).weight[2, 1] = torch.nan
+    assert measure(model, kit.images()).first_nonfinite["forward"] == layer
+    with Probe(model) as probe:
+        F.cross_entropy(model(kit.images()[0]), kit.images()[1]).backward()
+        probe.step()
+    assert probe.latest.first_nonfinite["forward"] == layer
+
+
+def test_model_labels_under_batch_statistics_are_independent(kit):
+    """The expectation by all label combinations of the batch, each with its probability."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).double()
+    x, samples = kit.images(4)[0], 4
+    h = model[1](x.flatten(1)).detach().requires_grad_()
+    log_p = model[2:](h).log_softmax(1)
+    expected = torch.zeros(5, 5, dtype=torch.float64)
+    for labels in itertools.product(range(3), repeat=samples):
+        chosen = log_p[range(samples), labels]
+        (g,) = torch.autograd.grad(-chosen.sum(), h, retain_graph=True)  # n * dL/dh of the batch mean
+        expected += chosen.detach().sum().exp() * g.T @ g / samples
+    found = measure(model, (x, None), labels="model")["1"].output_grad.eigenvalues
+    assert torch.allclose(found, torch.linalg.eigvalsh(expected).flip(0).clamp(min=0), rtol=1e-10, atol=1e-14)
+
+
+def test_a_losss_own_weights_follow_it_into_float64(kit):
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3, 4]))
+    model, (x, y) = kit.build("mlp").float(), kit.images()
+    found = measure(model, (x.float(), y), loss=loss, certify=True)
+    partial_loss = partial(F.cross_entropy, weight=loss.weight)
+    again = measure(model, (x.float(), y), loss=partial_loss, certify=True)
+    assert 0 < found.certificate["5"]["output_grad_lambda_max"] < 1e-4
+    assert again.certificate == found.certificate
+    assert loss.weight.dtype is torch.float32

@@ -177,3 +177,25 @@ def test_units_after_convolutions_over_time_are_channels_whichever_layers_are_me
         "relu1": (4, 1, 640),
         "relu()": (4, 1, 512),
     }
+
+
+def test_units_after_a_linear_layer_on_images_with_channels_last_are_the_last_dimension():
+    class Net(nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.stem, self.mlp = nn.Conv2d(2, 4, 1), nn.Linear(4, 7)
+            self.relu, self.conv = nn.ReLU(), nn.Conv2d(7, 3, 1) if conv else None
+            self.head = nn.Linear(7, 3)
+
+        def forward(self, x):
+            h = self.relu(self.mlp(self.stem(x).permute(0, 2, 3, 1)))
+            if self.conv is not None:
+                return self.relu(self.conv(h.permute(0, 3, 1, 2))).mean((2, 3))
+            return self.head(h.mean((1, 2)))
+
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 2, 5, 5), torch.randint(3, (6,))
+    found = measure(Net(False), (x, y)).neurons["relu"]
+    assert (found.units, found.rows) == (7, 6 * 25)
+    both = measure(Net(True), (x, y)).neurons
+    assert (both["relu"].units, both["relu#1"].units) == (7, 3)

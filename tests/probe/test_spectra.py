@@ -24,6 +24,7 @@ def test_kappa_spans_the_ceiling_of_p_times_d(dim, percent):
 def test_condition_number_takes_any_order_and_container():
     for values in ([1.0, 4.0, 2.0], np.array([4.0, 2.0, 1.0]), torch.tensor([2, 1, 4]), (1, 2, 4)):
         assert condition_number(values) == 4.0
+    assert condition_number([1e9, 1.0]) == 1e9, "Python's numbers are float64"
 
 
 def test_condition_number_rejects_a_percentage():

@@ -5,6 +5,7 @@ Each process scales its gradients by its own batch, so the sums over all rows ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RunningNeurons
 
 _SIDES = ("input", "output_grad")
+NOT_CALLED: dict[str, Any] = {"samples": 0, "input": None, "output_grad": None}
 
 
 def active() -> bool:
@@ -55,15 +57,21 @@ def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
     merged: dict[str, LayerSums] = {}
     parts: list[tuple[RunningMoment, tuple[int, ...]]] = []
     for name in names:
-        known = [layers[name] for layers, _ in gathered if name in layers]
+        of_ranks = [layers.get(name, NOT_CALLED) for layers, _ in gathered]
         merged[name] = capture.sums.get(name, LayerSums())
-        merged[name].samples = sum(entry["samples"] for entry in known)
+        merged[name].samples = sum(entry["samples"] for entry in of_ranks)
         for side in _SIDES:
             moment = getattr(merged[name], side)
-            entries = [entry[side] for entry in known if entry[side] is not None]
-            if entries:
-                parts.append((moment, entries[0]["shape"]))
-                _adopt(moment, entries)
+            entries = [entry[side] for entry in of_ranks if entry[side] is not None]
+            if not entries:
+                continue
+            _adopt(moment, entries)
+            shape, kept = entries[0]["shape"], [0 if entry[side] is None else entry[side]["kept"] for entry in of_ranks]
+            if None not in kept and sum(kept) < shape[1]:
+                _join_vectors(moment, shape, kept, device)
+            else:
+                moment.spill()
+                parts.append((moment, shape))
     _sum_totals(parts, device)
     capture.sums = merged
     _sum_neurons(capture, [neurons for _, neurons in gathered], device)
@@ -106,11 +114,9 @@ def _described(capture: Capture) -> dict[str, dict[str, Any]]:
         described[name] = {"samples": sums.samples}
         for side in _SIDES:
             moment: RunningMoment = getattr(sums, side)
-            moment.spill()
-            kept = ("rows", "vectors", "noise", "dtype", "finite", "fast")
-            entry = {key: getattr(moment, key) for key in kept}
-            shape = None if moment.total is None else tuple(moment.total.shape)
-            described[name][side] = None if shape is None else entry | {"shape": shape}
+            entry = {key: getattr(moment, key) for key in ("rows", "vectors", "noise", "dtype", "finite", "fast")}
+            empty = moment.total is None and not moment.pending
+            described[name][side] = None if empty else entry | {"shape": moment.shape, "kept": moment.kept}
     return described
 
 
@@ -121,6 +127,16 @@ def _adopt(moment: RunningMoment, entries: list[dict[str, Any]]) -> None:
     moment.dtype = max((e["dtype"] for e in entries), key=lambda dtype: torch.finfo(dtype).eps)
     moment.finite = all(e["finite"] for e in entries)
     moment.fast = any(e["fast"] for e in entries)
+
+
+def _join_vectors(moment: RunningMoment, shape: tuple[int, ...], kept: Sequence[int], device: torch.device) -> None:
+    """The vectors that each process kept, all of them: fewer than coordinates, so that their sum need not be formed."""
+    padded = torch.zeros((*shape[:2], max(kept)), dtype=torch.float64, device=device)
+    if moment.pending:
+        padded[:, :, : kept[dist.get_rank()]] = torch.cat(moment.pending, dim=2).to(device)
+    of_ranks = [torch.empty_like(padded) for _ in kept]
+    dist.all_gather(of_ranks, padded)
+    moment.pending = [torch.cat([part[:, :, :count] for part, count in zip(of_ranks, kept, strict=True)], dim=2)]
 
 
 def _sum_totals(parts: list[tuple[RunningMoment, tuple[int, ...]]], device: torch.device) -> None:

@@ -191,7 +191,7 @@ class RunningMoment:
     @property
     def side(self) -> int:
         """Side of `decomposable`: d, or the number of vectors where that is smaller."""
-        return self.dim if self.total is not None else sum(part.shape[2] for part in self.pending)
+        return self.dim if self.kept is None else self.kept
 
     def products(self) -> list[Callable[[Tensor], Tensor]]:
         """For each group, v to A v with A that of `decomposable`, which is not formed."""
@@ -203,6 +203,16 @@ class RunningMoment:
     def dim(self) -> int:
         """d, coordinates a group."""
         return (self.total if self.total is not None else self.pending[0]).shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the sum, [g, d, d], whether it was formed or not."""
+        return (self.total if self.total is not None else self.pending[0]).shape[0], self.dim, self.dim
+
+    @property
+    def kept(self) -> int | None:
+        """How many vectors are kept as they are, a group; None where they were summed."""
+        return None if self.total is not None else sum(part.shape[2] for part in self.pending)
 
     @property
     def device(self) -> torch.device:

@@ -6,9 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from condzoo.probe import Probe, read_records
+from condzoo.probe.capture import LayerSums, capture_of
+from condzoo.probe.distributed import sum_over_ranks
 
 PROCESSES = Path(__file__).parent / "processes.py"
 EXACT = ["ddp", "ddp_uneven", "ddp_accumulated", "fully_shard", "fully_shard_accumulated", "fully_shard_attention"]
@@ -106,3 +111,22 @@ def test_sharded_weights_in_bf16_are_measured_as_the_forward_pass_sees_them(kit,
             assert getattr(coarse[name], quantity) == pytest.approx(getattr(layer, quantity), rel=0.05)
         assert coarse[name].input.lambda_max == pytest.approx(layer.input.lambda_max, rel=0.05)
         assert coarse[name].output_grad.lambda_max == pytest.approx(layer.output_grad.lambda_max, rel=0.05)
+
+
+def test_fewer_rows_than_coordinates_are_gathered_and_their_large_moment_is_not_formed(tmp_path):
+    model = nn.Linear(7, 3)
+    capture = capture_of(model, {"": model})
+    rows = torch.randn((1, 1, 7, 4), generator=torch.Generator().manual_seed(0))
+    capture.sums[""] = LayerSums(samples=4)
+    capture.sums[""].input.add(rows, "auto")
+    capture.sums[""].output_grad.add(rows[:, :, :3], "auto")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        sum_over_ranks(capture, model)
+    finally:
+        dist.destroy_process_group()
+    merged = capture.sums[""]
+    assert merged.input.total is None, "4 rows of 7 coordinates"
+    assert merged.output_grad.total is not None, "4 rows of 3"
+    expected = rows[0, 0].double().T @ rows[0, 0].double() / 4
+    assert torch.allclose(merged.input.decomposable()[0], expected)

@@ -5,7 +5,10 @@ workers nor the number of processes changes a batch.
 Shapes: n images of a batch, s pixels a side.
 """
 
+import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -136,9 +139,12 @@ class StoredData:
             pin_memory=on_gpu,
             collate_fn=Stacked(self.view.size),
             generator=torch.Generator(),  # its own: the global one is the training's
+            worker_init_fn=outlive_signals,
         )
         normalize = normalizer(self.mean, self.std, self.device, plan.channels_last)
-        for loaded in loader:
+        with signals_held():
+            batches_loaded = iter(loader)
+        for loaded in batches_loaded:
             if isinstance(loaded, ImageError):
                 raise loaded
             images, labels = (tensor.to(self.device, non_blocking=True) for tensor in loaded)
@@ -190,3 +196,35 @@ def usual_workers() -> int:
     """A worker a core that this process may use, at most `MOST_WORKERS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT wait: a worker that has just been started does not yet outlive them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def outlive_signals(worker: int) -> None:
+    """Let a worker end when the process that trains says so, not by a signal that asks that process to stop.
+
+    A launcher, a scheduler and Ctrl-C signal whole groups of processes; a training without its workers cannot go on to
+    the end of its step and save. Where the system does not say who sent a signal (macOS), SIGTERM stays torch's.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_by_parent, daemon=True).start()
+
+
+def end_by_parent() -> None:
+    """Wait for the SIGTERM by which Python ends its workers as it exits itself."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,6 +1,7 @@
 """Which loss or gradient of a bad step is not finite, and where that begins."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,6 +44,15 @@ def _find(training: Training, step: int) -> tuple[str, str] | None:
     training.guard.remember()
     (batch,) = training_steps(training, step, step + 1)
     seed_step(training, step)
+    met: list[str] = []
+
+    def note(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            met.append(name)
+
+    # What is not finite spreads from where a backward pass makes it to every layer below: the first met is the origin.
+    named = [(name, p) for name, p in training.model.named_parameters() if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(partial(note, name)) for name, p in named]
     try:
         for x, y in batch.chunks:
             with training.numerics.autocast():
@@ -51,11 +61,10 @@ def _find(training: Training, step: int) -> tuple[str, str] | None:
             if not torch.isfinite(loss):
                 return "loss", _first_layer(training, x)
             (loss * (len(y) / batch.images)).backward()
-        for name, parameter in training.model.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                return "gradient", name
-        return None
+        return ("gradient", met[0]) if met else None
     finally:
+        for handle in handles:
+            handle.remove()
         training.guard.restore()
         training.optimizer.zero_grad()
 

@@ -79,3 +79,11 @@ def test_a_run_whose_probe_sees_no_gradient_ends_without_a_picture(tiny: Any, tm
     assert run.summary["status"] == "done"
     assert (run.path / "conditioning.jsonl").exists()
     assert not (run.path / "conditioning.png").exists()
+
+
+def test_a_gradient_that_a_layer_spoils_on_the_way_down_is_named_where_it_is_first_met(tiny: Any) -> None:
+    training = prepare(tiny(accumulate=2), torch.device("cpu"))
+    spoil = training.model.get_submodule("layers.2").register_full_backward_hook(lambda _m, g, _h: (g[0] * torch.inf,))
+    assert diagnose(training, 0).where.startswith("layers.1.linear."), "all of layers.0 is NaN, too"
+    spoil.remove()
+    assert diagnose(training, 0).where == "the norm of all parameters together", "nothing is left hooked"

@@ -88,6 +88,11 @@ def test_of_epochs_and_iterations_the_override_stays(file: Path) -> None:
     assert load_recipe(file, ["iterations=100", "epochs=none"]).iterations == 100
 
 
+def test_variants_that_are_known_to_diverge_record_it() -> None:
+    assert load_recipe("mnist/mlp20x256").on_divergence == "stop"
+    assert [load_recipe(f"mnist/mlp20x256_lr{lr}").on_divergence for lr in ("0.1", "1")] == ["record"] * 2
+
+
 def test_milestones_beyond_the_end_are_not_reached() -> None:
     assert load_recipe("cifar10/resnet20_lastbn", ["epochs=2"]).epochs == 2
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,33 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(tiny: Any, tmp_path: Pa
     assert not (killed / "summary.json").exists()
     trained(recipe, killed, root)
     assert equal(tmp_path / "whole", killed)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not say who sent a signal")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_signal_to_the_whole_group_leaves_the_workers_until_the_run_is_saved(
+    tiny: Any, tmp_path: Path, folders: Any
+) -> None:
+    root, recipe = folders(), tiny(**{**STORED, "data.workers": 2, "epochs": 40})
+    stopped = tmp_path / "stopped"
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        try:
+            trained(recipe, stopped, root, max_steps=60, on_event=lambda event: time.sleep(0.02))
+        except Stopped as error:
+            os._exit(error.exit_code)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    while not list(stopped.glob("checkpoints/*4.json")):  # the second epoch: workers are being started or at work
+        time.sleep(0.01)
+    os.killpg(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    trained(recipe, stopped, root, max_steps=8)
+    alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 0})})
+    trained(alone, tmp_path / "whole", root, max_steps=8)
+    assert equal(tmp_path / "whole", stopped)
 
 
 def test_a_damaged_image_ends_the_run_with_its_path(tiny: Any, tmp_path: Path, folders: Any) -> None:

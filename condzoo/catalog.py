@@ -89,22 +89,37 @@ def model_info(name: str) -> ModelInfo:
     """What `create_model(name)` builds: family, sizes, cost, source.
 
     Registered models answer from the tables; other sizes of the MLPs and CIFAR nets, and timm's own models, are
-    built on the meta device and counted.
+    built on the meta device and counted. Like all that takes a name it registers the models with timm.
 
     Raises:
         ValueError: an unknown name or tag, with the closest ones.
     """
+    from condzoo import models  # noqa: F401  registers them
+
+    return look_up(name)
+
+
+def look_up(name: str) -> ModelInfo:
+    """`model_info`, without importing what the tables do not need."""
     arch, _, tag = name.partition(".")
     ours, plain = read_catalog()
     if arch in ours and tag:
         from condzoo.models.released import find_release
 
         find_release(arch, tag)
-    if arch in ours or arch in plain:
-        return ours.get(arch) or plain[arch]
+    if arch in ours:
+        return ours[arch]
+    if arch in plain and not tag:
+        return plain[arch]
     from condzoo.models import describe
+    from condzoo.models.registry import check_timm_weights
 
-    return ModelInfo(name=arch, **describe(arch))
+    info = plain.get(arch) or ModelInfo(name=arch, **describe(arch))
+    if tag and arch not in plain and info.family != "timm":
+        raise ValueError(f"no weights are released for {arch!r}: it is not one of the registered models")
+    if tag:
+        check_timm_weights(name, arch, tag)
+    return info
 
 
 def markdown_table() -> str:
@@ -112,7 +127,7 @@ def markdown_table() -> str:
     lines = ["| model | variants | data | parameters | multiply-adds |", "|---|---|---|---|---|"]
     names = list_models()
     for name in names:
-        info = model_info(name)
+        info = look_up(name)
         base = next((b for b in names if b != name and name.startswith(f"{b}_")), None)
         if base is not None:
             continue

@@ -45,9 +45,9 @@ def list_command(
 ) -> None:
     """List the models of the zoo with their sizes."""
     from condzoo import display
-    from condzoo.catalog import list_models, model_info
+    from condzoo.catalog import list_models, look_up
 
-    infos = [(name, model_info(name)) for name in list_models(pattern, family=family, pretrained=pretrained)]
+    infos = [(name, look_up(name)) for name in list_models(pattern, family=family, pretrained=pretrained)]
     if not infos:
         raise ValueError(f"no model matches {pattern!r}" if pattern else "no model matches")
     display.print_models(infos, as_json)
@@ -57,9 +57,9 @@ def list_command(
 def info(name: Name, as_json: AsJson = False) -> None:
     """Show what a model is: family, depth, input, parameters, multiply-adds, source."""
     from condzoo import display
-    from condzoo.catalog import model_info
+    from condzoo.catalog import look_up
 
-    display.print_info(model_info(name), as_json)
+    display.print_info(look_up(name), as_json)
 
 
 for command in (training_commands.recipes, training_commands.train, sweep_command.sweep):
@@ -194,14 +194,25 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; every foreseen failure is one line on stderr and an exit code, not a traceback."""
     with first_of_processes_speaks():
         try:
-            app(args)
+            result = app(args, standalone_mode=False)
         except Exception as error:
             code = exit_code(error)
             if code is None or os.environ.get("CONDZOO_TRACEBACK"):
                 raise
             if not said_elsewhere(error):
-                print(error if code == exit_codes.STOPPED else f"error: {error}", file=sys.stderr)
+                print(one_line(error, code), file=sys.stderr)
             sys.exit(code)
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+def one_line(error: Any, code: int) -> str:
+    """What is said of an error; of a wrong command line (typer's errors carry its context) also where help is."""
+    if code == exit_codes.STOPPED:
+        return str(error)
+    if (context := getattr(error, "ctx", None)) is None:
+        return f"error: {error}"
+    message = " ".join(error.format_message().split()).rstrip(".") or "no command was given"
+    return f"error: {message}; see `{context.command_path} --help`"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """The catalogue answers from the tables, without torch, and says what create_model builds."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -71,3 +73,16 @@ def test_info_of_a_model_without_a_row_is_counted():
 def test_an_unknown_name_is_answered_with_the_closest():
     with pytest.raises(ValueError, match=re.escape("unknown model 'resnet50_lastbm'; did you mean 'resnet50_lastbn'?")):
         model_info("resnet50_lastbm")
+
+
+def test_a_tag_that_there_is_not_is_an_error_for_any_name():
+    assert model_info("resnet50.a1_in1k").params == model_info("resnet50").params
+    with pytest.raises(ValueError, match=r"timm has no weights 'resnet50\.nonsense'; did you mean"):
+        model_info("resnet50.nonsense")
+    with pytest.raises(ValueError, match="no weights are released for 'mlp12x64': it is not one of the registered"):
+        model_info("mlp12x64.authors")
+
+
+def test_asking_for_a_model_registers_all_with_timm():
+    code = "import condzoo, timm; condzoo.model_info('cifar_resnet20'); timm.create_model('cifar_resnet20')"
+    subprocess.run([sys.executable, "-c", code], check=True)

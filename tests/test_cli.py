@@ -194,3 +194,20 @@ def test_a_damaged_run_is_one_line(capsys, tmp_path):
         code, _, err = run(capsys, command, str(tmp_path / "run"))
         assert code == 2
         assert "model.safetensors is not a readable safetensors file" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["info"], "error: Missing argument 'name'; see `"),
+        (["train", "x", "--seeed", "1"], "error: No such option: --seeed"),
+        (["train", "x", "--seed", "x"], "error: Invalid value for '--seed'"),
+        (["trian"], "error: No such command 'trian'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_says_where_help_is(capsys, args, message):
+    code, out, err = run(capsys, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+    assert err.endswith(" --help`\n")

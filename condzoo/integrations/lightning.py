@@ -15,14 +15,14 @@ from condzoo.probe import Probe
 class ProbeCallback(pl.Callback):
     """Measures the LightningModule every so many optimizer steps; weights come out bitwise as without it.
 
-    Accumulated batches, resumed runs and bf16 are taken care of, and DDP, which was run by hand; fp16's loss scale and
-    other distributed strategies are written for, and were not run yet. `training_step` must return the mean loss over
+    Accumulated batches, resumed runs, bf16 and DDP (two processes, gloo) are tested; fp16's loss scale and other
+    distributed strategies are written for, and were not run yet. `training_step` must return the mean loss over
     its batch (or set `reduction="sum"`).
 
     Args:
         every: optimizer steps from one measurement to the next, as in `Probe`.
         out: folder for `conditioning.jsonl`; None takes the trainer's `log_dir`, else its `default_root_dir`.
-        settings: further ones of `Probe`: layers, conv, precision, bias, tensorboard, reduction.
+        settings: any other keyword of `Probe`: layers, conv, precision, kappa, tensorboard ...
 
     Attributes:
         probe: the `Probe`, from the start of training on; `probe.latest` is the last measurement.

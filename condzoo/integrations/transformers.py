@@ -15,14 +15,14 @@ from condzoo.probe import Probe
 class ProbeCallback(TrainerCallback):
     """Measures the Trainer's model every so many optimizer steps; weights come out bitwise as without it.
 
-    Accumulated batches, resumed runs and bf16 are taken care of; fp16's loss scale and DDP are written for, and were
-    not run yet under the Trainer. Accumulated batches count alike: where the Trainer divides by the items of all
+    Accumulated batches, resumed runs, bf16 and DDP (two processes, gloo) are tested; fp16's loss scale is written for,
+    and was not run yet. Accumulated batches count alike: where the Trainer divides by the items of all
     of them together, they should have equally many.
 
     Args:
         every: optimizer steps from one measurement to the next, as in `Probe`.
         out: folder for `conditioning.jsonl`; None takes the Trainer's `output_dir`.
-        settings: further ones of `Probe`: layers, conv, precision, bias, tensorboard, reduction.
+        settings: any other keyword of `Probe`: layers, conv, precision, kappa, tensorboard ...
 
     Attributes:
         probe: the `Probe`, from the start of training on; `probe.latest` is the last measurement.

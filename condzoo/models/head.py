@@ -22,9 +22,9 @@ def check_sizes(num_classes: int, in_chans: int) -> None:
     Raises:
         ValueError: `num_classes` below 0 (0 means: no classifier, features out) or `in_chans` below 1.
     """
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+    if isinstance(num_classes, bool) or not hasattr(num_classes, "__index__") or num_classes < 0:
         raise ValueError(f"num_classes must be an integer of at least 0 (0: features out), got {num_classes!r}")
-    if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1:
+    if isinstance(in_chans, bool) or not hasattr(in_chans, "__index__") or in_chans < 1:
         raise ValueError(f"in_chans must be an integer of at least 1, got {in_chans!r}")
 
 

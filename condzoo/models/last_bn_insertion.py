@@ -163,12 +163,20 @@ def inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:
     Raises:
         TypeError: a batch that is not a floating-point tensor.
     """
-    for i, batch in enumerate([batches] if isinstance(batches, Tensor) else batches):
+    for i, batch in enumerate([batches] if isinstance(batches, Tensor) or is_pair(batches) else batches):
         x = batch[0] if isinstance(batch, tuple | list) else batch
         if not isinstance(x, Tensor) or not x.is_floating_point():
             came = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise TypeError(f"batch {i} is {came}; batches are one tensor, or an iterable of x or (x, y)")
         yield x
+
+
+def is_pair(batches: Any) -> bool:
+    """Whether these are x and its labels, one batch, and not two batches."""
+    if not isinstance(batches, tuple | list) or len(batches) != 2:
+        return False
+    x, y = batches
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point() and not y.is_floating_point()
 
 
 @torch.no_grad()

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
-from condzoo.probe.arithmetic import Precision, plain_products
+from condzoo.probe.arguments import checked
+from condzoo.probe.arithmetic import PRECISIONS, Precision, plain_products
 from condzoo.probe.attention import has_bias, watch
 from condzoo.probe.correlations import PIECES, correlates, patch_gram, positions
 from condzoo.probe.functional_relus import FunctionalRelus
 from condzoo.probe.hooks import Hook, remove
-from condzoo.probe.layers import CONVOLUTIONS, MEASURED, TRANSPOSED, Conv, input_columns, output_columns
+from condzoo.probe.layers import CONVOLUTIONS, CONVS, MEASURED, TRANSPOSED, Conv, input_columns, output_columns
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, Neurons, RunningNeurons, linear_range
 from condzoo.probe.patches import padded_inside
@@ -318,8 +319,27 @@ def refill(held: dict[str, Module], found: Mapping[str, Module]) -> None:
     held.update(found)
 
 
-def capture_of(model: nn.Module, layers: dict[str, nn.Module], *, neurons: bool = True) -> Capture:
-    """A capture of these layers and, with `neurons`, of all ReLUs of the model."""
-    capture = Capture(model, {}, {}, counts_neurons=neurons)
+def capture_of(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    *,
+    conv: str = "channels",
+    precision: str = "auto",
+    bias: bool = False,
+    kappa: bool = True,
+    neurons: bool = True,
+    trains: bool = False,
+) -> Capture:
+    """A capture of these layers and, with `neurons`, of all ReLUs of the model.
+
+    Raises:
+        ValueError: an unknown `conv` or `precision`.
+    """
+    checked("conv", conv, CONVS)
+    checked("precision", precision, PRECISIONS)
+    if not kappa and precision == "auto":
+        precision = "fast"  # float64 products are for small eigenvalues
+    settings: dict[str, Any] = {"conv": conv, "precision": precision}
+    capture = Capture(model, {}, {}, bias=bias, kappa=kappa, counts_neurons=neurons, trains=trains, **settings)
     capture.look_at(layers)
     return capture

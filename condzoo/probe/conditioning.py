@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
@@ -97,7 +98,9 @@ class Conditioning(Mapping[str, LayerConditioning]):
             return self.layers[name]
         if name in self.skipped:
             raise KeyError(f"layer {name!r} was not measured: {self.skipped[name]}")
-        raise KeyError(f"no layer {name!r}; measured: {', '.join(self.layers) or 'none'}")
+        close = get_close_matches(str(name), self.layers, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}?" if close else f"measured: {', '.join(self.layers) or 'none'}"
+        raise KeyError(f"no layer {name!r}; {hint}")
 
     def __iter__(self) -> Iterator[str]:
         """Layer names in forward order."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size, call, in_float64, on_device
 from condzoo.probe.costs import announce, cost
@@ -33,7 +34,6 @@ from condzoo.probe.gradient_rows import ELSEWHERE, LayerRows, gradient_rows, una
 from condzoo.probe.label_models import checked_distribution, distribution_of
 from condzoo.probe.layers import choose, samples_interact
 from condzoo.probe.losses import Loss, logits_of, loss_in_float64, mean_loss, name_of
-from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
 from condzoo.probe.second_derivatives import ggn_matrix, hessian_matrix
 from condzoo.probe.spectra import Spectrum, from_blocks
@@ -247,5 +247,5 @@ def _check_size(side: int) -> None:
     if side > LARGEST:
         raise ValueError(
             f"the matrix to decompose has side {side:,}, at most {LARGEST:,} is possible; pass fewer samples, "
-            "or block='<layer>' for one layer's block"
+            "or block='<layer>' for one layer's block; condzoo.probe.top_curvature has the largest eigenvalues alone"
         )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size
 from condzoo.probe.exact import in_float64_copies, spectrum_of_rows
@@ -26,7 +27,6 @@ from condzoo.probe.gradient_rows import ELSEWHERE, LayerRows, gradient_rows
 from condzoo.probe.kronecker import KroneckerSpectrum
 from condzoo.probe.layers import CONVOLUTIONS, choose, kind
 from condzoo.probe.losses import Loss
-from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
 from condzoo.probe.spectra import Spectrum, from_blocks
 from condzoo.probe.weights import own_weight

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from condzoo.probe.arguments import checked
 from condzoo.probe.batches import batch_size, call
 from condzoo.probe.exact import (
     MATRICES,
@@ -26,7 +27,6 @@ from condzoo.probe.label_models import checked_distribution
 from condzoo.probe.lanczos import TopEigenvalues, largest_eigenvalues
 from condzoo.probe.layers import samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
-from condzoo.probe.measuring import checked
 from condzoo.probe.preserving import preserved
 
 Product = Callable[[Tensor], Tensor]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 
-from condzoo.probe.arithmetic import PRECISIONS
+from condzoo.probe.arguments import checked
 from condzoo.probe.batches import Adapter, as_pair, each, in_float64
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
-from condzoo.probe.layers import CONVS, choose
+from condzoo.probe.layers import choose
 from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_in_float64
 from condzoo.probe.passes import Passes
 from condzoo.probe.preserving import preserved
@@ -87,11 +86,7 @@ def measure(
     if device is not None and any(p.device != torch.device(device) for p in model.parameters()):
         model = copy.deepcopy(model).to(device)
         chosen, skipped = choose(model, layers)
-    capture = capture_of(model, chosen)
-    capture.bias, capture.kappa = bias, kappa
-    capture.conv, capture.precision = checked("conv", conv, CONVS), checked("precision", precision, PRECISIONS)
-    if not kappa and precision == "auto":
-        capture.precision = "fast"
+    capture = capture_of(model, chosen, conv=conv, precision=precision, bias=bias, kappa=kappa)
     if reduction is not None:
         checked("reduction", reduction, REDUCTIONS)
     run = Passes(model, capture, whose, loss, seed, reduction)
@@ -130,17 +125,9 @@ def certificate(model: nn.Module, batch: list[tuple[Any, Any]], options: dict[st
         found[name] = {}
         for side in ("input", "output_grad"):
             a, b = getattr(own[name], side), getattr(exact[name], side)
-            moved = (a.eigenvalues - b.eigenvalues).abs() / b.eigenvalues.clamp(min=1e-300)
+            moved = (a.eigenvalues - b.eigenvalues).abs() / b.eigenvalues
+            moved = torch.where(a.eigenvalues == b.eigenvalues, 0.0, moved)  # also where both are 0
             wrong = (moved >= 0.1).nonzero()
             found[name][f"{side}_lambda_max"] = float(moved[0])
             found[name][f"{side}_known"] = (int(wrong[0]) if len(wrong) else b.dim) / b.dim
     return {name: found[name] for name in own if name in found}
-
-
-def checked(name: str, value: str, allowed: Sequence[str]) -> Any:
-    """The value if it is allowed, else a ValueError that names the closest."""
-    if value not in allowed:
-        close = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
-    return value

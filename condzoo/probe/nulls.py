@@ -1,6 +1,6 @@
 """Why a moment has eigenvalues that are exactly zero: structure that no precision changes.
 
-Looked for: coordinates that are 0 on every row (dead units, padding), coordinates that are multiples of
+Looked for: coordinates that are 0 on every row (dying units, padding), coordinates that are multiples of
 each other (constant pixels, copies), and rows that sum to zero (the gradient of a softmax cross-entropy
 with respect to its logits).
 """

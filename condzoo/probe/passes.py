@@ -51,6 +51,8 @@ class Passes:
         count = batch_size(x)
         self.capture.begin(count, scale=float(count))
         self.samples, self.batches = self.samples + count, self.batches + 1
+        if not count:
+            return  # the end of a set that a sampler or filter left empty
         output = call(self.model, x)
         if self.loss is None and losses.own_loss_of(output) is not None:
             self.loss_name = "output.loss"

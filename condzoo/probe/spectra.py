@@ -8,7 +8,6 @@ says why: a large finite number there would measure the arithmetic, not the laye
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -190,11 +189,11 @@ def from_blocks(
     )
 
 
-def condition_number(eigenvalues: Tensor | np.ndarray | Sequence[float | int] | Spectrum, p: float = 1.0) -> float:
+def condition_number(eigenvalues: Any, p: float = 1.0) -> float:
     """kappa_p = lambda_max / lambda_j with lambda_j the ceil(p * d)-th largest of d eigenvalues.
 
     Args:
-        eigenvalues: [d], in any order, or a `Spectrum`.
+        eigenvalues: [d], in any order, or a `Spectrum` or the Kronecker product of two (`layer.fisher`).
         p: fraction of the spectrum kept, in (0, 1]; 1.0 is the usual condition number.
 
     Returns:
@@ -205,8 +204,8 @@ def condition_number(eigenvalues: Tensor | np.ndarray | Sequence[float | int] | 
 
     Source: arXiv:2002.10801, eq. 4.
     """
-    if isinstance(eigenvalues, Spectrum):
-        return eigenvalues.condition_number(p)
+    if hasattr(eigenvalues, "condition_number"):
+        return float(eigenvalues.condition_number(p))
     values = as_tensor(eigenvalues)
     if values.ndim != 1 or not values.numel():
         raise ValueError(

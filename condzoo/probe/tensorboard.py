@@ -1,7 +1,7 @@
 """TensorBoard scalars and histograms of measurements; needs the `tensorboard` extra.
 
-Tags are the columns of `record_columns` with the layer behind a slash ("input_lambda_max/conv1"), so that
-TensorBoard shows one quantity of all layers together.
+A tag is a quantity with the layer behind a slash ("input_lambda_max/conv1"), so that TensorBoard shows one of all
+layers together.
 """
 
 from __future__ import annotations

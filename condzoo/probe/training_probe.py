@@ -14,13 +14,11 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from condzoo.probe import distributed
-from condzoo.probe.arithmetic import PRECISIONS
+from condzoo.probe.arguments import checked, positive, whole_number
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
-from condzoo.probe.layers import CONVS, choose
-from condzoo.probe.measuring import checked
-from condzoo.probe.numbers import positive, whole_number
+from condzoo.probe.layers import choose
 from condzoo.probe.passes import coarsest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
 from condzoo.probe.step_passes import StepPasses
@@ -106,13 +104,9 @@ class Probe:
         self.latest: Conditioning | None = None
         chosen, self._unmeasurable = choose(model, layers)
         self._names, self._structure = None if layers is None else list(layers), structure(model)
-        self._capture = capture_of(model, chosen, neurons=neurons)
-        self._capture.trains = True
-        self._capture.bias, self._capture.kappa = bias, kappa
-        self._capture.conv = checked("conv", conv, CONVS)
-        self._capture.precision = checked("precision", precision, PRECISIONS)
-        if not kappa and precision == "auto":
-            self._capture.precision = "fast"
+        self._capture = capture_of(
+            model, chosen, conv=conv, precision=precision, bias=bias, kappa=kappa, neurons=neurons, trains=True
+        )
         self._weights = StepWeights(self._capture.layers, self._capture.attentions, measured=weights)
         self._capture.split = self._weights.split
         self._step = start_step

@@ -64,7 +64,8 @@ def test_batches_may_carry_labels_and_come_from_a_loader():
     x = data()
     one = insert_last_bn(seeded_net(), x).state_dict()
     loader = DataLoader(TensorDataset(x, torch.zeros(40)), batch_size=7, shuffle=True)
-    for batches in ([(x[:30], None), [x[30:], 1]], loader):
+    pair = (x, torch.zeros(len(x), dtype=torch.long))
+    for batches in ([(x[:30], None), [x[30:], 1]], loader, pair, list(pair)):
         other = insert_last_bn(seeded_net(), batches).state_dict()
         for key, value in one.items():
             torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6)

@@ -395,3 +395,14 @@ def test_class_weights_follow_the_model_into_float64(kit):
         wide = curvature(model, x, y, matrix, block="5", loss=nn.CrossEntropyLoss(weight=weight.double())).eigenvalues
         for loss in (nn.CrossEntropyLoss(weight=weight), functools.partial(F.cross_entropy, weight=weight)):
             assert torch.equal(curvature(model, x, y, matrix, block="5", loss=loss).eigenvalues, wide)
+
+
+def test_a_gradient_that_sums_to_zero_is_not_taken_for_another_layers_part():
+    """BatchNorm's backward pass over identical rows: each has a gradient, and their sum is rounding alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        model[1].bias.fill_(1.0)
+    x, y = torch.randn(1, 3).repeat(6, 1), torch.tensor([0, 1, 1, 0, 1, 1])
+    found = curvature(model, x, y, "grad_moment", block="0")
+    assert found.lambda_max > 1e-4

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -471,3 +472,20 @@ def test_a_losss_own_weights_follow_it_into_float64(kit):
     assert 0 < found.certificate["5"]["output_grad_lambda_max"] < 1e-4
     assert again.certificate == found.certificate
     assert loss.weight.dtype is torch.float32
+
+
+def test_an_empty_batch_adds_nothing(kit):
+    model, (x, y) = kit.build("conv"), kit.images()
+    found, expected = measure(model, [(x, y), (x[:0], y[:0])]), measure(model, (x, y))
+    assert (found.samples, found.batches, found.loss) == (expected.samples, 2, expected.loss)
+    for name in expected:
+        assert torch.equal(found[name].output_grad.eigenvalues, expected[name].output_grad.eigenvalues)
+
+
+def test_an_unknown_layer_is_answered_by_the_closest(kit):
+    model = nn.Sequential(OrderedDict(body=nn.Linear(48, 6), head=nn.Linear(6, 4))).double()
+    found = measure(model, (kit.images()[0].flatten(1), kit.images()[1]))
+    with pytest.raises(KeyError, match="no layer 'heads'; did you mean 'head'"):
+        found["heads"]
+    with pytest.raises(KeyError, match="no layer 'x'; measured: body, head"):
+        found["x"]

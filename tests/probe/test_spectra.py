@@ -149,3 +149,10 @@ def test_numpy_arrays_that_run_backwards_or_are_read_only_are_taken():
     matrix.flags.writeable = False
     assert spectrum(matrix[::-1, ::-1]).condition_number() == 4.0
     assert spectrum(np.broadcast_to(values, (3,))).lambda_max == 4.0
+
+
+def test_the_condition_number_of_a_kronecker_product_is_its_own():
+    factors = [spectrum(torch.diag(torch.tensor(d).double())) for d in ([4.0, 2.0], [9.0, 3.0, 1.0])]
+    fisher = KroneckerSpectrum(*factors)
+    assert condition_number(fisher) == 18.0
+    assert condition_number(fisher, p=0.5) == fisher.condition_number(0.5) == 36 / 12

@@ -1,7 +1,9 @@
-"""Numbers that a caller gives: the number, or one clear error with its name."""
+"""Arguments that a caller gives: the value, or one clear error with its name."""
 
 import math
 import operator
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -27,3 +29,12 @@ def positive(name: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
     return number
+
+
+def checked(name: str, value: str, allowed: Sequence[str]) -> Any:
+    """The value if it is allowed, else a ValueError that names the closest."""
+    if value not in allowed:
+        close = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+    return value

@@ -61,6 +61,7 @@ class Conditioning(Mapping[str, LayerConditioning]):
         mode: "train" (batch statistics) or "eval", of the model as it was measured.
         dtype: the coarsest dtype of the layers' outputs, for example "float32".
         labels: "data" (M's factor), "model" (F's, exact) or "sample" (F's, one draw).
+        random_signs: "model" was exact in the mean alone, over random signs (a large batch under batch statistics).
         loss: the batch-mean loss over all samples; None in a `Probe`, which does not see it.
         loss_name: which loss.
         conv: "channels" or "patches"; bias: whether a constant 1 was added to the inputs.
@@ -79,6 +80,7 @@ class Conditioning(Mapping[str, LayerConditioning]):
     mode: str = "train"
     dtype: str = "float32"
     labels: str = "data"
+    random_signs: bool = False
     loss: float | None = None
     loss_name: str = ""
     conv: str = "channels"

@@ -43,6 +43,7 @@ class Passes:
         self.inputs = [*self.weights.values(), *(model.parameters() if computed else ())]
         self.weight_grads: dict[str, Tensor] = {}
         self.samples, self.batches, self.total_loss, self.sees_loss = 0, 0, 0.0, False
+        self.random_signs = False
 
     def one(self, x: Any, y: Any) -> None:
         """One batch: a forward pass and the backward passes that the labels ask for."""
@@ -84,6 +85,7 @@ class Passes:
                 all_at_once = label_models.weighted_gradients(kind, logits, axis, counted)
                 signals = label_models.gradients_one_by_one(all_at_once)
             else:
+                self.random_signs = self.random_signs or samples_interact(self.model)
                 signals = label_models.signed_gradients(kind, logits, self.generator, axis, counted)
             for c, signal in enumerate(signals):
                 self.capture.further = c > 0
@@ -126,6 +128,7 @@ class Passes:
             mode=self.mode,
             dtype=coarsest(dtypes),
             labels=self.labels,
+            random_signs=self.random_signs,
             loss=mean if self.sees_loss and abs(mean) < float("inf") else None,
             loss_name=self.loss_name,
             conv=self.capture.conv,

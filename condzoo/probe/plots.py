@@ -83,7 +83,10 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
     below[2].set_title("ReLU units by depth, last record", fontsize=10)
     below[2].spines[["top", "right"]].set_visible(False)
     png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=130)
+    try:
+        figure.savefig(png, dpi=130)
+    except OSError as error:  # of a full disk the system does not say which file was written
+        raise OSError(error.errno, error.strerror, str(png)) from error
 
 
 def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:

@@ -27,11 +27,18 @@ Column = np.ndarray
 
 
 def append_record(path: str | Path, conditioning: Conditioning) -> None:
-    """Append one measurement and wait until it is on the disk."""
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write(dumps(conditioning) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one measurement and wait until it is on the disk.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    try:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(dumps(conditioning) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # of a full disk the system does not say which file was written
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def drop_torn_line(path: str | Path) -> None:

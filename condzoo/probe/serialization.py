@@ -20,7 +20,7 @@ SCHEMA = "condzoo.conditioning/1"
 
 _PLAIN = [f.name for f in fields(Conditioning) if f.name not in ("layers", "neurons")]
 
-_LATER = ("certificate", "kappa")  # fields that the first records of this schema do not have
+_LATER = ("certificate", "kappa", "random_signs")  # fields that the first records of this schema do not have
 
 
 def to_record(conditioning: Conditioning) -> dict[str, Any]:

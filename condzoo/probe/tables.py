@@ -52,9 +52,10 @@ def _aligned(column: int, cell: str, width: int) -> str:
 def _title(c: Conditioning) -> str:
     loss = "" if c.loss is None else f", loss {c.loss:.4g}"
     only = "" if c.kappa else ", lambda_max only"
+    labels = f"labels from the {c.labels}" + (" (random signs)" if c.random_signs else "")
     step = "" if c.step is None else f"step {c.step}: "
     return (
-        f"{step}{len(c)} layers, {c.mode} mode, {c.samples} samples, labels from the {c.labels}{loss}, "
+        f"{step}{len(c)} layers, {c.mode} mode, {c.samples} samples, {labels}{loss}, "
         f"{c.dtype} pass, conv={c.conv}, precision={c.precision}{only}"
     )
 

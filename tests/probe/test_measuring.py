@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from condzoo.probe import Probe, measure, weights
+from condzoo.probe import Probe, label_models, measure, weights
 
 NAMES = ["mlp", "bn_mlp", "conv", "odd_conv", "residual", "other_dimensions", "tokens"]
 
@@ -489,3 +489,12 @@ def test_an_unknown_layer_is_answered_by_the_closest(kit):
         found["heads"]
     with pytest.raises(KeyError, match="no layer 'x'; measured: body, head"):
         found["x"]
+
+
+def test_large_batches_under_batch_statistics_say_that_their_expectation_is_over_random_signs(kit, monkeypatch):
+    monkeypatch.setattr(label_models, "ONE_BY_ONE", 20)
+    model, (x, y) = kit.build("bn_mlp"), kit.images(12)
+    small, large = (measure(model, (x[:n], y[:n]), labels="model") for n in (5, 12))
+    assert (small.random_signs, large.random_signs) == (False, True)
+    assert "labels from the model (random signs)" in large.table()
+    assert not measure(model.eval(), (x, y), labels="model").random_signs

@@ -72,41 +72,78 @@ def reproduce(
 def run_experiments(
     experiments: list["Experiment"], scale: str, out: Path, imagenet: Path | None, options: dict[str, Any]
 ) -> tuple[bool, bool]:
-    """Run, draw and judge each experiment; returns whether no run failed, and whether no claim did not hold."""
-    from condzoo import display
-    from condzoo.experiments import collect, draw, judge, stem
-    from condzoo.experiments.report import needs_folder
-    from condzoo.experiments.training import row_name
-    from condzoo.progress import TrainingProgress
+    """Run, draw and judge each experiment; returns whether no run failed, and whether no claim did not hold.
 
-    display.console.print(time_ahead(experiments, scale, out, options), markup=False)
+    Raises:
+        ValueError, FileNotFoundError: an engine or a data set that is not there, before the first experiment begins.
+        Stopped: on a signal, also one between two experiments; the same call goes on.
+    """
+    from condzoo import display
+    from condzoo.experiments.collecting import check_engine
+    from condzoo.experiments.planning import read_data_sets
+    from condzoo.experiments.stopping import stopping
+
+    check_engine(options["engine"])
     whole = held = True
-    for number, experiment in enumerate(experiments, start=1):
-        display.console.print(f"[{number}/{len(experiments)}] {experiment.id}: {experiment.title}", markup=False)
-        # the folder is part of the recipes: however it is written, it is the same one
-        root = None if imagenet is None else str(imagenet.resolve())
-        own = {"data": {"root": root}, "data_root": None} if needs_folder(experiment) else {}
-        with TrainingProgress(display.console) as progress:
-            data = collect(experiment, scale, out, on_event=progress, **{**options, **own})
-        picture = out / f"{stem(experiment.id, scale)}.png"
-        draw(experiment, data, picture)
-        verdicts = judge(experiment, data)
-        display.print_verdicts(verdicts, picture)
-        held &= all(verdict.outcome != "did not hold" for verdict in verdicts)
-        for run in data.get("runs", []):
-            if run["status"] == "failed":
-                display.console.print(f"failed: {row_name(run)}: {run['error']}", style="yellow", markup=False)
-                whole = False
+    read: set[str] = set()
+    with stopping("experiments") as stop_where_asked:
+        display.console.print(time_ahead(experiments, scale, out, imagenet, options), markup=False)
+        for experiment in experiments:
+            stop_where_asked()
+            own = {key: value for key, value in own_options(experiment, imagenet, options).items() if key in DATA}
+            read_data_sets(experiment, scale, out, read, **own)
+        for number, experiment in enumerate(experiments, start=1):
+            stop_where_asked()
+            display.console.print(f"[{number}/{len(experiments)}] {experiment.id}: {experiment.title}", markup=False)
+            ended = run_experiment(experiment, scale, out, own_options(experiment, imagenet, options))
+            whole, held = whole and ended[0], held and ended[1]
     return whole, held
 
 
-def time_ahead(experiments: list["Experiment"], scale: str, out: Path, options: dict[str, Any]) -> str:
-    """How many experiments there are, how long those take that are not finished, and how many are."""
+DATA = ("seeds", "only", "data", "data_root")  # the options that say which data sets are read
+
+
+def own_options(experiment: "Experiment", imagenet: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of one experiment: the folder of images is for those alone that are on it."""
+    from condzoo.experiments.planning import needs_folder
+
+    if imagenet is None or not needs_folder(experiment):
+        return options
+    # the folder is part of the recipes: however it is written, it is the same one
+    return {**options, "data": {"root": str(imagenet.resolve())}, "data_root": None}
+
+
+def run_experiment(experiment: "Experiment", scale: str, out: Path, options: dict[str, Any]) -> tuple[bool, bool]:
+    """Run, draw and judge one; returns whether no run failed, and whether no claim did not hold."""
+    from condzoo import display
+    from condzoo.experiments import collect, draw, judge, reductions_of, stem
+    from condzoo.experiments.training import row_name
+    from condzoo.progress import TrainingProgress
+
+    with TrainingProgress(display.console) as progress:
+        data = collect(experiment, scale, out, on_event=progress, **options)
+    picture = out / f"{stem(experiment.id, scale)}.png"
+    draw(experiment, data, picture)
+    if less := reductions_of(experiment, data):
+        display.console.print(f"less than the paper's: {'; '.join(less)}", style="yellow", markup=False)
+    verdicts = judge(experiment, data)
+    display.print_verdicts(verdicts, picture)
+    failed = [run for run in data.get("runs", []) if run["status"] == "failed"]
+    for run in failed:
+        display.console.print(f"failed: {row_name(run)}: {run['error']}", style="yellow", markup=False)
+    return not failed, all(verdict.outcome != "did not hold" for verdict in verdicts)
+
+
+def time_ahead(
+    experiments: list["Experiment"], scale: str, out: Path, imagenet: Path | None, options: dict[str, Any]
+) -> str:
+    """How many experiments there are, how long that takes which is not finished, and how many are."""
     from condzoo.experiments import estimated_minutes, finished
 
     chosen = {key: options[key] for key in ("seeds", "only")}
     ahead = [experiment for experiment in experiments if finished(experiment, scale, out, **chosen) is None]
-    minutes = estimated_minutes(ahead, scale, **chosen)
+    fields = None if imagenet is None else {"root": str(imagenet.resolve())}
+    minutes = estimated_minutes(ahead, scale, **chosen, out=out, data=fields)
     length = f"{minutes / 60:.1f} hours" if minutes > 120 else f"{minutes:.3g} minutes"
     before = len(experiments) - len(ahead)
     count = f"{len(experiments)} experiment{'' if len(experiments) == 1 else 's'}"
@@ -120,7 +157,7 @@ def with_images(experiments: list["Experiment"], folder: Path | None, every: boo
         ValueError: one that was asked for by its id needs a folder, and none was named; or it holds no such images.
     """
     from condzoo import display
-    from condzoo.experiments.report import needs_folder
+    from condzoo.experiments.planning import needs_folder
 
     on_images = [experiment.id for experiment in experiments if needs_folder(experiment)]
     if folder is not None and on_images:

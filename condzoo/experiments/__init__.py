@@ -2,7 +2,8 @@
 
 Each is one file, recipes/paper/<id>.toml, that says everything in words and numbers: what is run at scale
 "paper" (the appendix's own setup) and at scale "cpu" (what two cores can do; each reduction is listed), how it is
-drawn, and each claim as a measure with a bound that was written down before the run. The way through:
+drawn, and each claim as a measure with a bound that was written down before the run, or says that it was not. The way
+through:
 
     load_experiment(id)                     recipes/paper/<id>.toml, checked (schema.py, loading.py)
     collect(...)                            runs what is missing; a dict of plain numbers (collecting.py), by kind:
@@ -15,9 +16,12 @@ The dict is written as JSON beside the figure, so that drawing, judging and repo
 """
 
 from condzoo.experiments.claims import Verdict, judge
-from condzoo.experiments.collecting import collect, estimated_minutes, finished, read_data_file, stem
+from condzoo.experiments.collecting import collect, finished, stem
+from condzoo.experiments.data_files import read_data_file
 from condzoo.experiments.figures import draw
 from condzoo.experiments.loading import experiment_ids, load_experiment
+from condzoo.experiments.planning import estimated_minutes
+from condzoo.experiments.reductions import reductions_of
 from condzoo.experiments.report import report
 from condzoo.experiments.schema import Experiment
 
@@ -32,6 +36,7 @@ __all__ = [
     "judge",
     "load_experiment",
     "read_data_file",
+    "reductions_of",
     "report",
     "stem",
 ]

@@ -68,6 +68,8 @@ def judge_claim(
 ) -> Verdict:
     """Held where every seed is within the bound, did not hold where the median is not, else not decided.
 
+    Not decided either: one seed alone of what is random, a seed without a value, data without what is measured.
+
     Args:
         claim: with its measure and bound.
         data: of the experiment.
@@ -80,6 +82,8 @@ def judge_claim(
         values = MEASURES[claim.measure](data, **claim.args)
     except Missing as missing:
         return Verdict(claim, "not decided", {}, str(missing))
+    except KeyError as error:  # data of before this was measured
+        return Verdict(claim, "not decided", {}, f"the data have no {error.args[0]}")
     if not values:
         return Verdict(claim, "not decided", {}, "no seed has a value")
     if lacking := [str(seed) for seed in seeds if seed not in values]:

@@ -9,21 +9,19 @@ from typing import Any
 
 import torch
 
+from condzoo.experiments.data_files import SCHEMA, read_data_file
 from condzoo.experiments.growth import collect_growth
 from condzoo.experiments.initialization import collect_initialization
-from condzoo.experiments.loading import labels_run, planned_runs, scale_of, training_of
-from condzoo.experiments.schema import Experiment
+from condzoo.experiments.loading import labels_run, planned_runs, scale_of, settings_of, training_of
+from condzoo.experiments.reductions import NOT_IMAGENET, folder_read, folder_reduction, reductions
+from condzoo.experiments.schema import Experiment, GrowthSettings, InitializationSettings, TheorySettings
 from condzoo.experiments.theory import collect_theory
-from condzoo.experiments.training import collect_trainings, digest, row_name, run_folder
+from condzoo.experiments.training import collect_trainings, digest, row_name, run_folder, runs_folder
 from condzoo.training.environment import describe_environment
 from condzoo.training.events import OnEvent
 from condzoo.training.many_runs import ENGINES
 from condzoo.training.precision import Numerics
 from condzoo.training.run_directory import write_atomically
-
-IMAGENET = (1000, 1_281_167)  # classes, training images
-NOT_IMAGENET = "not ImageNet: "  # how the reduction begins that says so
-SCHEMA = "condzoo.experiment/1"
 
 
 def collect(
@@ -51,7 +49,7 @@ def collect(
         seeds: in place of the scale's.
         data: fields of [data] in place of the experiment's, such as {"root": FOLDER}.
         only: patterns of the curves of an experiment that trains; default: those of the scale.
-        engine: "local", or "ray" for many trainings at a time (`condzoo.training.sweep.run_all`).
+        engine: "local", or "ray" for many trainings at a time (`condzoo.training.many_runs.run_all`).
         data_root, device, on_event: as for `condzoo.train`.
 
     Returns:
@@ -61,8 +59,7 @@ def collect(
         ValueError, FileNotFoundError: a scale, curve or engine that there is not; data that are not there.
         Stopped: on a signal; the same call goes on.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine: got {engine!r}, must be one of: {', '.join(ENGINES)}")
+    check_engine(engine)
     chosen, out = scale_of(training_of(experiment), scale), Path(out)
     wanted = list(seeds or chosen.seeds)
     kept = finished(experiment, scale, out, seeds=seeds, only=only, fields=data)
@@ -71,13 +68,13 @@ def collect(
     labels = curves(experiment, scale, only)
     before = data_before(experiment, scale, out)
     keep_what_is_left_out(experiment, scale, out, before, wanted, labels)
-    if experiment.initialization is not None:
-        settings = experiment.initialization.model_copy(update=chosen.settings)
-        found = collect_initialization(settings, wanted, data_root, out / "runs" / f"{experiment.id}-{scale}")
-    elif experiment.theory is not None:
-        found = collect_theory(experiment.theory.model_copy(update=chosen.settings), wanted)
-    elif experiment.growth is not None:
-        found = collect_growth(experiment.growth.model_copy(update=chosen.settings))
+    settings = settings_of(experiment, scale)
+    if isinstance(settings, InitializationSettings):
+        found = collect_initialization(settings, wanted, data_root, runs_folder(experiment, scale, out), on_event)
+    elif isinstance(settings, TheorySettings):
+        found = collect_theory(settings, wanted, on_event)
+    elif isinstance(settings, GrowthSettings):
+        found = collect_growth(settings, wanted, on_event)
     else:
         found = collect_trainings(
             experiment,
@@ -93,9 +90,16 @@ def collect(
             before=before.get("runs", []),
         )
     result: dict[str, Any] = {"schema": SCHEMA, "id": experiment.id, "scale": scale, "seeds": wanted}
+    if settings is not None:
+        result["settings"] = digest(settings)
+    kept_runs = found.pop("kept", 0)
+    if kept_runs and kept_runs == len(found["runs"]):  # nothing was read now
+        marks = [text for text in before["reductions"] if text.startswith(NOT_IMAGENET)]
+    else:
+        marks = folder_reduction(folder_read(experiment, scale, data, data_root))
     result |= {
-        "reductions": [*reductions(experiment, scale, wanted, labels), *folder_reduction(data)],
-        "made": made(found.pop("environment", None), before if found.pop("kept", 0) else None),
+        "reductions": [*reductions(experiment, scale, wanted, labels), *marks],
+        "made": made(found.pop("environment", None), before if kept_runs else None),
         **found,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -103,6 +107,12 @@ def collect(
         data_file(experiment, scale, out), (json.dumps(result, allow_nan=False, separators=(",", ":")) + "\n").encode()
     )
     return result
+
+
+def check_engine(engine: str) -> None:
+    """ValueError where there is no such engine."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine: got {engine!r}, must be one of: {', '.join(ENGINES)}")
 
 
 def keep_what_is_left_out(
@@ -114,36 +124,12 @@ def keep_what_is_left_out(
     labels: Sequence[str] | None,
 ) -> None:
     """Copy the file that is going to be replaced to *.json.bak where it is all that is left of a run."""
-    folder = out / "runs" / f"{training_of(experiment).id}-{scale}"
+    folder = runs_folder(experiment, scale, out)
     rows = [row for row in before.get("runs", []) if row["chosen"] and row["status"] != "failed"]
     left_out = [row for row in rows if row["seed"] not in seeds or (labels is not None and row["label"] not in labels)]
     if any(not (folder / row_name(row)).is_dir() for row in left_out):
         path = data_file(experiment, scale, out)
         write_atomically(path.with_name(f"{path.name}.bak"), path.read_bytes())
-
-
-def reductions(experiment: Experiment, scale: str, seeds: list[int], labels: list[str] | None) -> list[str]:
-    """What is less than the paper's: the scale's own reductions, and what this call leaves out besides."""
-    chosen = scale_of(training_of(experiment), scale)
-    left_out = [] if labels is None else [x for x in labels_run(experiment, scale) if x not in labels]
-    found = [*chosen.reductions]
-    if left_out:
-        found.append(f"without {', '.join(left_out)}")
-    if len(seeds) < len(chosen.seeds):
-        found.append(f"{len(seeds)} of {len(chosen.seeds)} seeds")
-    return found
-
-
-def folder_reduction(data: dict[str, Any] | None) -> list[str]:
-    """What the user's folder of images is, where it is not ImageNet: nobody may take the result for ImageNet's."""
-    if data is None or "root" not in data:
-        return []
-    train = Path(data["root"]) / "train"
-    folders = [folder for folder in train.iterdir() if folder.is_dir()]
-    images = sum(1 for folder in folders for file in folder.rglob("*") if file.is_file())
-    if (len(folders), images) == IMAGENET:
-        return []
-    return [f"{NOT_IMAGENET}{len(folders)} classes and {images:,} training images in place of 1,000 and 1,281,167"]
 
 
 def stem(name: str, scale: str) -> str:
@@ -198,7 +184,9 @@ def finished(
 
 
 def outdated(experiment: Experiment, scale: str, data: dict[str, Any], fields: dict[str, Any] | None) -> bool:
-    """Whether other recipes are asked for than these runs had, as far as they say which."""
+    """Whether other recipes or settings are asked for than these data are of, as far as they say which."""
+    if (settings := settings_of(experiment, scale)) is not None:
+        return data.get("settings") not in (None, digest(settings))
     if not any("recipe" in run for run in data.get("runs", [])):
         return False
     roots = [run["root"] for run in data["runs"] if run.get("root") is not None]
@@ -213,25 +201,6 @@ def data_before(experiment: Experiment, scale: str, out: Path) -> dict[str, Any]
     target = data_file(experiment, scale, out)
     data = read_data_file(target) if target.exists() else {}
     return data if (data.get("id"), data.get("scale")) == (experiment.id, scale) else {}
-
-
-def read_data_file(path: str | Path) -> dict[str, Any]:
-    """An experiment's data as `collect` wrote it.
-
-    Raises:
-        ValueError: another file.
-    """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not an experiment's data: expected schema {SCHEMA!r}")
-    if lacking := [key for key in ("id", "scale", "seeds", "made", "reductions") if key not in data]:
-        raise ValueError(
-            f"{path} is damaged: it has no {lacking[0]}; delete it, and give the `reproduce` command again"
-        )
-    return data
 
 
 def made(environment: dict[str, Any] | None, before: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -256,25 +225,3 @@ def made(environment: dict[str, Any] | None, before: dict[str, Any] | None = Non
         "python": platform.python_version(),
         "commit": (environment["source"] or {}).get("commit"),
     }
-
-
-def estimated_minutes(
-    experiments: Sequence[Experiment], scale: str, seeds: Sequence[int] | None = None, only: Sequence[str] | None = None
-) -> float:
-    """What the experiments take together by their files, by the share of the runs asked for; shared runs count once."""
-    owners = {training_of(experiment).id: training_of(experiment) for experiment in experiments}
-    shares = dict.fromkeys(owners, 0.0)
-    for experiment in experiments:
-        owner = training_of(experiment)
-        shares[owner.id] = max(shares[owner.id], share_of_runs(experiment, owner, scale, seeds, only))
-    return sum(scale_of(owner, scale).minutes * shares[name] for name, owner in owners.items())
-
-
-def share_of_runs(
-    experiment: Experiment, owner: Experiment, scale: str, seeds: Sequence[int] | None, only: Sequence[str] | None
-) -> float:
-    """How many of the owner's runs at a scale are asked for, as a share; of its seeds where nothing is trained."""
-    usual = scale_of(owner, scale).seeds
-    if experiment.training is None:
-        return len(seeds or usual) / len(usual)
-    return len(planned_runs(experiment, scale, seeds, only=only)) / len(planned_runs(owner, scale))

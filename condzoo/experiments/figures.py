@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from condzoo.experiments import matrix_figures, training_figures
-from condzoo.experiments.collecting import NOT_IMAGENET
+from condzoo.experiments.reductions import NOT_IMAGENET, reductions_of
 from condzoo.experiments.schema import Experiment
 
 DPI = 104
@@ -51,7 +51,7 @@ def draw(experiment: Experiment, data: dict[str, Any], png: str | Path) -> None:
     elsewhere = [text for text in data["reductions"] if text.startswith(NOT_IMAGENET)]
     titles = [line for text in (experiment.title, *elsewhere) for line in textwrap.wrap(text, int(TITLE * width))]
     figure.suptitle("\n".join(titles), fontsize=12)
-    wrapped = textwrap.wrap(small_print(data), int(SMALL_PRINT * width / 10))
+    wrapped = textwrap.wrap(small_print(data, experiment), int(SMALL_PRINT * width / 10))
     figure.supxlabel("\n".join(wrapped), fontsize=7, x=0.01, ha="left", color="0.3")
     Path(png).parent.mkdir(parents=True, exist_ok=True)
     save(figure, Path(png))
@@ -67,10 +67,11 @@ def save(figure: Figure, path: Path) -> None:
     Image.open(drawn).convert("RGB").save(path, optimize=True)
 
 
-def small_print(data: dict[str, Any]) -> str:
+def small_print(data: dict[str, Any], experiment: Experiment) -> str:
     """Scale, reductions, seeds, hardware and date."""
     seeds = ", ".join(map(str, data["seeds"]))
-    reduced = f" Less than the paper's: {'; '.join(data['reductions'])}." if data["reductions"] else ""
+    less = reductions_of(experiment, data)
+    reduced = f" Less than the paper's: {'; '.join(less)}." if less else ""
     made = data["made"]
     began = f"condzoo reproduce {data['id']}, scale {data['scale']}, seeds {seeds}."
     return f"{began}{reduced} {made['hardware']}, {made['date']}."

@@ -4,41 +4,48 @@ What is timed gives spectra: F whole and F_k by `curvature`, Sigma_x and Sigma_g
 """
 
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from condzoo.experiments.schema import GrowthSettings
+from condzoo.experiments.stopping import stopping
 from condzoo.models import create_model
 from condzoo.probe import curvature, measure
+from condzoo.training.events import Message, OnEvent
 
 CLASSES, PIXELS = 4, 4
 
 
-def collect_growth(settings: GrowthSettings) -> dict[str, Any]:
-    """Seconds of each way, one size varied at a time, the others at the base, and fitted exponents."""
+def collect_growth(settings: GrowthSettings, seeds: list[int], on_event: OnEvent | None = None) -> dict[str, Any]:
+    """Seconds of each way by seed, one size varied at a time, the others at the base.
+
+    Raises:
+        Stopped: on a signal.
+    """
     began = time.perf_counter()
     sizes = {"examples": settings.examples, "layers": settings.layers, "widths": settings.widths}
     base = {str(name): value for name, value in settings.base.items()}
-    points = [
-        {"varied": name, **base, name: value, "seconds": timed({**base, name: value}, settings.repeats)}
-        for name, values in sizes.items()
-        for value in values
-    ]
-    exponents = {name: {way: fitted_exponent(points, name, way) for way in WAYS} for name in sizes}
-    return {"points": points, "exponents": exponents, "seconds": time.perf_counter() - began}
+    planned = [(seed, name, value) for seed in seeds for name, values in sizes.items() for value in values]
+    points: list[dict[str, Any]] = []
+    with stopping("sizes") as stop_where_asked:
+        for number, (seed, name, value) in enumerate(planned, start=1):
+            stop_where_asked()
+            if on_event is not None:
+                on_event(Message(f"[{number}/{len(planned)}] {name} {value}, seed {seed}"))
+            seconds = timed({**base, name: value}, settings.repeats, seed)
+            points.append({"seed": seed, "varied": name, **base, name: value, "seconds": seconds})
+    return {"points": points, "seconds": time.perf_counter() - began}
 
 
-def timed(size: dict[str, int], repeats: int) -> dict[str, float]:
-    """Median seconds of each way for one size, the ways taking turns."""
+def timed(size: dict[str, int], repeats: int, seed: int) -> dict[str, float]:
+    """Median seconds of each way for one size, the ways taking turns; the seed draws the network and its inputs."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         name = f"mlp{size['layers']}x{size['widths']}"
         model = create_model(name, input_size=(1, PIXELS, PIXELS), num_classes=CLASSES, init="he").double()
         x = torch.randn(size["examples"], 1, PIXELS, PIXELS, dtype=torch.float64)
@@ -70,11 +77,3 @@ def kronecker(model: nn.Module, x: torch.Tensor) -> None:
 
 
 WAYS: dict[str, Callable[[nn.Module, torch.Tensor], None]] = {"full": whole, "blocks": blocks, "kronecker": kronecker}
-
-
-def fitted_exponent(points: list[dict[str, Any]], over: str, way: str) -> float:
-    """The slope of log seconds over log size, in the larger half of the sizes."""
-    chosen = sorted((p for p in points if p["varied"] == over), key=lambda point: point[over])
-    chosen = chosen[len(chosen) // 2 :] if len(chosen) > 3 else chosen
-    sizes = [math.log(point[over]) for point in chosen]
-    return float(np.polyfit(sizes, [math.log(point["seconds"][way]) for point in chosen], 1)[0])

@@ -12,34 +12,39 @@ from torch import Tensor, nn
 
 from condzoo.data import BatchPlan, load_data
 from condzoo.experiments.schema import InitializationSettings
+from condzoo.experiments.stopping import stopping
 from condzoo.experiments.training import plain_name, rounded
 from condzoo.models import create_model
 from condzoo.probe import Spectrum, curvature
+from condzoo.training.events import Message, OnEvent
 from condzoo.training.run_directory import write_atomically
-from condzoo.training.signals import Stopped
 
 
 def collect_initialization(
-    settings: InitializationSettings, seeds: list[int], data_root: str | Path | None = None, folder: Path | None = None
+    settings: InitializationSettings,
+    seeds: list[int],
+    data_root: str | Path | None = None,
+    folder: Path | None = None,
+    on_event: OnEvent | None = None,
 ) -> dict[str, Any]:
     """lambda_max and kappa_p of every matrix, full and each layer's block, for every network and seed.
 
     With a folder each network is written there once it is measured, and not measured again.
 
     Raises:
-        Stopped: on Ctrl-C; the same call goes on with the network that was being measured.
+        Stopped: on a signal; the same call goes on with the network that was being measured.
     """
     rows: list[dict[str, Any]] = []
     seconds = 0.0
-    with warnings.catch_warnings():  # that a matrix takes minutes; the experiment's file says how many in all
+    planned = list(itertools.product(seeds, settings.models))
+    with warnings.catch_warnings(), stopping("networks") as stop_where_asked:
+        # that a matrix takes minutes; the experiment's file says how many in all
         warnings.filterwarnings("ignore", r"exact (curvature|Hessian): about", UserWarning)
-        for seed, label in itertools.product(seeds, settings.models):
-            try:
-                row, spent = measured_once(label, settings, seed, data_root, folder)
-            except KeyboardInterrupt:
-                raise Stopped(
-                    f"stopped after {len(rows)} networks, which are kept; run the same command to go on"
-                ) from None
+        for number, (seed, label) in enumerate(planned, start=1):
+            stop_where_asked()
+            if on_event is not None:
+                on_event(Message(f"[{number}/{len(planned)}] {label}, seed {seed}"))
+            row, spent = measured_once(label, settings, seed, data_root, folder)
             rows.append(row)
             seconds += spent
     return {"networks": rows, "p": settings.p, "seconds": seconds}

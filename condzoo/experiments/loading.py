@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from condzoo.experiments.schema import Experiment, RunSpec, Scale
+from condzoo.experiments.schema import Experiment, RunSpec, Scale, Settings
 from condzoo.training import Recipe
 from condzoo.training.recipe import parse_recipe, set_field
 from condzoo.training.recipe_files import EXPERIMENTS, recipe_folder
@@ -68,6 +68,16 @@ def scale_of(experiment: Experiment, scale: str) -> Scale:
     if scale not in experiment.scales:
         raise ValueError(f"{experiment.id} has no scale {scale!r}; it has: {', '.join(experiment.scales)}")
     return experiment.scales[scale]  # type: ignore[index]
+
+
+def settings_of(experiment: Experiment, scale: str) -> Settings | None:
+    """What is measured at a scale where nothing is trained; None where something is.
+
+    Raises:
+        ValueError: the experiment has no such scale.
+    """
+    own = experiment.initialization or experiment.theory or experiment.growth
+    return own and own.model_copy(update=scale_of(experiment, scale).settings)
 
 
 def training_of(experiment: Experiment) -> Experiment:

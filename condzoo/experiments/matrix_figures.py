@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
+from condzoo.experiments.readings import fitted_exponent, points_by_seed
 from condzoo.experiments.schema import Experiment
 from condzoo.experiments.training_figures import MARKERS, tidy
 from condzoo.probe.heatmaps import OKABE_ITO
@@ -21,7 +22,9 @@ ERRORS = {
     "spectrum": "all eigenvalues",
     "nearest": r"$\lambda_{max}$: exact block / product," "\nleast layer",
     "farthest": r"$\lambda_{max}$: exact block / product," "\nlargest layer",
+    "eps_exponent": "power of BN's eps with which\nthe largest error grows",
 }
+UNITS = {"nearest": "ratio", "farthest": "ratio", "eps_exponent": "exponent"}
 SIZES = {"examples": "N, examples", "layers": "L, layers", "widths": "d, units a layer"}
 
 
@@ -92,36 +95,36 @@ def theory(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
             values = sorted(trial["errors"][quantity] for trial in data["trials"] if trial["seed"] == seed)
             shown = np.maximum(values, 1e-17)  # an error of exactly 0 stays on a logarithmic axis
             ax.plot(shown, MARKERS[i % 7], color=OKABE_ITO[i % 7], markersize=3, label=f"seed {seed}")
-        ax.set(yscale="log", xlabel="trial, ascending")
+        ax.set(yscale="linear" if quantity == "eps_exponent" else "log", xlabel="trial, ascending")
         ax.set_title(ERRORS[quantity], fontsize=9)
         low, high = (float(limit) for limit in ax.get_ylim())
         ax.set_ylim(low / 3, high * 3)  # so that a whole decade is labelled
         ax.yaxis.set_minor_formatter(NullFormatter())
+        if quantity == "eps_exponent":
+            ax.set_ylim(0, 2)  # that no two trials differ to the eye is what there is to see
+        ax.set_ylabel(UNITS.get(quantity, "relative error, largest of the layers"), fontsize=8)
         tidy(ax)
-    for ax, quantity in zip(axes, quantities, strict=True):
-        is_ratio = quantity in ("nearest", "farthest")
-        ax.set_ylabel("ratio" if is_ratio else "relative error, largest of the layers", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
 
 
 def growth(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
-    """A panel a size: seconds of each way, with its fitted exponent."""
+    """A panel a size: seconds of each way, median over seeds and range, with the median of the fitted exponents."""
+    by_seed = points_by_seed(data)
     figure.set_size_inches(12, 4.2)
     axes = figure.subplots(1, 3)
     for ax, (size, name) in zip(axes, SIZES.items(), strict=True):
-        points = sorted((p for p in data["points"] if p["varied"] == size), key=lambda point: point[size])
+        points = [point for point in data["points"] if point["varied"] == size]
+        sizes = sorted({point[size] for point in points})
         for i, (way, label) in enumerate(WAYS.items()):
-            exponent = data["exponents"][size][way]
-            seconds = [point["seconds"][way] for point in points]
-            ax.plot(
-                [point[size] for point in points],
-                seconds,
-                marker=MARKERS[i],
-                color=OKABE_ITO[i],
-                label=f"{label}: exponent {exponent:.2f}",
+            exponent = np.median([fitted_exponent(own, size, way) for own in by_seed.values()])
+            seconds = [[point["seconds"][way] for point in points if point[size] == value] for value in sizes]
+            style: dict[str, Any] = {"marker": MARKERS[i], "color": OKABE_ITO[i]}
+            ax.plot(sizes, [np.median(s) for s in seconds], **style, label=f"{label}: exponent {exponent:.2f}")
+            ax.fill_between(
+                sizes, [min(s) for s in seconds], [max(s) for s in seconds], color=OKABE_ITO[i], alpha=0.2, lw=0
             )
         ax.set(xscale="log", yscale="log", xlabel=name)
-        ax.set_xticks([point[size] for point in points], [str(point[size]) for point in points])
+        ax.set_xticks(sizes, [str(value) for value in sizes])
         ax.minorticks_off()
         tidy(ax)
         ax.legend(fontsize=7, frameon=False)

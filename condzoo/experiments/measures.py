@@ -1,12 +1,21 @@
 """Every measure a claim can name: those of trainings, and here those of matrices, theorems and times."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from condzoo.experiments import training_measures as training
-from condzoo.experiments.readings import Data, Missing, Values, networks_of, paired
+from condzoo.experiments.readings import (
+    Data,
+    Missing,
+    Values,
+    fitted_exponent,
+    networks_of,
+    paired,
+    points_by_seed,
+)
 
 
 def curvature_ratio(data: Data, label: str, to: str, matrix: str, of: str, value: str = "lambda_max") -> Values:
@@ -32,7 +41,10 @@ def full_over_largest_block(data: Data, label: str, matrix: str) -> Values:
 
 
 def share_of_blocks_lower(data: Data, label: str, to: str, matrix: str, value: str) -> Values:
-    """Share of the layers whose block's value is lower in one network than in the other."""
+    """Share of the layers whose block's value is lower in one network than in the other.
+
+    A kappa that is not known is infinite, see `ratio_between`; a layer of which neither is known does not count.
+    """
     found = {}
     for one, other in paired(data, label, to, "networks"):
         pairs = [
@@ -40,9 +52,13 @@ def share_of_blocks_lower(data: Data, label: str, to: str, matrix: str, value: s
             for name in one["matrices"][matrix]
             if name != "full" and name in other["matrices"][matrix]
         ]
-        known = [a < b for a, b in pairs if a is not None and b is not None]
+        known = [
+            (math.inf if a is None else a) < (math.inf if b is None else b)
+            for a, b in pairs
+            if a is not None or b is not None
+        ]
         if not known:
-            raise Missing(f"{value} of {matrix} is known of no block in both networks")
+            raise Missing(f"{value} of {matrix} is known of no block of {label} or {to}")
         found[one["seed"]] = sum(known) / len(known)
     return found
 
@@ -71,23 +87,24 @@ def errors_by_seed(data: Data, quantity: str) -> dict[int, list[float]]:
 
 
 def time_ratio(data: Data, of: str, to: str) -> Values:
-    """Seconds of one way over another's at the largest size measured, of each row of sizes."""
+    """Seconds of one way over another's at the largest size of each row of sizes: the largest of the rows."""
     found = {}
-    for index, row in enumerate(sorted({point["varied"] for point in data["points"]})):
-        points = [point for point in data["points"] if point["varied"] == row]
-        largest = max(points, key=lambda point: point[row])
-        found[index] = largest["seconds"][of] / largest["seconds"][to]
+    for seed, points in points_by_seed(data).items():
+        rows = {point["varied"] for point in points}
+        largest = [max((p for p in points if p["varied"] == row), key=lambda point: point[row]) for row in rows]
+        found[seed] = max(point["seconds"][of] / point["seconds"][to] for point in largest)
     return found
 
 
 def exponent(data: Data, way: str, over: str) -> Values:
     """The exponent with which a way's time grows with a size: least squares in logarithms over the larger half."""
-    return {0: data["exponents"][over][way]}
+    return {seed: fitted_exponent(points, over, way) for seed, points in points_by_seed(data).items()}
 
 
 def exponent_difference(data: Data, way: str, than: str, over: str) -> Values:
     """How much larger one way's exponent is than another's: above 0 it grows faster."""
-    return {0: data["exponents"][over][way] - data["exponents"][over][than]}
+    one, other = exponent(data, way, over), exponent(data, than, over)
+    return {seed: one[seed] - other[seed] for seed in one}
 
 
 def curvature_level(network: dict[str, Any], matrix: str, of: str, value: str) -> float:

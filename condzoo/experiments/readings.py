@@ -79,6 +79,8 @@ def finals(data: Data, label: str, metric: str) -> Values:
     The summary's training loss is the mean of the last epoch. Of a run that has no two epochs that would be the mean of
     all that it went through: there "train_loss" is the last loss, too.
 
+    The "train_error" is that of the last epoch, or of the part of one that was trained.
+
     Raises:
         Missing: none ended with it.
     """
@@ -92,6 +94,8 @@ def finals(data: Data, label: str, metric: str) -> Values:
 
 def final_metric(run: dict[str, Any], metric: str) -> float | None:
     """One run's metric at its end; see `finals`."""
+    if metric == "train_error":
+        return run["epochs"][-1][metric] if run["epochs"] else None
     short = metric == "train_loss" and len(run["epochs"]) < 2
     value = last_loss(run) if short or metric == "last_loss" else run[metric]
     return run[metric] if short and value is None else value  # its losses were not logged
@@ -107,6 +111,22 @@ def fitted_slope(row: np.ndarray) -> float:
     """Least-squares slope over the places whose value is known; NaN of fewer than three."""
     known = np.isfinite(row)
     return float(np.polyfit(np.flatnonzero(known), row[known], 1)[0]) if known.sum() >= 3 else math.nan
+
+
+def points_by_seed(data: Data) -> dict[int, list[dict[str, Any]]]:
+    """The sizes that were timed, by seed; data of before times were taken by seed have one set of them, here seed 0."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for point in data["points"]:
+        found.setdefault(point.get("seed", 0), []).append(point)
+    return found
+
+
+def fitted_exponent(points: Sequence[dict[str, Any]], over: str, way: str) -> float:
+    """The slope of log seconds over log size, least squares in the larger half of the sizes of one seed."""
+    chosen = sorted((p for p in points if p["varied"] == over), key=lambda point: point[over])
+    chosen = chosen[len(chosen) // 2 :] if len(chosen) > 3 else chosen
+    sizes = [math.log(point[over]) for point in chosen]
+    return float(np.polyfit(sizes, [math.log(point["seconds"][way]) for point in chosen], 1)[0])
 
 
 def finite_median(values: Sequence[float], what: str) -> float:

@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from condzoo.experiments.claims import Verdict, judge
-from condzoo.experiments.collecting import NOT_IMAGENET, estimated_minutes, read_data_file, stem
+from condzoo.experiments.collecting import stem
+from condzoo.experiments.data_files import read_data_file
 from condzoo.experiments.loading import experiment_ids, labels_run, load_experiment, scale_of, training_of
+from condzoo.experiments.planning import estimated_minutes, needs_folder
+from condzoo.experiments.reductions import NOT_IMAGENET, reductions_of
 from condzoo.experiments.schema import SCALES, Experiment
 
 INTRODUCTION = """# Reproduction of arXiv:2002.10801
 
 Made by `condzoo reproduce --report` of the files in docs/data/; a test checks that it is up to date. Each claim is a
-measure with a bound, written into recipes/paper/ before the run. **held**: every seed is within the bound; **did not
-hold**: the median over seeds is not; **not decided**: only the median is, a value is missing, or a training has one
-seed alone. Values are medians, with the range over seeds. A condition number that is not known counts as infinite, for
-its smallest eigenvalue is under the noise: a ratio of 0 says that most of the other network's are. Scale `paper` is the
-appendix's own setup, for GPUs; scale `cpu` is what two cores can do, and what it leaves out is listed with each
-experiment.
+measure with a bound, written into recipes/paper/ before the run, but for those that are marked as written down after
+the data were seen. **held**: every seed is within the bound; **did not hold**: the median over seeds is not; **not
+decided**: only the median is, a value is missing, or of what is random one seed alone was run. Values are medians, with
+the range over seeds. A condition number that is not known counts as infinite, for its smallest eigenvalue is under the
+noise: a ratio of 0 says that most of the other network's are. Scale `paper` is the appendix's own setup, for GPUs;
+scale `cpu` is what two cores can do, and what it leaves out is listed with each experiment.
 """
 OUTCOMES = ("held", "did not hold", "not decided")
 
@@ -45,18 +48,20 @@ def report(data_folder: str | Path, figures: str = "figures") -> str:
 
 def overview(experiments: list[Experiment], found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """One row an experiment and scale."""
-    yield "| experiment | held | did not hold | not decided | scale | seeds | minutes | date |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| experiment | held | did not hold | not decided | scale | seeds | minutes | hardware | date | command |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for experiment in experiments:
         link = f"[{experiment.id}](#{experiment.id}) {experiment.title}"
         for data in found[experiment.id]:
             verdicts: list[str] = [verdict.outcome for verdict in judge(experiment, data)]
             counts = " | ".join(str(verdicts.count(outcome) or "") for outcome in OUTCOMES)
-            how = f"{data['scale']} | {numbers(data['seeds'])} | {minutes(data)} | {data['made']['date']}"
+            made = data["made"]
+            how = f"{data['scale']} | {numbers(data['seeds'])} | {minutes(data)} | {made['hardware']} | {made['date']}"
+            how += f" | `{command(experiment, data['scale'], data)}`"
             elsewhere = " (**not on ImageNet**)" * any(text.startswith(NOT_IMAGENET) for text in data["reductions"])
             yield f"| {link}{elsewhere} | {counts} | {how} |"
         if not found[experiment.id]:
-            yield f"| {link} | not run yet | | | | | | |"
+            yield f"| {link} | not run yet | | | | | | | | `{command(experiment, 'cpu')}` |"
     yield ""
 
 
@@ -79,8 +84,8 @@ def section(experiment: Experiment, found: list[dict[str, Any]], figures: str) -
 def scale_section(experiment: Experiment, data: dict[str, Any], figures: str) -> Iterator[str]:
     """How it was run, its claims, its figure."""
     made = data["made"]
-    if data["reductions"]:
-        yield f"Less than the paper's: {'; '.join(data['reductions'])}."
+    if less := reductions_of(experiment, data):
+        yield f"Less than the paper's: {'; '.join(less)}."
         yield ""
     yield (
         f"`{command(experiment, data['scale'], data)}`: scale {data['scale']}, seeds {numbers(data['seeds'])}, "
@@ -143,12 +148,6 @@ def minutes(data: dict[str, Any]) -> str:
     return f"{data['seconds'] / 60:.1f}"
 
 
-def needs_folder(experiment: Experiment) -> bool:
-    """Whether the user names a folder of images."""
-    settings = training_of(experiment).training
-    return settings is not None and settings.recipe.get("data", {}).get("name") == "imagefolder"
-
-
 def claim_row(verdict: Verdict) -> str:
     """One claim as a row of the table."""
     claim = verdict.claim
@@ -156,9 +155,9 @@ def claim_row(verdict: Verdict) -> str:
     why = f" ({verdict.why})" if verdict.why and verdict.values else ""
     cells = (
         claim.text,
-        claim.paper,
+        claim.paper or "no number given",
         verdict.measured + unit,
-        f"{verdict.bound}: {claim.reason}",
+        f"{verdict.bound}: {claim.reason}{'; written down after the data were seen' if claim.after else ''}",
         f"**{verdict.outcome}**{why}",
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -23,7 +23,8 @@ class Claim(Section):
     """One statement of the paper as a measure of the data with a bound; every seed gives one value.
 
     Held: every seed is within the bound. Did not hold: the median is not. Not decided: only the median is, there is
-    no value, or the measure needs what this scale does not run.
+    no value, a seed is without one, one seed alone has been run of what is random, or the measure needs what this scale
+    does not run.
     """
 
     text: str = Field(description="the paper's statement, in its words or close to them")
@@ -34,6 +35,7 @@ class Claim(Section):
     unit: str = Field("", description="of the value, in words")
     paper: str = Field("", description="the paper's own value, where it gives one")
     reason: str = Field(description="why this bound")
+    after: bool = Field(False, description="written down after the data were seen, not before; the report marks it")
 
     @model_validator(mode="after")
     def _one_bound(self) -> "Claim":
@@ -117,6 +119,9 @@ class GrowthSettings(Section):
     repeats: int = Field(gt=0)
 
 
+Settings = InitializationSettings | TheorySettings | GrowthSettings
+
+
 class FigureSettings(Section):
     """How the data are drawn, see condzoo.experiments.figures."""
 
@@ -125,6 +130,9 @@ class FigureSettings(Section):
     ]
     quantities: list[str] = Field([], description="columns, for layers")
     columns: list[str] = Field([], description="curves: train_loss, train_error, test_error")
+    epoch_images: int | None = Field(
+        None, gt=0, description="training images an epoch: losses and errors are drawn by epoch, not by iteration"
+    )
 
 
 class Experiment(Section):

@@ -3,21 +3,24 @@
 Layers k = 1 ... K with inputs x_{k-1} and outputs h_k; factors a_k > 0 scale the weights, mu scales dL/dh_K.
 """
 
-import itertools
+import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from condzoo.experiments.schema import TheorySettings
+from condzoo.experiments.stopping import stopping
 from condzoo.models import create_model, init_weights
 from condzoo.probe import Conditioning, KroneckerSpectrum, kronecker_report, measure
+from condzoo.training.events import Message, OnEvent
 
 BATCH, CLASSES, PIXELS = 64, 5, 4
 TINY_EPS = 1e-20  # BN's; Theorem 2 is exact for 0
+SMALL_EPS = (1e-4, 1e-5)  # where its error should be proportional to eps: variances are of order 1
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,23 @@ class Trial:
     grad_logits: Tensor
 
 
-def collect_theory(settings: TheorySettings, seeds: list[int]) -> dict[str, Any]:
-    """One row a trial: the largest relative error of each quantity that the statement speaks of."""
+def collect_theory(settings: TheorySettings, seeds: list[int], on_event: OnEvent | None = None) -> dict[str, Any]:
+    """One row a trial: the largest relative error of each quantity that the statement speaks of.
+
+    Raises:
+        Stopped: on a signal.
+    """
     began = time.perf_counter()
     rows = []
-    with torch.random.fork_rng(devices=[]):
-        for seed, trial in itertools.product(seeds, range(settings.trials)):
-            generator = torch.Generator().manual_seed(1_000_003 * seed + trial)
-            errors = STATEMENTS[settings.statement](generator)
-            rows.append({"seed": seed, "trial": trial, "errors": errors})
+    with torch.random.fork_rng(devices=[]), stopping("trials") as stop_where_asked:
+        for number, seed in enumerate(seeds, start=1):
+            if on_event is not None:
+                on_event(Message(f"[{number}/{len(seeds)}] {settings.statement}, seed {seed}"))
+            for trial in range(settings.trials):
+                stop_where_asked()
+                generator = torch.Generator().manual_seed(1_000_003 * seed + trial)
+                errors = STATEMENTS[settings.statement](generator)
+                rows.append({"seed": seed, "trial": trial, "errors": errors})
     return {"trials": rows, "seconds": time.perf_counter() - began}
 
 
@@ -55,10 +66,24 @@ def theorem_1(generator: torch.Generator) -> dict[str, float]:
 
 
 def theorem_2(generator: torch.Generator) -> dict[str, float]:
-    """BN after each linear layer but the last: inputs stay, gradients shrink by the layer's own factor."""
+    """BN after each linear layer but the last: inputs stay, gradients shrink by the layer's own factor.
+
+    Exact for BN's eps = 0; `eps_exponent` is the power of eps with which the largest error grows otherwise.
+    """
     trial = draw_trial(generator, norm=True)
+    larger, smaller = (max(errors_at(trial, eps).values()) for eps in SMALL_EPS)
+    exponent = math.log(larger / smaller) / math.log(SMALL_EPS[0] / SMALL_EPS[1])
+    return errors_at(trial, TINY_EPS) | {"eps_exponent": exponent}
+
+
+def errors_at(trial: Trial, eps: float) -> dict[str, float]:
+    """Theorem 2's relative errors in a copy of the trial's network with another eps in its BN."""
+    model = copy.deepcopy(trial.model)
+    for bn in model.modules():
+        if isinstance(bn, nn.BatchNorm1d):
+            bn.eps = eps
     own = [1 / a for a in trial.factors]
-    return compare(trial, [1.0] * len(own), own, own)
+    return compare(replace(trial, model=model), [1.0] * len(own), own, own)
 
 
 def proposition_1(generator: torch.Generator) -> dict[str, float]:
@@ -99,9 +124,6 @@ def draw_trial(generator: torch.Generator, norm: bool) -> Trial:
     torch.manual_seed(seed)
     name = f"mlp{layers}x{width}" + ("_bn" if norm else "")
     model = create_model(name, bias=False, input_size=(1, PIXELS, PIXELS), num_classes=CLASSES, init="he")
-    for bn in model.modules():
-        if isinstance(bn, nn.BatchNorm1d):
-            bn.eps = TINY_EPS
     drawn = (torch.rand(layers, generator=generator, dtype=torch.float64) * 2 - 1) * math.log(3)
     factors = drawn.exp().tolist()
     if norm:

@@ -8,19 +8,21 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from condzoo.experiments.loading import PlannedRun, planned_runs, training_of
 from condzoo.experiments.schema import Experiment, TrainingSettings
 from condzoo.probe import Conditioning, LayerConditioning, read_records
-from condzoo.training import Recipe, Run
+from condzoo.training import Run
 from condzoo.training.data_sets import read_data
 from condzoo.training.events import OnEvent
+from condzoo.training.many_runs import run_all
 from condzoo.training.run_directory import CONDITIONING, ENVIRONMENT, METRICS, read_json
 from condzoo.training.run_directory import read_records as read_metrics
-from condzoo.training.sweep import run_all
 
 DIGITS = 5  # significant ones that are kept
 LOSS_POINTS, EPOCHS, PROBED_STEPS = 200, 100, 100  # of a run that are kept, at most
@@ -60,12 +62,8 @@ def collect_trainings(
     """
     assert experiment.training is not None
     planned = {run_folder(run): run for run in planned_runs(experiment, scale, seeds, data, only)}
-    folder = out / "runs" / f"{training_of(experiment).id}-{scale}"
-    known = {
-        name: row
-        for row in before
-        if (name := row_name(row)) in planned and is_whole(row, planned[name], experiment.training)
-    }
+    folder = runs_folder(experiment, scale, out)
+    known = known_rows(planned, before, experiment.training)
     recipes = {name: run.recipe for name, run in planned.items() if name not in known}
     for recipe in {recipe.data.name: recipe for recipe in recipes.values()}.values():
         read_data(recipe, data_root)
@@ -76,6 +74,19 @@ def collect_trainings(
     rows = [thinned(row) for row in rows]
     seconds = sum(row["seconds"] or 0.0 for row in rows)
     return {"runs": rows, "seconds": seconds, "environment": environment_of(runs), "kept": len(known)}
+
+
+def runs_folder(experiment: Experiment, scale: str, out: Path) -> Path:
+    """Where an experiment's runs are; those it shares are in their owner's."""
+    return out / "runs" / f"{training_of(experiment).id}-{scale}"
+
+
+def known_rows(
+    planned: Mapping[str, PlannedRun], before: Sequence[dict[str, Any]], settings: TrainingSettings
+) -> dict[str, dict[str, Any]]:
+    """Folder name -> the rows of an earlier call's data of which no run is needed any more."""
+    named = {row_name(row): row for row in before}
+    return {name: row for name, row in named.items() if name in planned and is_whole(row, planned[name], settings)}
 
 
 def run_folder(run: PlannedRun) -> str:
@@ -99,9 +110,9 @@ def is_whole(row: dict[str, Any], planned: PlannedRun, settings: TrainingSetting
     return same and row["status"] != "failed" and row["chosen"] and set(settings.quantities) <= row["quantities"].keys()
 
 
-def digest(recipe: Recipe) -> str:
+def digest(settings: BaseModel) -> str:
     """What tells one recipe from another: of the fields that are not at their defaults, which versions may add to."""
-    fields = recipe.model_dump(mode="json", exclude_defaults=True)
+    fields = settings.model_dump(mode="json", exclude_defaults=True)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from condzoo.experiments.loading import planned_runs
 from condzoo.experiments.schema import Experiment
 from condzoo.probe.heatmaps import OKABE_ITO
 
@@ -53,24 +54,43 @@ def layers(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
     """A row a curve: each layer's value over the iterations, colour by depth (one seed); the loss of all seeds."""
     labels, quantities = labels_of(data), experiment.figure.quantities
     columns = [*quantities, "loss"]
+    epoch = steps_an_epoch(experiment, data)
     figure.set_size_inches(3.0 * len(columns) + 0.8, 2.1 * len(labels) + 1.1)
-    axes = figure.subplots(len(labels), len(columns), squeeze=False, sharex="row", sharey="col")
+    share = "row" if epoch is None else False
+    axes = figure.subplots(len(labels), len(columns), squeeze=False, sharex=share, sharey="col")
     for row, label in enumerate(labels):
         runs = chosen_runs(data, label)
         for column, quantity in enumerate(quantities):
             draw_layers(axes[row, column], longest(runs), quantity)
-        draw_losses(axes[row, -1], runs)
+        draw_losses(axes[row, -1], runs, epoch)
         for column, quantity in enumerate(columns):
             axes[row, column].set_title(name_of(quantity) if row == 0 else "", fontsize=10)
         axes[row, 0].set_ylabel(title_of(label, runs), fontsize=8)
     for ax in axes[-1]:
         ax.set_xlabel("iteration", fontsize=8)
+    axes[-1, -1].set_xlabel(time_name(epoch), fontsize=8)
     for ax in axes[:, -1]:
         plain_numbers(ax)
     depth = ScalarMappable(Normalize(0, 1), colormaps[COLOURS])
     bar = figure.colorbar(depth, ax=axes[:, :-1].ravel().tolist(), aspect=30, pad=0.01, ticks=[])
     bar.ax.set_title("last\nlayer", fontsize=7)
     bar.ax.set_xlabel("first\nlayer", fontsize=7)
+
+
+def steps_an_epoch(experiment: Experiment, data: dict[str, Any]) -> int | None:
+    """By how many iterations losses and errors are divided: drawn by epoch; None where they are by iteration.
+
+    The last incomplete batch is dropped, as the loop drops it.
+    """
+    images = experiment.figure.epoch_images
+    if images is None:
+        return None
+    return images // planned_runs(experiment, data["scale"])[0].recipe.data.batch_size
+
+
+def time_name(epoch: int | None) -> str:
+    """What stands at the axis of time."""
+    return "iteration" if epoch is None else "epoch"
 
 
 def longest(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -106,11 +126,12 @@ def draw_layers(ax: Axes, run: dict[str, Any], quantity: str) -> None:
         ax.text(0.5, 0.5, f"not measured ({run['status']})", transform=ax.transAxes, ha="center", fontsize=8)
 
 
-def draw_losses(ax: Axes, runs: Sequence[dict[str, Any]]) -> None:
-    """The training loss of every seed; a cross where a run diverged."""
+def draw_losses(ax: Axes, runs: Sequence[dict[str, Any]], epoch: int | None = None) -> None:
+    """The training loss of every seed, by epoch where it has so many iterations; a cross where a run diverged."""
     for i, run in enumerate(runs):
         if run["loss"]:
-            steps, losses = zip(*run["loss"], strict=True)
+            steps = [step / (epoch or 1) for step, _ in run["loss"]]
+            losses = [loss for _, loss in run["loss"]]
             shown = np.array([np.nan if loss is None else loss for loss in losses], dtype=float)
             color = OKABE_ITO[i % len(OKABE_ITO)]
             diverged = run["status"] == "diverged"
@@ -162,14 +183,15 @@ def explosion(figure: Any, data: dict[str, Any], experiment: Experiment) -> None
 
 
 def curves(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
-    """A panel a metric by epoch, a line a curve: the median over seeds, a band from the lowest to the highest."""
+    """A panel a metric at each epoch's end, a line a curve: the median over seeds, a band over their range."""
     columns = experiment.figure.columns
+    epoch = steps_an_epoch(experiment, data)
     figure.set_size_inches(4.2 * len(columns) + 0.4, 4.2)
     axes = figure.subplots(1, len(columns), squeeze=False)[0]
     for ax, column in zip(axes, columns, strict=True):
         for i, label in enumerate(labels_of(data)):
-            draw_curve(ax, chosen_runs(data, label), column, i, label)
-        ax.set(xlabel="iteration", title=name_of(column))
+            draw_curve(ax, chosen_runs(data, label), column, i, label, epoch)
+        ax.set(xlabel=time_name(epoch), title=name_of(column))
         if column == "train_loss":
             ax.set_yscale("log")
             plain_numbers(ax)
@@ -177,7 +199,9 @@ def curves(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
     axes[-1].legend(fontsize=7, frameon=False)
 
 
-def draw_curve(ax: Axes, runs: Sequence[dict[str, Any]], column: str, index: int, label: str) -> None:
+def draw_curve(
+    ax: Axes, runs: Sequence[dict[str, Any]], column: str, index: int, label: str, epoch: int | None = None
+) -> None:
     """The median of one metric over seeds, with its range; of a run within an epoch the loss as it was logged."""
     factor = 100.0 if column.endswith("error") else 1.0
     rows = {run["seed"]: {e["step"]: e[column] for e in run["epochs"] if e[column] is not None} for run in runs}
@@ -187,14 +211,15 @@ def draw_curve(ax: Axes, runs: Sequence[dict[str, Any]], column: str, index: int
     if not steps:
         return
     found = [[factor * row[step] for row in rows.values() if step in row] for step in steps]
+    times = [step / (epoch or 1) for step in steps]
     marker = MARKERS[index % len(MARKERS)] if len(steps) < MARKED else None
     style = {"color": OKABE_ITO[index % len(OKABE_ITO)], "marker": marker, "markersize": 3}
-    ax.plot(steps, [np.median(values) for values in found], label=label, lw=1.3, **style)  # type: ignore[arg-type]
+    ax.plot(times, [np.median(values) for values in found], label=label, lw=1.3, **style)  # type: ignore[arg-type]
     low, high = [min(v) for v in found], [max(v) for v in found]
     if len(steps) > 1:
-        ax.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0)
+        ax.fill_between(times, low, high, color=style["color"], alpha=0.15, lw=0)
     else:  # a band needs a width
-        ax.vlines(steps, low, high, color=style["color"], alpha=0.4)
+        ax.vlines(times, low, high, color=style["color"], alpha=0.4)
 
 
 def smoothed(losses: Sequence[Sequence[Any]]) -> dict[int, float]:

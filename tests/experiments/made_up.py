@@ -1,5 +1,6 @@
 """Made-up data from which a claim's measure must read a number chosen beforehand, each built from its definition."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -130,7 +131,11 @@ def ordered(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
     for seed, correlation in values.items():
         for place, label in enumerate(args["labels"]):
             value, metric = 1.0 + correlation * place / 10, args.get("metric", "test_error")
-            fields = {"loss": [[0, 9.0], [3, value]]} if metric == "last_loss" else {metric: value}
+            fields: dict[str, Any] = {metric: value}
+            if metric == "last_loss":
+                fields = {"loss": [[0, 9.0], [3, value]]}
+            elif metric == "train_error":
+                fields = {"epochs": [{"step": 2, metric: 1.0 - value}, {"step": 4, metric: value}]}
             runs.append(run_of(label, seed, **fields))
     return {"runs": runs}
 
@@ -156,7 +161,7 @@ def collapsing(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]
     return {"runs": runs}
 
 
-def entry(top: float, kappa: float = 10.0, negative: int = 0) -> dict[str, Any]:
+def entry(top: float, kappa: float | None = 10.0, negative: int = 0) -> dict[str, Any]:
     return {
         "lambda_max": top,
         "kappa": {"0.1": kappa, "0.5": kappa, "0.8": kappa},
@@ -217,24 +222,31 @@ def trials(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
     return {"trials": rows}
 
 
+def point(seed: int, varied: str, size: int, **seconds: float) -> dict[str, Any]:
+    sizes = {"examples": 2, "layers": 2, "widths": 2, varied: size}
+    return {"seed": seed, "varied": varied, **sizes, "seconds": seconds}
+
+
 def times(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
-    """At the largest size the ratio, at the smaller one the opposite of it."""
-    ratio = next(iter(values.values()))
+    """At the largest size of one row the ratio, of the others half of it; at the smaller one the opposite of it."""
     points = []
-    for varied in ("examples", "layers", "widths"):
-        for size, seconds in ((2, 1 / ratio), (4, ratio)):
-            ways = {args["of"]: seconds, args["to"]: 1.0}
-            points.append({"varied": varied, "examples": 2, "layers": 2, "widths": 2, varied: size, "seconds": ways})
+    for seed, ratio in values.items():
+        for varied, share in (("examples", 0.5), ("layers", 1.0), ("widths", 0.5)):
+            for size, seconds in ((2, 1 / ratio), (4, share * ratio)):
+                points.append(point(seed, varied, size, **{args["of"]: seconds, args["to"]: 1.0}))
     return {"points": points}
 
 
-def exponent_differences(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
-    difference = next(iter(values.values()))
-    return {"exponents": {args["over"]: {args["way"]: difference, args["than"]: 0.0}}}
-
-
-def exponents(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
-    return {"exponents": {args["over"]: {args["way"]: next(iter(values.values()))}}}
+def powers(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
+    """One way's seconds are a power of the size varied, the other's its square; elsewhere nothing grows."""
+    points = []
+    for seed, power in values.items():
+        for varied, size in itertools.product(("examples", "layers", "widths"), (2, 4, 8)):
+            grows = varied == args["over"]
+            ways = {"other": 1.0, args.get("than", "other"): size**2.0 if grows else 1.0}
+            own = power + 2.0 * ("than" in args)
+            points.append(point(seed, varied, size, **{**ways, args["way"]: size**own if grows else 1.0}))
+    return {"points": points}
 
 
 BUILDERS: dict[str, Callable[[dict[str, Any], dict[int, float]], dict[str, Any]]] = {
@@ -258,8 +270,8 @@ BUILDERS: dict[str, Callable[[dict[str, Any], dict[int, float]], dict[str, Any]]
     "largest_error": trials,
     "smallest_error": trials,
     "time_ratio": times,
-    "exponent": exponents,
-    "exponent_difference": exponent_differences,
+    "exponent": powers,
+    "exponent_difference": powers,
 }
 TARGETS = {
     "converged": (0.0, 1.0),

@@ -10,7 +10,7 @@ from condzoo.experiments.claims import judge_claim
 from condzoo.experiments.measures import MEASURES
 from condzoo.experiments.readings import Missing, finals, spearman
 from condzoo.experiments.schema import Claim
-from tests.experiments.made_up import BUILDERS, SEEDS, by_layer, made_up, run_of, targets
+from tests.experiments.made_up import BUILDERS, SEEDS, by_layer, entry, made_up, network, run_of, targets
 
 CLAIMS = [(name, i) for name in experiment_ids() for i in range(len(load_experiment(name).claims))]
 RATIO = Claim(text="", measure="loss_ratio", args={"label": "a", "to": "b"}, below=1, reason="")
@@ -117,10 +117,41 @@ def test_one_seed_of_a_training_decides_nothing(error, where):
         assert list(verdict.values) == [1]
 
 
-def test_one_seed_of_an_experiment_that_has_one_is_enough():
-    data = read_data_file(Path(__file__).parents[2] / "docs" / "data" / "cost.json")
-    verdicts = judge(load_experiment("cost"), data)
-    assert "held" in {verdict.outcome for verdict in verdicts if len(verdict.values) == 1}
+def test_times_of_before_they_were_taken_by_seed_are_judged():
+    exponent = next(claim for claim in load_experiment("cost").claims if claim.measure == "exponent")
+    data = made_up(exponent, {0: 0.5}) | {"seeds": [0]}
+    for point in data["points"]:
+        del point["seed"]
+    verdict = judge(load_experiment("cost").model_copy(update={"claims": [exponent]}), data)[0]
+    assert (verdict.outcome, verdict.values) == ("held", {0: pytest.approx(0.5)})
+
+
+def test_what_older_data_do_not_have_is_said():
+    claim = Claim(text="", measure="largest_error", args={"quantity": "eps_exponent"}, below=1, reason="")
+    verdict = judge_claim(claim, {"trials": [{"seed": 1, "errors": {"input": 0.0}}]}, "here")
+    assert (verdict.outcome, verdict.measured) == ("not decided", "the data have no eps_exponent")
+
+
+def test_a_layer_s_kappa_that_is_not_known_is_infinite():
+    """Leaving it out would flatter the network whose smallest eigenvalues are under the noise."""
+    args = {"label": "a", "to": "b", "matrix": "fisher", "value": "kappa 0.5"}
+    lower = Claim(text="", measure="share_of_blocks_lower", args=args, above=0.5, reason="")
+
+    def data(own, other):
+        kappas = {"a": own, "b": other}
+        blocks = {x: {f"fc{k}": entry(1.0, kappa) for k, kappa in enumerate(kappas[x])} for x in "ab"}
+        return {"networks": [network(x, 1, "fisher", full=entry(1.0), **blocks[x]) for x in "ab"]}
+
+    assert judge_claim(lower, data([1.0, None, None], [2.0, 2.0, 2.0]), "here").values == {1: pytest.approx(1 / 3)}
+    assert judge_claim(lower, data([1.0, 1.0, None], [None, None, None]), "here").values == {1: 1.0}
+    verdict = judge_claim(lower, data([None], [None]), "here")
+    assert verdict.measured == "kappa 0.5 of fisher is known of no block of a or b"
+
+
+def test_the_training_error_at_the_end_is_the_last_epoch_s():
+    epochs = [{"step": 2, "train_error": 0.9}, {"step": 4, "train_error": 0.3}]
+    runs = [run_of("a", 1, epochs=epochs), run_of("a", 2, epochs=[])]
+    assert finals({"runs": runs}, "a", "train_error") == {1: 0.3}
 
 
 def test_a_seed_without_a_value_leaves_a_claim_undecided():

@@ -5,7 +5,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from condzoo.experiments import load_experiment
-from condzoo.experiments.matrix_figures import draw_values
+from condzoo.experiments.loading import planned_runs
+from condzoo.experiments.matrix_figures import draw_values, growth
 from condzoo.experiments.training_figures import (
     curves,
     errors,
@@ -39,7 +40,7 @@ def test_the_layers_of_the_longest_run_are_drawn_and_its_seed_is_named():
     experiment = load_experiment("fig09")
     runs = [probed_run("plain", 1, 1, "diverged"), probed_run("plain", 2, 5), probed_run("BN", 1, 5)]
     figure = Figure()
-    layers(figure, {"runs": runs}, experiment)
+    layers(figure, {"scale": "cpu", "runs": runs}, experiment)
     plain, bn = figure.axes[0], figure.axes[3]
     assert [line.get_ydata()[0] for line in plain.lines] == [2.0, 20.0, 200.0]
     assert [line.get_ydata()[0] for line in bn.lines] == [1.0, 10.0, 100.0]
@@ -50,9 +51,8 @@ def test_the_layers_of_the_longest_run_are_drawn_and_its_seed_is_named():
 
 def test_a_run_that_diverged_is_a_cross_of_its_own_colour():
     figure = Figure()
-    layers(
-        figure, {"runs": [probed_run("plain", 1, 5), probed_run("plain", 2, 1, "diverged")]}, load_experiment("fig09")
-    )
+    runs = [probed_run("plain", 1, 5), probed_run("plain", 2, 1, "diverged")]
+    layers(figure, {"scale": "cpu", "runs": runs}, load_experiment("fig09"))
     _, line, cross = figure.axes[2].lines
     assert cross.get_marker() == "x"
     assert cross.get_color() == line.get_color()
@@ -61,7 +61,7 @@ def test_a_run_that_diverged_is_a_cross_of_its_own_colour():
 
 def test_one_point_is_seen():
     figure = Figure()
-    layers(figure, {"runs": [probed_run("plain", 1, 1, "diverged")]}, load_experiment("fig09"))
+    layers(figure, {"scale": "cpu", "runs": [probed_run("plain", 1, 1, "diverged")]}, load_experiment("fig09"))
     assert {line.get_marker() for line in figure.axes[0].lines} == {"."}
     assert title_of("plain", [probed_run("plain", 1, 1)]) == "plain"
 
@@ -69,7 +69,11 @@ def test_one_point_is_seen():
 def test_a_run_within_an_epoch_is_drawn_by_the_losses_that_were_logged():
     epoch = {"step": 50, "train_loss": 7.0, "train_error": 0.8, "test_error": 0.9}
     losses = [[step, 3.0 + (step == 20)] for step in range(50)]  # a single spike is no level
-    figure, experiment = Figure(), load_experiment("fig12")
+    experiment = load_experiment("fig14")
+    experiment = experiment.model_copy(
+        update={"figure": experiment.figure.model_copy(update={"columns": ["train_loss", "train_error"]})}
+    )
+    figure = Figure()
     curves(figure, {"runs": [run_of("a", seed, epochs=[epoch], loss=losses) for seed in (1, 2)]}, experiment)
     loss, error = figure.axes[0].lines[0], figure.axes[1].lines[0]
     assert (list(loss.get_xdata()), set(loss.get_ydata()), loss.get_marker()) == (list(range(50)), {3.0}, "None")
@@ -125,3 +129,35 @@ def test_what_became_of_runs_without_an_error_is_told_apart():
     figure = Figure()
     errors(figure, {"runs": runs}, load_experiment("table_b"))
     assert [text.get_text() for text in figure.axes[0].texts] == ["1 of 3 diverged, 1 of 3 failed"]
+
+
+def test_losses_and_errors_are_drawn_by_epoch_where_the_paper_s_are():
+    experiment, batch = load_experiment("fig12"), 64  # 781 of which are an epoch of 50,000 images
+    epochs = [{"step": 781 * n, "train_loss": 1.0, "train_error": 0.5, "test_error": 0.5} for n in (1, 2)]
+    assert planned_runs(experiment, "cpu")[0].recipe.data.batch_size == batch
+    figure = Figure()
+    curves(figure, {"scale": "cpu", "runs": [run_of("a", 1, epochs=epochs)]}, experiment)
+    assert {ax.get_xlabel() for ax in figure.axes} == {"epoch"}
+    assert all(list(ax.lines[0].get_xdata()) == [1.0, 2.0] for ax in figure.axes)
+
+    figure = Figure()
+    run = probed_run("plain", 1, 5) | {"loss": [[0, 2.0], [195, 1.0]]}  # half of 390, at batch 128
+    layers(figure, {"scale": "cpu", "runs": [run]}, load_experiment("fig08"))
+    assert [ax.get_xlabel() for ax in figure.axes[:3]] == ["iteration", "iteration", "epoch"]
+    assert list(figure.axes[2].lines[0].get_xdata()) == [0.0, 0.5]
+    assert list(figure.axes[0].lines[0].get_xdata()) == [0, 1, 2, 3, 4]
+
+
+def test_times_are_medians_over_seeds_and_exponents_too():
+    points = [
+        {"seed": seed, "varied": varied, "examples": 2, "layers": 2, "widths": 2, varied: size, "seconds": seconds}
+        for seed, factor, power in ((1, 1.0, 1.0), (2, 3.0, 2.0), (3, 9.0, 3.0))
+        for varied in ("examples", "layers", "widths")
+        for size in (2, 4, 8)
+        for seconds in [dict.fromkeys(("full", "blocks", "kronecker"), factor * size**power)]
+    ]
+    figure = Figure()
+    growth(figure, {"points": points}, load_experiment("cost"))
+    line = figure.axes[0].lines[0]
+    assert list(line.get_ydata()) == [12.0, 48.0, 192.0]
+    assert line.get_label() == "exact, whole: exponent 2.00"

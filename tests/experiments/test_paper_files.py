@@ -7,7 +7,7 @@ import pytest
 
 from condzoo.experiments import collect, draw, experiment_ids, judge, load_experiment
 from condzoo.experiments.claims import Verdict
-from condzoo.experiments.collecting import read_data_file
+from condzoo.experiments.data_files import read_data_file
 from condzoo.experiments.loading import parse_experiment, planned_runs, training_of
 from condzoo.experiments.measures import MEASURES
 from condzoo.models.released import recipes_by_model
@@ -69,11 +69,23 @@ def test_table_b_at_full_length_is_the_recipes_whose_runs_are_released():
         assert run.recipe == load_recipe(recipes_by_model()[run.recipe.model.name]), run.label
 
 
-@pytest.mark.parametrize("name", [name for name in IDS if load_experiment(name).kind == "training"])
+@pytest.mark.parametrize("name", ["fig14", "table_a", "table_b"])
 def test_gamma_of_every_last_bn_is_drawn_as_the_authors_have_it(name):
-    for run in planned_runs(load_experiment(name), "cpu", [1]):
-        if run.recipe.model.name.endswith("_lastbn"):
-            assert run.recipe.model.last_bn_init == "uniform", run.label
+    experiment = load_experiment(name)
+    runs = [run.recipe.model for scale in ("cpu", "paper") for run in planned_runs(experiment, scale, [1])]
+    drawn = {model.name: model.last_bn_init for model in runs if model.name.endswith("_lastbn")}
+    assert drawn
+    assert set(drawn.values()) == {"uniform"}, drawn
+
+
+def test_no_other_experiment_has_a_last_bn():
+    trained = [name for name in IDS if load_experiment(name).kind == "training"]
+    models = {name: {run.recipe.model.name for run in planned_runs(load_experiment(name), "paper")} for name in trained}
+    assert {name for name in trained if any("_lastbn" in model for model in models[name])} == {
+        "fig14",
+        "table_a",
+        "table_b",
+    }
 
 
 def test_an_unknown_field_is_named():

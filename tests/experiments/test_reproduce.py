@@ -9,9 +9,10 @@ import pytest
 
 from condzoo.cli import main
 from condzoo.experiments import collect, draw, estimated_minutes, experiment_ids, load_experiment, report
-from condzoo.experiments.collecting import SCHEMA, folder_reduction
+from condzoo.experiments.data_files import SCHEMA
 from condzoo.experiments.initialization import measure_network
 from condzoo.experiments.loading import labels_run, planned_runs
+from condzoo.experiments.reductions import folder_reduction
 from condzoo.experiments.report import command, error_table
 from condzoo.experiments.training import mark_chosen, thinned
 from condzoo.reproduce_commands import run_experiments
@@ -175,7 +176,7 @@ def test_a_network_measured_at_initialization_is_not_measured_again(tiny, tmp_pa
         return measure_network(name, *rest)
 
     monkeypatch.setattr("condzoo.experiments.initialization.measure_network", stopping)
-    with pytest.raises(Stopped, match="stopped after 1 networks, which are kept; run the same command to go on"):
+    with pytest.raises(Stopped, match="stopped within one of the networks; run the same command to go on"):
         collect(experiment, "cpu", tmp_path)
     assert not (tmp_path / "fig01.json").exists()
 
@@ -284,6 +285,7 @@ def test_the_folder_of_images_is_theirs_alone(monkeypatch, tmp_path):
     for part in ("train", "val"):
         (tmp_path / part / "cat").mkdir(parents=True)
     monkeypatch.setattr("condzoo.experiments.collect", collected)
+    monkeypatch.setattr("condzoo.experiments.planning.read_data_sets", lambda *_, **__: None)
     for name in ("fig10", "fig11"):
         experiments = [load_experiment(name)]
         with pytest.raises(Stopped):
@@ -296,11 +298,12 @@ def test_a_folder_that_is_not_imagenet_is_called_that(tmp_path, monkeypatch):
         (tmp_path / "train" / name).mkdir(parents=True)
         for index in range(3):
             (tmp_path / "train" / name / f"{index}.jpeg").touch()
-    data = {"root": str(tmp_path)}
-    assert folder_reduction(data) == ["not ImageNet: 2 classes and 6 training images in place of 1,000 and 1,281,167"]
+    assert folder_reduction(tmp_path) == [
+        "not ImageNet: 2 classes and 6 training images in place of 1,000 and 1,281,167"
+    ]
     assert folder_reduction(None) == []
-    monkeypatch.setattr("condzoo.experiments.collecting.IMAGENET", (2, 6))
-    assert folder_reduction(data) == []
+    monkeypatch.setattr("condzoo.experiments.reductions.IMAGENET", (2, 6))
+    assert folder_reduction(tmp_path) == []
 
 
 def test_nobody_takes_a_figure_or_the_report_for_imagenet(tiny, tmp_path, monkeypatch):
@@ -308,13 +311,13 @@ def test_nobody_takes_a_figure_or_the_report_for_imagenet(tiny, tmp_path, monkey
     monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda _, text, **__: titles.append(text))
     experiment = tiny("fig14")
     (tmp_path / "train" / "cat").mkdir(parents=True)
-    for data in (None, {"root": str(tmp_path)}):
-        found = collect(experiment, "cpu", tmp_path / str(data is None), only=["ResNet-18*"])
-        found["reductions"] += folder_reduction(data)
+    for folder in (None, tmp_path):
+        found = collect(experiment, "cpu", tmp_path / str(folder is None), only=["ResNet-18*"])
+        found["reductions"] += folder_reduction(folder)
         draw(experiment, found, tmp_path / "figure.png")
         (tmp_path / "fig14.json").write_text(json.dumps(found))
         row = next(line for line in report(tmp_path).splitlines() if line.startswith("| [fig14]"))
-        assert ("(**not on ImageNet**)" in row) is (data is not None)
+        assert ("(**not on ImageNet**)" in row) is (folder is not None)
     beside = "not ImageNet: 1 classes and 0 training images in place of 1,000 and 1,281,167"
     assert [title.replace("\n", " ") for title in titles] == [experiment.title, f"{experiment.title} {beside}"]
     assert "\nnot ImageNet: 1 classes" in titles[1]

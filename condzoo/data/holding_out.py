@@ -9,6 +9,21 @@ from condzoo.data.counter_random import derived_seed
 SPLIT_SEED = derived_seed(0x5EED)
 
 
+def held_out_count(images: int, validation: int | float) -> int:
+    """How many of so many training images are held out.
+
+    Raises:
+        ValueError: none or all would be.
+    """
+    count = round(validation * images) if validation < 1 else int(validation)
+    if not 0 < count < images:
+        raise ValueError(
+            f"data.validation: {validation:g} holds out {count} of {images} training images; it must hold out at least "
+            "one and leave at least one"
+        )
+    return count
+
+
 def held_out(labels: np.ndarray, validation: int | float) -> tuple[np.ndarray, np.ndarray]:
     """(positions that stay, positions that are held out), each ascending; a function of its arguments alone.
 
@@ -21,12 +36,7 @@ def held_out(labels: np.ndarray, validation: int | float) -> tuple[np.ndarray, n
         ValueError: none or all would be held out.
     """
     n = len(labels)
-    count = round(validation * n) if validation < 1 else int(validation)
-    if not 0 < count < n:
-        raise ValueError(
-            f"data.validation: {validation:g} holds out {count} of {n} training images; it must hold out at least one "
-            "and leave at least one"
-        )
+    count = held_out_count(n, validation)
     classes, sizes = np.unique(labels, return_counts=True)
     exact = sizes * (count / n)
     quotas = np.floor(exact + 1e-9).astype(int)  # a share of 0.1 of 10 images is 1, whatever round-off says

@@ -1,5 +1,7 @@
 """Image classification sets of Hugging Face `datasets`, read by timm's reader (the extra `condzoo[datasets]`)."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from condzoo.data.image_files import read_image
+from condzoo.data.image_files import ImageError, read_image
 from condzoo.data.image_folder import MEAN, STD
 from condzoo.data.stored import StoredData
 from condzoo.data.views import View
@@ -27,9 +29,15 @@ class HubImages:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """An image as RGB, and its class; ImageError where it cannot be read."""
-        file, label = self.reader[index]
+        name = f"{self.reader.split}[{index}] of {self.reader.dataset.info.dataset_name}"
+        try:
+            file, label = self.reader[index]
+        except OSError as error:
+            raise ImageError(f"{name} cannot be read ({error}); replace it, or remove it") from error
+        except (AssertionError, TypeError) as error:  # what timm's reader makes of it
+            raise ImageError(f"{name} has neither bytes nor a path; replace it, or remove it") from error
         with file:
-            return read_image(file, f"{self.reader.split}[{index}] of {self.reader.dataset.info.dataset_name}"), label
+            return read_image(file, name), label
 
 
 def load_hub_data(
@@ -45,7 +53,7 @@ def load_hub_data(
         download: a name on the Hub may be asked for there.
 
     Raises:
-        ValueError: not a folder, and no download allowed; no such splits; labels that are no classes.
+        ValueError: not a folder, and no download allowed; no such splits; damaged files; labels that are no classes.
         ImportError: `datasets` is not installed.
     """
     if not Path(name).is_dir() and not download:
@@ -55,16 +63,52 @@ def load_hub_data(
         from timm.data.readers.reader_hfds import ReaderHfds
     except ImportError as error:
         raise ImportError("data.name = 'hfds' needs the extra: pip install 'condzoo[datasets]'") from error
-    splits = datasets.get_dataset_split_names(name)
+    with causes_told(name, (ValueError, datasets.exceptions.DatasetsError)):
+        splits = datasets.get_dataset_split_names(name)
     test = next((split for split in TEST_SPLITS if split in splits), None)
     if test is None or "train" not in splits:
         raise ValueError(
             f"data.dataset: {name!r} has the splits {', '.join(splits)}; it needs train and validation or test"
         )
     root = None if cache is None else str(cache)
-    readers = [ReaderHfds(name, root=root, split=split) for split in ("train", test)]
+    with causes_told(name, (ValueError, datasets.exceptions.DatasetsError)):
+        readers = [ReaderHfds(name, root=root, split=split) for split in ("train", test)]
     classes = tuple(str(key) for key, _ in sorted(readers[0].class_to_idx.items(), key=lambda item: item[1]))
     if not classes:
         raise ValueError(f"data.dataset: the column 'label' of {name!r} has no class names; it must be a ClassLabel")
-    train, held = (HubImages(reader, np.array(reader.dataset["label"], dtype=np.int64)) for reader in readers)
+    train, held = (HubImages(reader, class_numbers(reader, len(classes))) for reader in readers)
     return StoredData("hfds", classes, train, held, MEAN, STD, view, workers)
+
+
+def class_numbers(reader: Any, classes: int) -> np.ndarray:
+    """The class of every image of a split, [n] int64.
+
+    Raises:
+        ValueError: a label that is no class; -1 and null are how `datasets` says that there is none.
+    """
+    given = list(reader.dataset["label"])
+    labels = np.array([-1 if label is None else label for label in given], dtype=np.int64)
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        raise ValueError(
+            f"data.dataset: {reader.split}[{wrong[0]}] has the label {given[wrong[0]]}, which is no class (so have "
+            f"{len(wrong)} images of {len(labels)}); it must be from 0 to {classes - 1}: filter the others out"
+        )
+    return labels
+
+
+@contextlib.contextmanager
+def causes_told(name: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Make of an error of `datasets` one line with its innermost cause: the error itself says that there was one.
+
+    Raises:
+        ValueError: inside, one of `kinds` was raised.
+    """
+    try:
+        yield
+    except kinds as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None or cause.__context__ is not None:
+            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]  # one of them is there
+        why = (str(cause) or type(cause).__name__).splitlines()[0]
+        raise ValueError(f"data.dataset: {name!r} cannot be read: {why}") from error

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from condzoo.data import IMAGE_FOLDER, batches_per_epoch
+from condzoo.data.holding_out import held_out_count
 from condzoo.training.accelerators import Accelerator
 from condzoo.training.data_sets import STORED, class_count, image_shape, read_data
 from condzoo.training.networks import build_network, freeze
@@ -97,7 +98,7 @@ def plan_training(
         max_steps: as for `train`.
 
     Raises:
-        ValueError: fewer images in a batch than devices; no whole batch in an epoch.
+        ValueError: fewer images in a batch than devices; no whole batch in an epoch; no image left by data.validation.
     """
     batch = recipe.data.batch_size
     if count < 1 or batch < count:
@@ -160,6 +161,10 @@ def data_size(recipe: Recipe, data_root: str | Path | None) -> tuple[int, int]:
 
     Class folders that are not here are taken for ImageNet where the recipe says that they have its classes: a
     training can be planned where it is not going to run.
+
+    Raises:
+        ValueError: data.validation holds out none or all.
+        FileNotFoundError: no class folders, and not taken for ImageNet.
     """
     images, classes = TRAINING_IMAGES.get(recipe.data.name), class_count(recipe.data)
     if images is None:
@@ -170,8 +175,9 @@ def data_size(recipe: Recipe, data_root: str | Path | None) -> tuple[int, int]:
             if (recipe.data.name, classes) != (IMAGE_FOLDER, IMAGENET_CLASSES):
                 raise
             images = IMAGENET_IMAGES
-    held_out = recipe.data.validation or 0
-    return images - round(held_out * images if held_out < 1 else held_out), classes or 0
+    validation = recipe.data.validation
+    held_out = 0 if validation is None else held_out_count(images, validation)
+    return images - held_out, classes or 0
 
 
 def sixteen_bit(recipe: Recipe, device: Accelerator, convolutional: bool) -> bool:

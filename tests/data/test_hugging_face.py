@@ -13,6 +13,8 @@ from condzoo.data import BatchPlan, StoredData, load_data
 from condzoo.data.image_files import ImageError
 
 datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 Written = Callable[..., Path]
 COLOURS = {0: (250, 10, 10), 1: (10, 250, 10)}
 
@@ -71,3 +73,49 @@ def test_missing_splits_and_folders_are_told(written: Written, tmp_path: Path) -
         load(written(splits=("train",)))
     with pytest.raises(ValueError, match=r"data\.dataset: 'nobody/nothing' is no folder here; data\.download = true"):
         load_data("hfds", tmp_path, dataset="nobody/nothing")
+
+
+def rewritten(folder: Path, split: str, **columns: list[object]) -> Path:
+    """The folder, columns of a split changed."""
+    file = folder / f"{split}-00000-of-00001.parquet"
+    table = parquet.read_table(file)
+    for name, values in columns.items():
+        position = table.schema.get_field_index(name)
+        column = pyarrow.array(values, table.schema.field(name).type)
+        table = table.set_column(position, table.schema.field(name), column)
+    parquet.write_table(table, file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (None, r"test\[1\] of \S+ has neither bytes nor a path; replace it, or remove it"),
+        ({"bytes": None, "path": None}, r"test\[1\] of \S+ has neither bytes nor a path"),
+        ({"bytes": None, "path": "gone.png"}, r"test\[1\] of \S+ cannot be read \(.*No such file.*gone\.png'\); repl"),
+    ],
+    ids=["null", "empty", "missing file"],
+)
+def test_an_image_that_is_not_there_is_one_error_with_its_place(entry: object, message: str, written: Written) -> None:
+    there = {"bytes": encoded(COLOURS[0]), "path": None}
+    data = load(rewritten(written(), "test", image=[there, entry, there, there]))
+    with pytest.raises(ImageError, match=message):
+        list(data.ordered_batches("test", BatchPlan(4)))
+
+
+@pytest.mark.parametrize("label", [-1, None, 2])
+def test_labels_that_are_no_classes_are_told_at_once(label: int | None, written: Written) -> None:
+    folder = rewritten(written(), "test", label=[0, label, label, 1])
+    message = rf"test\[1\] has the label {label}, which is no class \(so have 2 images of 4\); it must be from 0 to 1"
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_truncated_file_is_one_line_with_its_cause(split: str, written: Written) -> None:
+    folder = written()
+    file = folder / f"{split}-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=rf"data\.dataset: '{folder}' cannot be read: .*[Pp]arquet") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)

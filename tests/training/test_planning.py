@@ -157,3 +157,11 @@ def test_devices_share_every_chunk_of_a_full_batch_as_in_training(tiny: Any) -> 
 def test_a_batch_holds_no_more_images_than_there_are(tiny: Any) -> None:
     plan = plan_training(tiny(**{"data.batch_size": 5000, "data.drop_last": False}), A100)
     assert (plan.images_per_step, plan.images_per_pass) == (1437, 1437)
+
+
+def test_more_held_out_than_there_is_is_told_as_the_training_tells_it(tiny: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"data\.validation: 2000 holds out 2000 of 1437 training images; it must hold"
+    ):
+        plan_training(tiny(**{"data.validation": 2000}), A100)
+    assert plan_training(tiny(**{"data.validation": 0.1}), A100).training_images == 1437 - 144

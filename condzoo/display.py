@@ -168,7 +168,9 @@ def last_layer_texts(run: "Run") -> tuple[str, str]:
         return "", ""
     from condzoo.probe import read_records
 
-    records = read_records(run.path)
+    records = [record for record in read_records(run.path) if len(record)]
+    if not records:  # every layer was skipped in every measurement
+        return "", ""
     spectra = [list(record.values())[-1].input for record in (records[0], records[-1])]
     kappas = [spectrum.condition_number(0.5) for spectrum in spectra]
     return (

@@ -1,18 +1,19 @@
 """`release`: a checkpoint's folder from finished runs; refused where anything about them is in doubt."""
 
+import math
 import re
 import tempfile
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from condzoo.catalog import model_info, read_catalog
 from condzoo.checkpoints.folder import CONDITIONING, METRICS, PICTURE, RECIPE, read_folder
 from condzoo.checkpoints.records import Metrics, read_record
-from condzoo.checkpoints.remeasuring import count_correct, measure_conditioning
+from condzoo.checkpoints.remeasuring import count_correct, initial_network, measure_conditioning
 from condzoo.checkpoints.writing import (
     add_to_index,
     check_free,
@@ -31,9 +32,9 @@ from condzoo.probe.serialization import to_record
 from condzoo.training import Recipe, Run, dump_recipe, evaluate_run, load_recipe, load_run, recipe_files
 from condzoo.training.data_sets import centre_share, read_data
 from condzoo.training.environment import processor
-from condzoo.training.networks import build_network
 from condzoo.training.run_directory import CONDITIONING as STEPS
 from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json
+from condzoo.training.runs import is_complete
 
 RULE = "the lowest seed, fixed before any was trained"
 OTHER_DEVICE = 0.002  # share of the images that the arithmetic of another device or CPU may decide otherwise
@@ -73,13 +74,13 @@ def release(
     run = checked_run(paths)
     root = Path(out) if out is not None else default_root()
     target = check_free(root / f"{run.recipe.model.name}.{tag}")
-    check_evaluation(run, data_root)
-    data = read_data(run.recipe, data_root)
-    model, at_init = run.load_model(), initial_network(run.recipe, data)
+    check_evaluations(run, paths, data_root)
+    data, recipe = read_data(run.recipe, data_root), dump_recipe(run.recipe)
+    model, at_init = run.load_model(), initial_network(tomllib.loads(recipe), data)
     weights, config = serialize(model), timm_config(model, tag, input_fields(run.recipe, data))
     start, end = (measure_conditioning(net, data, run.recipe.data.batch_size) for net in (at_init, model))
     records = {
-        RECIPE: dump_recipe(run.recipe),
+        RECIPE: recipe,
         METRICS: collect_metrics(run, paths, tag, sha256(weights), count_correct(model, data), data.size("test")),
         CONDITIONING: {"at_init": to_record(start), "at_end": to_record(end)},
         PICTURE: picture(run, f"{target.name}, seed {run.recipe.seed}", end),
@@ -129,8 +130,7 @@ def read_finished(path: Path) -> Recipe:
     recipe, summary = load_recipe(path / RECIPE), read_json(path / SUMMARY)
     if recipe.eval_every == 0:
         raise ValueError(f"{path} was never evaluated (eval_every = 0), and a release says how well it does")
-    done = summary["steps"] == recipe.iterations if recipe.iterations else summary["epochs"] == recipe.epochs
-    if summary["status"] == "done" and not done:
+    if summary["status"] == "done" and not is_complete(recipe, summary):
         length = f"{recipe.iterations} steps" if recipe.iterations else f"{recipe.epochs} epochs"
         raise ValueError(
             f"{path} was stopped after {summary['epochs']:g} epochs ({summary['steps']} steps) of {length}; "
@@ -168,6 +168,14 @@ def check_model(recipe: Recipe) -> None:
         raise ValueError(f"freeze = {recipe.freeze}: part of the network kept its random weights; not released")
 
 
+def check_evaluations(run: Run, paths: Sequence[Path], data_root: str | Path | None) -> None:
+    """`check_evaluation` of the run that is released, and of each other one that has a result."""
+    check_evaluation(run, data_root)
+    for other in (load_run(path) for path in paths if path != run.path):
+        if other.summary["status"] == "done":
+            check_evaluation(other, data_root)
+
+
 def check_evaluation(run: Run, data_root: str | Path | None) -> None:
     """Check that the run ended well and that evaluating it again gives its result.
 
@@ -190,13 +198,12 @@ def check_evaluation(run: Run, data_root: str | Path | None) -> None:
             f"{run.path} recorded {summary['test_correct']} of {summary['test_images']} test images right, "
             f"evaluating it again gives {again.correct} of {again.total}: the weights, the data or the code changed"
         )
-
-
-def initial_network(recipe: Recipe, data: DataSet) -> nn.Module:
-    """The network before the first step, as `train` builds it; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return build_network(recipe.model, data.image_shape, data.num_classes)
+    error = 1 - summary["test_correct"] / summary["test_images"]
+    if not math.isclose(summary["test_error"], error, abs_tol=1e-9):
+        raise ValueError(
+            f"{run.path} recorded a test error of {summary['test_error']}, and {summary['test_correct']} of "
+            f"{summary['test_images']} images right, which is {error}"
+        )
 
 
 def input_fields(recipe: Recipe, data: DataSet) -> dict[str, Any]:

@@ -69,7 +69,11 @@ def train(
     max_steps: MaxSteps = None,
     tensorboard: Board = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build everything, read the data, take one step; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Build everything, read the data (decode every image of class folders), take one step; write nothing.",
+        ),
     ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print steps, FLOPs, memory, communication and time; run nothing.")
@@ -100,17 +104,17 @@ def train(
         raise ValueError("train takes --seed N or --seeds 1-5, not both")
     if tensorboard and (plan or dry_run):
         typer.echo("note: --tensorboard is of a training; --plan and --dry-run write nothing", err=True)
+    several = None if seeds is None else parse_seeds(seeds)
     loaded = load_recipe(recipe, [*(set_ or ()), *([] if seed is None else [f"seed={seed}"])])
     if plan:
-        runs = 1 if seeds is None else len(parse_seeds(seeds))
-        print_plan(loaded, Aim(gpu, gpus, runs, max_steps), data_root, as_json)
+        print_plan(loaded, Aim(gpu, gpus, len(several or [0]), max_steps), data_root, as_json)
         return
     if dry_run:
         print_rehearsal(loaded, device, data_root, as_json)
         return
     options: dict[str, Any] = {"out": out, "max_steps": max_steps, "device": device, "data_root": data_root}
-    if seeds is not None:
-        train_several(loaded, seeds, options, tensorboard)
+    if several is not None:
+        train_several(loaded, several, options, tensorboard)
     else:
         train_one(loaded, options, tensorboard)
 
@@ -180,12 +184,12 @@ def train_one(recipe: "Recipe", options: dict[str, Any], tensorboard: bool) -> N
     display.print_runs([run], picture=run.path / "conditioning.png")
 
 
-def train_several(recipe: "Recipe", seeds: str, options: dict[str, Any], tensorboard: bool) -> None:
+def train_several(recipe: "Recipe", seeds: list[int], options: dict[str, Any], tensorboard: bool) -> None:
     """A run a seed, then their table and mean +- std; exit 3 where one diverged and the recipe does not allow it."""
-    from condzoo.training import parse_seeds, train_seeds
+    from condzoo.training import train_seeds
 
     with reporting(tensorboard) as on_event:
-        runs = train_seeds(recipe, parse_seeds(seeds), on_event=on_event, **options)
+        runs = train_seeds(recipe, seeds, on_event=on_event, **options)
         complete_board(on_event, runs)
     print_comparison(runs, runs[0].path.parent)
     if recipe.on_divergence == "stop" and any(run.summary["status"] == "diverged" for run in runs):

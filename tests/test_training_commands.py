@@ -151,6 +151,14 @@ def test_a_diverged_run_is_evaluated_again_as_strict_json(capsys, tmp_path):
     assert json.loads(out)["loss"] is None
 
 
+def test_a_run_whose_probe_measured_no_layer_ends_with_its_table(capsys, tmp_path):
+    frozen = ["--set", "model.name=cifar_resnet8", "--set", "freeze=['conv1.*', 'bn1.*']", "--set", "probe.every=1"]
+    words = ["train", *SHORT, *frozen, "--set", "probe.layers=['conv1']", "--out", tmp_path / "run"]
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "")
+    assert re.search(r"cifar_resnet8 +[\d.]+% +[\d.]+ +[\d.]+ *\n", out), "no lambda_max, no kappa"
+
+
 def test_a_plan_prints_every_quantity(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "train", "cifar10/resnet20", "--plan", "--gpu", "a100", "--gpus", "8")
@@ -205,6 +213,7 @@ def test_eval_of_a_released_name_is_as_recorded(capsys, data_root):
     [
         (("train", *TINY, "--seed", "1", "--seeds", "1-2"), "error: train takes --seed N or --seeds 1-5, not both"),
         (("train", *TINY, "--seeds", "5-1"), "error: seeds '5-1': must be like 1-5 or 1,3,7"),
+        (("train", *TINY, "--seeds", "abc", "--dry-run"), "error: seeds 'abc': must be like 1-5 or 1,3,7"),
         (("train", *TINY, "--plan", "--dry-run"), "error: train takes --plan or --dry-run, not both"),
         (
             ("train", *TINY, "--gpu", "a100"),

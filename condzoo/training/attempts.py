@@ -9,8 +9,9 @@ from condzoo.training.events import Notice, OnEvent
 from condzoo.training.loop import train
 from condzoo.training.recipe import RecipeError, load_recipe
 from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, RunDirectoryError, begun, read_json
-from condzoo.training.runs import Diverged, Run
+from condzoo.training.runs import Diverged, Run, is_complete
 from condzoo.training.schema import Recipe
+from condzoo.training.signals import Stopped
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ def attempt(recipe: Recipe, path: Path, options: RunOptions) -> Run:
     """
     try:
         return train_to_any_end(recipe, path, options)
+    except Stopped:
+        raise
     except Exception as error:  # whatever a network's own code raises must not end the others
-        if hasattr(error, "exit_code"):  # Stopped: the others stop, too
-            raise
         why = str(error) if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{error!r}"
         if options.on_event is not None:
             options.on_event(Notice(f"{path} failed: {why}"))
@@ -90,9 +91,7 @@ def finished_run(recipe: Recipe, path: Path, max_steps: int | None = None) -> Ru
         return None
     if summary["status"] == "diverged":
         return Run(path, recipe, summary)
-    epochs_left = recipe.epochs is not None and summary["epochs"] < recipe.epochs
-    steps_left = recipe.iterations is not None and summary["steps"] < recipe.iterations
-    short = max_steps is None or summary["steps"] < max_steps
-    if not (path / MODEL).is_file() or (short and (epochs_left or steps_left)):
+    reached = max_steps is not None and summary["steps"] >= max_steps
+    if not (path / MODEL).is_file() or not (reached or is_complete(recipe, summary)):
         return None
     return Run(path, recipe, summary)

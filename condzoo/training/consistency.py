@@ -1,5 +1,6 @@
 """What must agree across the fields of a recipe, and with the network and the data they name."""
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -11,10 +12,11 @@ from condzoo.data import HUB, data_info, folder_view
 from condzoo.probe.layers import choose
 from condzoo.training.data_sets import STORED, class_count, image_shape
 from condzoo.training.networks import build_network, freeze
-from condzoo.training.schema import Constant, DataSection, FullBatch, ModelSection, Recipe, Sgd, Step
+from condzoo.training.schema import LARGEST, Constant, DataSection, FullBatch, ModelSection, Recipe, Sgd, Step
 
 FOLLOWS_DATA = ("num_classes", "in_chans", "input_size")
 OWN_FIELDS = ("init", "last_bn_init", "drop_rate")
+LOADING = ("checkpoint_path", "cache_dir")  # of timm.create_model, as is pretrained*
 IN_MEMORY = ("crop", "resize", "download")
 ON_DISK = ("image_size", "eval_resize", "interpolation", "workers", "num_classes")
 ON_HUB = ("dataset", *ON_DISK[:-1], "download")
@@ -37,6 +39,13 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
         later <= earlier for earlier, later in zip(schedule.milestones, schedule.milestones[1:], strict=False)
     ):
         yield f"schedule.milestones: got {schedule.milestones}, must be ascending"
+    if isinstance(schedule, Step) and schedule.gamma > 1:
+        largest = math.log10(recipe.optim.lr) + len(schedule.milestones) * math.log10(schedule.gamma)
+        if largest > math.log10(LARGEST):
+            yield (
+                f"schedule.gamma: got {schedule.gamma:g}, which takes optim.lr beyond {LARGEST:g} in "
+                f"{len(schedule.milestones)} milestones; take a smaller one"
+            )
     if isinstance(schedule, Constant) and schedule.warmup_epochs and schedule.warmup_iterations:
         yield "schedule.warmup_iterations: got both this and schedule.warmup_epochs, give one"
     if recipe.accumulate > recipe.data.batch_size:
@@ -57,6 +66,11 @@ def _arguments(model: ModelSection) -> Iterator[str]:
     for name, value in model.args.items():
         if name in FOLLOWS_DATA:
             yield f"model.args.{name}: follows data.name; leave it out"
+        elif name in LOADING or name.startswith("pretrained"):
+            yield (
+                f"model.args.{name}: loads weights, which as a pickle run code, and a recipe trains from its "
+                "initialization; `condzoo convert` makes a checkpoint of a file, and condzoo.create_model loads one"
+            )
         elif name in OWN_FIELDS:
             yield f"model.args.{name}: has a field of its own; use model.{name}"
         elif _holds_none(value):

@@ -41,7 +41,7 @@ def evaluate(
         model: [n, c, h, w] images to [n, classes] logits.
         data: on the model's device.
         numerics: autocast and memory format of the forward pass.
-        split: "test" or "train".
+        split: "train", "validation" (where images are held out) or "test".
         ranks: each process takes its part of the images; the counts are over all.
 
     Raises:

@@ -8,6 +8,7 @@ from torch import nn
 
 from condzoo.training.schema import Recipe
 
+DEVICES = ("cpu", "cuda", "mps")  # that compute: torch has others, as meta, on which a tensor can be made
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,4 +73,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} cannot be used here: {first}; try --device cpu") from error
+    if resolved.type not in DEVICES:
+        allowed = ", ".join(DEVICES)
+        raise ValueError(f"device {str(device)!r} cannot be used here: it must be of {allowed}; try --device cpu")
     return resolved

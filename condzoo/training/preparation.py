@@ -147,12 +147,12 @@ def join_gradients(training: Training) -> Training:
     if ranks.world == 1:
         return training
     parallel = wrap(training.model, ranks, training.numerics.device)
-    rehearse(training, parallel)
+    settle_buckets(training, parallel)
     # torch.compile goes around DistributedDataParallel, which it then cuts where gradients are sent.
     return replace(training, parallel=parallel, forward=torch.compile(parallel) if recipe.compile else parallel)
 
 
-def rehearse(training: Training, parallel: nn.Module) -> None:
+def settle_buckets(training: Training, parallel: nn.Module) -> None:
     """One backward pass of black images, of which nothing stays.
 
     DistributedDataParallel sorts gradients into other buckets after its first backward pass, and where a

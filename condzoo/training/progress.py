@@ -18,6 +18,7 @@ from condzoo.training.run_directory import (
     CONDITIONING,
     ENVIRONMENT,
     METRICS,
+    RunDirectoryError,
     durable_size,
     read_json,
     truncate,
@@ -100,6 +101,7 @@ def capture(training: Training, progress: Progress, path: Path) -> Checkpoint:
         "scaler": training.scaler.state_dict(),
         "threads": torch.get_num_threads(),
         "processes": training.ranks.world,
+        **data_seen(training),
         "bytes": {name: durable_size(path / name) for name in (METRICS, CONDITIONING)},
     }
     return Checkpoint(tensors, numbers)
@@ -140,10 +142,14 @@ def take_up(training: Training, path: Path, notify: OnEvent) -> Checkpoint | Non
     """The newest whole checkpoint, with the records as they were at it.
 
     environment.json gets a line for every time that the run was taken up.
+
+    Raises:
+        RunDirectoryError: the run was trained on other images.
     """
     checkpoint = newest_checkpoint(path / CHECKPOINTS, lambda text: notify(Notice(text)))
     sizes, step = {METRICS: 0, CONDITIONING: 0}, 0
     if checkpoint is not None:
+        check_data(training, checkpoint, path)
         sizes, step = checkpoint.numbers["bytes"], checkpoint.numbers["step"]
         for difference in differences(training, checkpoint):
             notify(Notice(difference))
@@ -155,6 +161,23 @@ def take_up(training: Training, path: Path, notify: OnEvent) -> Checkpoint | Non
     now = describe_environment(training.numerics) | {"processes": training.ranks.world}
     write_json(environment, [*earlier, {"start_step": step, **now}])
     return checkpoint
+
+
+def data_seen(training: Training) -> dict[str, int]:
+    """What tells one data set from another under the same recipe, which names only its folder or not even that."""
+    return {"classes": training.data.num_classes, "training_images": training.data.size("train")}
+
+
+def check_data(training: Training, checkpoint: Checkpoint, path: Path) -> None:
+    """RunDirectoryError where the run was trained on other images, as far as a checkpoint (an old one not) says it."""
+    here = data_seen(training)
+    there = {name: checkpoint.numbers.get(name, count) for name, count in here.items()}
+    if there != here:
+        counts = "{training_images} training images of {classes} classes"
+        raise RunDirectoryError(
+            f"{path} was trained on {counts.format(**there)}, and the data here have {counts.format(**here)}; name its "
+            "own data by --data-root, or use another --out"
+        )
 
 
 def differences(training: Training, checkpoint: Checkpoint) -> Iterator[str]:

@@ -32,7 +32,7 @@ def describe_errors(error: ValidationError, given: Mapping[str, Any]) -> list[st
     lines = []
     for fault in error.errors(include_url=False):
         path = _field_path(fault["loc"], given)
-        if fault["type"] == "union_tag_invalid":
+        if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
             path += ".name"
         lines.append(f"{path}: {_in_words(fault, path)}")
     return lines
@@ -49,6 +49,11 @@ def field_paths(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[t
             if len(sections) > 1:
                 (variant,) = typing.get_args(section.model_fields["name"].annotation)
             yield from ((path, variant) for path, _ in field_paths(section, f"{prefix}{name}."))
+
+
+def kinds_of(name_path: str) -> list[str]:
+    """The names of a table that has several kinds: "optim.name" -> sgd, gd, adam, adamw."""
+    return [variant for path, variant in field_paths() if path == name_path]
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -85,13 +90,15 @@ def _in_words(fault: ErrorDetails, path: str) -> str:
     if kind == "missing":
         return "missing; it has no default"
     if kind == "union_tag_not_found":
-        return "name is missing: it says which kind this is"
+        return f"missing; must be one of: {', '.join(kinds_of(path))}"
     if kind == "union_tag_invalid":
         allowed = context["expected_tags"].replace("'", "")
         return _wrong_choice(context["tag"], allowed)
     if kind == "literal_error":
         allowed = context["expected"].replace("'", "").replace(" or ", ", ").replace("True, False", "true, false")
         return _wrong_choice(got, allowed)
+    if kind == "less_than_equal":  # pydantic writes 1e30 with every zero
+        return f"got {_shown(got)}, must be less than or equal to {context['le']:g}"
     expected = _EXPECTED.get(kind)
     if expected:
         return f"got {_shown(got)}, must be {expected}"

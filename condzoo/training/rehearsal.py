@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from condzoo.data import IMAGE_FOLDER, check_images
+from condzoo.data.sources import data_roots, folder_root
 from condzoo.probe import Probe
 from condzoo.training.diagnosis import diagnose
 from condzoo.training.divergence import NonFinite
@@ -40,6 +42,8 @@ def rehearse(
 ) -> Rehearsal:
     """Do what `train` does up to and with its first step, probe included, and write nothing.
 
+    Of class folders every image is decoded before.
+
     The first step is slower than others: memory is not yet there, a compiled network is compiled in it.
 
     Raises:
@@ -47,6 +51,7 @@ def rehearse(
         Diverged: the first loss or gradient is not finite.
     """
     check_recipe(recipe)
+    check_every_image(recipe, data_root)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         training = prepare(recipe, resolve_device(device), data_root)
         began = time.perf_counter()
@@ -66,6 +71,19 @@ def rehearse(
             seconds=time.perf_counter() - began,
             probed=len(latest(probe)),
         )
+
+
+def check_every_image(recipe: Recipe, data_root: str | Path | None) -> None:
+    """Decode what an epoch of class folders will: the first step sees a batch of them.
+
+    Raises:
+        ValueError: images that cannot be read, each in a line of its own with its path.
+    """
+    if recipe.data.name != IMAGE_FOLDER:
+        return
+    root = folder_root(data_roots(data_root or recipe.data.root))
+    if faults := list(check_images(root, recipe.data.workers)):
+        raise ValueError("\n".join(faults))
 
 
 def first_step(training: Training, probe: Probe | None) -> StepResult:

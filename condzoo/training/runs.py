@@ -1,6 +1,7 @@
 """A finished run: its summary, its network, and its accuracy measured again."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,29 @@ def evaluate_run(
     """Measure a finished run's accuracy again, in the arithmetic it was trained in.
 
     On the device it was trained on, the result equals the recorded one to the last image.
+
+    Raises:
+        FileNotFoundError: no finished run; no data.
+        ValueError: data of another number of classes.
     """
     run = load_run(path)
     model = run.load_model()
     numerics = resolve_numerics(run.recipe, model, resolve_device(device))
     data = read_data(run.recipe, data_root).to(numerics.device)
+    classes = run.summary.get("num_classes", data.num_classes)
+    if data.num_classes != classes:
+        raise ValueError(
+            f"{run.path} was trained on {classes} classes, and the data here have {data.num_classes}; name its own "
+            "data by --data-root"
+        )
     return evaluate(place(model, numerics), data, numerics, split)
+
+
+def is_complete(recipe: Recipe, summary: Mapping[str, Any]) -> bool:
+    """Whether a run came to the last step of its recipe, and was not cut short by max_steps or by diverging."""
+    if recipe.iterations is not None:
+        return bool(summary["steps"] >= recipe.iterations)
+    return bool(summary["epochs"] >= recipe.epochs)
 
 
 def default_run_directory(recipe: Recipe) -> Path:

@@ -17,6 +17,11 @@ def _no_number(value: Any) -> Any:
     raise PydanticCustomError("literal_error", "wrong type", {"expected": "True, False or 'auto'"})
 
 
+# Far beyond any use: what is computed of them is still a number, in float32 that of the weights.
+LARGEST = 1e30  # of a learning rate, and of its factors
+MOST_DECAY = 1e6  # times the largest learning rate
+MOST_EPOCHS, MOST_STEPS = 10**9, 10**12
+
 Share = Annotated[float, Field(gt=0, lt=1)]
 Switch = Annotated[Literal[True, False, "auto"], BeforeValidator(_no_number)]
 
@@ -43,7 +48,7 @@ class DataSection(Section):
     name: str = Field(description="digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder or hfds")
     batch_size: int = Field(gt=0, description="images in a batch, over all processes")
     augment: Literal["none", "paper", "standard"] = Field(
-        "none", description="see condzoo.data.augment, and condzoo.data.views for imagefolder"
+        "none", description="see condzoo.data.augment, and condzoo.data.views for imagefolder and hfds"
     )
     validation: float | None = Field(
         None,
@@ -54,15 +59,19 @@ class DataSection(Section):
     drop_last: bool = Field(True, description="leave the last, incomplete training batch of an epoch out")
     crop: int | None = Field(None, gt=0, description="in memory: centre crop to this many pixels a side")
     resize: int | None = Field(None, gt=0, description="in memory: then resize to this many a side, antialiased")
-    image_size: int | None = Field(None, gt=0, description="imagefolder: pixels a side of a view; default: 224")
+    image_size: int | None = Field(None, gt=0, description="imagefolder, hfds: pixels a side of a view; default: 224")
     eval_resize: int | None = Field(
-        None, gt=0, description="imagefolder: shorter side before evaluation's centre crop; default: image_size / 0.875"
+        None,
+        gt=0,
+        description="imagefolder, hfds: shorter side before evaluation's centre crop; default: image_size / 0.875",
     )
-    interpolation: Literal["bilinear", "bicubic"] | None = Field(None, description="imagefolder: default bilinear")
+    interpolation: Literal["bilinear", "bicubic"] | None = Field(
+        None, description="imagefolder, hfds: default bilinear"
+    )
     workers: int | None = Field(
         None,
         ge=0,
-        description="imagefolder: processes that decode; default: a core each, at most 8; no result depends on it",
+        description="imagefolder, hfds: processes that decode; default: a core each, at most 8; they change no result",
     )
     num_classes: int | None = Field(
         None, gt=0, description="imagefolder: how many class folders there must be; default: as many as there are"
@@ -72,7 +81,8 @@ class DataSection(Section):
     )
     root: str | None = Field(
         None,
-        description="the data root (of train/ and val/, for imagefolder); default: CONDZOO_DATA, then the user's cache",
+        description="the data root (of train/ and val/, for imagefolder; the cache of `datasets`, for hfds); default: "
+        "CONDZOO_DATA, then the user's cache",
     )
     download: bool = Field(False, description="let torchvision, or the Hub, fetch a missing set")
 
@@ -81,10 +91,10 @@ class Sgd(Section):
     """Stochastic gradient descent, as torch.optim.SGD."""
 
     name: Literal["sgd"]
-    lr: float = Field(gt=0, description="learning rate, before the schedule")
+    lr: float = Field(gt=0, le=LARGEST, description="learning rate, before the schedule")
     momentum: float = Field(0.0, ge=0, lt=1, description="as torch.optim.SGD's, without dampening")
     nesterov: bool = Field(False, description="Nesterov's momentum")
-    weight_decay: float = Field(0.0, ge=0, description="added to the gradient as weight_decay * weight")
+    weight_decay: float = Field(0.0, ge=0, le=MOST_DECAY, description="added to the gradient as weight_decay * weight")
     decay_norm: bool = Field(True, description="false spares norms and biases (every 1-D parameter)")
 
 
@@ -98,12 +108,12 @@ class Adam(Section):
     """Adam, as torch.optim.Adam."""
 
     name: Literal["adam"]
-    lr: float = Field(gt=0, description="learning rate, before the schedule")
+    lr: float = Field(gt=0, le=LARGEST, description="learning rate, before the schedule")
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
         [0.9, 0.999], description="decay of the first and second moment"
     )
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="added to the gradient as weight_decay * weight")
+    eps: float = Field(1e-8, gt=0, le=LARGEST, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, le=MOST_DECAY, description="added to the gradient as weight_decay * weight")
     decay_norm: bool = Field(True, description="false spares norms and biases (every 1-D parameter)")
 
 
@@ -111,24 +121,24 @@ class AdamW(Adam):
     """Adam with decoupled weight decay, as torch.optim.AdamW."""
 
     name: Literal["adamw"]  # type: ignore[assignment]
-    weight_decay: float = Field(0.0, ge=0, description="the weights shrink by lr * weight_decay a step")
+    weight_decay: float = Field(0.0, ge=0, le=MOST_DECAY, description="the weights shrink by lr * weight_decay a step")
 
 
 class Constant(Section):
-    """The learning rate stays, after a linear warm-up from 0."""
+    """The learning rate stays, after a warm-up of n steps: lr / n, 2 lr / n, ... lr."""
 
     name: Literal["constant"] = "constant"
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up")
-    warmup_iterations: int = Field(0, ge=0, description="steps of linear warm-up, in place of epochs")
+    warmup_epochs: float = Field(0.0, ge=0, le=MOST_EPOCHS, description="epochs of linear warm-up")
+    warmup_iterations: int = Field(0, ge=0, le=MOST_STEPS, description="steps of linear warm-up, in place of epochs")
 
 
 class Step(Constant):
     """The learning rate is multiplied by gamma at each milestone."""
 
     name: Literal["step"]  # type: ignore[assignment]
-    milestones: list[Annotated[int, Field(gt=0)]] = Field(description="ascending, counted from 0")
+    milestones: list[Annotated[int, Field(gt=0, le=MOST_STEPS)]] = Field(description="ascending, counted from 0")
     unit: Literal["epoch", "iteration"] = Field("epoch", description="what the milestones count")
-    gamma: float = Field(0.1, gt=0, description="factor at each milestone")
+    gamma: float = Field(0.1, gt=0, le=LARGEST, description="factor at each milestone")
     reset_momentum: bool = Field(False, description="forget the optimizer's state at each milestone")
 
 
@@ -136,7 +146,7 @@ class Cosine(Constant):
     """Half a cosine from lr to min_lr over the run, after the warm-up."""
 
     name: Literal["cosine"]  # type: ignore[assignment]
-    min_lr: float = Field(0.0, ge=0, description="the learning rate at the end")
+    min_lr: float = Field(0.0, ge=0, le=LARGEST, description="the learning rate at the end")
 
 
 class OneCycle(Section):
@@ -175,19 +185,19 @@ Schedule = Annotated[Constant | Step | Cosine | OneCycle, Field(discriminator="n
 class Recipe(Section):
     """A training, complete: everything that decides its result but the data and the hardware."""
 
-    epochs: int | None = Field(None, gt=0, description="passes over the training set; or iterations")
-    iterations: int | None = Field(None, gt=0, description="optimizer steps; or epochs")
+    epochs: int | None = Field(None, gt=0, le=MOST_EPOCHS, description="passes over the training set; or iterations")
+    iterations: int | None = Field(None, gt=0, le=MOST_STEPS, description="optimizer steps; or epochs")
     seed: int = Field(0, ge=0, lt=2**63, description="of initialization, order, augmentation and dropout")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of forward and backward")
     channels_last: Switch = Field("auto", description="memory format; auto: for convolutions")
     compile: bool = Field(False, description="torch.compile the network")
     sync_bn: bool = Field(False, description="BatchNorm over the global batch of all GPUs, not each process's own")
     ema: Share | None = Field(None, description="decay of an average of the weights, which is evaluated")
-    grad_clip: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
+    grad_clip: float | None = Field(None, gt=0, le=LARGEST, description="largest norm of the whole gradient")
     accumulate: int = Field(1, gt=0, description="parts a batch is processed in, one after the other")
     freeze: list[str] = Field([], description="patterns (fnmatch) of parameters that are not updated")
     eval_every: int = Field(1, ge=0, description="epochs between evaluations; the last epoch always is; 0: never")
-    save_every: float = Field(1.0, gt=0, description="epochs (or a part of one) between checkpoints")
+    save_every: float = Field(1.0, gt=0, le=MOST_EPOCHS, description="epochs (or a part of one) between checkpoints")
     log_every: int = Field(50, gt=0, description="steps between lines of metrics.jsonl")
     on_divergence: Literal["stop", "record"] = Field("stop", description="record: diverging is a result")
     model: ModelSection

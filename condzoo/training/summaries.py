@@ -1,5 +1,6 @@
 """What many runs came to: each one's result, and mean +- standard deviation over the seeds of a setting."""
 
+import json
 import re
 import statistics
 from collections.abc import Mapping
@@ -7,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from condzoo.training.distributed import writes
-from condzoo.training.run_directory import SUMMARY, write_json
+from condzoo.training.run_directory import RECIPE, SUMMARY, RunDirectoryError, begun, write_json
 from condzoo.training.runs import Run
+from condzoo.training.schema import Recipe
 
 MEASURES = tuple(f"{split}_{what}" for split in ("test", "val", "train") for what in ("error", "accuracy", "loss"))
 SUMMARIZED = (*MEASURES, "seconds")
@@ -29,6 +31,32 @@ def summarize(runs: Mapping[str, Run]) -> dict[str, Any]:
     for name, summary in short.items():
         settings.setdefault(setting_of(name), []).append(summary)
     return {"settings": {name: spread(group) for name, group in settings.items()}, "runs": short}
+
+
+def check_folder(out: Path, planned: Mapping[str, Recipe]) -> None:
+    """See that the summary of these runs would take the place of no other's.
+
+    Raises:
+        RunDirectoryError: out/summary.json is none of many runs, or a run there is of another recipe than the planned
+            ones of its setting.
+    """
+    summary = out / SUMMARY
+    if summary.is_file() and not is_of_many_runs(summary):
+        raise RunDirectoryError(f"{summary} is not of several runs, whose summary would replace it; use another --out")
+    recipes = {setting_of(name): recipe for name, recipe in planned.items()}
+    for run in sorted(path.parent for path in out.glob(f"*/{RECIPE}")):
+        seed = re.search(r"seed(\d+)$", run.name)
+        if seed and setting_of(run.name) in recipes:
+            begun(run, recipes[setting_of(run.name)].model_copy(update={"seed": int(seed[1])}))
+
+
+def is_of_many_runs(summary: Path) -> bool:
+    """Whether a file is what `write_summary` writes."""
+    try:
+        found = json.loads(summary.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and "settings" in found
 
 
 def setting_of(folder: str) -> str:

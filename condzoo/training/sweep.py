@@ -8,11 +8,11 @@ from typing import Any
 
 from condzoo.training.attempts import RunOptions, train_to_any_end
 from condzoo.training.events import OnEvent
-from condzoo.training.many_runs import run_all, run_all_here
+from condzoo.training.many_runs import run_all, run_all_here, unclaimed
 from condzoo.training.recipe import RecipeError, parse_override, parse_recipe, set_field
 from condzoo.training.runs import Run, default_seeds_directory
 from condzoo.training.schema import Recipe
-from condzoo.training.summaries import write_summary
+from condzoo.training.summaries import check_folder, write_summary
 
 
 def sweep(
@@ -42,8 +42,10 @@ def sweep(
 
     Raises:
         RecipeError: a combination that is no valid recipe, before anything is trained.
+        RunDirectoryError: `out` holds another's summary.json, or runs of another recipe.
     """
     planned = take_shard(plan_sweep(recipe, grid, seeds), shard)
+    check_folder(unclaimed(Path(out)), planned)
     runs = run_all(planned, out, **options)
     write_summary(out, dict(zip(planned, runs, strict=True)), shard)
     return runs
@@ -67,6 +69,7 @@ def train_seeds(
     folder = Path(out) if out is not None else default_seeds_directory(recipe)
     planned = plan_sweep(recipe, {}, seeds)
     options = RunOptions(max_steps, device, data_root, on_event)
+    check_folder(unclaimed(folder), planned)
     runs = run_all_here(planned, folder, options, one=train_to_any_end)
     write_summary(folder, dict(zip(planned, runs, strict=True)))
     return runs

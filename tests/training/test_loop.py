@@ -1,5 +1,6 @@
 """`train` against a plain PyTorch loop, and what a run leaves behind."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,14 @@ def test_a_recipe_whose_parts_contradict_is_refused_before_a_folder_is_made(tiny
 def test_an_unfinished_run_cannot_be_evaluated(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no finished run: it has no recipe.toml"):
         load_run(tmp_path)
+
+
+def test_what_cannot_be_written_is_named(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = tiny(**{"probe.every": 1, "iterations": 1})
+    for target, file in (("matplotlib.figure.Figure.savefig", "png"), ("condzoo.probe.records.dumps", "jsonl")):
+        monkeypatch.setattr(target, full)
+        with pytest.raises(OSError, match=rf"No space left on device: '.*/conditioning\.{file}'"):
+            train(recipe, out=tmp_path / file, device="cpu")

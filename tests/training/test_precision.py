@@ -47,6 +47,8 @@ def test_fp16_needs_a_gpu(tiny: Any, tmp_path: Path) -> None:
 def test_an_absent_device_is_said() -> None:
     with pytest.raises(ValueError, match=r"device 'cud' cannot be used here: .*; try --device cpu"):
         resolve_device("cud")
+    with pytest.raises(ValueError, match=r"device 'meta' cannot be used here: it must be of cpu, cuda, mps; try --dev"):
+        resolve_device("meta")
     assert resolve_device("cpu") == CPU
 
 

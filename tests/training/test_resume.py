@@ -316,3 +316,15 @@ def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path: Path) -> None:
     (tmp_path / "step_0000000005.safetensors.tmp").write_bytes(b"half")
     save_checkpoint(tmp_path, Checkpoint({"x": torch.zeros(3)}, {"step": 6}))
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"]
+
+
+@pytest.mark.parametrize("steps", [7, None], ids=["cut short", "whole"])
+def test_lost_weights_are_written_again_from_the_checkpoint(steps: int | None, tiny: Any, tmp_path: Path) -> None:
+    run = train(tiny(), out=tmp_path / "run", max_steps=steps, device="cpu")
+    before = (run.path / "model.safetensors").read_bytes()
+    (run.path / "model.safetensors").unlink()
+    events: list[Any] = []
+    again = train(tiny(), out=run.path, max_steps=steps, device="cpu", on_event=events.append)
+    assert (run.path / "model.safetensors").read_bytes() == before
+    assert not [event for event in events if isinstance(event, StepDone)], "nothing is trained again"
+    assert again.summary["test_correct"] == run.summary["test_correct"]

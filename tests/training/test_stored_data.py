@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -14,7 +15,18 @@ import torch
 from safetensors.torch import load_file
 
 from condzoo.probe import read_records
-from condzoo.training import EpochDone, RecipeError, Run, Stopped, evaluate_run, reports, train
+from condzoo.training import (
+    EpochDone,
+    RecipeError,
+    Run,
+    RunDirectoryError,
+    Stopped,
+    evaluate_run,
+    reports,
+    train,
+)
+from condzoo.training.rehearsal import rehearse
+from condzoo.training.resume import newest_checkpoint, save_checkpoint
 
 STORED: dict[str, Any] = {
     "model.name": "cifar_resnet8_lastbn",
@@ -110,7 +122,8 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(tiny: Any, tmp_path: Pa
 def test_a_signal_to_the_whole_group_leaves_the_workers_until_the_run_is_saved(
     tiny: Any, tmp_path: Path, folders: Any
 ) -> None:
-    root, recipe = folders(), tiny(**{**STORED, "data.workers": 2, "epochs": 40})
+    small = {"model.name": "mlp4x24", "eval_every": 0}
+    root, recipe = folders(), tiny(**{**STORED, **small, "data.workers": 2, "epochs": 40})
     stopped = tmp_path / "stopped"
     child = os.fork()
     if child == 0:
@@ -139,6 +152,43 @@ def test_a_damaged_image_ends_the_run_with_its_path(tiny: Any, tmp_path: Path, f
     with pytest.raises(ValueError, match=f"{victim} cannot be read") as caught:
         trained(tiny(**STORED), tmp_path / "run", root)
     assert "\n" not in str(caught.value)
+
+
+def test_other_images_under_the_same_recipe_are_refused(tiny: Any, tmp_path: Path, folders: Any) -> None:
+    root, recipe = folders(), tiny(**{**STORED, "model.name": "mlp4x24", "probe.every": 0})
+    run = trained(recipe, tmp_path / "run", root, max_steps=2)
+    (root / "train/ant/0.png").unlink()
+    message = r"run was trained on 12 training images of 3 classes, and the data here have 11 training images of 3 cl"
+    with pytest.raises(RunDirectoryError, match=message):
+        trained(recipe, tmp_path / "run", root, max_steps=3)
+    for split in ("train", "val"):
+        shutil.copytree(root / split / "bee", root / split / "dog")
+    with pytest.raises(ValueError, match=r"run was trained on 3 classes, and the data here have 4; name its own data"):
+        evaluate_run(run.path, data_root=root, device="cpu")
+    with pytest.raises(
+        RunDirectoryError, match=r"12 training images of 3 classes, and the data here have 15 training im"
+    ):
+        trained(recipe, tmp_path / "run", root, max_steps=3)
+
+
+def test_a_checkpoint_that_does_not_say_its_images_is_gone_on_from(tiny: Any, tmp_path: Path, folders: Any) -> None:
+    root, recipe = folders(), tiny(**{**STORED, "model.name": "mlp4x24", "probe.every": 0})
+    run = trained(recipe, tmp_path / "run", root, max_steps=2)
+    old = newest_checkpoint(run.path / "checkpoints", notify=lambda text: None)
+    assert old is not None
+    assert (old.numbers.pop("classes"), old.numbers.pop("training_images")) == (3, 12)
+    save_checkpoint(run.path / "checkpoints", old)
+    assert trained(recipe, run.path, root, max_steps=3).summary["steps"] == 3
+
+
+def test_a_rehearsal_decodes_every_image(tiny: Any, folders: Any) -> None:
+    root, recipe = folders(), tiny(**{**STORED, "model.name": "mlp4x24"})
+    assert rehearse(recipe, device="cpu", data_root=root).training_images == 12
+    victims = [root / "train/cat/3.jpg", root / "val/ant/1.jpg"]
+    for victim in victims:
+        victim.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"{victims[0]} is no image; .*\n{victims[1]} is no image; "):
+        rehearse(recipe, device="cpu", data_root=root)
 
 
 @pytest.mark.parametrize(

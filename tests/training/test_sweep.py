@@ -121,6 +121,27 @@ def test_many_runs_do_not_go_into_the_directory_of_one(engine: str, tiny: Any, t
     assert json.loads((tmp_path / "summary.json").read_text()) == run.summary
 
 
+def test_the_summary_of_others_is_not_replaced(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"year": 1905}')
+    for many in (lambda: sweep(tiny(), {}, [1], tmp_path), lambda: train_seeds(tiny(), [1], tmp_path)):
+        with pytest.raises(
+            RunDirectoryError, match=r"summary\.json is not of several runs, whose summary would replace"
+        ):
+            many()
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    (tmp_path / "summary.json").unlink()
+    train_seeds(tiny(), [1], tmp_path, max_steps=1, device="cpu")
+    written = (tmp_path / "summary.json").read_text()
+    for many in (train_seeds, lambda recipe, seeds, out: sweep(recipe, {}, seeds, out)):
+        with pytest.raises(
+            RunDirectoryError, match=r"seed1 belongs to another recipe: optim\.lr is 0\.1 there and 0\.2"
+        ):
+            many(tiny(**{"optim.lr": 0.2}), [2], tmp_path)
+    assert (tmp_path / "summary.json").read_text() == written
+    assert not (tmp_path / "seed2").exists()
+    sweep(tiny(), {"optim.lr": [0.2]}, [2], tmp_path, max_steps=1, device="cpu")  # another setting beside it
+
+
 def test_what_fails_for_every_seed_is_an_error(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="cifar10"):
         train_seeds(tiny(**{"data.name": "cifar10"}), [1, 2], tmp_path, data_root=tmp_path / "nowhere")

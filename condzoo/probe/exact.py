@@ -30,11 +30,12 @@ from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size, call, in_float64, on_device
 from condzoo.probe.costs import announce, cost
-from condzoo.probe.gradient_rows import ELSEWHERE, LayerRows, gradient_rows, unavailable
+from condzoo.probe.gradient_rows import ELSEWHERE, LayerRows, Unfactored, gradient_rows, unavailable
 from condzoo.probe.label_models import checked_distribution, distribution_of
 from condzoo.probe.layers import choose, samples_interact
 from condzoo.probe.losses import Loss, logits_of, loss_in_float64, mean_loss, name_of
 from condzoo.probe.preserving import preserved
+from condzoo.probe.sample_gradients import DenseRows, sample_gradients
 from condzoo.probe.second_derivatives import ggn_matrix, hessian_matrix
 from condzoo.probe.spectra import Spectrum, from_blocks
 from condzoo.probe.weights import own_weight
@@ -86,7 +87,7 @@ def curvature(
             return _hessian(model, layers, x, y, loss)
         if matrix == "ggn" and samples_interact(model):
             return _interacting_ggn(model, layers, x, loss)
-        rows = called_rows(gradient_rows(model, layers, x, y, loss, matrix))
+        rows = rows_of(model, layers, x, y, loss, matrix)
     return spectrum_of_rows(rows, batch_size(x), sum(p.numel() for p in own_parameters(layers)))
 
 
@@ -125,21 +126,39 @@ def exact_layers(model: nn.Module, block: str | None) -> dict[str, nn.Module]:
     return layers
 
 
+def rows_of(
+    model: nn.Module, layers: Mapping[str, nn.Module], x: Any, y: Any, loss: Loss | None, matrix: str
+) -> list[LayerRows] | list[DenseRows]:
+    """Every sample's gradients: by factors, a layer an entry, or where one has none as they are.
+
+    Raises:
+        ValueError: no layer is called, or one has no factors and under batch statistics no gradients either.
+    """
+    try:
+        return called_rows(gradient_rows(model, dict(layers), x, y, loss, matrix))
+    except Unfactored:
+        found = None if samples_interact(model) else sample_gradients(model, own_parameters(layers), x, y, loss, matrix)
+        if found is None:
+            raise
+        return [found]
+
+
 def called_rows(rows: dict[str, LayerRows]) -> list[LayerRows]:
     """The factors, of at least one layer.
 
     Raises:
-        ValueError: none was called, or one's weight is used elsewhere, too.
+        ValueError: none was called.
+        Unfactored: one's weight is used elsewhere, too.
     """
     for name, layer in rows.items():
         if not layer.whole:
-            raise ValueError(unavailable(name, ELSEWHERE))
+            raise Unfactored(unavailable(name, ELSEWHERE))
     if not rows:
         raise ValueError("the forward pass calls none of the layers asked for: there is no gradient")
     return list(rows.values())
 
 
-def spectrum_of_rows(rows: list[LayerRows], samples: int, parameters: int) -> Spectrum:
+def spectrum_of_rows(rows: Sequence[LayerRows | DenseRows], samples: int, parameters: int) -> Spectrum:
     """The spectrum of (1/N) R^T R, R: [N * K, P], without forming R where N * K is the smaller side.
 
     `parameters` are those of the rows, and of layers that the forward pass does not call: eigenvalues of 0.
@@ -148,12 +167,13 @@ def spectrum_of_rows(rows: list[LayerRows], samples: int, parameters: int) -> Sp
     side = min(vectors, reached)
     _check_size(side)
     announce(cost(side, _operations(rows, samples, reached)), "exact curvature")
-    small = rows[0].inputs[0].new_zeros((side, side))
+    small = torch.zeros((side, side), dtype=torch.float64, device=rows[0].device)
+    factored = [layer for layer in rows if isinstance(layer, LayerRows) and layer.single_position]
     if vectors <= reached:
         for layer in rows:
             small += layer.gram()
-    elif all(layer.single_position for layer in rows):
-        small = _from_factors(rows, samples)
+    elif len(factored) == len(rows):
+        small = _from_factors(factored, samples)
     else:
         for start in range(0, vectors, 512):
             part = torch.cat([layer.dense(slice(start, start + 512)) for layer in rows], dim=1)
@@ -164,14 +184,16 @@ def spectrum_of_rows(rows: list[LayerRows], samples: int, parameters: int) -> Sp
     return from_blocks(padded[None], floor, vectors, arithmetic="exact, float64")
 
 
-def _operations(rows: list[LayerRows], samples: int, parameters: int) -> float:
+def _operations(rows: Sequence[LayerRows | DenseRows], samples: int, parameters: int) -> float:
     """Floating-point operations of the products in `spectrum_of_rows`."""
     vectors = rows[0].vectors
     if vectors > parameters:
         formed = samples if all(layer.single_position for layer in rows) else 2 * vectors
         return float(formed) * parameters**2
     widths = [
-        layer.inputs[0].shape[3] + layer.grads[0][0].shape[3] if layer.single_position else layer.parameters
+        layer.inputs[0].shape[3] + layer.grads[0][0].shape[3]
+        if isinstance(layer, LayerRows) and layer.single_position
+        else layer.parameters
         for layer in rows
     ]
     return 2.0 * vectors**2 * sum(widths)

@@ -31,6 +31,10 @@ SAME = 1e-6  # rounding between two ways to a gradient in float64, relative
 SAMPLES = 64  # samples whose gradients are formed at a time
 
 
+class Unfactored(ValueError):
+    """A layer has no such rows; `sample_gradients` may have its gradients all the same."""
+
+
 @dataclass(eq=False)
 class LayerRows:
     """One layer's factors.
@@ -76,6 +80,11 @@ class LayerRows:
         """P of this layer: weights and biases."""
         x = self.inputs[0]
         return x.shape[1] * self.width * (x.shape[3] + (1 if self.bias else 0))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.inputs[0].device
 
     def times(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " v"]:
         """Inner products of all gradients with a vector, without forming them."""
@@ -129,13 +138,13 @@ def gradient_rows(
     For "grad_moment" with labels y, else for the expectation over the loss's distribution.
 
     Raises:
-        ValueError: a layer whose gradient is not of this form (transposed convolutions), or that is not called
+        Unfactored: a layer whose gradient is not of this form (transposed convolutions), or that is not called
             as a module (projections inside nn.MultiheadAttention).
     """
     inside = set(model.modules())
     for name, module in layers.items():
         if module not in inside:
-            raise ValueError(unavailable(name, "a projection inside nn.MultiheadAttention"))
+            raise Unfactored(unavailable(name, "a projection inside nn.MultiheadAttention"))
     count = batch_size(x)
     rows = {n: LayerRows(getattr(m, "bias", None) is not None, _width(m), count) for n, m in layers.items()}
     handles = [m.register_forward_hook(_listener(n, rows[n]), with_kwargs=True) for n, m in layers.items()]
@@ -145,17 +154,25 @@ def gradient_rows(
         if matrix == "grad_moment":
             _backward(mean_loss(loss, output, y, count), weights, rows, None)
         else:
-            predicted = logits_of(output)
-            kind = checked_distribution(loss, predicted, f"matrix={matrix!r}", tokens=matrix != "ggn")
-            signals = weighted_gradients(kind, predicted, class_axis(kind, output, predicted, y))
-            if samples_interact(model) and predicted.numel() <= ONE_BY_ONE:
-                signals = gradients_one_by_one(signals)
-            for signal in signals:
-                _backward(predicted, weights, rows, signal)
+            for signal in label_signals(model, loss, output, y, matrix):
+                _backward(logits_of(output), weights, rows, signal)
     finally:
         for handle in handles:
             handle.remove()
     return {name: layer for name, layer in rows.items() if layer.inputs or not layer.whole}
+
+
+def label_signals(model: nn.Module, loss: Loss | None, output: Any, y: Any, matrix: str) -> Iterator[Tensor]:
+    """What to pull back through the logits for the expectation over the loss's distribution, each like the logits.
+
+    Raises:
+        ValueError: the loss stands for none, or the logits have another shape.
+    """
+    predicted = logits_of(output)
+    kind = checked_distribution(loss, predicted, f"matrix={matrix!r}", tokens=matrix != "ggn")
+    signals = weighted_gradients(kind, predicted, class_axis(kind, output, predicted, y))
+    alone = samples_interact(model) and predicted.numel() <= ONE_BY_ONE
+    return gradients_one_by_one(signals) if alone else signals
 
 
 def _width(module: nn.Module) -> int:
@@ -201,15 +218,15 @@ def _listener(name: str, rows: LayerRows) -> Any:
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing repeats a forward pass that was read
         if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-            raise ValueError(unavailable(name, f"a {type(module).__name__}"))
+            raise Unfactored(unavailable(name, f"a {type(module).__name__}"))
         x, index = (args[0] if args else kwargs["input"]).detach(), len(rows.inputs)
         if x.shape[0] % rows.samples or (x.ndim > 2 and x.shape[0] != rows.samples == x.shape[1]):
-            raise ValueError(
+            raise Unfactored(
                 f"layer {name!r} reads an input {list(x.shape)}, whose rows cannot be told apart by sample: the first "
                 f"dimension must be the {rows.samples} samples; pass block='<layer>' for one that does"
             )
         if (seen := padded_inside(module, x, h)) is None:
-            raise ValueError(unavailable(name, f"a {type(module).__name__}, which pads its input in a way of its own"))
+            raise Unfactored(unavailable(name, f"a {type(module).__name__}, which pads its input in a way of its own"))
         rows.inputs.append(_positions_of_input(module, seen, rows.samples))
         groups = rows.inputs[-1].shape[1]
 

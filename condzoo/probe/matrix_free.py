@@ -17,17 +17,18 @@ from condzoo.probe.arguments import checked
 from condzoo.probe.batches import batch_size, call
 from condzoo.probe.exact import (
     MATRICES,
-    called_rows,
     exact_layers,
     in_float64_copies,
     own_parameters,
+    rows_of,
 )
-from condzoo.probe.gradient_rows import LayerRows, gradient_rows
+from condzoo.probe.gradient_rows import LayerRows
 from condzoo.probe.label_models import checked_distribution
 from condzoo.probe.lanczos import TopEigenvalues, largest_eigenvalues
 from condzoo.probe.layers import samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.preserving import preserved
+from condzoo.probe.sample_gradients import DenseRows
 
 Product = Callable[[Tensor], Tensor]
 
@@ -67,7 +68,7 @@ def top_curvature(
         elif matrix == "ggn" and samples_interact(model):
             product = _ggn_product(_checked_logits(model, x, loss), parameters)
         else:
-            rows = called_rows(gradient_rows(model, layers, x, y, loss, matrix))
+            rows = rows_of(model, layers, x, y, loss, matrix)
             product, dim = _rows_product(rows, batch_size(x)), sum(layer.parameters for layer in rows)
         return largest_eigenvalues(
             lambda v: product(v.to(device)).detach().cpu(), dim, k, tolerance=tolerance, seed=seed
@@ -80,7 +81,7 @@ def _checked_logits(model: nn.Module, x: Any, loss: Loss | None) -> Tensor:
     return logits
 
 
-def _rows_product(rows: list[LayerRows], samples: int) -> Product:
+def _rows_product(rows: Sequence[LayerRows | DenseRows], samples: int) -> Product:
     """v -> (1/N) R^T R v, from the layers' factors."""
 
     def product(vector: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor]) -> Float[Tensor, 
     """d^2 loss / dw^2, symmetrized against round-off."""
     first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     gradient = torch.cat([g.flatten() for g in first])
-    hessian = _pulled_back(gradient, parameters, torch.eye(gradient.numel()).to(gradient))
+    hessian = pulled_back(gradient, parameters, torch.eye(gradient.numel()).to(gradient))
     return (hessian + hessian.T) / 2
 
 
@@ -37,14 +37,15 @@ def ggn_matrix(logits: Float[Tensor, "n k"], parameters: Sequence[Tensor]) -> Fl
         signals = logits.new_zeros((len(chosen), classes, samples, classes))
         for i, n in enumerate(chosen):
             signals[i, :, n] = factors[n].T
-        rows = _pulled_back(logits, parameters, signals.flatten(0, 1))
+        rows = pulled_back(logits, parameters, signals.flatten(0, 1))
         total.addmm_(rows.T, rows)
     return total / samples
 
 
-def _pulled_back(
+def pulled_back(
     outputs: Tensor, parameters: Sequence[Tensor], signals: Float[Tensor, m * shape]
 ) -> Float[Tensor, "m p"]:
+    """Each signal's gradient of all parameters together, as a row."""
     parts = []
     for start in range(0, signals.shape[0], ROWS):
         grads = torch.autograd.grad(

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacrev
 from torch.utils import checkpoint as checkpoint_module
 from torch.utils.checkpoint import checkpoint
 
-from condzoo.probe import costs, curvature, exact, kronecker_report, measure, top_curvature
+from condzoo.probe import costs, curvature, exact, kronecker_report, measure, sample_gradients, top_curvature
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")  # torch.func.hessian's own
 
@@ -236,19 +236,6 @@ def test_inputs_may_be_a_dict_or_a_tuple_and_a_layers_rows_a_samples_frames(matr
     assert list(kronecker_report(model, {"frames": x}, y, layers=["fc"])) == ["fc"]
 
 
-def test_rows_that_cannot_be_told_apart_by_sample_are_an_error():
-    class TimeFirst(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(3, 4)
-
-        def forward(self, x):
-            return self.fc(x.transpose(0, 1)).mean(0)
-
-    with pytest.raises(ValueError, match=r"layer 'fc' reads an input \[10, 5, 3\], whose rows cannot be told apart"):
-        curvature(TimeFirst().double(), torch.randn(5, 10, 3), torch.zeros(5, dtype=torch.long), "fisher")
-
-
 class Partly(nn.Module):
     """Beside the layers of the loss: one never called, one whose output is not used, one called once in vain."""
 
@@ -344,18 +331,125 @@ class Tied(nn.Module):
         return self.last(h.tanh())
 
 
+def dense_of_parameters(model, parameters, x, y, matrix):
+    """M, F or G over these parameters, a sample and a class at a time, by plain autograd."""
+
+    def flat_grad(value):
+        grads = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True, allow_unused=True)
+        return torch.cat([g.flatten() for g in grads])
+
+    total = 0
+    for n in range(len(x)):
+        log_p = model(x[n : n + 1]).log_softmax(1)[0]
+        draws = (
+            [(1.0, int(y[n]))]
+            if matrix == "grad_moment"
+            else [(float(p), c) for c, p in enumerate(log_p.detach().exp())]
+        )
+        for weight, label in draws:
+            g = flat_grad(-log_p[label])
+            total = total + weight * torch.outer(g, g)
+    return total / len(x)
+
+
+class Attending(nn.Module):
+    """Attention of torch's own module, a transposed convolution and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.up, self.head = nn.ConvTranspose1d(3, 2, 2), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.up(h).tanh().mean(1))
+
+
+class TimeFirst(nn.Module):
+    """A layer whose rows cannot be told apart by sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(x.transpose(0, 1)).mean(0)
+
+
+@pytest.mark.parametrize("matrix", ["grad_moment", "fisher", "ggn"])
 @pytest.mark.parametrize(
-    ("kind", "layer"), [("two layers", "(first|last)"), ("embedding", "last"), ("function", "first")]
+    ("build", "layer"),
+    [
+        (lambda: Tied("two layers"), "first"),
+        (lambda: Tied("embedding"), "last"),
+        (lambda: Tied("function"), "first"),
+        (Attending, "up"),
+        (Attending, "attention.in_proj"),
+        (TimeFirst, "fc"),
+    ],
 )
-def test_a_weight_that_is_used_otherwise_has_no_rows_and_its_hessian_counts_it_once(kind, layer):
+def test_layers_without_factors_have_their_gradients_themselves(build, layer, matrix):
     torch.manual_seed(0)
-    model = Tied(kind).double()
+    model = build().double()
+    x = torch.arange(6) % 5 if isinstance(model, Tied) else torch.randn(6, 3, 4).double()
+    y = torch.arange(6) % 3
+    own = {n: p for n, p in model.named_parameters() if not n.startswith("embedding")}
+    if isinstance(model, Tied) and model.kind == "embedding":
+        own["last.weight"] = model.last.weight
+    expected = spectrum_of(dense_of_parameters(model, [*own.values()], x, y, matrix))
+    found = curvature(model, x, y, matrix).eigenvalues
+    assert float((found - expected).abs().max()) < 1e-10 * float(expected.max())
+    assert float(top_curvature(model, x, y, matrix).values[0]) == pytest.approx(float(expected[0]), rel=1e-7)
+    prefix = layer.replace("in_proj", "in_proj_") if "in_proj" in layer else f"{layer}."
+    block = [p for n, p in own.items() if n.startswith(prefix)]
+    expected = spectrum_of(dense_of_parameters(model, block, x, y, matrix))
+    found = curvature(model, x, y, matrix, block=layer).eigenvalues
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) < 1e-10 * float(expected.max())
+
+
+def test_under_batch_statistics_such_a_layer_is_an_error():
+    model = nn.Sequential(nn.ConvTranspose1d(3, 2, 2), nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(10, 3))
+    x, y = torch.randn(6, 3, 4), torch.arange(6) % 3
+    with pytest.raises(ValueError, match="layer '0' is a ConvTranspose1d, whose exact curvature is not available"):
+        curvature(model, x, y, "grad_moment")
+    assert curvature(model.eval(), x, y, "grad_moment").lambda_max > 0
+
+
+def test_a_loss_that_sees_more_than_the_logits_has_no_gradients_a_sample():
+    class Penalized(nn.Module):
+        """Returns its own loss, as Hugging Face's models do."""
+
+        def __init__(self):
+            super().__init__()
+            self.up, self.head, self.penalty = nn.ConvTranspose1d(3, 2, 2), nn.Linear(5, 3), 0.0
+
+        def forward(self, x):
+            logits = self.head(self.up(x).tanh().mean(1))
+            loss = F.cross_entropy(logits, torch.arange(6) % 3) + self.penalty * self.head.weight.square().sum()
+            return {"loss": loss, "logits": logits}
+
+    torch.manual_seed(0)
+    model = Penalized().double()
+    x, y = torch.randn(6, 3, 4).double(), torch.arange(6) % 3
+    assert curvature(model, x, y, "grad_moment").lambda_max > 0
+    model.penalty = 0.1
+    with pytest.raises(ValueError, match="'up' is a ConvTranspose1d, whose exact"):
+        curvature(model, x, y, "grad_moment")
+
+
+def test_too_many_gradients_are_refused(monkeypatch):
+    monkeypatch.setattr(sample_gradients, "MOST", 1000)
+    with pytest.raises(
+        ValueError, match=r"18 gradients of 1\d\d parameters are .* GB, .* pass fewer samples, or block="
+    ):
+        curvature(Attending(), torch.randn(6, 3, 4), None, "fisher")
+
+
+def test_a_shared_weight_counts_once_in_the_hessian():
+    torch.manual_seed(0)
+    model = Tied("two layers").double()
     x, y = torch.arange(5).repeat(2), torch.arange(10) % 5
-    for matrix in ("grad_moment", "fisher", "ggn"):
-        with pytest.raises(ValueError, match=f"'{layer}' is a layer whose weight is used otherwise than by its own"):
-            curvature(model, x, y, matrix)
-        with pytest.raises(ValueError, match="used otherwise"):
-            top_curvature(model, x, y, matrix)
     found = curvature(model, x, y, "hessian")
     own = {id(p): p for m in (model.first, model.last) for p in m.parameters()}
     assert found.dim == sum(p.numel() for p in own.values())

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from condzoo.exit_codes import CHECK_FAILED
+
 Tag = Annotated[str, typer.Option(help="What tells the model's checkpoints apart: the name is MODEL.TAG.")]
 Out = Annotated[
     Path | None,
@@ -57,19 +59,18 @@ def verify(
 
     One line a check; exit 1 where one fails.
     """
-    from condzoo.checkpoints import list_checkpoints, verify_checkpoint
+    from condzoo.checkpoints import verify_checkpoint, verify_released
 
     if every == (name is not None):
         raise ValueError("verify takes a checkpoint's name or folder, or --all")
     failed = False
-    for each in list_checkpoints() if name is None else [name]:
-        verification = verify_checkpoint(each, data_root)
+    for verification in verify_released(data_root) if name is None else [verify_checkpoint(name, data_root)]:
         for row in verification.rows:
             state = {True: "ok  ", False: "FAIL", None: "-   "}[row.ok]
             typer.echo(f"{verification.name}  {state}  {row.check:12} {row.detail}")
         failed |= not verification.ok
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(CHECK_FAILED)
 
 
 def convert(
@@ -86,18 +87,40 @@ def convert(
     ] = None,
     tag: Tag = "converted",
     out: Out = None,
-    license: Annotated[str | None, typer.Option(help="Of the weights, for the model card.")] = None,
+    license: Annotated[str | None, typer.Option(help="Of the weights, for config and model card.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Of each channel of images in [0, 1], e.g. 0.4914,0.4822,0.4465; with --std.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="As --mean.")] = None,
 ) -> None:
     """Make a checkpoint of weights from elsewhere; pickled files are read without running what they hold."""
     from condzoo.conversion import convert as convert_file
     from condzoo.conversion import convert_last_bn
 
+    shift, scale = numbers("--mean", mean), numbers("--std", std)
     if last_bn and model is None:
-        folder = convert_last_bn(source, weights=weights, calibrate=calibrate, tag=tag, out=out, license=license)
+        folder = convert_last_bn(
+            source,
+            weights=weights,
+            calibrate=calibrate,
+            tag=tag,
+            out=out,
+            license=license,
+            mean=shift,
+            std=scale,
+        )
     elif not last_bn and model is not None and weights is None and calibrate is None:
-        folder = convert_file(source, model, tag=tag, out=out, license=license or "unknown")
+        folder = convert_file(source, model, tag=tag, out=out, license=license or "unknown", mean=shift, std=scale)
     else:
         raise ValueError(
             "convert takes FILE --model NAME, or timm/NAME --last-bn [--weights FILE] [--calibrate FOLDER]"
         )
     typer.echo(f"wrote {folder}")
+
+
+def numbers(option: str, text: str | None) -> list[float] | None:
+    """Numbers with commas between them; None for an option that was not given."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes numbers with commas between them, got {text!r}") from None

@@ -4,7 +4,9 @@ Pickles are read by torch's weights-only unpickler, which runs no code.
 """
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,9 +31,32 @@ from condzoo.checkpoints.writing import (
 )
 from condzoo.models import create_model, insert_last_bn
 from condzoo.models.registry import create_timm_model
-from condzoo.models.weight_files import check_state, sha256
+from condzoo.models.weight_files import sha256
 
 CALIBRATION_BATCH = 64
+# what timm's configs say of how images are prepared
+PREPROCESSING = (
+    "input_size",
+    "mean",
+    "std",
+    "crop_pct",
+    "crop_mode",
+    "interpolation",
+    "fixed_input_size",
+    "test_input_size",
+    "test_crop_pct",
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What conversion.json says of where the weights are from; see `condzoo.checkpoints.records.Conversion`."""
+
+    name: str
+    digest: str | None
+    note: str
+    license: str
+    preprocessing_known: bool
 
 
 def convert(
@@ -41,6 +66,8 @@ def convert(
     tag: str = "converted",
     out: str | Path | None = None,
     license: str = "unknown",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Path:
     """Make a checkpoint of a state dict in a file: pickled or safetensors, with wrapper prefixes, of other projects.
 
@@ -52,13 +79,16 @@ def convert(
         source: the file.
         model: which network of condzoo's it is.
         tag: of the new checkpoint. out: the folder that takes `model.tag/`; default: as for `release`.
-        license: of the weights, for the model card.
+        license: of the weights, for config and model card.
+        mean, std: of every channel of images in [0, 1], which the network's were standardized with. Without them the
+            card says that they are not known, and config.json has those usual for the network.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: a file that is no state dict, or not of this network (names the first key that differs).
+        ValueError: a file that is no state dict, or not of this network (names the first key that differs); `mean` or
+            `std` alone, or of other than one finite number a channel.
         FileNotFoundError, FileExistsError: no such file; a checkpoint of that name.
     """
     content, state = read_foreign(Path(source))
@@ -67,10 +97,12 @@ def convert(
     args: dict[str, Any] = (
         {"projection": True} if has_projections(state) and model_info(model).family == "cifar_resnet" else {}
     )
-    network = create_model(model, num_classes=classes, **args).eval()
+    network: Any = create_model(model, num_classes=classes, **args).eval()
     state, note = translate(state, network, str(source))
     network.load_state_dict(state)
-    return write(target, network, tag, Path(source).name, sha256(content), note, license, args=args)
+    fields = standardization(mean, std, network.pretrained_cfg["input_size"][0])
+    origin = Origin(Path(source).name, sha256(content), note, license, preprocessing_known=bool(fields))
+    return write(target, network, tag, origin, fields, args=args)
 
 
 def convert_last_bn(
@@ -82,6 +114,8 @@ def convert_last_bn(
     tag: str = "converted",
     out: str | Path | None = None,
     license: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Path:
     """Make the last-BN twin of a classifier of timm's, with the same function in eval mode (`insert_last_bn`).
 
@@ -91,7 +125,9 @@ def convert_last_bn(
         calibrate: folder of images, one folder a class as torchvision's ImageFolder; with it the last linear layer's
             input is standardized on them. Without, the last BN is the identity.
         images: how many of them, spread evenly over the folder.
-        tag, out, license: as for `convert`.
+        tag, out, mean, std: as for `convert`; without them timm's preprocessing, which is known where the weights are
+            timm's or `source` has a tag.
+        license: of the weights; None: timm's, for its own.
 
     Returns:
         The folder. ResNets 18 to 152 become condzoo's own `_lastbn` networks; others are timm's with a BN put in.
@@ -106,7 +142,11 @@ def convert_last_bn(
         raise ValueError(not_timms(source, arch))
     ours = arch + "_lastbn" in read_catalog()[0]
     target = check_free(root_of(out) / f"{arch}{'_lastbn' * ours}.{check_tag(tag)}")
-    network, origin, digest = timm_network(name, weights)
+    network, said, digest = timm_network(name, weights)
+    cfg = network.pretrained_cfg
+    fields = {key: cfg[key] for key in PREPROCESSING if cfg.get(key) is not None}
+    given = standardization(mean, std, cfg["input_size"][0])
+    network.pretrained_cfg = {**cfg, **given}  # the images of calibration are prepared alike
     batches = [] if calibrate is None else calibration_images(network, Path(calibrate), images)
     insert_last_bn(network.eval(), batches or None)
     note = "A BatchNorm1d stands before its last linear layer; the function is the same in eval mode. " + (
@@ -114,10 +154,11 @@ def convert_last_bn(
         if batches
         else "It is the identity."
     )
-    license = license or str(network.pretrained_cfg.get("license") or "unknown")
+    license = license or str((cfg.get("license") if weights is None else None) or "unknown")
+    known = weights is None or "." in name or bool(given)
     if ours:
         network = as_ours(network, arch + "_lastbn")
-    return write(target, network, tag, origin, digest, note, license, inserted=not ours)
+    return write(target, network, tag, Origin(said, digest, note, license, known), fields | given, inserted=not ours)
 
 
 def not_timms(source: str, arch: str) -> str:
@@ -133,22 +174,43 @@ def not_timms(source: str, arch: str) -> str:
 
 def timm_network(name: str, weights: str | Path | None) -> tuple[Any, str, str | None]:
     """(a network of timm's, where its weights are from, their file's SHA-256): timm's own, or those in a file."""
-    network = create_timm_model(name, pretrained=weights is None)
+    network: Any = create_timm_model(name, pretrained=weights is None)
     if weights is None:
         return network, f"timm/{name}", None
     content, state = read_foreign(Path(weights))
-    check_state(state, network.state_dict(), str(weights))
+    classifier = state.get(f"{network.pretrained_cfg['classifier']}.weight")
+    if classifier is not None and classifier.ndim and len(classifier) != network.num_classes:
+        network.reset_classifier(len(classifier))
+    state, _ = translate(state, network, str(weights))
     network.load_state_dict(state)
     return network, f"{Path(weights).name} for timm/{name}", sha256(content)
 
 
 def as_ours(theirs: Any, name: str) -> Any:
-    """condzoo's network of the same keys, with the weights and the input description of timm's."""
+    """condzoo's network of the same keys, with the weights of timm's."""
     ours: Any = create_model(name, num_classes=theirs.num_classes).eval()
     ours.load_state_dict(theirs.state_dict())
-    kept = ("input_size", "mean", "std", "crop_pct", "interpolation")
-    ours.pretrained_cfg = {**ours.pretrained_cfg, **{key: theirs.pretrained_cfg[key] for key in kept}}
     return ours
+
+
+def standardization(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> dict[str, tuple[float, ...]]:
+    """The fields of a config that `mean` and `std` give; none where neither is given.
+
+    Raises:
+        ValueError: one without the other, or other than one finite number a channel, a std above 0.
+    """
+    if mean is None and std is None:
+        return {}
+    given = [tuple(map(float, values)) for values in (mean, std) if values is not None]
+    whole = len(given) == 2 and all(len(values) == channels and all(map(math.isfinite, values)) for values in given)
+    if not whole or min(given[1]) <= 0:
+        raise ValueError(
+            f"mean and std are {channels} finite numbers each, one a channel of images in [0, 1], std above 0; "
+            f"got mean {mean} and std {std}"
+        )
+    return {"mean": given[0], "std": given[1]}
 
 
 def root_of(out: str | Path | None) -> Path:
@@ -160,26 +222,31 @@ def write(
     target: Path,
     network: Any,
     tag: str,
-    origin: str,
-    digest: str | None,
-    note: str,
-    license: str,
+    origin: Origin,
+    fields: Mapping[str, Any],
     inserted: bool = False,
     args: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Write the checkpoint's folder and the table of its root; `args` build the network beside its name."""
+    """Write the checkpoint's folder and the table of its root.
+
+    Args:
+        fields: of timm's config, in place of the network's own.
+        args: build the network beside its name.
+    """
     content = serialize(network)
     record = {
         "model": network.pretrained_cfg["architecture"],
         "tag": tag,
         "sha256": sha256(content),
         "parameters": sum(p.numel() for p in network.parameters()),
-        "origin": origin,
-        "origin_sha256": digest,
-        "note": note,
-        "license": license,
+        "origin": origin.name,
+        "origin_sha256": origin.digest,
+        "note": origin.note,
+        "license": origin.license,
+        "preprocessing_known": origin.preprocessing_known,
     }
-    config = timm_config(network, tag, {}) | ({"insert_last_bn": True} if inserted else {})
+    config = timm_config(network, tag, {**fields, "license": origin.license})
+    config |= {"insert_last_bn": True} if inserted else {}
     config["model_args"] = {**config["model_args"], **args}
     write_checkpoint(target, network, content, config, {CONVERSION: record})
     write_table(target.parent)

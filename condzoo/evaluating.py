@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from condzoo.checkpoints.folder import CONFIG, METRICS, CheckpointFolder, read_folder
-from condzoo.checkpoints.loading import is_path, load_folder, read_recipe, release_by_name
+from condzoo.checkpoints.folder import CONFIG, METRICS, CheckpointFolder
+from condzoo.checkpoints.loading import is_path, load_folder, read_checkpoint, read_recipe, release_by_name
 from condzoo.checkpoints.records import Config, Metrics, read_record
 from condzoo.checkpoints.remeasuring import read_images
 from condzoo.data import IMAGE_FOLDER, DataSet, load_data
-from condzoo.models.released import fetch, find_folder
 from condzoo.training import Evaluation, evaluate, evaluate_run, load_run
 from condzoo.training.precision import Numerics, resolve_device
 from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY
@@ -44,14 +43,12 @@ def evaluate_again(
     folder = Path(target).parent if Path(target).name in (MODEL, RECIPE, SUMMARY) else Path(target)
     if (folder / SUMMARY).is_file() or ((folder / RECIPE).is_file() and not (folder / CONFIG).is_file()):
         return run_again(folder, data, data_root, device)
-    if is_path(target):
-        checkpoint = read_folder(Path(target))
-    else:
+    if not is_path(target):
         try:
-            release = release_by_name(str(target))
+            release_by_name(str(target))
         except ValueError as error:
             raise ValueError(f"{target} is neither a run directory nor a checkpoint's folder here; {error}") from error
-        checkpoint = read_folder(find_folder(release) or fetch(release))
+    checkpoint = read_checkpoint(target)
     model = load_folder(checkpoint)
     where = resolve_device(device)
     images = checkpoint_images(checkpoint, data, data_root).to(where)

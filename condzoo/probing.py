@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 
 from condzoo.catalog import list_models, model_info
-from condzoo.checkpoints.folder import SUMS, read_folder
-from condzoo.checkpoints.loading import load_folder, release_by_name
+from condzoo.checkpoints.folder import SUMS
+from condzoo.checkpoints.loading import load_folder, read_checkpoint
 from condzoo.data import IMAGE_FOLDER, BatchPlan, DataSet, load_data
 from condzoo.evaluating import checkpoint_images
 from condzoo.models import create_model
-from condzoo.models.released import fetch, find_folder
 from condzoo.probe import Conditioning, measure
 from condzoo.training import load_run, read_data
 from condzoo.training.precision import resolve_device
@@ -112,9 +111,5 @@ def checkpoint_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
     """A checkpoint's network, by its folder or released name, and the images it was trained on."""
     if question.init is not None:
         raise ValueError(f"--init is for new weights; {question.target} names trained ones")
-    folder = Path(question.target)
-    if not folder.is_dir():
-        release = release_by_name(question.target)
-        folder = find_folder(release) or fetch(release)
-    checkpoint = read_folder(folder)
+    checkpoint = read_checkpoint(question.target)
     return load_folder(checkpoint), checkpoint_images(checkpoint, question.data, question.data_root)

@@ -16,6 +16,7 @@ from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
 WEIGHTS, CONFIG, EXPECTED, SUMS, CARD = "model.safetensors", "config.json", "expected.json", "SHA256SUMS", "README.md"
 RECIPE, METRICS, CONDITIONING, PICTURE = "recipe.toml", "metrics.json", "conditioning.json", "conditioning.png"
 CONVERSION = "conversion.json"
+RUN_SUMMARY = "summary.json"  # what a run directory has and no checkpoint does
 
 ALWAYS = (WEIGHTS, CONFIG, EXPECTED, CARD)
 TRAINED = (RECIPE, METRICS, CONDITIONING, PICTURE)  # what a training leaves, in place of conversion.json
@@ -81,7 +82,7 @@ def read_folder(path: Path) -> CheckpointFolder:
         ValueError: a file and no folder; files that are missing, not listed in SHA256SUMS, changed, or not plain files.
     """
     folder = folder_at(path)
-    if not (folder / SUMS).exists() and (folder / "summary.json").exists():
+    if not (folder / SUMS).exists() and (folder / RUN_SUMMARY).exists():
         raise ValueError(f"{folder} is a run directory; `condzoo release {folder} --tag TAG` makes a checkpoint of it")
     sums = read_sums(folder)
     present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}  # hidden: never read
@@ -96,7 +97,9 @@ def read_folder(path: Path) -> CheckpointFolder:
 
 
 def check_complete(folder: CheckpointFolder) -> CheckpointFolder:
-    """ValueError for a folder without the files that a checkpoint of its kind must have."""
+    """ValueError for a folder that lacks a file that a checkpoint of its kind must have, or is of both kinds."""
+    if CONVERSION in folder.files and METRICS in folder.files:
+        raise ValueError(f"{folder.path} has both {METRICS} and {CONVERSION}: it was either trained here or converted")
     wanted = (*ALWAYS, CONVERSION) if CONVERSION in folder.files else (*ALWAYS, *TRAINED)
     for name in wanted:
         folder.text(name) if name not in (WEIGHTS, PICTURE) else require(folder, name)

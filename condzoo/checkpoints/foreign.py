@@ -5,7 +5,7 @@ Shapes: C channels of a stage, K classes.
 
 import io
 import itertools
-import pickle
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from condzoo.models.weight_files import check_state, parse_weights, read_plain_file
 
 # where training scripts put the weights among other things, the average first
-NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
+NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 # option-B shortcuts' weights: chenyaofo's and torchvision's name, akamaster's and condzoo's
 PROJECTION = re.compile(r"^(layer\d+\.\d+)\.(?:downsample|shortcut)\.")
@@ -29,18 +29,20 @@ GLOBAL = re.compile(r"(?:GLOBAL|global|function|class)\s+`?([\w.]+\.[\w.]+)`?")
 def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor]]:
     """A file's content, and the state dict in it, out of what it is nested in and without wrapper prefixes.
 
+    A link is followed: the file is the caller's own choice, and the Hub's cache is made of links.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: no state dict, or a pickle that needs code to be run.
     """
-    content = read_plain_file(path)
+    content = read_plain_file(Path(os.path.realpath(path)))
     if path.suffix == ".safetensors":
         return content, strip_prefixes(parse_weights(content, str(path)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pickle protocols that torch does not write itself
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle ends the unpickler in many ways, IndexError and struct.error too
         raise ValueError(f"{path} is no state dict that can be read without running code: {refusal(error)}") from error
     for key in NESTED:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -68,8 +70,11 @@ def refusal(error: Exception) -> str:
 
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off what every key starts with because of a wrapper (DataParallel, torch.compile, Lightning)."""
-    stripped = dict(state)
+    """Take off what every key starts with because of a wrapper (DataParallel, torch.compile, Lightning).
+
+    torch's AveragedModel has, beside the network under `module.`, the count of what it averaged.
+    """
+    stripped = {key: value for key, value in state.items() if key != "n_averaged"}
     for _ in PREFIXES:
         for prefix in PREFIXES:
             if all(key.startswith(prefix) for key in stripped):

@@ -9,11 +9,25 @@ import torch
 from timm.models import is_model
 from torch import nn
 
-from condzoo.checkpoints.folder import CONFIG, CONVERSION, METRICS, RECIPE, WEIGHTS, CheckpointFolder, read_folder
-from condzoo.checkpoints.records import Config, Conversion, Metrics, read_record
+from condzoo.checkpoints.folder import (
+    CONFIG,
+    CONVERSION,
+    EXPECTED,
+    METRICS,
+    RECIPE,
+    WEIGHTS,
+    CheckpointFolder,
+    read_folder,
+)
+from condzoo.checkpoints.records import Config, Conversion, Expected, Metrics, read_conditioning, read_record
+from condzoo.checkpoints.remeasuring import logits_difference
 from condzoo.models import create_model, insert_last_bn
-from condzoo.models.released import Release, find_release, read_index
+from condzoo.models.pretrained import SOURCES
+from condzoo.models.released import Release, check_released, find_release, read_index, release_folder
 from condzoo.models.weight_files import check_state, sha256
+
+# of the largest logit: what no other CPU's arithmetic moves, reduced matrix products included; `verify` is stricter
+OTHER_FUNCTION = 0.05
 
 
 def list_checkpoints() -> list[str]:
@@ -40,6 +54,20 @@ def load_checkpoint(path_or_name: str | Path) -> nn.Module:
     return create_model(release_by_name(str(path_or_name)).name, pretrained=True).eval()
 
 
+def read_checkpoint(path_or_name: str | Path) -> CheckpointFolder:
+    """The files of a checkpoint's folder, or of a released name, whose weights are those of condzoo's index.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_checkpoint`.
+    """
+    if is_path(path_or_name):
+        return read_folder(Path(path_or_name))
+    release = release_by_name(str(path_or_name))
+    folder = read_folder(release_folder(release))
+    check_released(release, folder.files[WEIGHTS], folder.path / WEIGHTS)
+    return folder
+
+
 def release_by_name(name: str) -> Release:
     """The release that "arch.tag", or "arch" for its default, stands for.
 
@@ -58,18 +86,63 @@ def is_path(path_or_name: str | Path) -> bool:
 
 
 def load_folder(folder: CheckpointFolder) -> nn.Module:
-    """The network of a folder, its weights compared key by key before anything large is built."""
+    """The network of a folder, which gives the logits that the folder expects.
+
+    Raises:
+        ValueError: files that are damaged, disagree, or do not fit the network.
+    """
+    model = load_weights(folder)
+    try:
+        difference = logits_difference(model, read_record(folder, EXPECTED, Expected))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder.path}: the network of {CONFIG} takes no images of its input_size: {error}"
+        ) from error
+    if not difference <= OTHER_FUNCTION:
+        raise ValueError(
+            f"{folder.path}: its files disagree on the function: with {CONFIG} and {WEIGHTS} the logits are "
+            f"{difference:.1e} of the largest off those of {EXPECTED}"
+        )
+    return model
+
+
+def load_weights(folder: CheckpointFolder) -> nn.Module:
+    """The network of a folder, its weights compared key by key before anything large is built.
+
+    Raises:
+        ValueError: files that are damaged, disagree, or do not fit the network.
+    """
     config = check_agreement(folder)
     state = folder.weights()
     try:
         with torch.device("meta"):
-            expected = build_network(config).state_dict()
-    except (TypeError, ValueError, RuntimeError) as error:
+            network = build_network(config)
+    except Exception as error:  # timm's and torch's constructors refuse arguments in many ways
         raise ValueError(f"{folder.path / CONFIG} describes no network: {error}") from error
-    check_state(state, expected, folder.source(WEIGHTS))
-    model = build_network(config)
+    check_state(state, network.state_dict(), folder.source(WEIGHTS))
+    check_size(folder, config, network)
+    model: Any = build_network(config)
     model.load_state_dict(state)
+    model.pretrained_cfg = model.default_cfg = described(config)
     return model.eval()
+
+
+def check_size(folder: CheckpointFolder, config: Config, network: nn.Module) -> None:
+    """ValueError where the network has another number of parameters, or takes other images, than the files say."""
+    record = read_origin(folder)
+    counted = sum(p.numel() for p in network.parameters())
+    if counted != record.parameters:
+        raise ValueError(f"{folder.path}: it is recorded with {record.parameters:,} parameters and has {counted:,}")
+    size, own = config.pretrained_cfg.input_size, getattr(network, "input_size", None)  # an MLP knows its own
+    if isinstance(own, tuple) and own != size:
+        raise ValueError(f"{folder.path / CONFIG}: input_size is {size}, the network takes {own}")
+
+
+def described(config: Config) -> dict[str, Any]:
+    """timm's `pretrained_cfg` of a network from a folder: the folder's own, and no place to take weights from."""
+    own = config.pretrained_cfg.model_dump()
+    kept = {key: value for key, value in own.items() if key not in SOURCES}
+    return {**kept, "architecture": config.architecture}
 
 
 def build_network(config: Config) -> nn.Module:
@@ -82,29 +155,61 @@ def build_network(config: Config) -> nn.Module:
 
 
 def check_agreement(folder: CheckpointFolder) -> Config:
-    """Check that a folder's files speak of the same network and the same weights.
+    """Check that a folder's files speak of the same network, the same weights and the same training.
 
     Raises:
         ValueError: names the two that disagree.
     """
-    config = read_record(folder, CONFIG, Config)
-    record: Metrics | Conversion
-    if folder.trained:
-        record, name = read_record(folder, METRICS, Metrics), METRICS
-        trained = read_recipe(folder)["model"]["name"]
-        if trained != config.architecture:
-            raise ValueError(f"{folder.path}: {RECIPE} trains {trained}, {CONFIG} says {config.architecture}")
-    else:
-        record, name = read_record(folder, CONVERSION, Conversion), CONVERSION
-    for what, here, there in (
-        ("the model", config.architecture, record.model),
-        ("the tag", config.pretrained_cfg.tag, record.tag),
-        ("the number of classes", config.num_classes, config.pretrained_cfg.num_classes),
-        ("the SHA-256 of the weights", sha256(folder.files[WEIGHTS]), record.sha256),
-    ):
-        if here != there:
-            raise ValueError(f"{folder.path}: its files disagree on {what}: {here} and, in {name}, {there}")
+    config, record = read_record(folder, CONFIG, Config), read_origin(folder)
+    expected = read_record(folder, EXPECTED, Expected)
+    name = METRICS if folder.trained else CONVERSION
+    size, classes = config.pretrained_cfg.input_size, config.num_classes
+    disagree(folder, CONFIG, name, "the model", config.architecture, record.model)
+    disagree(folder, CONFIG, name, "the tag", config.pretrained_cfg.tag, record.tag)
+    disagree(folder, CONFIG, CONFIG, "the number of classes", classes, config.pretrained_cfg.num_classes)
+    disagree(folder, WEIGHTS, name, "the SHA-256 of the weights", sha256(folder.files[WEIGHTS]), record.sha256)
+    disagree(folder, CONFIG, EXPECTED, "the size of an image", size, expected.shape[1:])
+    columns = {len(row) for row in expected.logits}
+    logits = (len(expected.logits), *columns)
+    disagree(folder, CONFIG, EXPECTED, "the shape of the logits", (expected.shape[0], classes), logits)
+    if isinstance(record, Metrics):
+        check_training(folder, config, record)
     return config
+
+
+def disagree(folder: CheckpointFolder, file: str, other: str, what: str, here: Any, there: Any) -> None:
+    """ValueError where two of the files do not say the same."""
+    if here != there:
+        raise ValueError(f"{folder.path}: its files disagree on {what}: in {file} {here}, in {other} {there}")
+
+
+def check_training(folder: CheckpointFolder, config: Config, metrics: Metrics) -> None:
+    """Check what a training left: the recipe against config and metrics, and that both records of conditioning are.
+
+    Raises:
+        ValueError: as `check_agreement`; arguments beside the number of channels, without which the name alone would
+            build another network.
+    """
+    recipe = read_recipe(folder)
+    data, seed = recipe["data"], recipe.get("seed")
+    disagree(folder, RECIPE, METRICS, "the model", recipe["model"]["name"], metrics.model)
+    disagree(folder, RECIPE, METRICS, "the seed", seed, metrics.released_seed)
+    if seed not in [result.seed for result in metrics.seeds]:
+        raise ValueError(f"{folder.source(METRICS)}: seeds lacks the released one, {seed}")
+    for field in ("name", "crop", "resize", "augment"):
+        disagree(folder, RECIPE, METRICS, f"data.{field}", data.get(field), metrics.data.get(field))
+    if config.model_args.keys() - {"in_chans"}:
+        raise ValueError(
+            f"{folder.path / CONFIG}: model_args = {config.model_args}: a trained one has in_chans at most"
+        )
+    read_conditioning(folder)
+
+
+def read_origin(folder: CheckpointFolder) -> Metrics | Conversion:
+    """What says where the weights are from: metrics.json of a trained one, else conversion.json."""
+    if folder.trained:
+        return read_record(folder, METRICS, Metrics)
+    return read_record(folder, CONVERSION, Conversion)
 
 
 def read_recipe(folder: CheckpointFolder) -> dict[str, Any]:

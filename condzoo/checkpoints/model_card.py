@@ -1,16 +1,14 @@
 """README.md of a checkpoint: made from its own files, never written by hand."""
 
 import functools
-import json
 import statistics
 import tomllib
 from pathlib import Path
 
-from condzoo.checkpoints.folder import CONDITIONING, CONFIG, CONVERSION, METRICS, CheckpointFolder
+from condzoo.checkpoints.folder import CONFIG, CONVERSION, METRICS, CheckpointFolder
 from condzoo.checkpoints.loading import read_recipe
-from condzoo.checkpoints.records import Config, Conversion, Metrics, read_record
+from condzoo.checkpoints.records import Config, Conversion, Metrics, read_conditioning, read_record
 from condzoo.probe import Conditioning, Spectrum
-from condzoo.probe.serialization import from_record
 
 PUBLISHED = Path(__file__).with_name("published.toml")
 
@@ -73,7 +71,10 @@ def preprocessing(config: Config, record: Metrics | Conversion) -> str:
         steps += [f"resize to {record.data['resize']} (bilinear, antialiased)"] if record.data["resize"] else []
     mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (cfg.mean, cfg.std))
     steps.append(f"scale to [0, 1], subtract {mean}, divide by {std}")
-    return "## Preprocessing\n" + "; ".join(steps).capitalize() + "."
+    text = "; ".join(steps).capitalize() + "."
+    if isinstance(record, Conversion) and not record.preprocessing_known:
+        text = f"Not known: nothing in the source says it. What is usual for this network: {text}"
+    return f"## Preprocessing\n{text}"
 
 
 def percent(share: float) -> str:
@@ -129,19 +130,6 @@ def published_errors(dataset: str, model: str) -> dict[str, str]:
         return known.get(model, {})
     plain = known.get(model.removesuffix("_lastbn"), {})
     return {f"{source}, without last BN": error for source, error in plain.items()}
-
-
-def read_conditioning(folder: CheckpointFolder) -> dict[str, Conditioning]:
-    """The records at initialization (`at_init`) and at the end (`at_end`).
-
-    Raises:
-        ValueError: the file is not such a pair.
-    """
-    try:
-        records = json.loads(folder.text(CONDITIONING))
-        return {when: from_record(records[when]) for when in ("at_init", "at_end")}
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{folder.source(CONDITIONING)} lacks a record: {error}") from error
 
 
 def last_input(conditioning: Conditioning) -> Spectrum:

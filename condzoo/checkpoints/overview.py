@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from condzoo.checkpoints.folder import CONFIG, CONVERSION, METRICS, CheckpointFolder, read_folder
-from condzoo.checkpoints.model_card import error_of, kappa, last_input, read_conditioning
-from condzoo.checkpoints.records import Config, Conversion, Metrics, read_record
+from condzoo.checkpoints.model_card import error_of, kappa, last_input
+from condzoo.checkpoints.records import Config, Conversion, Metrics, read_conditioning, read_record
 
+TITLE = "# Released checkpoints"
 NOT_MEASURED = "-"
 TWINS = ("_lastbn", "_bn")  # what a twin's name has after its plain network's; an MLP has both
 
@@ -49,7 +50,7 @@ def checkpoints_table(folders: Iterable[Path]) -> str:
     rows = sorted((row_of(read_folder(folder)) for folder in folders), key=lambda row: natural_order(row.name))
     columns = ("checkpoint", "data", "test error, %", "seeds", "lambda_max", "kappa p = 0.5", "kappa p = 1")
     lines = [
-        "# Released checkpoints",
+        TITLE,
         "",
         "Made by `condzoo release`; `condzoo verify --all` measures all of it again, `condzoo validate --all` holds "
         "each against what its family promises. Test error: mean over all seeds trained, +- their standard deviation. "

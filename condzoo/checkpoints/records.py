@@ -1,16 +1,18 @@
 """What a checkpoint's JSON files hold, as strict schemas: a wrong type or value is an error that names its field."""
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from condzoo.checkpoints.folder import CheckpointFolder
+from condzoo.checkpoints.folder import CONDITIONING, CheckpointFolder
+from condzoo.probe import Conditioning
+from condzoo.probe.serialization import from_record
 
 Pixels = Annotated[int, Field(ge=1, le=4096)]  # a size that is tried out must fit into memory
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-# arguments a config may pass to a model: sizes and switches, never something that names a file
+# arguments a config may pass to a model beside num_classes: sizes and switches, never something that names a file
 Argument = Literal[
-    "num_classes",
     "in_chans",
     "input_size",
     "img_size",
@@ -58,7 +60,7 @@ class Config(BaseModel):
 class Expected(Record):
     """expected.json: logits of the input that `fixed_input` makes."""
 
-    shape: tuple[Annotated[int, Field(ge=1, le=64)], Pixels, Pixels, Pixels]
+    shape: tuple[Annotated[int, Field(ge=1, le=8)], Pixels, Pixels, Pixels]
     logits: list[list[Finite]]
 
 
@@ -91,8 +93,8 @@ class Metrics(Record):
     parameters: int
     released_seed: int
     rule: str
-    test_correct: int
-    test_images: int
+    test_correct: int = Field(ge=0)
+    test_images: int = Field(ge=1)
     seeds: list[SeedResult]
     recipe: str | None
     source: str
@@ -105,7 +107,13 @@ class Metrics(Record):
 
 
 class Conversion(Record):
-    """conversion.json: what the weights were made from. `note`: what was done to them."""
+    """conversion.json: what the weights were made from.
+
+    Attributes:
+        note: what was done to them.
+        preprocessing_known: False where nothing says how their images were prepared, and config.json has what is usual
+            for the network. Folders of before it was asked for do not have it.
+    """
 
     model: str
     tag: str
@@ -115,6 +123,7 @@ class Conversion(Record):
     origin_sha256: str | None
     note: str
     license: str
+    preprocessing_known: bool = True
 
 
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
@@ -132,3 +141,20 @@ def read_record(folder: CheckpointFolder, name: str, schema: type[AnyRecord]) ->
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "the file"
         raise ValueError(f"{folder.source(name)}: {field}: {first['msg']}") from error
+
+
+def read_conditioning(folder: CheckpointFolder) -> dict[str, Conditioning]:
+    """The records of conditioning.json, at initialization (`at_init`) and at the end (`at_end`).
+
+    Raises:
+        ValueError: the file is not such a pair, or one of them has no layer.
+    """
+    try:
+        records = json.loads(folder.text(CONDITIONING))
+        found = {when: from_record(records[when]) for when in ("at_init", "at_end")}
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:  # torch.tensor's, too
+        raise ValueError(f"{folder.source(CONDITIONING)} lacks a record: {error}") from error
+    for when, record in found.items():
+        if not record.layers:
+            raise ValueError(f"{folder.source(CONDITIONING)}: {when} has no layers")
+    return found

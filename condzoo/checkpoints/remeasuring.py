@@ -4,6 +4,8 @@ Shapes: B images, C channels, H x W pixels, K classes.
 """
 
 import copy
+import math
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condzoo.catalog import model_info
+from condzoo.checkpoints.records import Expected
 from condzoo.data import BatchPlan, DataSet, load_data
-from condzoo.probe import Conditioning, measure
+from condzoo.models import create_model
+from condzoo.probe import Conditioning, Spectrum, measure
 
 EXPECTED_IMAGES = 2
 IMAGE_FIELDS = ("crop", "resize", "image_size", "eval_resize", "interpolation", "num_classes", "validation", "dataset")
 EVALUATION_BATCH = 1000
+TINY = torch.finfo(torch.float64).tiny
 MEASURED_IMAGES = 1024  # at least: as many batches of the recipe's size as that takes
 
 
@@ -33,9 +39,28 @@ def logits_of(model: nn.Module, shape: tuple[int, int, int, int]) -> Tensor:  # 
     return model.eval()(fixed_input(shape))
 
 
+def logits_difference(model: nn.Module, expected: Expected) -> float:
+    """Largest difference from the expected logits, as a share of the largest; ValueError where shapes differ."""
+    logits = logits_of(model, expected.shape)
+    wanted = logits.new_tensor(expected.logits)
+    if wanted.shape != logits.shape:
+        raise ValueError(f"recorded {list(wanted.shape)}, the network gives {list(logits.shape)}")
+    return float((logits - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+
+
 def read_images(recipe: dict[str, Any], data_root: str | Path | None) -> DataSet:
-    """The data set of a recipe, as its network saw it."""
+    """The data set of a recipe, as its network saw it.
+
+    Raises:
+        FileNotFoundError: not there; or the recipe names it by a place of its own, which is looked at only where the
+            caller gives a data root: a checkpoint may be anyone's.
+        ValueError: as `load_data`.
+    """
     section = recipe["data"]
+    if section.get("dataset") and data_root is None:
+        raise FileNotFoundError(
+            f"the recipe names a place of its own, {section['dataset']!r}; give a data root to have it read"
+        )
     return load_data(section["name"], data_root, **{field: section.get(field) for field in IMAGE_FIELDS})
 
 
@@ -55,8 +80,35 @@ def measure_conditioning(model: nn.Module, data: DataSet, batch_size: int) -> Co
     return measure(copy.deepcopy(model).train(), batches, seed=0)
 
 
-def largest_difference(here: Conditioning, there: Conditioning) -> tuple[float, str]:
-    """(largest relative difference in lambda_max of any layer's input and output gradient, the layer)."""
+def initial_network(recipe: dict[str, Any], data: DataSet) -> nn.Module:
+    """The network before the first step, as its training drew it; the global generator is left as it was.
+
+    Args:
+        recipe: of a registered model without arguments of its own (`release` takes no other).
+    """
+    section = recipe["model"]
+    shape = data.image_shape
+    arguments: dict[str, Any] = (
+        {"input_size": shape} if model_info(section["name"]).family == "mlp" else {"in_chans": shape[0]}
+    )
+    arguments |= {key: section[key] for key in ("drop_rate", "last_bn_init") if key in section}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe["seed"])
+        return create_model(section["name"], num_classes=data.num_classes, init=section.get("init"), **arguments)
+
+
+def largest_difference(
+    here: Conditioning, there: Conditioning, difference: Callable[[Spectrum, Spectrum], float]
+) -> tuple[float, str]:
+    """(largest difference of the spectra of any layer's input and output gradient, the layer).
+
+    Args:
+        here, there: measured now, and recorded.
+        difference: of a measured and a recorded spectrum; NaN is larger than any number.
+
+    Raises:
+        ValueError: other layers, or as `difference`.
+    """
     if list(here) != list(there):
         raise ValueError(f"layers differ: measured {', '.join(here)}; recorded {', '.join(there)}")
     worst = (0.0, "")
@@ -65,6 +117,26 @@ def largest_difference(here: Conditioning, there: Conditioning) -> tuple[float, 
             (here[name].input, there[name].input),
             (here[name].output_grad, there[name].output_grad),
         ):
-            scale = max(abs(theirs.lambda_max), torch.finfo(torch.float64).tiny)
-            worst = max(worst, (abs(ours.lambda_max - theirs.lambda_max) / scale, name))
+            found = difference(ours, theirs)
+            if math.isnan(found):
+                return found, name
+            worst = max(worst, (found, name))
     return worst
+
+
+def lambda_max_difference(ours: Spectrum, theirs: Spectrum) -> float:
+    """Relative difference in lambda_max."""
+    return abs(ours.lambda_max - theirs.lambda_max) / max(abs(theirs.lambda_max), TINY)
+
+
+def eigenvalue_difference(ours: Spectrum, theirs: Spectrum) -> float:
+    """Largest relative difference of eigenvalues beyond our noise floor, under which rounding decides.
+
+    Raises:
+        ValueError: another number of eigenvalues.
+    """
+    here, there = ours.eigenvalues, theirs.eigenvalues
+    if here.shape != there.shape:
+        raise ValueError(f"{len(here)} eigenvalues measured, {len(there)} recorded")
+    beyond = ((here - there).abs() - ours.noise_floor).clamp(min=0)
+    return float((beyond / there.abs().clamp(min=TINY)).max())

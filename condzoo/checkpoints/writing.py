@@ -23,7 +23,7 @@ from condzoo.checkpoints.folder import (
 )
 from condzoo.checkpoints.loading import load_folder
 from condzoo.checkpoints.model_card import model_card
-from condzoo.checkpoints.overview import checkpoints_table
+from condzoo.checkpoints.overview import TITLE, checkpoints_table
 from condzoo.checkpoints.remeasuring import EXPECTED_IMAGES, logits_of
 from condzoo.models import released
 
@@ -49,10 +49,20 @@ def check_tag(tag: str) -> str:
 
 
 def check_free(target: Path) -> Path:
-    """The target, if nothing is there; FileExistsError otherwise."""
+    """The target, if nothing is there and the table beside it may be written; FileExistsError otherwise."""
     if target.exists():
         raise FileExistsError(f"{target} is already there; a release is never overwritten: take another tag")
+    check_table(target.parent)
     return target
+
+
+def check_table(root: Path) -> None:
+    """FileExistsError where root/README.md is not the table of checkpoints, which would take its place."""
+    table = root / CARD
+    if table.exists() and not (table.is_file() and table.read_bytes().startswith(TITLE.encode())):
+        raise FileExistsError(
+            f"{table} is no table of checkpoints, and would be overwritten by one; give another folder by --out"
+        )
 
 
 def serialize(model: nn.Module) -> bytes:
@@ -91,7 +101,7 @@ def write_checkpoint(
         records: further files by name: bytes as they are, text, or what is written as JSON.
 
     Raises:
-        FileExistsError: the target is there.
+        FileExistsError: the target is there, or beside it a README.md that is not the table of checkpoints.
         ValueError: the files do not make a checkpoint that loads.
     """
     check_free(target).parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +131,8 @@ def checkpoint_folders_in(root: Path) -> list[Path]:
 
 
 def write_table(root: Path) -> None:
-    """Write root/README.md, the table of all checkpoints in `root`."""
+    """Write root/README.md, the table of all checkpoints in `root`; FileExistsError where it is something else."""
+    check_table(root)
     (root / CARD).write_text(checkpoints_table(checkpoint_folders_in(root)), encoding="utf-8")
 
 

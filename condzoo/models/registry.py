@@ -106,6 +106,8 @@ def build_network(
     release = chosen_release(name, pretrained, kwargs)
     if release is not None:  # what the index says, checked here, instead of a file that timm would read
         kwargs["pretrained_cfg"] = released_config(release, pretrained_config(family, name), family.build, args)
+    elif not kwargs.get("pretrained_cfg"):  # new weights: of the table's sizes, whatever data a release was trained on
+        kwargs["pretrained_cfg"] = pretrained_config(family, name)
     with torch.device(device) if device is not None else contextlib.nullcontext():
         model = build_model_with_cfg(
             family.build,

@@ -147,14 +147,28 @@ def read_release(release: Release) -> dict[str, Tensor]:
         FileNotFoundError: not here, and the Hub did not have it or could not be reached.
         ValueError: not the file that was released (its SHA-256 differs from the index's).
     """
-    folder = find_folder(release) or fetch(release)
-    content = read_plain_file(folder / WEIGHTS)
+    path = release_folder(release) / WEIGHTS
+    content = read_plain_file(path)
+    check_released(release, content, path)
+    return parse_weights(content, str(path))
+
+
+def release_folder(release: Release) -> Path:
+    """The folder of a release, fetched from the Hub where it is nowhere here.
+
+    Raises:
+        FileNotFoundError, ValueError: as `fetch`.
+    """
+    return find_folder(release) or fetch(release)
+
+
+def check_released(release: Release, content: bytes, path: Path) -> None:
+    """ValueError unless a file's content is the weights that the index has under the release's name."""
     if sha256(content) != release.sha256:
         raise ValueError(
-            f"{folder / WEIGHTS} is not the file released as {release.name}: its SHA-256 is "
-            f"{sha256(content)[:12]}..., released was {release.sha256[:12]}...; delete it and get it again"
+            f"{path} is not the file released as {release.name}: its SHA-256 is {sha256(content)[:12]}..., "
+            f"released was {release.sha256[:12]}...; delete it and get it again"
         )
-    return parse_weights(content, str(folder / WEIGHTS))
 
 
 def fetch(release: Release) -> Path:

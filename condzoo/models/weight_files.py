@@ -30,9 +30,10 @@ def read_plain_file(path: Path) -> bytes:
         raise FileNotFoundError(f"{path} does not exist")
     # the flags cover a link or a pipe that was put there since
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):  # before fdopen, which has an error of its own for a folder
+        os.close(handle)
+        raise ValueError(f"{path} is not a plain file")
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ValueError(f"{path} is not a plain file")
         return file.read()
 
 

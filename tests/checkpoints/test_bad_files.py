@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import struct
 
 import pytest
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save, save_file
 
 from condzoo.checkpoints import load_checkpoint, verify_checkpoint
 from condzoo.checkpoints.folder import read_folder, write_sums
-from condzoo.models import released
+from condzoo.conversion import convert
+from condzoo.models import create_model, released
 from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
 
 WEIGHTS = "model.safetensors"
@@ -249,10 +251,14 @@ def test_a_missing_file_is_named(checkpoint, name):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("config.json", lambda c: c.update(architecture="mlp4x24"), "recipe.toml trains mlp4x24_bn, config.json says"),
-        ("metrics.json", lambda m: m.update(tag="other"), "disagree on the tag: digits and, in metrics.json, other"),
+        ("config.json", lambda c: c.update(architecture="mlp4x24"), r"the model: in config\.json mlp4x24, in metrics"),
+        (
+            "metrics.json",
+            lambda m: m.update(tag="other"),
+            "disagree on the tag: in config.json digits, in metrics.json other",
+        ),
         ("metrics.json", lambda m: m.update(sha256="0" * 64), "disagree on the SHA-256 of the weights"),
-        ("config.json", lambda c: c.update(num_classes=11), "disagree on the number of classes: 11"),
+        ("config.json", lambda c: c.update(num_classes=11), "disagree on the number of classes: in config.json 11"),
         ("config.json", lambda c: c.update(architecture="local-dir:/etc"), "config.json: architecture: String should"),
         ("config.json", lambda c: c.update(num_classes="10"), "config.json: num_classes: Input should be"),
         (
@@ -267,6 +273,25 @@ def test_a_missing_file_is_named(checkpoint, name):
         ),
         ("metrics.json", lambda m: m.pop("seeds"), "metrics.json: seeds: Field required"),
         ("metrics.json", lambda m: m.update(more=1), "metrics.json: more: Extra inputs"),
+        ("metrics.json", lambda m: m.update(released_seed=3), r"the seed: in recipe\.toml 2, in metrics\.json 3"),
+        ("metrics.json", lambda m: m["seeds"].pop(0), "seeds lacks the released one, 2"),
+        ("metrics.json", lambda m: m["data"].update(name="mnist"), r"data\.name: in recipe\.toml digits"),
+        ("metrics.json", lambda m: m["data"].update(resize=28), r"data\.resize: in recipe\.toml 12"),
+        ("metrics.json", lambda m: m.update(parameters=5003), "recorded with 5,003 parameters and has 5,002"),
+        ("metrics.json", lambda m: m.update(test_images=0), "test_images: Input should be greater than or equal to 1"),
+        ("expected.json", lambda e: e.clear(), "expected.json: shape: Field required"),
+        ("expected.json", lambda e: e["shape"].__setitem__(3, 13), "disagree on the size of an image"),
+        (
+            "expected.json",
+            lambda e: e["logits"].pop(),
+            r"shape of the logits: in config\.json \(2, 10\), in \S+ \(1, 10\)",
+        ),
+        ("expected.json", lambda e: e["logits"][0].pop(), "disagree on the shape of the logits"),
+        ("expected.json", lambda e: e["logits"][0].reverse(), "disagree on the function"),
+        ("conditioning.json", lambda c: c.pop("at_init"), r"conditioning\.json lacks a record"),
+        ("conditioning.json", lambda c: c["at_end"].update(layers={}), r"conditioning\.json: at_end has no layers"),
+        ("config.json", lambda c: c.update(model_args={"num_classes": 7}), r"config.json: model_args\.num_classes"),
+        ("config.json", lambda c: c.update(model_args={"drop_rate": 0.5}), "a trained one has in_chans at most"),
     ],
 )
 def test_files_that_disagree_or_are_wrong_name_the_field(checkpoint, name, change, message):
@@ -282,7 +307,9 @@ def test_a_config_of_a_giant_builds_nothing(checkpoint):
 
     edit_json(checkpoint, "config.json", enlarge)
     write_sums(checkpoint)
-    with pytest.raises(ValueError, match=r"'fc.weight' is \[10, 24\] float32, the network's is \[10000000000000, 24\]"):
+    with pytest.raises(
+        ValueError, match=r"the logits: in config\.json \(2, 10000000000000\), in expected\.json \(2, 10\)"
+    ):
         load_checkpoint(checkpoint)
 
 
@@ -298,3 +325,73 @@ def test_parsing_gives_back_what_was_saved():
     state = {"a": torch.randn(3, 2), "n": torch.tensor(5)}
     parsed = parse_weights(save(state), "file")
     assert all(torch.equal(parsed[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"at_init": 1, "at_end": 2}'])
+def test_a_record_of_conditioning_that_is_none_names_the_file(checkpoint, text):
+    (checkpoint / "conditioning.json").write_text(text)
+    write_sums(checkpoint)
+    with pytest.raises(ValueError, match=r"conditioning\.json lacks a record"):
+        load_checkpoint(checkpoint)
+
+
+def test_an_mlp_for_images_of_another_shape_is_refused_although_the_values_are_as_many(checkpoint):
+    edit_json(checkpoint, "config.json", lambda c: c["pretrained_cfg"].update(input_size=[1, 9, 16]))
+    edit_json(checkpoint, "expected.json", lambda e: e.update(shape=[2, 1, 9, 16]))
+    write_sums(checkpoint)
+    with pytest.raises(ValueError, match=r"input_size is \(1, 9, 16\), the network takes \(1, 12, 12\)"):
+        load_checkpoint(checkpoint)
+
+
+def test_a_folder_that_is_both_trained_and_converted_is_refused(checkpoint):
+    metrics = json.loads((checkpoint / "metrics.json").read_text())
+    fields = {key: metrics[key] for key in ("model", "tag", "sha256", "parameters")}
+    record = fields | {"origin": "w.pth", "origin_sha256": None, "note": "", "license": "mit"}
+    (checkpoint / "conversion.json").write_text(json.dumps(record))
+    write_sums(checkpoint)
+    with pytest.raises(ValueError, match=r"has both metrics\.json and conversion\.json"):
+        load_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def made_conversion(tmp_path_factory):
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("converted")
+    torch.save(create_model("cifar_resnet8").state_dict(), root / "w.pth")
+    return convert(root / "w.pth", "cifar_resnet8", out=root / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"global_pool": "nonsense"}, r"config\.json describes no network"),
+        ({"global_pool": "max"}, "its files disagree on the function: .* off those of expected.json"),
+        ({"in_chans": 1}, r"'conv1.weight' is \[16, 3, 3, 3\] float32"),
+    ],
+)
+def test_a_config_that_makes_another_function_of_the_weights_is_refused(made_conversion, tmp_path, arguments, message):
+    folder = shutil.copytree(made_conversion, tmp_path / made_conversion.name)
+    load_checkpoint(folder)
+    edit_json(folder, "config.json", lambda config: config["model_args"].update(arguments))
+    write_sums(folder)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+def test_a_folder_in_the_place_of_a_file_is_refused(checkpoint, name):
+    (checkpoint / name).unlink()
+    (checkpoint / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name} is not a plain file"):
+        load_checkpoint(checkpoint)
+    (row,) = verify_checkpoint(checkpoint).rows
+    assert row.ok is False
+    assert "is not a plain file" in row.detail
+
+
+def test_a_recipe_of_another_model_is_refused(checkpoint):
+    recipe = checkpoint / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("mlp4x24_bn", "mlp4x24"))
+    write_sums(checkpoint)
+    with pytest.raises(ValueError, match=r"the model: in recipe\.toml mlp4x24, in metrics\.json mlp4x24_bn"):
+        load_checkpoint(checkpoint)

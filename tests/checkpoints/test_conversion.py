@@ -1,5 +1,7 @@
 """`convert` and `convert_last_bn`: folders that load, verify, and compute what their source did."""
 
+import json
+
 import numpy as np
 import pytest
 import timm
@@ -8,7 +10,9 @@ from PIL import Image
 from torch import nn
 
 import condzoo
+from condzoo.checkpoint_commands import numbers
 from condzoo.checkpoints import load_checkpoint, verify_checkpoint
+from condzoo.cli import main
 from condzoo.conversion import calibration_images, convert, convert_last_bn
 from condzoo.models import create_model
 
@@ -129,7 +133,78 @@ def test_a_calibration_folder_that_is_not_there_is_said(tmp_path):
 
 
 def test_weights_of_another_network_name_the_key(tmp_path):
-    made_up("resnet18", tmp_path / "weights.pth", num_classes=3)
-    with pytest.raises(ValueError, match=r"'fc.weight' is \[3, 512\] float32, the network's is \[1000, 512\]"):
-        convert_last_bn("timm/resnet18", weights=tmp_path / "weights.pth", out=tmp_path / "out")
+    torch.save({"stem.conv.weight": torch.ones(2)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"'stem.conv.weight' is \[2\] float32, the network's is \[24, 3, 3, 3\]"):
+        convert_last_bn("timm/test_byobnet", weights=tmp_path / "weights.pth", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_for_a_twin_may_be_as_old_and_of_as_many_classes_as_any(tmp_path):
+    plain = made_up("test_byobnet", tmp_path / "weights.pth", num_classes=7).half().float()
+    state = {k: v.half() for k, v in plain.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "weights.pth")
+    made = convert_last_bn("timm/test_byobnet", weights=tmp_path / "weights.pth", out=tmp_path / "out")
+    x = torch.randn(2, *plain.pretrained_cfg["input_size"])
+    torch.testing.assert_close(load_checkpoint(made)(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+def config_and_card(made):
+    return json.loads((made / "config.json").read_text())["pretrained_cfg"], (made / "README.md").read_text()
+
+
+def test_what_is_given_of_a_files_origin_stands_in_config_and_card(tmp_path):
+    torch.save(create_model("cifar_resnet8").state_dict(), tmp_path / "w.pth")
+    given = {"license": "mit", "mean": (0.25, 0.5, 0.75), "std": (0.5, 0.5, 1.0)}
+    config, card = config_and_card(convert(tmp_path / "w.pth", "cifar_resnet8", out=tmp_path, tag="given", **given))
+    assert (config["license"], config["mean"], config["std"]) == ("mit", [0.25, 0.5, 0.75], [0.5, 0.5, 1.0])
+    assert "Scale to [0, 1], subtract 0.2500, 0.5000, 0.7500, divide by 0.5000, 0.5000, 1.0000." in card
+    config, card = config_and_card(convert(tmp_path / "w.pth", "cifar_resnet8", out=tmp_path, tag="bare"))
+    assert config["license"] == "unknown"
+    assert "Not known: nothing in the source says it. What is usual for this network: Scale to [0, 1], " in card
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mean": (0.5, 0.5, 0.5)},
+        {"mean": (0.5,), "std": (1.0,)},
+        {"mean": (0.5, 0.5, 0.5), "std": (1.0, 0.0, 1.0)},
+        {"mean": (float("nan"), 0.5, 0.5), "std": (1.0, 1.0, 1.0)},
+    ],
+)
+def test_mean_and_std_are_one_number_a_channel(tmp_path, given):
+    torch.save(create_model("cifar_resnet8").state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="mean and std are 3 finite numbers each"):
+        convert(tmp_path / "w.pth", "cifar_resnet8", out=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_mean_and_std(tmp_path):
+    torch.save(create_model("cifar_resnet8").state_dict(), tmp_path / "w.pth")
+    command = ["convert", str(tmp_path / "w.pth"), "--model", "cifar_resnet8", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--mean", "0.1,0.2,0.3", "--std", "1,1,1"])
+    assert not stop.value.code
+    assert config_and_card(tmp_path / "out" / "cifar_resnet8.converted")[0]["mean"] == [0.1, 0.2, 0.3]
+    with pytest.raises(ValueError, match=r"--mean takes numbers with commas between them, got '0\.1;0\.2'"):
+        numbers("--mean", "0.1;0.2")
+
+
+def test_a_twin_keeps_timms_license_and_preprocessing(tmp_path, monkeypatch):
+    source = "resnet18.fb_ssl_yfcc100m_ft_in1k"
+    theirs = timm.get_pretrained_cfg(source)
+    monkeypatch.setattr("condzoo.conversion.create_timm_model", lambda name, pretrained: timm.create_model(name))
+    config, card = config_and_card(convert_last_bn(f"timm/{source}", out=tmp_path))
+    assert config["license"] == theirs.license == "cc-by-nc-4.0"
+    assert "license: cc-by-nc-4.0" in card
+    for field in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
+        assert config[field] == (list(value) if isinstance(value := getattr(theirs, field), tuple) else value)
+    assert "Not known" not in card
+
+
+def test_of_weights_in_a_file_timms_license_says_nothing(tmp_path):
+    made_up("test_vit", tmp_path / "weights.pth")
+    config, card = config_and_card(convert_last_bn("timm/test_vit", weights=tmp_path / "weights.pth", out=tmp_path))
+    assert config["license"] == "unknown"
+    assert config["test_input_size"] == list(timm.get_pretrained_cfg("test_vit").test_input_size or (3, 160, 160))
+    assert "Not known" in card

@@ -140,7 +140,7 @@ def test_a_wrong_depth_names_the_first_key_and_its_shape():
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model."])
-@pytest.mark.parametrize("nest", [None, "state_dict", "model", "state_dict_ema"])
+@pytest.mark.parametrize("nest", [None, "state_dict", "model", "state_dict_ema", "model_state_dict"])
 def test_wrapped_and_nested_state_dicts_are_unwrapped(tmp_path, prefix, nest):
     state = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
     wrapped = {prefix + key: value for key, value in state.items()}
@@ -148,6 +148,20 @@ def test_wrapped_and_nested_state_dicts_are_unwrapped(tmp_path, prefix, nest):
     _, read = read_foreign(tmp_path / "w.pth")
     assert read.keys() == state.keys()
     assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+def test_an_averaged_model_is_the_network_in_it(tmp_path):
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(3, 2))
+    torch.save(averaged.state_dict(), tmp_path / "w.pth")
+    assert read_foreign(tmp_path / "w.pth")[1].keys() == {"weight", "bias"}
+
+
+def test_a_link_to_the_file_is_followed(tmp_path):
+    """As the Hub's cache has them: the name in a snapshot, the content in a blob without one."""
+    (tmp_path / "blobs").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "blobs" / "0123")
+    (tmp_path / "model.safetensors").symlink_to("blobs/0123")
+    assert read_foreign(tmp_path / "model.safetensors")[1].keys() == {"a"}
 
 
 def test_safetensors_are_read_too(tmp_path):
@@ -175,6 +189,14 @@ def test_code_in_a_pickle_is_not_run(tmp_path, protocol):
         assert "arbitrary code" not in str(why.value), "torch's advice to run it is not passed on"
     assert re.search(r"it asks for (_?io|builtins)\.open$", str(why.value))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02.", b"\x80\x02J\x00", b"\x80\x02h\x07.", b"\x80\x02X\xff\xff"])
+def test_a_damaged_pickle_is_one_clear_line(tmp_path, content):
+    """The unpickler ends in an IndexError, a struct.error, ..."""
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"running code: torch's weights-only reader does not take it \(\w+\)$"):
+        read_foreign(tmp_path / "w.pth")
 
 
 def test_a_file_that_is_no_pickle_is_said(tmp_path):

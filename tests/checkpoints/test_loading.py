@@ -1,5 +1,6 @@
 """Checkpoints by path and by name: where they are looked for, what is checked, what timm's users do with them."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,7 +11,9 @@ from safetensors.torch import save_file
 
 import condzoo
 from condzoo.checkpoints import load_checkpoint
+from condzoo.checkpoints.folder import write_sums
 from condzoo.data import BatchPlan, load_data
+from condzoo.evaluating import evaluate_again
 from condzoo.models import create_model, released
 from condzoo.models.weight_files import parse_weights
 from condzoo.probe import measure
@@ -145,6 +148,44 @@ def test_a_file_of_another_hash_is_refused_by_name_even_where_its_own_sums_hold(
     for load in (load_checkpoint, lambda name: timm.create_model(name, pretrained=True)):
         with pytest.raises(ValueError, match=rf"is not the file released as {NAME}: its SHA-256 is .* released was"):
             load(NAME)
+
+
+@pytest.mark.parametrize("use", [evaluate_again, lambda name: answer(Question(name, batches=1))])
+def test_a_release_with_other_weights_is_neither_evaluated_nor_measured(index, use):
+    """A folder whose own sums hold, under a released name."""
+    folder = released.cache_folder() / NAME
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"sha256": released.sha256(content)}))
+    write_sums(folder)
+    with pytest.raises(ValueError, match=rf"is not the file released as {NAME}: its SHA-256 is"):
+        use(NAME)
+
+
+def test_a_network_from_a_folder_is_described_as_the_folder_says(checkpoint):
+    """And not as the model's default release."""
+    config = json.loads((checkpoint / "config.json").read_text())["pretrained_cfg"]
+    edited = json.loads((checkpoint / "config.json").read_text())
+    edited["pretrained_cfg"]["file"] = "/etc/hostname"
+    (checkpoint / "config.json").write_text(json.dumps(edited))
+    write_sums(checkpoint)
+    model = load_checkpoint(checkpoint)
+    assert model.pretrained_cfg is model.default_cfg
+    assert (model.pretrained_cfg["architecture"], model.pretrained_cfg["tag"]) == ("mlp4x24_bn", "digits")
+    assert [list(model.pretrained_cfg[key]) for key in ("mean", "std")] == [config["mean"], config["std"]]
+    assert "file" not in model.pretrained_cfg
+
+
+def test_new_weights_have_the_tables_sizes_whatever_was_released(monkeypatch):
+    """A first release on other data must not change what the bare name builds."""
+    other = dataclasses.replace(timm.get_pretrained_cfg("cifar_resnet8"), num_classes=7, input_size=(1, 28, 28))
+    monkeypatch.setattr("timm.models._builder.get_pretrained_cfg", lambda name: other)
+    for create in (create_model, timm.create_model):
+        model = create("cifar_resnet8")
+        assert (model.num_classes, model.conv1.in_channels) == (10, 3)
+        assert model.pretrained_cfg["input_size"] == (3, 32, 32)
 
 
 def test_weights_of_another_shape_name_the_first_key(index, monkeypatch):

@@ -113,6 +113,7 @@ def test_cards_can_be_made_again(checkpoint):
             lambda s: s.update(test_correct=s["test_correct"] - 1),
             r"evaluating it again gives \d+ of 360",
         ),
+        ("summary.json", lambda s: s.update(test_error=0.001), r"recorded a test error of 0\.001, and \d+ of 360"),
         ("environment.json", lambda e: e[0]["source"].update(changed=True), "source with uncommitted changes"),
     ],
 )
@@ -131,12 +132,26 @@ def test_other_weights_than_were_evaluated_are_refused(runs, tmp_path):
         release(runs, "digits", out=tmp_path)
 
 
+def test_every_seed_is_evaluated_again_and_not_the_released_one_only(runs, tmp_path):
+    edit_json(runs[0] / "summary.json", lambda summary: more_right(summary, 1))
+    with pytest.raises(ValueError, match=r"seed3 recorded \d+ of 360 .* evaluating it again gives"):
+        release(runs, "digits", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def more_right(summary, images):
+    """Another number of right answers, with the test error that goes with it."""
+    correct = summary["test_correct"] + images
+    summary.update(test_correct=correct, test_error=1 - correct / summary["test_images"])
+
+
 @pytest.mark.parametrize(("images_off", "accepted"), [(0, True), (1, False)])
 def test_a_run_of_another_device_may_differ_a_little(runs, monkeypatch, images_off, accepted):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     # 0.2 % of 360 images is less than one
-    change = {"device": "cuda", "test_correct": load_run(runs[1]).summary["test_correct"] + images_off}
-    edit_json(runs[1] / "summary.json", lambda summary: summary.update(change))
+    edit_json(
+        runs[1] / "summary.json", lambda summary: more_right(summary, images_off) or summary.update(device="cuda")
+    )
     with nullcontext() if accepted else pytest.raises(ValueError, match="evaluating it again"):
         check_evaluation(load_run(runs[1]), None)
 
@@ -148,7 +163,7 @@ def test_a_run_of_another_cpu_may_differ_a_little(runs, monkeypatch, processor, 
     monkeypatch.setattr("condzoo.release.OTHER_DEVICE", 0.01)  # of 360 images
     if processor:
         edit_json(runs[1] / "environment.json", lambda parts: parts[-1].update(processor=processor))
-    edit_json(runs[1] / "summary.json", lambda s: s.update(test_correct=s["test_correct"] + images_off))
+    edit_json(runs[1] / "summary.json", lambda summary: more_right(summary, images_off))
     with nullcontext() if accepted else pytest.raises(ValueError, match="evaluating it again"):
         check_evaluation(load_run(runs[1]), None)
 
@@ -209,6 +224,15 @@ def test_a_tag_that_cannot_be_in_a_name_is_refused(runs, tmp_path, tag):
 def test_a_release_is_never_overwritten(made_checkpoint, finished_runs):
     with pytest.raises(FileExistsError, match="is already there; a release is never overwritten"):
         release(finished_runs, "digits", out=made_checkpoint.parent)
+
+
+def test_someone_elses_readme_is_not_overwritten(finished_runs, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("# My project\n")
+    monkeypatch.setattr("condzoo.release.check_evaluations", lambda *_: pytest.fail("work was done first"))
+    with pytest.raises(FileExistsError, match=r"README\.md is no table of checkpoints, and would be overwritten"):
+        release(finished_runs, "digits", out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
 
 
 def test_a_failure_on_the_way_leaves_nothing(finished_runs, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Theorem 2 with an eps that is not 0: its error by the exponent, against a network made to have another one."""
+"""Theorem 2 with an eps that is not 0."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_the_error_of_theorem_2_is_proportional_to_eps():
 def test_errors_at_an_eps_leave_the_trial_as_it_was():
     trial = draw_trial(torch.Generator().manual_seed(2), norm=True)
     before = {key: value.clone() for key, value in trial.model.state_dict().items()}
-    first = errors_at(trial, 1e-3)
-    assert errors_at(trial, 1e-3) == first
-    assert max(first.values()) > 100 * max(errors_at(trial, 1e-6).values())
+    first = errors_at(trial, 1e-5)
+    assert errors_at(trial, 1e-5) == first
+    assert max(first.values()) == pytest.approx(100 * max(errors_at(trial, 1e-7).values()), rel=0.1)
     assert all(torch.equal(before[key], value) for key, value in trial.model.state_dict().items())

@@ -54,7 +54,7 @@ def load_hub_data(
 
     Raises:
         ValueError: not a folder, and no download allowed; no such splits; damaged files; labels that are no classes.
-        ImportError: `datasets` is not installed.
+        ModuleNotFoundError: `datasets` is not installed.
     """
     if not Path(name).is_dir() and not download:
         raise ValueError(f"data.dataset: {name!r} is no folder here; data.download = true asks the Hub for it")
@@ -62,7 +62,7 @@ def load_hub_data(
         import datasets
         from timm.data.readers.reader_hfds import ReaderHfds
     except ImportError as error:
-        raise ImportError("data.name = 'hfds' needs the extra: pip install 'condzoo[datasets]'") from error
+        raise ModuleNotFoundError("data.name = 'hfds' needs the extra: pip install 'condzoo[datasets]'") from error
     with causes_told(name, (ValueError, datasets.exceptions.DatasetsError)):
         splits = datasets.get_dataset_split_names(name)
     test = next((split for split in TEST_SPLITS if split in splits), None)

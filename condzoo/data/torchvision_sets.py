@@ -100,13 +100,11 @@ def _check_files(name: str, folder: Path) -> None:
 
 
 def _not_found(name: str, roots: Mapping[str, Path]) -> str:
-    looked = "".join(f"\n  {root / _folder(name)}  (from {source})" for source, root in roots.items())
+    looked = ", ".join(f"{root / _folder(name)} (from {source})" for source, root in roots.items())
     one_liner = f"from torchvision.datasets import {CLASSES[name].__name__} as D; D('DIR', download=True)"
     return (
-        f"data set {name!r} was not found; looked for{looked}\n"
-        f"Name the folder that holds it by --data-root DIR or CONDZOO_DATA=DIR, "
-        f"or fetch it: download = true under [data] in the recipe, or\n"
-        f'  python -c "{one_liner}"'
+        f"data set {name!r} was not found; looked for {looked}; name the folder that holds it by --data-root DIR or "
+        f'CONDZOO_DATA=DIR, or fetch it: download = true under [data] in the recipe, or python -c "{one_liner}"'
     )
 
 

@@ -175,10 +175,10 @@ def report_step(
     step = progress.step - 1
     due = step % training.recipe.log_every == 0
     epoch = step // training.steps_per_epoch
+    if due:
+        training.ranks.first_does(lambda: record_step(path, step, epoch, result))
     if not training.ranks.first:
         return
-    if due:
-        record_step(path, step, epoch, result)
     if due or not training.guard.deferred:
         speed, measured = progress.images_per_second, last_layer(probe)
         notify(StepDone(step, epoch, progress.loss, progress.accuracy, result.lr, speed, measured))

@@ -54,8 +54,7 @@ def record_epoch(training: Training, progress: Progress, path: Path, lr: float, 
         }
     for split in splits_due(training, progress.step, kind == "end"):
         record |= measure_split(training, split)
-    if training.ranks.first:
-        append_record(path / METRICS, record)
+    training.ranks.first_does(lambda: append_record(path / METRICS, record))
     return record
 
 

@@ -35,6 +35,7 @@ def take_step(training: Training, batch: StepBatch, probe: Probe | None = None) 
     """Forward, backward and update for one step, which the probe watches.
 
     Raises:
+        OSError: the probe's record cannot be written.
         NonFinite: before anything is updated. Where checks are deferred, only in steps that the probe watches;
             in others the update is masked out, and `training.guard` knows.
     """
@@ -61,7 +62,9 @@ def take_step(training: Training, batch: StepBatch, probe: Probe | None = None) 
     training.scaler.update()
     if watched and training.guard.deferred:
         training.guard.check()
-    if probe is not None:
+    if probe is not None and watched:
+        training.ranks.all_do(probe.step)  # the first one writes, and where it cannot, all end with that error
+    elif probe is not None:
         probe.step()
     if training.average is not None:
         training.average.update_parameters(training.model)

@@ -151,6 +151,18 @@ def failing(folder: Path) -> dict[str, Outcomes]:
         sys.modules["condzoo.training.loop"].save_checkpoint = full  # type: ignore[attr-defined]
         train(recipe, out=folder / "no_space", device="cpu")
 
+    def no_line(writer: str) -> Callable[[int], Any]:
+        """The action in which a line of records cannot be written, which the first process alone does."""
+
+        def full(*arguments: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        def action(rank: int) -> None:
+            sys.modules[writer].append_record = full  # type: ignore[attr-defined]
+            train(recipe, out=folder / writer, device="cpu", max_steps=3)
+
+        return action
+
     synchronized = parse_recipe(NORMS | {"sync_bn": True})
     small = parse_recipe(NORMS | {"data": {"name": "digits", "batch_size": 1}, "model": {"name": "mlp4x24"}})
     (folder / "locked").mkdir()
@@ -158,6 +170,8 @@ def failing(folder: Path) -> dict[str, Outcomes]:
         "diverging": in_processes(2, trained(folder / "diverging", parse_recipe(DIVERGING)), folder),
         "no_data": in_processes(2, no_data_in_the_second, folder),
         "no_space": in_processes(2, no_space, folder),
+        "no_metrics": in_processes(2, no_line("condzoo.training.reports"), folder),
+        "no_conditioning": in_processes(2, no_line("condzoo.probe.training_probe"), folder),
         "sync_bn": in_processes(2, trained(folder / "sync_bn", synchronized), folder),
         "small": in_processes(2, trained(folder / "small", small), folder),
     }

@@ -121,7 +121,8 @@ def test_what_fails_in_one_process_fails_in_all_alike(tmp_path: Path) -> None:
     assert "diverged: the loss of step 1 is not finite, first in layer1.0.conv1" in said["diverging"][1]
     assert json.loads((tmp_path / "diverging/summary.json").read_text())["steps"] == 1
     assert said["no_data"] == ["FileNotFoundError", "no digits here"]
-    assert said["no_space"] == ["OSError", "[Errno 28] No space left on device"]
+    for name in ("no_space", "no_metrics", "no_conditioning"):
+        assert said[name] == ["OSError", "[Errno 28] No space left on device"]
     assert said["sync_bn"][1].startswith("sync_bn: SyncBatchNorm runs on GPUs only, and these processes are on CPUs")
     assert said["small"][1] == "data.batch_size: got 1, must be at least the number of processes (2)"
     assert "is in use by another run; wait for it, or use another --out" in said["locked"][1]

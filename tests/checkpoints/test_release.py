@@ -228,7 +228,7 @@ def test_a_release_is_never_overwritten(made_checkpoint, finished_runs):
 
 def test_someone_elses_readme_is_not_overwritten(finished_runs, tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("# My project\n")
-    monkeypatch.setattr("condzoo.release.check_evaluations", lambda *_: pytest.fail("work was done first"))
+    monkeypatch.setattr("condzoo.release.check_evaluation", lambda *_: pytest.fail("work was done first"))
     with pytest.raises(FileExistsError, match=r"README\.md is no table of checkpoints, and would be overwritten"):
         release(finished_runs, "digits", out=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

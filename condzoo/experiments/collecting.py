@@ -14,7 +14,7 @@ from condzoo.experiments.growth import collect_growth
 from condzoo.experiments.initialization import collect_initialization
 from condzoo.experiments.loading import labels_run, planned_runs, scale_of, settings_of, training_of
 from condzoo.experiments.reductions import NOT_IMAGENET, folder_read, folder_reduction, reductions
-from condzoo.experiments.schema import Experiment, GrowthSettings, InitializationSettings, TheorySettings
+from condzoo.experiments.schema import Experiment, InitializationSettings, Settings, TheorySettings
 from condzoo.experiments.theory import collect_theory
 from condzoo.experiments.training import collect_trainings, digest, row_name, run_folder, runs_folder
 from condzoo.training.environment import describe_environment
@@ -69,12 +69,9 @@ def collect(
     before = data_before(experiment, scale, out)
     keep_what_is_left_out(experiment, scale, out, before, wanted, labels)
     settings = settings_of(experiment, scale)
-    if isinstance(settings, InitializationSettings):
-        found = collect_initialization(settings, wanted, data_root, runs_folder(experiment, scale, out), on_event)
-    elif isinstance(settings, TheorySettings):
-        found = collect_theory(settings, wanted, on_event)
-    elif isinstance(settings, GrowthSettings):
-        found = collect_growth(settings, wanted, on_event)
+    if settings is not None:
+        found = collect_settings(settings, wanted, data_root, runs_folder(experiment, scale, out), on_event)
+        found["settings"] = digest(settings)
     else:
         found = collect_trainings(
             experiment,
@@ -90,8 +87,6 @@ def collect(
             before=before.get("runs", []),
         )
     result: dict[str, Any] = {"schema": SCHEMA, "id": experiment.id, "scale": scale, "seeds": wanted}
-    if settings is not None:
-        result["settings"] = digest(settings)
     kept_runs = found.pop("kept", 0)
     if kept_runs and kept_runs == len(found["runs"]):  # nothing was read now
         marks = [text for text in before["reductions"] if text.startswith(NOT_IMAGENET)]
@@ -107,6 +102,17 @@ def collect(
         data_file(experiment, scale, out), (json.dumps(result, allow_nan=False, separators=(",", ":")) + "\n").encode()
     )
     return result
+
+
+def collect_settings(
+    settings: Settings, seeds: list[int], data_root: str | Path | None, folder: Path, on_event: OnEvent | None
+) -> dict[str, Any]:
+    """What is measured where nothing is trained, by the settings' kind; networks are kept in the folder."""
+    if isinstance(settings, InitializationSettings):
+        return collect_initialization(settings, seeds, data_root, folder, on_event)
+    if isinstance(settings, TheorySettings):
+        return collect_theory(settings, seeds, on_event)
+    return collect_growth(settings, seeds, on_event)
 
 
 def check_engine(engine: str) -> None:

@@ -25,7 +25,7 @@ ALLOWED = {
     "record_zoo": {"catalog", "subject", "initial_conditioning", "fingerprint"},
     "promises": {"probe", "catalog", "subject", "initial_conditioning", "fingerprint"},
     "validation": {"checkpoints", "subject", "initial_conditioning", "promises"},
-    "evaluating": {"models", "data", "checkpoints", "training"},
+    "evaluating": {"data", "checkpoints", "training"},
     "probing": {"models", "data", "probe", "catalog", "checkpoints", "evaluating", "training"},
     "conversion": {"models", "catalog", "checkpoints"},
     "release": {"models", "data", "probe", "catalog", "checkpoints", "training"},

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condzoo.catalog import model_info
 from condzoo.checkpoints.records import Expected
 from condzoo.data import BatchPlan, DataSet, load_data
 from condzoo.models import create_model
+from condzoo.models.registry import FAMILIES
 from condzoo.probe import Conditioning, Spectrum, measure
 
 EXPECTED_IMAGES = 2
@@ -88,9 +88,8 @@ def initial_network(recipe: dict[str, Any], data: DataSet) -> nn.Module:
     """
     section = recipe["model"]
     shape = data.image_shape
-    arguments: dict[str, Any] = (
-        {"input_size": shape} if model_info(section["name"]).family == "mlp" else {"in_chans": shape[0]}
-    )
+    mlp = section["name"] in FAMILIES["mlp"].rows
+    arguments: dict[str, Any] = {"input_size": shape} if mlp else {"in_chans": shape[0]}
     arguments |= {key: section[key] for key in ("drop_rate", "last_bn_init") if key in section}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe["seed"])

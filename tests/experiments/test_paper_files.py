@@ -80,7 +80,9 @@ def test_gamma_of_every_last_bn_is_drawn_as_the_authors_have_it(name):
 
 def test_no_other_experiment_has_a_last_bn():
     trained = [name for name in IDS if load_experiment(name).kind == "training"]
-    models = {name: {run.recipe.model.name for run in planned_runs(load_experiment(name), "paper")} for name in trained}
+    models = {
+        name: {run.recipe.model.name for run in planned_runs(load_experiment(name), "paper", [1])} for name in trained
+    }
     assert {name for name in trained if any("_lastbn" in model for model in models[name])} == {
         "fig14",
         "table_a",

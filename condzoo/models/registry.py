@@ -43,27 +43,34 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
+FACTORY = (
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "scriptable",
+    "exportable",
+    "no_jit",
+)
+"""What timm.create_model takes for itself, and gives no network."""
 
 
 def register_table(module: str, family: str, build: Callable[..., nn.Module], first_conv: str | None) -> None:
-    """Register every row of tables/<family>.toml with timm, as entry points of `module`.
+    """Register the rows of tables/<family>.toml with timm, as entry points of `module`.
+
+    A name that timm has of its own is left to timm: it is never overwritten.
 
     Args:
         module: the importing module's `__name__`; timm files models under its last component.
         family: the table's name.
         build: called with a row's `args` and the caller's keyword arguments.
         first_conv: name of the layer that sees the image, for timm's adaption to other `in_chans`.
-
-    Raises:
-        ValueError: a name that timm already has: it is never overwritten.
     """
     shared = tomllib.loads((TABLES / f"{family}.toml").read_text())
-    rows = shared.pop("models")
+    every = shared.pop("models")
+    ours = {name for name in every if is_model(name) and model_entrypoint(name).__module__ == module}  # a reload
+    rows = {name: row for name, row in every.items() if name in ours or not is_model(name)}
     FAMILIES[family] = table = Family(family, build, shared, rows, first_conv)
-    ours = {name for name in rows if is_model(name) and model_entrypoint(name).__module__ == module}  # a reload
-    taken = [name for name in rows if is_model(name) and name not in ours]
-    if taken:
-        raise ValueError(f"timm already has {taken}; condzoo never overwrites a name of timm's")
     mod = sys.modules[module]
     tagged = [tagged_configs(name, pretrained_config(table, name)) for name in rows]
     configs = generate_default_cfgs({key: config for configs in tagged for key, config in configs.items()})
@@ -156,7 +163,9 @@ def create_model(
     in_chans = model_kwargs.get("in_chans")
     check_sizes(10 if num_classes is None else num_classes, 1 if in_chans is None else in_chans)
     if num_classes is not None:
-        model_kwargs["num_classes"] = num_classes
+        model_kwargs["num_classes"] = int(num_classes)  # numpy's integers are no ints
+    if in_chans is not None:
+        model_kwargs["in_chans"] = int(in_chans)
     arch = name.split(".", 1)[0]
     ours = any(arch in family.rows for family in FAMILIES.values())
     elsewhere = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))  # timm's way to name a folder of weights
@@ -172,7 +181,12 @@ def create_model(
     if pretrained:
         raise ValueError(f"no weights are released for {name!r}: it is not one of the registered models")
     given = {key: value for key, value in model_kwargs.items() if value is not None}  # as timm does it
-    return build_network(family, name, args, pretrained_cfg=pretrained_config(family, name), **given)
+    factory = {key: given.pop(key) for key in FACTORY if key in given}
+    config = factory.get("pretrained_cfg") or pretrained_config(family, name)
+    network = build_network(family, name, args, pretrained_cfg=config, **given)
+    if path := factory.get("checkpoint_path"):
+        timm.models.load_checkpoint(network, path)
+    return network
 
 
 def create_timm_model(

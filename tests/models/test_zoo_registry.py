@@ -5,9 +5,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -249,3 +251,29 @@ def test_any_other_mlp_is_built_by_its_name(name: str, layers: int):
 def test_errors_name_what_came_and_what_is_allowed(name: str, options: dict, text: str):
     with pytest.raises(ValueError, match=text):
         condzoo.create_model(name, **options)
+
+
+def test_a_name_that_timm_has_one_day_is_left_to_timm():
+    code = """
+import timm, torch
+from timm.models import register_model
+@register_model
+def preresnet18(pretrained=False, **kwargs):
+    return torch.nn.Linear(1, 1)
+import condzoo.models
+assert type(condzoo.create_model("preresnet18")) is torch.nn.Linear
+assert type(timm.create_model("preresnet18")) is torch.nn.Linear
+assert condzoo.create_model("preresnet18_lastbn").last_bn.num_features == 512
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_other_sizes_take_what_timm_s_factory_takes(tmp_path):
+    first = create_model("mlp3x12_bn")
+    path = tmp_path / "weights.safetensors"
+    save_file(first.state_dict(), path)
+    again = create_model("mlp3x12_bn", checkpoint_path=str(path), scriptable=False, num_classes=np.int64(10))
+    for key, value in first.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+    config = {**first.pretrained_cfg, "crop_pct": 0.5}
+    assert create_model("mlp3x12_bn", pretrained_cfg=config).pretrained_cfg["crop_pct"] == 0.5

@@ -200,10 +200,7 @@ def check_evaluation(run: Run, data_root: str | Path | None) -> None:
         )
     error = 1 - summary["test_correct"] / summary["test_images"]
     if not math.isclose(summary["test_error"], error, abs_tol=1e-9):
-        raise ValueError(
-            f"{run.path} recorded a test error of {summary['test_error']}, and {summary['test_correct']} of "
-            f"{summary['test_images']} images right, which is {error}"
-        )
+        raise ValueError(f"{run.path} recorded a test error of {summary['test_error']}; its right answers make {error}")
 
 
 def input_fields(recipe: Recipe, data: DataSet) -> dict[str, Any]:

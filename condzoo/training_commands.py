@@ -12,7 +12,7 @@ from condzoo import exit_codes
 
 if TYPE_CHECKING:
     from condzoo.training import Recipe, Run
-    from condzoo.training.events import OnEvent
+    from condzoo.training.events import Event, OnEvent
 
 RecipeArg = Annotated[
     str, typer.Argument(help="A TOML file, or a recipe's name, e.g. cifar10/resnet20_lastbn (`condzoo recipes`).")
@@ -144,7 +144,17 @@ def print_rehearsal(recipe: "Recipe", device: str | None, data_root: Path | None
     from condzoo import planning_display
     from condzoo.training.rehearsal import rehearse
 
-    planning_display.print_rehearsal(rehearse(recipe, device=device, data_root=data_root), as_json)
+    on_event = None if as_json else tell
+    found = rehearse(recipe, device=device, data_root=data_root, on_event=on_event)
+    planning_display.print_rehearsal(found, as_json)
+
+
+def tell(event: "Event") -> None:
+    """Print a message; other events have no place in one step."""
+    from condzoo.training.events import Message
+
+    if isinstance(event, Message):
+        typer.echo(event.text)
 
 
 @contextlib.contextmanager

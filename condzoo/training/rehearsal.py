@@ -11,6 +11,7 @@ from condzoo.data.sources import data_roots, folder_root
 from condzoo.probe import Probe
 from condzoo.training.diagnosis import diagnose
 from condzoo.training.divergence import NonFinite
+from condzoo.training.events import Message, OnEvent
 from condzoo.training.precision import resolve_device
 from condzoo.training.preparation import Training, prepare, training_steps
 from condzoo.training.recipe import check_recipe
@@ -38,11 +39,15 @@ class Rehearsal:
 
 
 def rehearse(
-    recipe: Recipe, *, device: str | torch.device | None = None, data_root: str | Path | None = None
+    recipe: Recipe,
+    *,
+    device: str | torch.device | None = None,
+    data_root: str | Path | None = None,
+    on_event: OnEvent | None = None,
 ) -> Rehearsal:
     """Do what `train` does up to and with its first step, probe included, and write nothing.
 
-    Of class folders every image is decoded before.
+    Of class folders every image is decoded before, which takes as long as reading an epoch; `on_event` is told.
 
     The first step is slower than others: memory is not yet there, a compiled network is compiled in it.
 
@@ -51,7 +56,7 @@ def rehearse(
         Diverged: the first loss or gradient is not finite.
     """
     check_recipe(recipe)
-    check_every_image(recipe, data_root)
+    check_every_image(recipe, data_root, on_event)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         training = prepare(recipe, resolve_device(device), data_root)
         began = time.perf_counter()
@@ -73,7 +78,7 @@ def rehearse(
         )
 
 
-def check_every_image(recipe: Recipe, data_root: str | Path | None) -> None:
+def check_every_image(recipe: Recipe, data_root: str | Path | None, on_event: OnEvent | None = None) -> None:
     """Decode what an epoch of class folders will: the first step sees a batch of them.
 
     Raises:
@@ -82,6 +87,8 @@ def check_every_image(recipe: Recipe, data_root: str | Path | None) -> None:
     if recipe.data.name != IMAGE_FOLDER:
         return
     root = folder_root(data_roots(data_root or recipe.data.root))
+    if on_event is not None:
+        on_event(Message(f"decoding every image of {root}; the step comes after"))
     if faults := list(check_images(root, recipe.data.workers)):
         raise ValueError("\n".join(faults))
 

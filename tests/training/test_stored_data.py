@@ -183,7 +183,9 @@ def test_a_checkpoint_that_does_not_say_its_images_is_gone_on_from(tiny: Any, tm
 
 def test_a_rehearsal_decodes_every_image(tiny: Any, folders: Any) -> None:
     root, recipe = folders(), tiny(**{**STORED, "model.name": "mlp4x24"})
-    assert rehearse(recipe, device="cpu", data_root=root).training_images == 12
+    told: list[Any] = []
+    assert rehearse(recipe, device="cpu", data_root=root, on_event=told.append).training_images == 12
+    assert [event.text for event in told] == [f"decoding every image of {root}; the step comes after"]
     victims = [root / "train/cat/3.jpg", root / "val/ant/1.jpg"]
     for victim in victims:
         victim.write_bytes(b"no image")

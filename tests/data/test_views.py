@@ -42,7 +42,7 @@ def test_seeded_draws_are_a_function_of_the_counters_and_leave_the_generator() -
 
 def test_the_papers_boxes_have_uniform_areas_and_ratios() -> None:
     with seeded(0):
-        boxes = [uniform_box(400, 400) for _ in range(4000)]
+        boxes = [uniform_box(400, 400) for _ in range(1500)]
     assert None not in boxes
     top, left, h, w = (torch.tensor(values, dtype=torch.float64) for values in zip(*boxes, strict=True))
     assert (top + h).max() <= 400

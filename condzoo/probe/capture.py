@@ -6,7 +6,6 @@ this works before an in-place ReLU. Nothing is kept but running sums.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import TensorWeakRef
 
 from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import PRECISIONS, Precision, plain_products
@@ -26,10 +24,12 @@ from condzoo.probe.functional_relus import FunctionalRelus
 from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.layers import CONVOLUTIONS, CONVS, MEASURED, TRANSPOSED, Conv, input_columns, output_columns
 from condzoo.probe.moments import RunningMoment
-from condzoo.probe.neurons import RELUS, Neurons, RunningNeurons, linear_range
+from condzoo.probe.neurons import RELUS, Neurons, RunningNeurons, UnitLayout, linear_range
+from condzoo.probe.origins import Origin
 from condzoo.probe.patches import padded_inside
 from condzoo.probe.preserving import at_rest
-from condzoo.probe.wrappers import in_reentrant_checkpoint, named_modules
+from condzoo.probe.repetitions import Calls
+from condzoo.probe.wrappers import named_modules
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -38,11 +38,8 @@ SEEN: dict[str, Callable[[], Any]] = {  # what a Capture records -> nothing reco
     "sums": dict,
     "neurons": dict,
     "dtypes": set,
-    "origin": lambda: None,
-    "_forward_seen": set,
-    "_waiting": Counter,
-    "_latest": lambda: None,
-    "_outputs": list,
+    "origin": Origin,
+    "_calls": Calls,
 }
 CHANGING = "a ReLU whose number of units differs from call to call"
 
@@ -79,7 +76,7 @@ class Capture:
         sums: by layer name, in the order of their first call.
         neurons: by the ReLU's name, its further calls within a forward by that name and "#1", "#2", ...
         dtypes: of the layers' outputs.
-        origin: the layer where NaN or Inf appeared first in a forward pass, None as long as there was none.
+        origin: where NaN or Inf appeared first in a forward pass.
         modules: of the model, by name, as it was last looked at.
     """
 
@@ -103,18 +100,14 @@ class Capture:
     sums: dict[str, LayerSums] = field(default_factory=dict)
     neurons: dict[str, RunningNeurons] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
-    origin: str | None = None
+    origin: Origin = field(default_factory=Origin)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     _functions: FunctionalRelus = field(init=False)
     _outer: list[RemovableHandle] = field(default_factory=list)
     _inner: list[RemovableHandle] = field(default_factory=list)
-    _forward_seen: set[str] = field(default_factory=set)
-    _waiting: Counter[str] = field(default_factory=Counter)
+    _calls: Calls = field(default_factory=Calls)
     _relu_calls: dict[str, int] = field(default_factory=dict)
-    _channels_first: bool = False
-    _linear_shape: torch.Size | None = None
-    _latest: tuple[str, Tensor] | None = None
-    _outputs: list[tuple[str, TensorWeakRef]] = field(default_factory=list)
+    _layout: UnitLayout = field(default_factory=UnitLayout)
 
     def look_at(self, layers: dict[str, nn.Module]) -> None:
         """Read these layers and all ReLUs and attentions that the model has now; for while the hooks are off."""
@@ -161,11 +154,10 @@ class Capture:
 
     def begin(self, samples: int, scale: float) -> None:
         """A forward pass over `samples` samples follows, its gradients to be multiplied by `scale`."""
-        self.find_origin()
-        self.batch, self.scale, self._latest = samples, scale, None
-        self._channels_first, self._linear_shape = False, None
+        self.origin.next_pass()
+        self.batch, self.scale = samples, scale
+        self._layout = UnitLayout()
         self._relu_calls.clear()
-        self._outputs.clear()
 
     def detach(self) -> None:
         """Take the hooks off; those of graphs still alive no longer record."""
@@ -204,45 +196,19 @@ class Capture:
         with plain_products(x.device.type):
             self._add_input(sums.input, module, seen.detach())
         if not sums.input.finite:
-            self.find_origin(name)
-        self._latest = name, h.detach()
-        self._outputs.append((name, TensorWeakRef(h)))
+            self.origin.find(name)
+        self.origin.passed(name, h)
         if h.requires_grad:
             h.register_hook(partial(self._on_gradient, module, sums.output_grad, self.scale))
 
     def _note_layout(self, module: nn.Module, _: Any, h: Tensor) -> None:
-        """Remember where the units are in what follows this layer: along dimension 1, or the last."""
-        self._channels_first = isinstance(module, CHANNELS_FIRST)
-        self._linear_shape = None if self._channels_first else h.shape
-
-    def _units_second(self, shape: torch.Size) -> bool:
-        """Whether a ReLU's units are along dimension 1; of an image after a linear layer the last is, [n, h, w, d]."""
-        if len(shape) == 3:
-            return self._channels_first
-        return self._channels_first or shape != self._linear_shape
+        """Remember where the units are in what follows this layer."""
+        self._layout = UnitLayout(isinstance(module, CHANNELS_FIRST), tuple(h.shape))
 
     def counts(self) -> tuple[dict[str, Neurons], dict[str, str]]:
         """Dying and full units by ReLU, and the reason by ReLU that cannot be counted."""
         counted = {name: units.count() for name, units in self.neurons.items() if not units.changing}
         return counted, dict.fromkeys(self.neurons.keys() - counted.keys(), CHANGING)
-
-    def find_origin(self, reader: str | None = None, *, everywhere: bool = False) -> None:
-        """Name the layer where NaN or Inf came in: the first whose output holds it, else the one that reads it.
-
-        It may be on a branch that is not the latest layer's. Outputs that nothing else keeps are gone.
-
-        Args:
-            reader: a layer whose input holds it.
-            everywhere: look at all outputs although neither a reader nor the latest layer shows any.
-        """
-        if self.origin is not None:
-            return
-        latest = [] if self._latest is None else [self._latest]
-        made = [name for name, h in latest if not torch.isfinite(h).all()]
-        if made or everywhere or reader is not None:
-            kept = ((name, h) for name, reference in self._outputs if (h := reference()) is not None)
-            made = [name for name, h in kept if not torch.isfinite(h).all()][:1] + made
-        self.origin = next(iter(made), reader)
 
     def _add_input(self, moment: RunningMoment, module: nn.Module, x: Tensor) -> None:
         bias = self._adds_bias(module)
@@ -277,32 +243,17 @@ class Capture:
         call = self._relu_calls.get(name, 0)  # each call in a forward has units of its own
         self._relu_calls[name] = call + 1
         units = self.neurons.setdefault(f"{name}#{call}" if call else name, RunningNeurons())
-        first = output.ndim == 2 or self._units_second(output.shape)
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            units.add(output, channels_first=first, linear=linear)
+            units.add(output, channels_first=self._layout.units_second(tuple(output.shape)), linear=linear)
 
     def _reads(self, name: str, *, at_once: bool = False) -> bool:
-        """Whether this call is to be recorded: in training, and not a repetition of one that was (checkpointing).
-
-        With use_reentrant=True a checkpoint's first forward runs without gradients. What needs none is counted
-        `at_once`; a layer waits for the repetition in the backward pass.
-        """
+        """Whether this call is to be recorded: in training, and not a repetition of one that was (checkpointing)."""
         if not self.recording or (self.trains and at_rest()):
             return False
-        repeated = torch._C._current_graph_task_id() != -1
-        if not torch.is_grad_enabled():
-            if repeated or not in_reentrant_checkpoint():
-                return False
-            (self._forward_seen if at_once else self._waiting).update((name,))
-            if not at_once:
-                self.sums.setdefault(name, LayerSums())  # its place in the order of the forward pass
-            return at_once
-        if not repeated:
-            self._forward_seen.add(name)
-            return True
-        waited = self._waiting[name] > 0
-        self._waiting[name] -= waited
-        return waited or name not in self._forward_seen
+        counts = self._calls.counts(name, at_once=at_once)
+        if self._calls.waiting[name]:
+            self.sums.setdefault(name, LayerSums())  # its place in the order of the forward pass
+        return counts
 
     def _adds_bias(self, module: nn.Module) -> bool:
         return self.bias and has_bias(module)

@@ -156,8 +156,8 @@ def _unusable(sums: LayerSums) -> str | None:
 def _first_nonfinite(capture: Capture) -> dict[str, str]:
     """The first layer in the order of each pass; backward runs from the last layer to the first."""
     backward = [name for name, sums in reversed(capture.sums.items()) if not sums.output_grad.finite]
-    capture.find_origin(everywhere=bool(backward))
+    capture.origin.find(everywhere=bool(backward))
     readers = [name for name, sums in capture.sums.items() if not sums.input.finite]  # of other processes, too
-    forward = readers if capture.origin is None else [capture.origin]
+    forward = readers if capture.origin.name is None else [capture.origin.name]
     found = {"forward": forward[:1], "backward": backward[:1]}
     return {direction: names[0] for direction, names in found.items() if names}

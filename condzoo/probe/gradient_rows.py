@@ -25,6 +25,7 @@ from condzoo.probe.label_models import (
 from condzoo.probe.layers import CONVOLUTIONS, samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.patches import padded_inside, unfolded
+from condzoo.probe.repetitions import within_backward
 
 ELSEWHERE = "a layer whose weight is used otherwise than by its own call"
 SAME = 1e-6  # rounding between two ways to a gradient in float64, relative
@@ -215,7 +216,7 @@ def _is_sum(layer: LayerRows, weight_grad: Tensor | None) -> bool:
 
 def _listener(name: str, rows: LayerRows) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], h: Tensor) -> None:
-        if torch._C._current_graph_task_id() != -1:
+        if within_backward():
             return  # activation checkpointing repeats a forward pass that was read
         if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             raise Unfactored(unavailable(name, f"a {type(module).__name__}"))

@@ -57,6 +57,25 @@ class Neurons:
         return self.full / self.units
 
 
+@dataclass(frozen=True)
+class UnitLayout:
+    """Where a ReLU's units are, by the layer before it.
+
+    Attributes:
+        channels_first: that layer puts its units along dimension 1, a linear layer along the last.
+        shape: of that layer's output.
+    """
+
+    channels_first: bool = False
+    shape: tuple[int, ...] = ()
+
+    def units_second(self, shape: tuple[int, ...]) -> bool:
+        """Whether an output's units are along dimension 1: not those of [n, h, w, d] after a linear layer."""
+        if len(shape) <= 3:
+            return len(shape) == 2 or self.channels_first
+        return self.channels_first or shape != self.shape
+
+
 @dataclass(eq=False)
 class RunningNeurons:
     """Which units of one ReLU have been positive (linear) so far, and which have been zero (flat).

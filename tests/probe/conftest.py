@@ -167,6 +167,14 @@ def oracle(model: nn.Module, x: Tensor, y: Tensor, conv: str = "channels") -> di
     return found
 
 
+def labellings(log_p: Tensor, h: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every combination of a batch's labels: its probability, and the gradient of the batch's summed loss in h."""
+    for labels in itertools.product(range(log_p.shape[1]), repeat=len(log_p)):
+        chosen = log_p[range(len(log_p)), labels].sum()
+        (grad,) = torch.autograd.grad(-chosen, h, retain_graph=True)
+        yield chosen.detach().exp(), grad
+
+
 class Kit:
     """What the tests of this folder take from here."""
 
@@ -177,6 +185,7 @@ class Kit:
     rows_of = staticmethod(rows_of)
     patch_rows = staticmethod(patch_rows)
     eigenvalues = staticmethod(eigenvalues)
+    labellings = staticmethod(labellings)
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from condzoo.data import BatchPlan, load_data
 from condzoo.experiments.schema import InitializationSettings
 from condzoo.experiments.stopping import stopping
 from condzoo.experiments.training import plain_name, rounded
 from condzoo.models import create_model
-from condzoo.probe import Spectrum, curvature
+from condzoo.probe import Spectrum, curvature_blocks
 from condzoo.training.events import Message, OnEvent
 from condzoo.training.run_directory import write_atomically
 
@@ -86,11 +86,10 @@ def measure_network(
     x, y = first_batch(settings, seed, data_root)
     torch.manual_seed(seed)
     model = create_model(name, init=settings.init, input_size=tuple(x.shape[1:])).train()
-    layers = [layer for layer, module in model.named_modules() if isinstance(module, nn.Linear)]
     return {
         matrix: {
-            block or "full": summarized(curvature(model, x, y, matrix, block, seed=seed), settings.p)
-            for block in (None, *layers)
+            block or "full": summarized(spectrum, settings.p)
+            for block, spectrum in curvature_blocks(model, x, y, matrix, seed=seed).items()
         }
         for matrix in settings.matrices
     }

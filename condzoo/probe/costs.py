@@ -64,3 +64,14 @@ def announce(expected: Cost, what: str) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def announce_passes(seconds: float, passes: int) -> None:
+    """Warn of backward passes, one a sample and class, that take over a minute together."""
+    if seconds > LONG:
+        warnings.warn(
+            f"exact curvature: about {seconds / 60:.1f} minutes for {passes:,} backward passes, one a sample and "
+            "class: in train mode BatchNorm makes a sample's gradient depend on all labels; fewer samples cost less",
+            UserWarning,
+            stacklevel=6,
+        )

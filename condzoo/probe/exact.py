@@ -8,9 +8,9 @@
 over the weights and biases of all linear and convolution layers. Fused attention runs by its mathematical definition,
 since the fused kernels have no second derivative. With BatchNorm in train mode a sample's
 gradient is defined layer by layer as g_i x_i^T, concatenated (arXiv:2002.10801, appendix); H and G are
-those of the batch as one function. There g_i depends on the labels of all samples: F's expectation is over
-independent ones as long as a batch has no more than 512 labels times classes, and over one class for all
-samples at a time beyond. M and F are decomposed on their smaller Gram side.
+those of the batch as one function. There g_i depends on the labels of all samples, and F's expectation is over
+independent ones (label_draws.py); only where layers have many positions and a batch more than 512 labels times
+classes, it is over one class for all samples at a time. M and F are decomposed on their smaller Gram side.
 Shapes: N samples, K classes, P parameters, T positions of a layer.
 """
 
@@ -83,10 +83,8 @@ def curvature(
     model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
     layers = exact_layers(model, block)
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        if matrix == "hessian":
-            return _hessian(model, layers, x, y, loss)
-        if matrix == "ggn" and samples_interact(model):
-            return _interacting_ggn(model, layers, x, loss)
+        if formed_whole(model, matrix):
+            return spectrum_of_matrix(*whole_matrix(model, layers, x, y, loss, matrix))
         rows = rows_of(model, layers, x, y, loss, matrix)
     return spectrum_of_rows(rows, batch_size(x), sum(p.numel() for p in own_parameters(layers)))
 
@@ -221,29 +219,39 @@ def _from_factors(rows: list[LayerRows], samples: int) -> Tensor:
     return torch.cat([torch.cat([blocks[k, m] for m in range(len(rows))], dim=1) for k in range(len(rows))])
 
 
-def _hessian(model: nn.Module, layers: dict[str, nn.Module], x: Any, y: Any, loss: Loss | None) -> Spectrum:
+def formed_whole(model: nn.Module, matrix: str) -> bool:
+    """Whether the matrix is no sum over samples' gradients of their own, and is formed by differentiating the batch."""
+    return matrix == "hessian" or (matrix == "ggn" and samples_interact(model))
+
+
+def whole_matrix(
+    model: nn.Module, layers: Mapping[str, nn.Module], x: Any, y: Any, loss: Loss | None, matrix: str
+) -> tuple[Tensor, int | None]:
+    """H or G [P, P] of the batch as one function, and how many vectors G is made of (None: H is of none).
+
+    Rows and columns are in the order of `own_parameters`.
+    """
     parameters = own_parameters(layers)
     side = sum(p.numel() for p in parameters)
     _check_size(side)
-    value = mean_loss(loss, call(model, x), y, batch_size(x))
-    announce(cost(side, 0.0, 3 * side * _seconds_of_backward(value, parameters)), "exact Hessian")
-    values = torch.linalg.eigvalsh(hessian_matrix(value, parameters)).cpu()
-    floor = float64_noise(values.numel(), float(values.abs().max()))
-    return from_blocks(values[None], floor, None, arithmetic="exact, float64", signed=True)
-
-
-def _interacting_ggn(model: nn.Module, layers: dict[str, nn.Module], x: Any, loss: Loss | None) -> Spectrum:
-    parameters = own_parameters(layers)
-    side = sum(p.numel() for p in parameters)
-    _check_size(side)
+    if matrix == "hessian":
+        value = mean_loss(loss, call(model, x), y, batch_size(x))
+        announce(cost(side, 0.0, 3 * side * _seconds_of_backward(value, parameters)), "exact Hessian")
+        return hessian_matrix(value, parameters), None
     logits = logits_of(call(model, x))
     checked_distribution(loss, logits, "matrix='ggn'", tokens=False)
     vectors = logits.numel()
     passes = vectors * _seconds_of_backward(logits.sum(), parameters)
     announce(cost(side, 2.0 * vectors * side**2, passes), "exact generalized Gauss-Newton matrix")
-    values = torch.linalg.eigvalsh(ggn_matrix(logits, parameters)).cpu()
-    floor = float64_noise(values.numel(), max(0.0, float(values.max())))
-    return from_blocks(values[None], floor, vectors, arithmetic="exact, float64")
+    return ggn_matrix(logits, parameters), vectors
+
+
+def spectrum_of_matrix(matrix: Tensor, vectors: int | None) -> Spectrum:
+    """Of H or G, or one's diagonal block; `vectors` as of `whole_matrix`."""
+    values = torch.linalg.eigvalsh(matrix).cpu()
+    top = values.abs().max() if vectors is None else values.max().clamp_min(0)
+    floor = float64_noise(values.numel(), float(top))
+    return from_blocks(values[None], floor, vectors, arithmetic="exact, float64", signed=vectors is None)
 
 
 def check_loss(matrix: str, loss: Loss | None) -> None:

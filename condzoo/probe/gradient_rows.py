@@ -6,6 +6,7 @@ Shapes: N samples, K label draws a sample (1 with labels from the data), T posit
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from condzoo.probe.batches import batch_size, call
+from condzoo.probe.label_draws import equivalent_draws, few_enough
 from condzoo.probe.label_models import (
     ONE_BY_ONE,
     checked_distribution,
@@ -41,20 +44,24 @@ class LayerRows:
     """One layer's factors.
 
     Attributes:
-        bias: whether the layer has one.
+        name: the layer's.
+        bias: whether it has one.
         width: d_out / groups.
         inputs: a tensor [N, groups, T, d_in / groups] for each call of the layer.
         grads: for each label draw, a tensor [N, groups, T, d_out / groups] a call.
         samples: N.
         whole: whether the weight's gradient is the sum of these rows; else another layer, or none, uses it, too.
+        edges: where in the graph each call's output is.
     """
 
+    name: str
     bias: bool
     width: int
     samples: int
     whole: bool = True
     inputs: list[Tensor] = field(default_factory=list)
     grads: list[list[Tensor]] = field(default_factory=list)
+    edges: list[GradientEdge] = field(default_factory=list)
 
     @property
     def vectors(self) -> int:
@@ -147,20 +154,45 @@ def gradient_rows(
         if module not in inside:
             raise Unfactored(unavailable(name, "a projection inside nn.MultiheadAttention"))
     count = batch_size(x)
-    rows = {n: LayerRows(getattr(m, "bias", None) is not None, _width(m), count) for n, m in layers.items()}
+    rows = {n: LayerRows(n, getattr(m, "bias", None) is not None, _width(m), count) for n, m in layers.items()}
     handles = [m.register_forward_hook(_listener(n, rows[n]), with_kwargs=True) for n, m in layers.items()]
     try:
         output = call(model, x)
-        weights = [m.weight for m in layers.values()]
         if matrix == "grad_moment":
-            _backward(mean_loss(loss, output, y, count), weights, rows, None)
+            _backward(mean_loss(loss, output, y, count), layers, rows, None)
         else:
-            for signal in label_signals(model, loss, output, y, matrix):
-                _backward(logits_of(output), weights, rows, signal)
+            _expect(model, layers, rows, logits_of(output), label_signals(model, loss, output, y, matrix))
     finally:
         for handle in handles:
             handle.remove()
+    for layer in rows.values():
+        layer.edges.clear()  # they hold the graph
     return {name: layer for name, layer in rows.items() if layer.inputs or not layer.whole}
+
+
+def _expect(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    rows: dict[str, LayerRows],
+    logits: Tensor,
+    signals: Iterator[Tensor],
+) -> None:
+    """The gradients of all draws of labels that the expectation is over."""
+    if samples_interact(model):
+        called = [layer for layer in rows.values() if layer.inputs]
+        widths = [layer.width for layer in called]
+        if all(layer.single_position for layer in called) and few_enough(len(logits), sum(widths)):
+            first = next(signals)
+            _backward(logits, layers, rows, first)  # says whether the rows are whole
+            alone = gradients_one_by_one(itertools.chain([first], signals))
+            draws = equivalent_draws(logits, [edge for layer in called for edge in layer.edges], widths, alone)
+            for layer, grads in zip(called, zip(*draws, strict=True), strict=True):
+                layer.grads = [[layer.samples * g[:, None, None]] for g in grads]
+            return
+        if logits.numel() <= ONE_BY_ONE:
+            signals = gradients_one_by_one(signals)
+    for signal in signals:
+        _backward(logits, layers, rows, signal)
 
 
 def label_signals(model: nn.Module, loss: Loss | None, output: Any, y: Any, matrix: str) -> Iterator[Tensor]:
@@ -171,9 +203,7 @@ def label_signals(model: nn.Module, loss: Loss | None, output: Any, y: Any, matr
     """
     predicted = logits_of(output)
     kind = checked_distribution(loss, predicted, f"matrix={matrix!r}", tokens=matrix != "ggn")
-    signals = weighted_gradients(kind, predicted, class_axis(kind, output, predicted, y))
-    alone = samples_interact(model) and predicted.numel() <= ONE_BY_ONE
-    return gradients_one_by_one(signals) if alone else signals
+    return weighted_gradients(kind, predicted, class_axis(kind, output, predicted, y))
 
 
 def _width(module: nn.Module) -> int:
@@ -191,14 +221,14 @@ def unavailable(name: str, what: str) -> str:
     )
 
 
-def _backward(value: Tensor, weights: list[Any], rows: dict[str, LayerRows], signal: Tensor | None) -> None:
-    for layer in rows.values():
-        layer.grads.append([torch.empty(0)] * len(layer.inputs))
-    found = torch.autograd.grad(value, weights, signal, retain_graph=True, allow_unused=True)
-    for layer, weight_grad in zip(rows.values(), found, strict=True):
-        for i, grad in enumerate(layer.grads[-1]):
-            if not grad.numel():  # no gradient reaches this call
-                layer.grads[-1][i] = layer.inputs[i].new_zeros((*layer.inputs[i].shape[:3], layer.width))
+def _backward(value: Tensor, layers: dict[str, nn.Module], rows: dict[str, LayerRows], signal: Tensor | None) -> None:
+    """One more draw of gradients."""
+    weights: list[Any] = [module.weight for module in layers.values()]
+    edges = [edge for layer in rows.values() for edge in layer.edges]
+    found = torch.autograd.grad(value, [*weights, *edges], signal, retain_graph=True, allow_unused=True)
+    of_outputs = iter(found[len(weights) :])
+    for module, layer, weight_grad in zip(layers.values(), rows.values(), found, strict=False):
+        layer.grads.append([_positions_of_grad(module, layer, x, next(of_outputs)) for x in layer.inputs])
         if len(layer.grads) == 1:
             layer.whole = _is_sum(layer, weight_grad)
 
@@ -220,7 +250,7 @@ def _listener(name: str, rows: LayerRows) -> Any:
             return  # activation checkpointing repeats a forward pass that was read
         if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             raise Unfactored(unavailable(name, f"a {type(module).__name__}"))
-        x, index = (args[0] if args else kwargs["input"]).detach(), len(rows.inputs)
+        x = (args[0] if args else kwargs["input"]).detach()
         if x.shape[0] % rows.samples or (x.ndim > 2 and x.shape[0] != rows.samples == x.shape[1]):
             raise Unfactored(
                 f"layer {name!r} reads an input {list(x.shape)}, whose rows cannot be told apart by sample: the first "
@@ -229,17 +259,7 @@ def _listener(name: str, rows: LayerRows) -> Any:
         if (seen := padded_inside(module, x, h)) is None:
             raise Unfactored(unavailable(name, f"a {type(module).__name__}, which pads its input in a way of its own"))
         rows.inputs.append(_positions_of_input(module, seen, rows.samples))
-        groups = rows.inputs[-1].shape[1]
-
-        def keep(grad_h: Tensor) -> None:
-            per_sample = grad_h.detach() * rows.samples
-            if isinstance(module, nn.Linear):
-                rows.grads[-1][index] = per_sample.reshape(rows.samples, 1, -1, module.out_features)
-            else:
-                positions = per_sample.reshape(len(grad_h), groups, -1, grad_h[0, 0].numel()).mT
-                rows.grads[-1][index] = _by_sample(positions, rows.samples)
-
-        h.register_hook(keep)
+        rows.edges.append(get_gradient_edge(h))
 
     return hook
 
@@ -249,6 +269,18 @@ def _positions_of_input(module: nn.Module, x: Tensor, samples: int) -> Float[Ten
         return x.reshape(samples, 1, -1, x.shape[-1])
     assert isinstance(module, CONVOLUTIONS)
     return _by_sample(torch.cat([part.mT for part in unfolded(x, module)]), samples)
+
+
+def _positions_of_grad(
+    module: nn.Module, rows: LayerRows, x: Float[Tensor, "n g t d"], grad_h: Tensor | None
+) -> Float[Tensor, "n g t o"]:
+    """Of a call's output, times N: of the sample's own loss. Zero where no gradient reaches it."""
+    if grad_h is None:
+        return x.new_zeros((*x.shape[:3], rows.width))
+    per_sample = grad_h.detach() * rows.samples
+    if isinstance(module, nn.Linear):
+        return per_sample.reshape(rows.samples, 1, -1, rows.width)
+    return _by_sample(per_sample.reshape(len(grad_h), x.shape[1], -1, grad_h[0, 0].numel()).mT, rows.samples)
 
 
 def _by_sample(positions: Float[Tensor, "m g t d"], samples: int) -> Float[Tensor, "n g s d"]:

@@ -10,7 +10,17 @@ from torch.func import functional_call, grad, hessian, jacrev
 from torch.utils import checkpoint as checkpoint_module
 from torch.utils.checkpoint import checkpoint
 
-from condzoo.probe import costs, curvature, exact, kronecker_report, measure, sample_gradients, top_curvature
+from condzoo.probe import (
+    costs,
+    curvature,
+    curvature_blocks,
+    exact,
+    kronecker_report,
+    label_draws,
+    measure,
+    sample_gradients,
+    top_curvature,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")  # torch.func.hessian's own
 
@@ -94,6 +104,32 @@ def test_blocks_equal_the_dense_ones(kit, name, block, matrix):
     found = curvature(model, x, y, matrix, block=block).eigenvalues
     expected = spectrum_of(dense(model, x, y, matrix, block))
     assert float((found - expected).abs().max()) < 1e-12 * float(expected.abs().max())
+
+
+class Unused(nn.Linear):
+    """A layer whose own call is none, and changes nothing."""
+
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "hessian", "ggn"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "bn_eval", "bn_train", "two layers", "uncalled"])
+def test_all_blocks_at_once_are_the_blocks_one_by_one(kit, name, matrix):
+    kind, (x, y) = name.removesuffix("_train").removesuffix("_eval"), kit.images(12)
+    if name == "two layers":
+        model, (x, y) = Tied(name).double(), (torch.arange(10) % 5, torch.arange(10) % 3)
+    else:
+        model = networks(kit, "mlp" if name == "uncalled" else kind).train(name == "bn_train")
+    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    if name == "uncalled":
+        model.add_module("spare", Unused(2, 2).double())
+    found = curvature_blocks(model, x, y, matrix)
+    assert [n for n in found if n != "spare"] == [None, *names]
+    for block in (None, *names):
+        alone = curvature(model, x, y, matrix, block=block)
+        assert found[block].dim == alone.dim
+        assert torch.allclose(found[block].eigenvalues, alone.eigenvalues, rtol=1e-9, atol=1e-13 * alone.lambda_max)
 
 
 def test_a_relu_networks_hessian_blocks_equal_its_ggn_blocks(kit):
@@ -307,7 +343,46 @@ def test_fisher_under_batch_statistics_is_over_independent_labels(kit):
         rows = torch.einsum("no,ni->noi", g, inputs).flatten(1)
         expected = expected + probability * rows.T @ rows / samples
     found = curvature(model, x, None, "fisher", block="1").eigenvalues
-    assert torch.allclose(found, spectrum_of(expected), rtol=1e-10, atol=1e-14)
+    assert torch.allclose(found, spectrum_of(expected), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("limit", [0, 10**9], ids=["one class at a time beyond the limit", "sums of products"])
+def test_fisher_under_batch_statistics_of_more_labels_than_single_passes(kit, monkeypatch, limit):
+    """Against the logits' whole Jacobian: of 60 samples and 10 classes, more than passes of their own are made for."""
+    monkeypatch.setattr(label_draws, "MOST", limit)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 10)).double()
+    x, samples = kit.images(60)[0], 60
+    inputs = {"1": x.flatten(1), "4": model[:4](x).detach()}
+    outputs = {"1": model[1](inputs["1"]).detach(), "4": model(x).detach()}
+    tails = {"1": lambda h: model[2:](h), "4": lambda h: h}
+    p = outputs["4"].softmax(1)
+    hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    jacobians = [torch.autograd.functional.jacobian(tails[name], h) for name, h in outputs.items()]
+    j = torch.cat([part.permute(2, 0, 1, 3) for part in jacobians], dim=3)  # [sample n, logits of m, k, o of both]
+    products = torch.einsum("nmko,mkl,nmlp->nop", j, hessians, j)
+    columns = [torch.cat([inputs[name], torch.ones(samples, 1)], dim=1) for name in inputs]
+    rows = [
+        torch.einsum("nro,ni->nroi", part, i)
+        for part, i in zip(roots(products).split([6, 10], 2), columns, strict=True)
+    ]
+    gradients = torch.cat([part.flatten(2) for part in rows], dim=2).flatten(0, 1)
+    expected = spectrum_of(gradients.T @ gradients / samples)
+    close = dict(rtol=1e-9, atol=1e-11 * float(expected[0]))
+    found = curvature(model, x, None, "fisher").eigenvalues
+    assert torch.allclose(found, expected, **close) == bool(limit)
+    if limit:
+        assert torch.allclose(top_curvature(model, x, None, "fisher", k=3).values, expected[:3], rtol=1e-7)
+        of_first = rows[0].flatten(0, 1).flatten(1)
+        expected = spectrum_of(of_first.T @ of_first / samples)
+        assert torch.allclose(kronecker_report(model, x)["1"].exact.eigenvalues, expected, **close)
+        assert torch.allclose(curvature(model, x, None, "fisher", block="1").eigenvalues, expected, **close)
+
+
+def roots(products):
+    """[n, r, o] with sum_r of r's outer products the given [n, o, o]."""
+    values, vectors = torch.linalg.eigh(products)
+    return (vectors * values.clamp_min(0).sqrt()[:, None]).mT
 
 
 class Tied(nn.Module):

@@ -1,0 +1,69 @@
+"""F's expectation over independent labels where samples interact, in few draws.
+
+Under batch statistics sample n's gradient of a layer's output depends on the labels of all samples,
+
+    g_n = sum_m A_nm (p_m - e_{y_m})        with the labels y_m independent,
+
+so E[g_n g_n^T] is a sum over N * K backward passes, one for each sample m and class, of which all N samples have
+a gradient each. Of N * N * K gradients no more than their sum of products is kept, an [o, o] matrix for each sample,
+whose square root's o columns stand for the draws: they have the same second moment.
+Shapes: N samples, K classes, o outputs of all layers together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from condzoo.probe.costs import announce_passes
+
+AT_ONCE = 64  # backward passes that run as one
+MOST = 250_000_000  # numbers in the sums of products together: 2 GB
+
+
+def few_enough(samples: int, outputs: int) -> bool:
+    """Whether the sums of products, [N, o, o], can be held."""
+    return samples * outputs**2 <= MOST
+
+
+def equivalent_draws(
+    logits: Tensor, edges: Sequence[GradientEdge], widths: Sequence[int], signals: Iterator[Tensor]
+) -> list[list[Float[Tensor, "n o"]]]:
+    """Gradients at the edges of at most o draws that have the second moment of all signals' together.
+
+    Args:
+        logits: to pull back from, [N, K].
+        edges: of the layers' outputs, each [N, width].
+        widths: of these.
+        signals: to pull back, each like the logits.
+
+    Returns:
+        For each draw a tensor [N, width] an edge.
+
+    Warns:
+        UserWarning: after the first passes, if all will take over a minute.
+    """
+    samples, outputs = logits.shape[0], sum(widths)
+    total = logits.new_zeros((samples, outputs, outputs))
+    began, passes = time.perf_counter(), logits.numel()
+    for number, some in enumerate(iter(lambda: list(itertools.islice(signals, AT_ONCE)), [])):
+        found = torch.autograd.grad(
+            logits, edges, torch.stack(some), retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        filled = [
+            logits.new_zeros((len(some), samples, width)) if grad is None else grad
+            for grad, width in zip(found, widths, strict=True)
+        ]
+        draws = torch.cat(filled, dim=2).transpose(0, 1)
+        total.baddbmm_(draws.mT, draws)
+        if number == 0:
+            announce_passes((time.perf_counter() - began) * passes / len(some), passes)
+    values, vectors = torch.linalg.eigh(total)  # ascending: of fewer passes than outputs the first are 0
+    roots = (vectors * values.clamp_min(0).sqrt()[:, None])[:, :, -min(passes, outputs) :]
+    return [list(draw.split(list(widths), dim=1)) for draw in roots.unbind(2)]

@@ -171,7 +171,7 @@ def last_layer_texts(run: "Run") -> tuple[str, str]:
     records = [record for record in read_records(run.path) if len(record)]
     if not records:  # every layer was skipped in every measurement
         return "", ""
-    spectra = [list(record.values())[-1].input for record in (records[0], records[-1])]
+    spectra = [record.last.input for record in (records[0], records[-1])]
     kappas = [spectrum.condition_number(0.5) for spectrum in spectra]
     return (
         " -> ".join(f"{spectrum.lambda_max:.3g}" for spectrum in spectra),

@@ -111,7 +111,7 @@ def combine(seeds: Sequence[Numbers]) -> InitialConditioning:
 
 
 @functools.cache
-def read_records() -> dict[str, InitialConditioning]:
+def initial_records() -> dict[str, InitialConditioning]:
     """Model -> its record."""
     models = json.loads(RECORD.read_text(encoding="utf-8"))["models"]
     return {

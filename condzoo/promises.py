@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from condzoo.catalog import ModelInfo
 from condzoo.fingerprint import TOLERANCE, difference, read_fingerprints
-from condzoo.initial_conditioning import deviations, measure_initial, read_records
+from condzoo.initial_conditioning import deviations, initial_records, measure_initial
 from condzoo.probe import spectrum
 from condzoo.subject import Subject, recorded_inputs, size_of, small_input, weighted
 
@@ -184,7 +184,7 @@ def check_conditioning(subject: Subject) -> Check:
     if subject.changed:
         return unrecorded("conditioning", subject)
     numbers = measure_initial(subject.model, subject.x, subject.y)
-    found = deviations(numbers, read_records()[subject.info.name])
+    found = deviations(numbers, initial_records()[subject.info.name])
     worst = found[0]
     return Check(
         "conditioning",

@@ -63,7 +63,7 @@ def in_order(values: dict[str, Any]) -> dict[str, Any]:
 
 def main(names: Iterable[str]) -> None:
     """Measure model by model, and write both files after each."""
-    prints, records = dict(fingerprint.read_fingerprints()), dict(initial_conditioning.read_records())
+    prints, records = dict(fingerprint.read_fingerprints()), dict(initial_conditioning.initial_records())
     for name in list(names) or list_models():
         prints[name], records[name] = logits(name), conditioning(name)
         text = line_by_line({name: json.dumps(value) for name, value in in_order(prints).items()})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from condzoo.checkpoints import load_checkpoint
-from condzoo.initial_conditioning import read_records
+from condzoo.initial_conditioning import initial_records
 from condzoo.promises import (
     Check,
     check_conditioning,
@@ -62,7 +62,7 @@ def validate(name_or_model: str | nn.Module, *, seed: int = 0, trained: bool = F
     """
     released = isinstance(name_or_model, str) and "." in name_or_model
     subject = prepare(load_checkpoint(str(name_or_model)) if released else name_or_model, seed)
-    recorded = subject.info.name in read_records()  # other sizes than the registered are built, and have no record
+    recorded = subject.info.name in initial_records()  # other sizes than the registered are built, and have no record
     fresh = not (released or trained)
     promises: dict[str, tuple[bool, Callable[[Subject], Check]]] = {
         "size": (True, check_size),

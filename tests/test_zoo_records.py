@@ -13,7 +13,7 @@ UP_TO_DATE = ["mlp4x24", "mlp8x24_bn", "mlp8x24_lastbn", "cifar_resnet8", "cifar
 
 @pytest.mark.parametrize("name", UP_TO_DATE)
 def test_the_record_of_conditioning_is_up_to_date(name):
-    now, shipped = record_zoo.conditioning(name), initial_conditioning.read_records()[name]
+    now, shipped = record_zoo.conditioning(name), initial_conditioning.initial_records()[name]
     assert now.mean.keys() == shipped.mean.keys()
     for layer, values in shipped.mean.items():
         assert now.mean[layer] == [value if value is None else pytest.approx(value, rel=2e-3) for value in values]
@@ -27,7 +27,7 @@ def test_the_fingerprints_are_up_to_date(name):
 
 
 def test_every_model_of_the_zoo_has_both_records():
-    assert list(initial_conditioning.read_records()) == list(fingerprint.read_fingerprints()) == list_models()
+    assert list(initial_conditioning.initial_records()) == list(fingerprint.read_fingerprints()) == list_models()
     without = [name for name, value in fingerprint.read_fingerprints().items() if value is None]
     assert {name.removesuffix("_lastbn") for name in without} <= {"cifar_vgg230", "cifar_vgg1202", "mlp100x256_bn"}
 

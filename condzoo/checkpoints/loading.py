@@ -116,12 +116,12 @@ def load_weights(folder: CheckpointFolder) -> nn.Module:
     state = folder.weights()
     try:
         with torch.device("meta"):
-            network = build_network(config)
+            network = network_of_config(config)
     except Exception as error:  # timm's and torch's constructors refuse arguments in many ways
         raise ValueError(f"{folder.path / CONFIG} describes no network: {error}") from error
     check_state(state, network.state_dict(), folder.source(WEIGHTS))
     check_size(folder, config, network)
-    model: Any = build_network(config)
+    model: Any = network_of_config(config)
     model.load_state_dict(state)
     model.pretrained_cfg = model.default_cfg = described(config)
     return model.eval()
@@ -145,7 +145,7 @@ def described(config: Config) -> dict[str, Any]:
     return {**kept, "architecture": config.architecture}
 
 
-def build_network(config: Config) -> nn.Module:
+def network_of_config(config: Config) -> nn.Module:
     """The network a config describes, with weights of its own."""
     arguments: dict[str, Any] = dict(config.model_args, num_classes=config.num_classes)  # type: ignore[arg-type]
     if "input_size" in arguments:

@@ -8,7 +8,7 @@ from pathlib import Path
 from condzoo.checkpoints.folder import CONFIG, CONVERSION, METRICS, CheckpointFolder
 from condzoo.checkpoints.loading import read_recipe
 from condzoo.checkpoints.records import Config, Conversion, Metrics, read_conditioning, read_record
-from condzoo.probe import Conditioning, Spectrum
+from condzoo.probe import Spectrum
 
 PUBLISHED = Path(__file__).with_name("published.toml")
 
@@ -132,11 +132,6 @@ def published_errors(dataset: str, model: str) -> dict[str, str]:
     return {f"{source}, without last BN": error for source, error in plain.items()}
 
 
-def last_input(conditioning: Conditioning) -> Spectrum:
-    """Spectrum of the input of the last layer in forward order."""
-    return conditioning[list(conditioning)[-1]].input
-
-
 def kappa(s: Spectrum, p: float) -> str:
     """A condition number for a table; with its status where it is not a plain number."""
     value, status = s.condition_number(p), s.status(p)
@@ -156,7 +151,7 @@ def conditioning_section(folder: CheckpointFolder) -> str:
         "|---|---|---|---|",
     ]
     for when, record in (("at initialization", records["at_init"]), ("at the end", end)):
-        s = last_input(record)
+        s = record.last.input
         lines.append(f"| {when} | {s.lambda_max:.4g} | {kappa(s, 0.5)} | {kappa(s, 1.0)} |")
     return "\n".join([*lines, "", "![conditioning of every layer while training](conditioning.png)"])
 

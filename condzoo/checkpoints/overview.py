@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from condzoo.checkpoints.folder import CONFIG, CONVERSION, METRICS, CheckpointFolder, read_folder
-from condzoo.checkpoints.model_card import error_of, kappa, last_input
+from condzoo.checkpoints.model_card import error_of, kappa
 from condzoo.checkpoints.records import Config, Conversion, Metrics, read_conditioning, read_record
 
 TITLE = "# Released checkpoints"
@@ -105,7 +105,7 @@ def row_of(folder: CheckpointFolder) -> Row:
     if not folder.trained:
         return Row(arch, tag, f"from {read_record(folder, CONVERSION, Conversion).origin}")
     metrics = read_record(folder, METRICS, Metrics)
-    s = last_input(read_conditioning(folder)["at_end"])
+    s = read_conditioning(folder)["at_end"].last.input
     return Row(
         arch,
         tag,

@@ -21,8 +21,7 @@ from condzoo.training import Run
 from condzoo.training.data_sets import read_data
 from condzoo.training.events import OnEvent
 from condzoo.training.many_runs import run_all
-from condzoo.training.run_directory import CONDITIONING, ENVIRONMENT, METRICS, read_json
-from condzoo.training.run_directory import read_records as read_metrics
+from condzoo.training.run_directory import CONDITIONING, ENVIRONMENT, METRICS, read_json, read_metrics
 
 DIGITS = 5  # significant ones that are kept
 LOSS_POINTS, EPOCHS, PROBED_STEPS = 200, 100, 100  # of a run that are kept, at most

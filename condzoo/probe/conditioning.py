@@ -116,6 +116,11 @@ class Conditioning(Mapping[str, LayerConditioning]):
         """Whether the layer was measured."""
         return name in self.layers
 
+    @property
+    def last(self) -> LayerConditioning:
+        """The last layer in forward order: a classifier's linear layer. A KeyError where none was measured."""
+        return self[next(reversed(self.layers), "")]
+
     def table(self, p: float = 0.5) -> str:
         """The measurement as text: one line a layer, magnitudes and condition numbers.
 

@@ -91,7 +91,7 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
 
 def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
     for i, (label, records) in enumerate(runs.items()):
-        spectra = [list(r.values())[-1].input for r in _with_layers(records)]
+        spectra = [r.last.input for r in _with_layers(records)]
         steps = [r.step or 0 for r in _with_layers(records)]
         style: dict[str, Any] = {
             "color": OKABE_ITO[i % len(OKABE_ITO)],

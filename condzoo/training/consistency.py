@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from condzoo.data import HUB, data_info, folder_view
 from condzoo.probe.layers import choose
 from condzoo.training.data_sets import STORED, class_count, image_shape
-from condzoo.training.networks import build_network, freeze
+from condzoo.training.networks import freeze, network_of
 from condzoo.training.schema import LARGEST, Constant, DataSection, FullBatch, ModelSection, Recipe, Sgd, Step
 
 FOLLOWS_DATA = ("num_classes", "in_chans", "input_size")
@@ -126,7 +126,7 @@ def _build_fault(
     section = ModelSection.model_validate_json(model_json)
     try:
         with torch.device("meta"):
-            model = build_network(section, image_shape, num_classes)
+            model = network_of(section, image_shape, num_classes)
     except Exception as error:  # model.args go to the network's own code: what it raises is a fault of the recipe
         return _first_line(error), "model.name" if repr(section.name) in str(error) else "model"
     try:

@@ -13,7 +13,7 @@ _MLP = re.compile(r"mlp\d+x\d+")
 NO_NORM = "none"
 
 
-def build_network(section: ModelSection, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def network_of(section: ModelSection, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """Build the network of a recipe's [model], its weights drawn from torch's global generator.
 
     Args:

@@ -7,7 +7,7 @@ from condzoo.training.diagnosis import Fault
 from condzoo.training.preparation import Training
 from condzoo.training.progress import Progress
 from condzoo.training.reports import record_epoch, write_results
-from condzoo.training.run_directory import METRICS, MODEL, SUMMARY, read_json, read_records
+from condzoo.training.run_directory import METRICS, MODEL, SUMMARY, read_json, read_metrics
 from condzoo.training.runs import Diverged, Run
 from condzoo.training.schema import Recipe
 from condzoo.training.steps import learning_rate_of
@@ -36,7 +36,7 @@ def finish(training: Training, progress: Progress, path: Path) -> dict[str, Any]
 
 def last_epoch(path: Path) -> dict[str, Any]:
     """The newest line of metrics.jsonl that is an epoch's; empty where there is none."""
-    lines = (record for record in reversed(read_records(path / METRICS)) if record["kind"] != "step")
+    lines = (record for record in reversed(read_metrics(path / METRICS)) if record["kind"] != "step")
     return next(lines, {})
 
 

@@ -15,7 +15,7 @@ from condzoo.data import IMAGE_FOLDER, batches_per_epoch
 from condzoo.data.holding_out import held_out_count
 from condzoo.training.accelerators import Accelerator
 from condzoo.training.data_sets import STORED, class_count, image_shape, read_data
-from condzoo.training.networks import build_network, freeze
+from condzoo.training.networks import freeze, network_of
 from condzoo.training.optimizers import build_optimizer
 from condzoo.training.schema import FullBatch, Recipe
 
@@ -190,7 +190,7 @@ def sixteen_bit(recipe: Recipe, device: Accelerator, convolutional: bool) -> boo
 def trace(recipe: Recipe, num_classes: int, images: int) -> Traced:
     """Count one forward and backward pass over `images` images, and an optimizer step, on the meta device."""
     with torch.device("meta"):
-        model = build_network(recipe.model, image_shape(recipe.data), num_classes).train()
+        model = network_of(recipe.model, image_shape(recipe.data), num_classes).train()
         freeze(model, recipe.freeze)
         x = torch.empty(images, *image_shape(recipe.data))
         y = torch.zeros(images, dtype=torch.int64)

@@ -13,7 +13,7 @@ from condzoo.training.data_sets import read_data
 from condzoo.training.distributed import ALONE, FORESEEN, Ranks, synchronize_norms, wrap
 from condzoo.training.divergence import Averaging, Guard
 from condzoo.training.host_memory import keep_freed_memory
-from condzoo.training.networks import build_network, freeze
+from condzoo.training.networks import freeze, network_of
 from condzoo.training.optimizers import build_optimizer
 from condzoo.training.precision import Numerics, resolve_numerics
 from condzoo.training.schema import FullBatch, Recipe
@@ -68,7 +68,7 @@ def prepare(
         ranks: this process among those of the run.
 
     Raises:
-        ValueError, FileNotFoundError: see `load_data`, `build_network`, `build_optimizer`.
+        ValueError, FileNotFoundError: see `load_data`, `network_of`, `build_optimizer`.
     """
     if ranks.world > recipe.data.batch_size:
         raise ValueError(
@@ -78,7 +78,7 @@ def prepare(
         keep_freed_memory()
     data = read_data(recipe, data_root).to(device)
     torch.manual_seed(recipe.seed)
-    model = build_network(recipe.model, data.image_shape, data.num_classes)
+    model = network_of(recipe.model, data.image_shape, data.num_classes)
     freeze(model, recipe.freeze)
     numerics = resolve_numerics(recipe, model, device)
     if recipe.sync_bn:

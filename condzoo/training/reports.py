@@ -158,6 +158,6 @@ def last_layer(probe: Probe | None) -> dict[str, float] | None:
     """
     if probe is None or not probe.latest:
         return None
-    spectrum = probe.latest[list(probe.latest)[-1]].input
+    spectrum = probe.latest.last.input
     kappa = {"kappa 50%": spectrum.condition_number(0.5)} if spectrum.status(0.5) != "not computed" else {}
     return {"lambda_max": spectrum.lambda_max, **kappa}

@@ -187,6 +187,6 @@ def truncate(path: Path, size: int) -> bool:
     return held >= size
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every line of a .jsonl file."""
     return [_parsed(line, path) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

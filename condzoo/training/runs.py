@@ -13,7 +13,7 @@ from condzoo.data import Split
 from condzoo.models.weight_files import check_state, parse_weights, read_plain_file
 from condzoo.training.data_sets import class_count, image_shape, read_data
 from condzoo.training.evaluation import Evaluation, evaluate
-from condzoo.training.networks import build_network
+from condzoo.training.networks import network_of
 from condzoo.training.precision import resolve_device, resolve_numerics
 from condzoo.training.preparation import place
 from condzoo.training.recipe import dump_recipe, load_recipe
@@ -53,7 +53,7 @@ class Run:
         """The trained network, on the CPU, in eval mode."""
         section = self.recipe.data
         classes = class_count(section) or self.summary["num_classes"]
-        model = build_network(self.recipe.model, image_shape(section), classes)
+        model = network_of(self.recipe.model, image_shape(section), classes)
         path = self.path / MODEL
         state = parse_weights(read_plain_file(path), str(path), finite=False)  # a diverged run's need not be
         check_state(state, model.state_dict(), str(path))

@@ -1,6 +1,7 @@
 """`measure` against the dense oracle of conftest.py, and what it promises to leave alone."""
 
 import copy
+import dataclasses
 from collections import OrderedDict
 from functools import partial
 
@@ -480,6 +481,9 @@ def test_an_empty_batch_adds_nothing(kit):
 def test_an_unknown_layer_is_answered_by_the_closest(kit):
     model = nn.Sequential(OrderedDict(body=nn.Linear(48, 6), head=nn.Linear(6, 4))).double()
     found = measure(model, (kit.images()[0].flatten(1), kit.images()[1]))
+    assert found.last is found["head"]
+    with pytest.raises(KeyError, match="layer ''; measured: none"):
+        dataclasses.replace(found, layers={}).last
     with pytest.raises(KeyError, match="no layer 'heads'; did you mean 'head'"):
         found["heads"]
     with pytest.raises(KeyError, match="no layer 'x'; measured: body, head"):

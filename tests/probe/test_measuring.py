@@ -483,7 +483,7 @@ def test_an_unknown_layer_is_answered_by_the_closest(kit):
     found = measure(model, (kit.images()[0].flatten(1), kit.images()[1]))
     assert found.last is found["head"]
     with pytest.raises(KeyError, match="layer ''; measured: none"):
-        dataclasses.replace(found, layers={}).last
+        _ = dataclasses.replace(found, layers={}).last
     with pytest.raises(KeyError, match="no layer 'heads'; did you mean 'head'"):
         found["heads"]
     with pytest.raises(KeyError, match="no layer 'x'; measured: body, head"):

@@ -33,49 +33,43 @@ Fill = Callable[[Groups, Fans, torch.Generator | None], object]
 
 
 def random_(weight: Groups, fans: Fans, generator: torch.Generator | None = None) -> None:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): variance 1/(3 fan_in)."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): variance 1/(3 fan_in). LeCun et al. 1998; torch7's default."""
     bound = 1 / math.sqrt(fans.fan_in)
     weight.uniform_(-bound, bound, generator=generator)
 
 
 def lecun_normal_(weight: Groups, fans: Fans, generator: torch.Generator | None = None) -> None:
-    """N(0, 1/fan_in), not truncated."""
+    """N(0, 1/fan_in), not truncated. LeCun et al. 1998, Efficient BackProp, sec. 4.6."""
     weight.normal_(0.0, math.sqrt(1 / fans.fan_in), generator=generator)
 
 
 def xavier_(weight: Groups, fans: Fans, generator: torch.Generator | None = None) -> None:
-    """U(-b, b), b = sqrt(6/(fan_in + fan_out)): variance 2/(fan_in + fan_out)."""
+    """U(-b, b), b = sqrt(6/(fan_in + fan_out)): variance 2/(fan_in + fan_out). Glorot & Bengio 2010, eq. 16."""
     bound = math.sqrt(6 / (fans.fan_in + fans.fan_out))
     weight.uniform_(-bound, bound, generator=generator)
 
 
 def he_(weight: Groups, fans: Fans, generator: torch.Generator | None = None) -> None:
-    """N(0, 2/fan_in) for a linear layer, N(0, 2/fan_out) for a convolution."""
+    """N(0, 2/fan_in) for a linear layer, N(0, 2/fan_out) for a convolution. He et al. 2015, arXiv:1502.01852."""
     weight.normal_(0.0, math.sqrt(2 / (fans.fan_out if fans.conv else fans.fan_in)), generator=generator)
 
 
 def orthogonal_(weight: Groups, fans: Fans, generator: torch.Generator | None = None) -> None:
-    """Orthonormal rows (or columns, where there are more rows) of each group, Haar-distributed, gain 1."""
+    """Orthonormal rows (or columns, where there are more rows) of each group, Haar-distributed, gain 1.
+
+    Saxe et al. 2014, arXiv:1312.6120.
+    """
     for group in weight:
         nn.init.orthogonal_(group, generator=generator)
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """A row of the table: what it draws, and where it comes from. `scaled` draws nothing."""
-
-    fill: Fill | None
-    formula: str
-    source: str
-
-
-SCHEMES: dict[str, Scheme] = {
-    "random": Scheme(random_, "U(-1/sqrt(fan_in), 1/sqrt(fan_in))", "LeCun et al. 1998; torch7's default"),
-    "lecun_normal": Scheme(lecun_normal_, "N(0, 1/fan_in)", "LeCun et al. 1998, Efficient BackProp, sec. 4.6"),
-    "xavier": Scheme(xavier_, "U(-b, b), b = sqrt(6/(fan_in + fan_out))", "Glorot & Bengio 2010, eq. 16"),
-    "he": Scheme(he_, "N(0, 2/fan_in), convolutions N(0, 2/fan_out)", "He et al. 2015, arXiv:1502.01852"),
-    "orthogonal": Scheme(orthogonal_, "W W^T = I or W^T W = I", "Saxe et al. 2014, arXiv:1312.6120"),
-    "scaled": Scheme(None, "a_k W_k, W_k as it is", "Theorems 1 and 2 of arXiv:2002.10801"),
+SCHEMES: dict[str, Fill | None] = {
+    "random": random_,
+    "lecun_normal": lecun_normal_,
+    "xavier": xavier_,
+    "he": he_,
+    "orthogonal": orthogonal_,
+    "scaled": None,  # a_k W_k with W_k as it is: Theorems 1 and 2 of arXiv:2002.10801
 }
 
 
@@ -109,7 +103,7 @@ def init_weights(
     if name not in SCHEMES:
         raise ValueError(unknown_scheme(name))
     layers = weighted_layers(model)
-    fill = SCHEMES[name].fill
+    fill = SCHEMES[name]
     if fill is None:
         scale_(layers, parse_factors(written, factors, len(layers)))
         return model

@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge
 from condzoo.probe.costs import announce_passes
 
 AT_ONCE = 64  # backward passes that run as one
-MOST = 250_000_000  # numbers in the sums of products together: 2 GB
+MOST = 125_000_000  # numbers in the sums of products together: 1 GB, of which three copies are held for a while
 
 
 def few_enough(samples: int, outputs: int) -> bool:

@@ -181,7 +181,7 @@ def _expect(
     if samples_interact(model):
         called = [layer for layer in rows.values() if layer.inputs]
         widths = [layer.width for layer in called]
-        if all(layer.single_position for layer in called) and few_enough(len(logits), sum(widths)):
+        if called and all(layer.single_position for layer in called) and few_enough(len(logits), sum(widths)):
             first = next(signals)
             _backward(logits, layers, rows, first)  # says whether the rows are whole
             alone = gradients_one_by_one(itertools.chain([first], signals))

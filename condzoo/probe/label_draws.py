@@ -53,17 +53,29 @@ def equivalent_draws(
     total = logits.new_zeros((samples, outputs, outputs))
     began, passes = time.perf_counter(), logits.numel()
     for number, some in enumerate(iter(lambda: list(itertools.islice(signals, AT_ONCE)), [])):
-        found = torch.autograd.grad(
-            logits, edges, torch.stack(some), retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-        filled = [
-            logits.new_zeros((len(some), samples, width)) if grad is None else grad
-            for grad, width in zip(found, widths, strict=True)
-        ]
-        draws = torch.cat(filled, dim=2).transpose(0, 1)
+        draws = torch.cat(_pulled_back(logits, edges, widths, some), dim=2).transpose(0, 1)
         total.baddbmm_(draws.mT, draws)
         if number == 0:
             announce_passes((time.perf_counter() - began) * passes / len(some), passes)
     values, vectors = torch.linalg.eigh(total)  # ascending: of fewer passes than outputs the first are 0
     roots = (vectors * values.clamp_min(0).sqrt()[:, None])[:, :, -min(passes, outputs) :]
     return [list(draw.split(list(widths), dim=1)) for draw in roots.unbind(2)]
+
+
+def _pulled_back(
+    logits: Tensor, edges: Sequence[GradientEdge], widths: Sequence[int], signals: list[Tensor]
+) -> list[Float[Tensor, "m n o"]]:
+    """Each signal's gradients at each edge, zero where none arrives."""
+
+    def grads(signal: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            logits, edges, signal, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+
+    try:
+        found = grads(torch.stack(signals), True)
+    except RuntimeError:  # vmap cannot run dropout that activation checkpointing repeats, or some backward of a user's
+        each = [grads(signal, False) for signal in signals]
+        found = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True))
+    zeros = logits.new_zeros((len(signals), logits.shape[0], max(widths)))
+    return [zeros[..., :width] if grad is None else grad for grad, width in zip(found, widths, strict=True)]

@@ -379,6 +379,28 @@ def test_fisher_under_batch_statistics_of_more_labels_than_single_passes(kit, mo
         assert torch.allclose(curvature(model, x, None, "fisher", block="1").eigenvalues, expected, **close)
 
 
+class Repeated(nn.Module):
+    """BN, and dropout that activation checkpointing repeats within the backward pass."""
+
+    def __init__(self, on):
+        super().__init__()
+        torch.manual_seed(0)
+        self.on = on
+        body = [nn.Linear(48, 6), nn.BatchNorm1d(6), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Linear(6, 5)]
+        self.body, self.head = nn.Sequential(*body), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.head(checkpoint(self.body, x, use_reentrant=False) if self.on else self.body(x))
+
+
+def test_passes_that_cannot_run_as_one_run_one_by_one(kit):
+    """vmap refuses random operations."""
+    x = kit.images(20)[0]
+    expected, found = (curvature(Repeated(on), x, None, "fisher").eigenvalues for on in (False, True))
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-15)
+
+
 def roots(products):
     """[n, r, o] with sum_r of r's outer products the given [n, o, o]."""
     values, vectors = torch.linalg.eigh(products)

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from condzoo import checkpoint_commands, exit_codes, reproduce_commands, sweep_command, training_commands
-from condzoo.training_commands import AsJson, DataRoot, Device
+from condzoo import exit_codes
+from condzoo.commands import checkpoints, reproduce, sweep, training
+from condzoo.commands.training import AsJson, DataRoot, Device
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,8 +45,8 @@ def list_command(
     as_json: AsJson = False,
 ) -> None:
     """List the models of the zoo with their sizes."""
-    from condzoo import display
     from condzoo.catalog import list_models, look_up
+    from condzoo.commands import display
 
     infos = [(name, look_up(name)) for name in list_models(pattern, family=family, pretrained=pretrained)]
     if not infos:
@@ -56,15 +57,15 @@ def list_command(
 @app.command()
 def info(name: Name, as_json: AsJson = False) -> None:
     """Show what a model is: family, depth, input, parameters, multiply-adds, source."""
-    from condzoo import display
     from condzoo.catalog import look_up
+    from condzoo.commands import display
 
     display.print_info(look_up(name), as_json)
 
 
-for command in (training_commands.recipes, training_commands.train, sweep_command.sweep):
+for command in (training.recipes, training.train, sweep.sweep):
     app.command()(command)
-app.command("eval")(training_commands.eval_command)
+app.command("eval")(training.eval_command)
 
 
 @app.command()
@@ -165,11 +166,11 @@ def plot_command(
     ] = None,
 ) -> None:
     """Draw the conditioning of one run, compare several side by side, or draw an experiment's figure again."""
-    from condzoo.display import folder_labels
+    from condzoo.commands.display import folder_labels
     from condzoo.probe import plot_comparison, plot_records
 
     if len(runs) == 1 and runs[0].suffix == ".json":
-        target = reproduce_commands.redraw(runs[0], out)
+        target = reproduce.redraw(runs[0], out)
     elif len(runs) == 1:
         folder = runs[0] if runs[0].is_dir() else runs[0].parent
         target = out or folder / "conditioning.png"
@@ -182,10 +183,10 @@ def plot_command(
 
 
 for other in (
-    checkpoint_commands.release,
-    checkpoint_commands.verify,
-    checkpoint_commands.convert,
-    reproduce_commands.reproduce,
+    checkpoints.release,
+    checkpoints.verify,
+    checkpoints.convert,
+    reproduce.reproduce,
 ):
     app.command()(other)
 

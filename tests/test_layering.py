@@ -31,18 +31,7 @@ ALLOWED = {
     "release": {"models", "data", "probe", "catalog", "checkpoints", "training"},
     "experiments": {"models", "data", "probe", "training"},
 }
-TOP = {
-    "cli",
-    "display",
-    "planning_display",
-    "progress",
-    "checkpoint_commands",
-    "reproduce_commands",
-    "training_commands",
-    "sweep_command",
-    "__main__",
-    "__init__",
-}
+TOP = {"cli", "commands", "__main__", "__init__"}
 
 
 def imports_of(source: str) -> set[str]:

@@ -1,7 +1,7 @@
 """The probe: each layer's conditioning, measured in any PyTorch network, at rest or while it trains."""
 
+from condzoo.probe.blocks import curvature_blocks
 from condzoo.probe.conditioning import Conditioning, LayerConditioning
-from condzoo.probe.curvature_blocks import curvature_blocks
 from condzoo.probe.exact import curvature
 from condzoo.probe.kronecker import KroneckerSpectrum
 from condzoo.probe.kronecker_quality import KroneckerQuality, KroneckerReport, kronecker_report

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import nn
 
 import condzoo
-from condzoo.checkpoint_commands import numbers
 from condzoo.checkpoints import load_checkpoint, verify_checkpoint
 from condzoo.cli import main
+from condzoo.commands.checkpoints import numbers
 from condzoo.conversion import calibration_images, convert, convert_last_bn
 from condzoo.models import create_model
 

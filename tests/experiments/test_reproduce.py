@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from condzoo.cli import main
+from condzoo.commands.reproduce import run_experiments
 from condzoo.experiments import collect, draw, estimated_minutes, experiment_ids, load_experiment, report
 from condzoo.experiments.data_files import SCHEMA
 from condzoo.experiments.initialization import measure_network
@@ -15,7 +16,6 @@ from condzoo.experiments.loading import labels_run, planned_runs
 from condzoo.experiments.reductions import folder_reduction
 from condzoo.experiments.report import command, error_table
 from condzoo.experiments.training import mark_chosen, thinned
-from condzoo.reproduce_commands import run_experiments
 from condzoo.training import Stopped
 from condzoo.training.loop import train
 from tests.experiments.made_up import run_of
@@ -267,7 +267,7 @@ def test_data_that_are_not_there_are_said_before_a_run_directory_is_made(tmp_pat
 def test_all_without_a_folder_of_images_leaves_those_that_need_one_out_aloud(monkeypatch, tmp_path, capsys):
     names = []
     monkeypatch.setattr(
-        "condzoo.reproduce_commands.run_experiments",
+        "condzoo.commands.reproduce.run_experiments",
         lambda experiments, *_: names.extend(e.id for e in experiments) or (True, True),
     )
     assert condzoo("reproduce", "--all", "--out", str(tmp_path)) == 0

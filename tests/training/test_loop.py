@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from condzoo.commands.display import last_layer_texts
 from condzoo.data import BatchPlan, load_data
-from condzoo.display import last_layer_texts
 from condzoo.models import create_model
 from condzoo.probe import read_records
 from condzoo.training import (

@@ -45,7 +45,7 @@ def recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --schema JSON Schema.")] = False,
 ) -> None:
     """List the training recipes with what each reproduces, or every field that a recipe has."""
-    from condzoo import display
+    from condzoo.commands import display
 
     if schema:
         from condzoo.training.documentation import json_schema, schema_text
@@ -131,7 +131,7 @@ class Aim:
 
 def print_plan(recipe: "Recipe", aim: Aim, data_root: Path | None, as_json: bool) -> None:
     """What the training will take on paper."""
-    from condzoo import planning_display
+    from condzoo.commands import planning_display
     from condzoo.training.accelerators import accelerator
     from condzoo.training.planning import plan_training
 
@@ -141,7 +141,7 @@ def print_plan(recipe: "Recipe", aim: Aim, data_root: Path | None, as_json: bool
 
 def print_rehearsal(recipe: "Recipe", device: str | None, data_root: Path | None, as_json: bool) -> None:
     """One step of the training, of which nothing is kept."""
-    from condzoo import planning_display
+    from condzoo.commands import planning_display
     from condzoo.training.rehearsal import rehearse
 
     on_event = None if as_json else tell
@@ -160,8 +160,8 @@ def tell(event: "Event") -> None:
 @contextlib.contextmanager
 def reporting(tensorboard: bool) -> "Iterator[OnEvent]":
     """Where the events of trainings go: to the bar or the lines, and where asked for to TensorBoard."""
-    from condzoo import display
-    from condzoo.progress import TrainingProgress
+    from condzoo.commands import display
+    from condzoo.commands.progress import TrainingProgress
 
     with TrainingProgress(display.console) as progress:
         if not tensorboard:
@@ -185,7 +185,7 @@ def complete_board(on_event: "OnEvent", runs: "Sequence[Run]") -> None:
 
 def train_one(recipe: "Recipe", options: dict[str, Any], tensorboard: bool) -> None:
     """One run, then its table."""
-    from condzoo import display
+    from condzoo.commands import display
     from condzoo.training import train as run_training
 
     with reporting(tensorboard) as on_event:
@@ -208,7 +208,7 @@ def train_several(recipe: "Recipe", seeds: list[int], options: dict[str, Any], t
 
 def print_comparison(runs: "list[Run]", out: Path) -> None:
     """The table of several runs, mean +- std of each setting, and their pictures side by side."""
-    from condzoo import display
+    from condzoo.commands import display
     from condzoo.probe import plot_comparison
     from condzoo.training import summarize
     from condzoo.training.distributed import writes
@@ -241,7 +241,7 @@ def eval_command(
 
     Exit 1 where it is not: on another device, or another number of threads, an image may fall the other way.
     """
-    from condzoo import display
+    from condzoo.commands import display
     from condzoo.evaluating import evaluate_again
 
     found = evaluate_again(target, data, data_root, device)

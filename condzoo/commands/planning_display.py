@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from condzoo.display import console, number, print_json
+from condzoo.commands.display import console, number, print_json
 
 if TYPE_CHECKING:
     from condzoo.training.planning import Plan

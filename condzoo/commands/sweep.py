@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from condzoo import exit_codes
-from condzoo.training_commands import DataRoot, Device, MaxSteps, RecipeArg, Seeds, Set, print_comparison, reporting
+from condzoo.commands.training import DataRoot, Device, MaxSteps, RecipeArg, Seeds, Set, print_comparison, reporting
 
 if TYPE_CHECKING:
     from condzoo.training import Recipe

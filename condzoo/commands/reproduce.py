@@ -78,7 +78,7 @@ def run_experiments(
         ValueError, FileNotFoundError: an engine or a data set that is not there, before the first experiment begins.
         Stopped: on a signal, also one between two experiments; the same call goes on.
     """
-    from condzoo import display
+    from condzoo.commands import display
     from condzoo.experiments.collecting import check_engine
     from condzoo.experiments.planning import read_data_sets
     from condzoo.experiments.stopping import stopping
@@ -115,10 +115,10 @@ def own_options(experiment: "Experiment", imagenet: Path | None, options: dict[s
 
 def run_experiment(experiment: "Experiment", scale: str, out: Path, options: dict[str, Any]) -> tuple[bool, bool]:
     """Run, draw and judge one; returns whether no run failed, and whether no claim did not hold."""
-    from condzoo import display
+    from condzoo.commands import display
+    from condzoo.commands.progress import TrainingProgress
     from condzoo.experiments import collect, draw, judge, reductions_of, stem
     from condzoo.experiments.training import row_name
-    from condzoo.progress import TrainingProgress
 
     with TrainingProgress(display.console) as progress:
         data = collect(experiment, scale, out, on_event=progress, **options)
@@ -156,7 +156,7 @@ def with_images(experiments: list["Experiment"], folder: Path | None, every: boo
     Raises:
         ValueError: one that was asked for by its id needs a folder, and none was named; or it holds no such images.
     """
-    from condzoo import display
+    from condzoo.commands import display
     from condzoo.experiments.planning import needs_folder
 
     on_images = [experiment.id for experiment in experiments if needs_folder(experiment)]
@@ -201,7 +201,7 @@ def write_report(docs: Path) -> None:
 
 def print_list(experiments: list["Experiment"]) -> None:
     """One line an experiment."""
-    from condzoo import display
+    from condzoo.commands import display
 
     table = display.plain_table("", "id", "what", "claims", "minutes, cpu", "seeds, cpu")
     table.columns[1].justify = "left"

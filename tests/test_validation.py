@@ -9,9 +9,9 @@ from torch import nn
 from condzoo.checkpoints import list_checkpoints, load_checkpoint
 from condzoo.cli import main
 from condzoo.models import create_model, init_weights
-from condzoo.promises import check_last_bn, check_scaling
-from condzoo.subject import prepare
 from condzoo.validation import validate
+from condzoo.validation.promises import check_last_bn, check_scaling
+from condzoo.validation.subject import prepare
 
 ONE_A_FAMILY = [
     "cifar_resnet20",
@@ -332,7 +332,7 @@ def test_validate_all_goes_through_models_and_checkpoints_and_fails_with_the_rea
     assert not stop.value.code
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} == {"mlp4x24", "cifar_resnet8", *list_checkpoints()}
-    monkeypatch.setattr("condzoo.promises.GROWTH", {"mlp": (0.9, 1.0)})
+    monkeypatch.setattr("condzoo.validation.promises.GROWTH", {"mlp": (0.9, 1.0)})
     with pytest.raises(SystemExit) as stop:
         main(["validate", "mlp4x24"])
     assert stop.value.code == 1

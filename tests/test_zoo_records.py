@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from condzoo import fingerprint, initial_conditioning, record_zoo
 from condzoo.catalog import list_models
+from condzoo.validation import fingerprint, initial_conditioning, record_zoo
 
 UP_TO_DATE = ["mlp4x24", "mlp8x24_bn", "mlp8x24_lastbn", "cifar_resnet8", "cifar_vgg8_nobn", "cifar_preresnet8_lastbn"]
 

@@ -2,7 +2,7 @@
 
 The weights come from a counter-based generator's raw bits, so that no library's way of drawing numbers enters. The
 logits show any change of the function: a shortcut that pads elsewhere, a BatchNorm on the other side of a fork.
-models/fingerprints.json has those of every registered model; `python -m condzoo.record_zoo` makes it again.
+models/fingerprints.json has those of every registered model; `python -m condzoo.validation.record_zoo` makes it again.
 Shapes: B images, C channels, H x W pixels, K classes.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-RECORD = Path(__file__).parent / "models" / "fingerprints.json"
+RECORD = Path(__file__).parents[1] / "models" / "fingerprints.json"
 IMAGES = 8
 LOGITS = 4  # of the first image; in train mode they depend on the whole batch
 TOLERANCE = 1e-5  # of the largest logit

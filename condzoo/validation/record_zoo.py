@@ -1,4 +1,4 @@
-"""`python -m condzoo.record_zoo [NAME ...]`: measure again what `validate` holds the zoo's models against.
+"""`python -m condzoo.validation.record_zoo [NAME ...]`: measure again what `validate` holds the zoo's models against.
 
 Conditioning at initialization (models/conditioning.json) and fingerprints (models/fingerprints.json). Without names
 it is that of every model of the zoo (about twenty minutes); with names, theirs alone.
@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from condzoo import fingerprint, initial_conditioning
 from condzoo.catalog import list_models, model_info
-from condzoo.initial_conditioning import InitialConditioning, combine, measure_initial
-from condzoo.subject import prepare, small_input
+from condzoo.validation import fingerprint, initial_conditioning
+from condzoo.validation.initial_conditioning import InitialConditioning, combine, measure_initial
+from condzoo.validation.subject import prepare, small_input
 
 SEEDS = range(8)
 
@@ -42,7 +42,8 @@ def dump_conditioning(records: dict[str, InitialConditioning]) -> str:
             for layer in record.mean
         }
         lines[name] = json.dumps(rows, separators=(",", ":"))
-    head = f'"seeds": {len(SEEDS)}, "columns": "means, then spreads, of condzoo.initial_conditioning.QUANTITIES"'
+    columns = "means, then spreads, of condzoo.validation.initial_conditioning.QUANTITIES"
+    head = f'"seeds": {len(SEEDS)}, "columns": "{columns}"'
     return f'{{"schema": 1, {head},\n"models": {line_by_line(lines)}}}\n'
 
 

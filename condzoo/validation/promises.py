@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from condzoo.catalog import ModelInfo
-from condzoo.fingerprint import TOLERANCE, difference, read_fingerprints
-from condzoo.initial_conditioning import deviations, initial_records, measure_initial
 from condzoo.probe import spectrum
-from condzoo.subject import Subject, recorded_inputs, size_of, small_input, weighted
+from condzoo.validation.fingerprint import TOLERANCE, difference, read_fingerprints
+from condzoo.validation.initial_conditioning import deviations, initial_records, measure_initial
+from condzoo.validation.subject import Subject, recorded_inputs, size_of, small_input, weighted
 
 STANDARD_ERRORS = 5  # a seeded draw is compared with its distribution this widely
 TINY_EPS = 1e-300  # BN's, where its scale invariance is checked: torch takes none at all for a mistake

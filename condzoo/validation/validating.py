@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from condzoo.checkpoints import load_checkpoint
-from condzoo.initial_conditioning import initial_records
-from condzoo.promises import (
+from condzoo.validation.initial_conditioning import initial_records
+from condzoo.validation.promises import (
     Check,
     check_conditioning,
     check_finite,
@@ -18,7 +18,7 @@ from condzoo.promises import (
     check_signals,
     check_size,
 )
-from condzoo.subject import Subject, prepare
+from condzoo.validation.subject import Subject, prepare
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ models/conditioning.json has, for up to `LAYERS` layers of every registered mode
 `QUANTITIES`, the geometric mean over seeds and the standard deviation of the logarithm between them. A seed draws
 weights and images anew, so that spread is what a correct network may differ by; threads and processors differ by
 round-off, far less, but in networks so deep that they amplify it to the size of the spread.
-`python -m condzoo.record_zoo` makes the record again.
+`python -m condzoo.validation.record_zoo` makes the record again.
 """
 
 import functools
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from condzoo.probe import Spectrum, measure
 
-RECORD = Path(__file__).parent / "models" / "conditioning.json"
+RECORD = Path(__file__).parents[1] / "models" / "conditioning.json"
 LAYERS = 16  # of a deeper network as many, evenly spread, the first and the last among them
 QUANTITIES = ("input lambda_max", "input kappa", "output gradient lambda_max", "output gradient kappa")
 KAPPA = 0.5  # p of kappa, on the complement of the known nulls: batches are smaller than layers are wide

@@ -17,6 +17,7 @@ from condzoo.training.accelerators import Accelerator
 from condzoo.training.data_sets import STORED, class_count, image_shape, read_data
 from condzoo.training.networks import freeze, network_of
 from condzoo.training.optimizers import build_optimizer
+from condzoo.training.precision import resolve_precision
 from condzoo.training.schema import FullBatch, Recipe
 
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
@@ -114,7 +115,7 @@ def plan_training(
         in_pass = math.ceil(per_step / count / recipe.accumulate)
     traced = trace(recipe, classes, in_pass)
     steps = min(recipe.iterations or (recipe.epochs or 0) * per_epoch, max_steps or math.inf)
-    half = sixteen_bit(recipe, device, traced.convolutional)
+    half = resolve_precision(recipe, traced.convolutional, device.bf16) != "fp32"
     activations = traced.activation_bytes // (2 if half else 1)
     communicated = 2 * (count - 1) / count * traced.gradient_bytes
     update = 2 * (traced.parameter_bytes + traced.gradient_bytes + traced.optimizer_bytes)
@@ -178,13 +179,6 @@ def data_size(recipe: Recipe, data_root: str | Path | None) -> tuple[int, int]:
     validation = recipe.data.validation
     held_out = 0 if validation is None else held_out_count(images, validation)
     return images - held_out, classes or 0
-
-
-def sixteen_bit(recipe: Recipe, device: Accelerator, convolutional: bool) -> bool:
-    """Whether the passes run in bf16 or fp16; `auto` is settled as `resolve_numerics` does it."""
-    if recipe.precision == "auto":
-        return device.bf16 and convolutional and recipe.channels_last is not False
-    return recipe.precision in ("bf16", "fp16")
 
 
 def trace(recipe: Recipe, num_classes: int, images: int) -> Traced:

@@ -29,23 +29,28 @@ class Numerics:
 
 
 def resolve_numerics(recipe: Recipe, model: nn.Module, device: torch.device) -> Numerics:
-    """Settle `auto`: bf16 for convolutions where the device has units for it, fp32 elsewhere.
-
-    bf16 convolutions on a CPU are fast in channels_last only (without it slower than fp32), so
-    they are picked only where channels_last is not switched off.
+    """What the recipe's `auto` are for this network on this device.
 
     Raises:
         ValueError: fp16 on a CPU.
     """
     convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
     channels_last = convolutional if recipe.channels_last == "auto" else recipe.channels_last
-    precision = recipe.precision
-    if precision == "auto":
-        fast = convolutional and channels_last and has_bf16_units(device)
-        precision = "bf16" if fast else "fp32"
+    precision = resolve_precision(recipe, convolutional, has_bf16_units(device))
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("precision: fp16 needs a GPU; on a CPU use bf16, fp32 or auto")
     return Numerics(precision, channels_last, device)
+
+
+def resolve_precision(recipe: Recipe, convolutional: bool, bf16_units: bool) -> str:
+    """Settle `auto`: bf16 for convolutions where the device has units for it, fp32 elsewhere.
+
+    bf16 convolutions on a CPU are fast in channels_last only (without it slower than fp32), so
+    they are picked only where channels_last is not switched off.
+    """
+    if recipe.precision != "auto":
+        return recipe.precision
+    return "bf16" if convolutional and bf16_units and recipe.channels_last is not False else "fp32"
 
 
 def has_bf16_units(device: torch.device) -> bool:

@@ -75,7 +75,8 @@ def run_experiments(
     """Run, draw and judge each experiment; returns whether no run failed, and whether no claim did not hold.
 
     Raises:
-        ValueError, FileNotFoundError: an engine or a data set that is not there, before the first experiment begins.
+        ValueError, FileNotFoundError: an engine or a data set that is not there, or `out` is a file: before the first
+            experiment begins.
         Stopped: on a signal, also one between two experiments; the same call goes on.
     """
     from condzoo.commands import display
@@ -84,6 +85,8 @@ def run_experiments(
     from condzoo.experiments.stopping import stopping
 
     check_engine(options["engine"])
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: a file; it must be a folder, or not there yet")
     whole = held = True
     read: set[str] = set()
     with stopping("experiments") as stop_where_asked:

@@ -30,7 +30,8 @@ def read_data_file(path: str | Path) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        again = "if it is damaged, delete it, and give the `reproduce` command again"
+        raise ValueError(f"{path} is not JSON: {error}; {again}") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not an experiment's data: expected schema {SCHEMA!r}")
     if lacking := next(missing_pieces(data), None):

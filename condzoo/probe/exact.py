@@ -115,9 +115,11 @@ def exact_layers(model: nn.Module, block: str | None) -> dict[str, nn.Module]:
     """The layers whose parameters an exact matrix is over: one block's, or all.
 
     Raises:
-        ValueError: an unknown block, or a weight that is computed: no parameter holds it.
+        ValueError: an unknown block, no layer at all, or a weight that is computed: no parameter holds it.
     """
     layers, _ = choose(model, None if block is None else [block])
+    if not layers:
+        raise ValueError("the network has no linear or convolution layer: exact curvature is over their parameters")
     for name, module in layers.items():
         if own_weight(module) is None:
             raise ValueError(unavailable(name, "a layer whose weight is computed (by a parametrization or a hook)"))

@@ -264,6 +264,15 @@ def test_data_that_are_not_there_are_said_before_a_run_directory_is_made(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_place_of_the_folder_is_said_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert condzoo("reproduce", "thm1", "--out", str(tmp_path / "out")) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: --out ")
+    assert "a file; it must be a folder" in captured.err
+    assert not captured.out
+
+
 def test_all_without_a_folder_of_images_leaves_those_that_need_one_out_aloud(monkeypatch, tmp_path, capsys):
     names = []
     monkeypatch.setattr(
@@ -327,7 +336,7 @@ def test_another_file_is_refused(tmp_path, capsys):
     path = tmp_path / "other.json"
     path.write_text("{")
     assert condzoo("plot", str(path)) == 2
-    assert "is not JSON" in capsys.readouterr().err
+    assert "; if it is damaged, delete it, and give the `reproduce` command again" in capsys.readouterr().err
     path.write_text(json.dumps({"schema": "condzoo.experiment/9"}))
     assert condzoo("plot", str(path)) == 2
     assert f"expected schema {SCHEMA!r}" in capsys.readouterr().err

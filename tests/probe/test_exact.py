@@ -379,6 +379,13 @@ def test_fisher_under_batch_statistics_of_more_labels_than_single_passes(kit, mo
         assert torch.allclose(curvature(model, x, None, "fisher", block="1").eigenvalues, expected, **close)
 
 
+@pytest.mark.parametrize("ask", [curvature, curvature_blocks, top_curvature])
+@pytest.mark.parametrize("matrix", ["fisher", "hessian"])
+def test_a_network_without_layers_is_one_error(kit, ask, matrix):
+    with pytest.raises(ValueError, match="the network has no linear or convolution layer"):
+        ask(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48)), *kit.images(4), matrix)
+
+
 class Repeated(nn.Module):
     """BN, and dropout that activation checkpointing repeats within the backward pass."""
 

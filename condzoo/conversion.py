@@ -23,7 +23,6 @@ from condzoo.checkpoints.foreign import has_projections, read_foreign, translate
 from condzoo.checkpoints.writing import (
     check_free,
     check_tag,
-    default_root,
     serialize,
     timm_config,
     write_checkpoint,
@@ -78,7 +77,7 @@ def convert(
     Args:
         source: the file.
         model: which network of condzoo's it is.
-        tag: of the new checkpoint. out: the folder that takes `model.tag/`; default: as for `release`.
+        tag: of the new checkpoint. out: the folder that takes `model.tag/`; default: ./converted.
         license: of the weights, for config and model card.
         mean, std: of every channel of images in [0, 1], which the network's were standardized with. Without them the
             card says that they are not known, and config.json has those usual for the network.
@@ -214,8 +213,8 @@ def standardization(
 
 
 def root_of(out: str | Path | None) -> Path:
-    """The folder that takes the checkpoint's."""
-    return Path(out) if out is not None else default_root()
+    """The folder that takes the checkpoint's; of its own: the repository's checkpoints/ holds what is released."""
+    return Path(out) if out is not None else Path("converted")
 
 
 def write(

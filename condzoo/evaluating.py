@@ -1,13 +1,14 @@
 """The accuracy of a run, a checkpoint's folder or a released name, measured again."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from condzoo.checkpoints.folder import CONFIG, METRICS, CheckpointFolder
+from condzoo.checkpoints.folder import CONFIG, CONVERSION, METRICS, CheckpointFolder
 from condzoo.checkpoints.loading import is_path, load_folder, read_checkpoint, read_recipe, release_by_name
-from condzoo.checkpoints.records import Config, Metrics, read_record
+from condzoo.checkpoints.records import Config, Conversion, InputConfig, Metrics, read_record
 from condzoo.checkpoints.remeasuring import read_images
-from condzoo.data import IMAGE_FOLDER, DataSet, load_data
+from condzoo.data import IMAGE_FOLDER, DataSet, ImageData, StoredData, load_data
 from condzoo.training import Evaluation, evaluate, evaluate_run, load_run
 from condzoo.training.precision import Numerics, resolve_device
 from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY
@@ -15,10 +16,14 @@ from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation, and the right answers out of so many images that were recorded before; None: none were."""
+    """An evaluation, and the right answers out of so many images that were recorded before; None: none were.
+
+    `note`: what is doubtful about it, empty where nothing is.
+    """
 
     evaluation: Evaluation
     recorded: tuple[int, int] | None
+    note: str = ""
 
     @property
     def as_recorded(self) -> bool | None:
@@ -53,7 +58,7 @@ def evaluate_again(
     where = resolve_device(device)
     images = checkpoint_images(checkpoint, data, data_root).to(where)
     found = evaluate(model.to(where), images, Numerics("fp32", channels_last=False, device=where))
-    return Evaluated(found, recorded_of(checkpoint))
+    return Evaluated(found, recorded_of(checkpoint), doubt_of(checkpoint))
 
 
 def run_again(folder: Path, data: str | None, data_root: str | Path | None, device: str | None) -> Evaluated:
@@ -66,7 +71,7 @@ def run_again(folder: Path, data: str | None, data_root: str | Path | None, devi
 
 
 def checkpoint_images(folder: CheckpointFolder, data: str | None, data_root: str | Path | None) -> DataSet:
-    """The images a checkpoint was trained on; of a converted one those of `data`, in its own size.
+    """The images a checkpoint was trained on; of a converted one those of `data`, prepared as its config.json says.
 
     Raises:
         ValueError: a converted one and no data set, or one of other images or classes.
@@ -78,15 +83,39 @@ def checkpoint_images(folder: CheckpointFolder, data: str | None, data_root: str
     if data is None:
         raise ValueError(f"{folder.path} was converted and knows no data set; name one by --data, e.g. --data cifar10")
     config = read_record(folder, CONFIG, Config)
-    size, share = config.pretrained_cfg.input_size, config.pretrained_cfg.crop_pct
+    cfg = config.pretrained_cfg
+    size = cfg.input_size
     if data == IMAGE_FOLDER:
-        resize = round(size[1] / share)
-        return load_data(data, data_root, num_classes=config.num_classes, image_size=size[1], eval_resize=resize)
+        resize = math.floor(size[1] / cfg.crop_pct)  # as timm's evaluation does it
+        images = load_data(
+            data,
+            data_root,
+            num_classes=config.num_classes,
+            image_size=size[1],
+            eval_resize=resize,
+            interpolation=cfg.interpolation,
+        )
+        return standardized(images, cfg)
     images = load_data(data, data_root)
     if images.image_shape != size or images.num_classes != config.num_classes:
         theirs = f"{images.image_shape} and {images.num_classes} classes"
         raise ValueError(f"data: {data} has images of {theirs}, {folder.path} takes {size} and {config.num_classes}")
-    return images
+    return standardized(images, cfg)
+
+
+def standardized(images: DataSet, cfg: InputConfig) -> DataSet:
+    """The images with the constants of a config.json, in place of their data set's usual ones."""
+    if not isinstance(images, ImageData | StoredData):
+        return images
+    mean, std = (tuple(255 * value for value in values) for values in (cfg.mean, cfg.std))
+    return replace(images, mean=mean, std=std)
+
+
+def doubt_of(folder: CheckpointFolder) -> str:
+    """What may make a checkpoint's evaluation wrong though nothing is."""
+    if folder.trained or read_record(folder, CONVERSION, Conversion).preprocessing_known:
+        return ""
+    return "how its images were standardized is not known: what is usual was taken (`condzoo convert --mean --std`)"
 
 
 def check_same(data: str | None, own: str) -> None:

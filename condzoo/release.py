@@ -24,17 +24,18 @@ from condzoo.checkpoints.writing import (
     write_checkpoint,
     write_table,
 )
-from condzoo.data import DataSet
+from condzoo.data import DataSet, folder_view
 from condzoo.models import released
 from condzoo.models.weight_files import sha256
 from condzoo.probe import Conditioning, plot_records
 from condzoo.probe.serialization import to_record
 from condzoo.training import Recipe, Run, dump_recipe, evaluate_run, load_recipe, load_run, recipe_files
-from condzoo.training.data_sets import centre_share, read_data
-from condzoo.training.environment import processor
+from condzoo.training.data_sets import STORED, centre_share, read_data
+from condzoo.training.environment import device_name, processor
 from condzoo.training.run_directory import CONDITIONING as STEPS
 from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json
 from condzoo.training.runs import is_complete
+from condzoo.training.schema import DataSection
 
 RULE = "the lowest seed, fixed before any was trained"
 OTHER_DEVICE = 0.002  # share of the images that the arithmetic of another device or CPU may decide otherwise
@@ -94,13 +95,17 @@ def release(
 
 def released_before(runs: str | Path | Sequence[str | Path], tag: str, *, out: str | Path | None = None) -> Path | None:
     """The folder that `release` made of these runs before, as it is; None where there is none, or another's."""
-    run = checked_run([Path(runs)] if isinstance(runs, str | Path) else [Path(path) for path in runs])
+    paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(path) for path in runs]
+    run = checked_run(paths)
     root = Path(out) if out is not None else default_root()
     target = root / f"{run.recipe.model.name}.{check_tag(tag)}"
     if not target.is_dir():
         return None
     made = read_record(read_folder(target), METRICS, Metrics)
-    same = (made.released_seed, made.sha256) == (run.recipe.seed, sha256(serialize(run.load_model())))
+    seeds = sorted((seed_result(Path(path)) for path in paths), key=lambda seed: seed["seed"])
+    same = (made.released_seed, made.sha256) == (run.recipe.seed, sha256(serialize(run.load_model()))) and [
+        result.model_dump() for result in made.seeds
+    ] == seeds
     return target if same else None
 
 
@@ -138,6 +143,11 @@ def read_finished(path: Path) -> Recipe:
         )
     for part in read_json(path / ENVIRONMENT):  # one for each time the run went on
         source = part["source"]
+        if source and source.get("error"):
+            raise ValueError(
+                f"{path} was trained from a clone whose state git did not tell ({source['error']}): nobody could say "
+                "from which source; mend that, and train it again"
+            )
         if source and source["changed"]:
             raise ValueError(
                 f"{path} was trained from source with uncommitted changes (on {source['commit'][:12]}): nobody could "
@@ -179,8 +189,8 @@ def check_evaluations(run: Run, paths: Sequence[Path], data_root: str | Path | N
 def check_evaluation(run: Run, data_root: str | Path | None) -> None:
     """Check that the run ended well and that evaluating it again gives its result.
 
-    To the last image on the kind of device, or the CPU, that it ran on; where only another is here, to `OTHER_DEVICE`
-    of them.
+    To the last image on the GPU, or the CPU and number of threads, that it ran on; where only another is here, to
+    `OTHER_DEVICE` of them.
 
     Raises:
         ValueError: it does not.
@@ -191,7 +201,7 @@ def check_evaluation(run: Run, data_root: str | Path | None) -> None:
     kind = str(summary["device"]).partition(":")[0]
     here = kind == "cpu" or torch.cuda.is_available()
     again = evaluate_run(run.path, data_root=data_root, device=kind if here else "cpu")
-    same = here and (kind != "cpu" or read_json(run.path / ENVIRONMENT)[-1]["processor"] == processor())
+    same = here and same_arithmetic(read_json(run.path / ENVIRONMENT)[-1], kind)
     allowed = 0 if same else OTHER_DEVICE * again.total
     if again.total != summary["test_images"] or abs(again.correct - summary["test_correct"]) > allowed:
         raise ValueError(
@@ -203,12 +213,25 @@ def check_evaluation(run: Run, data_root: str | Path | None) -> None:
         raise ValueError(f"{run.path} recorded a test error of {summary['test_error']}; its right answers make {error}")
 
 
+def same_arithmetic(environment: dict[str, Any], kind: str) -> bool:
+    """Whether this machine adds up as the one that a run's environment.json describes."""
+    if kind == "cpu":
+        return (environment["processor"], environment["threads"]) == (processor(), torch.get_num_threads())
+    return bool(environment["device"] == device_name(torch.device(kind)))
+
+
 def input_fields(recipe: Recipe, data: DataSet) -> dict[str, Any]:
     """What timm is to know of the input: size, constants of images in [0, 1], the share that a crop keeps."""
     info = model_info(recipe.model.name)
     if info.family == "mlp" and data.image_shape != info.input_size:
         raise ValueError(f"{info.name} takes {info.input_size} by its name, the recipe's data is {data.image_shape}")
+    view = (
+        {"interpolation": folder_view(interpolation=recipe.data.interpolation).interpolation}
+        if recipe.data.name in STORED
+        else {}
+    )
     return {
+        **view,
         "input_size": list(data.image_shape),
         "mean": [value / 255 for value in data.mean],
         "std": [value / 255 for value in data.std],
@@ -239,12 +262,26 @@ def collect_metrics(
         "recipe": name,
         "source": header.get("Source", "not stated"),
         "departs": header.get("Departs", "not stated"),
-        "data": {"name": section.name, "crop": section.crop, "resize": section.resize, "augment": section.augment},
+        "data": described_data(section),
         "hardware": f"{environment['processor']}, {threads}, {environment['device']}",
         "packages": environment["packages"],
         "commit": ", ".join(commits) or None,
         "date": run.summary["finished"][:10],
     }
+
+
+def described_data(section: DataSection) -> dict[str, str | int | None]:
+    """The data set, and how its images were prepared."""
+    fields: dict[str, str | int | None] = {
+        "name": section.name,
+        "crop": section.crop,
+        "resize": section.resize,
+        "augment": section.augment,
+    }
+    if section.name in STORED:
+        view = folder_view(section.image_size, section.eval_resize, section.interpolation)
+        fields |= {"image_size": view.size, "eval_resize": view.resize, "interpolation": view.interpolation}
+    return fields
 
 
 def seed_result(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import is_model
 from torch import nn
 
@@ -24,7 +23,7 @@ from condzoo.checkpoints.remeasuring import logits_difference
 from condzoo.models import create_model, insert_last_bn
 from condzoo.models.pretrained import SOURCES
 from condzoo.models.released import Release, check_released, find_release, read_index, release_folder
-from condzoo.models.weight_files import check_state, sha256
+from condzoo.models.weight_files import as_saved, check_state, sha256
 
 # of the largest logit: what no other CPU's arithmetic moves, reduced matrix products included; `verify` is stricter
 OTHER_FUNCTION = 0.05
@@ -81,8 +80,14 @@ def release_by_name(name: str) -> Release:
 
 
 def is_path(path_or_name: str | Path) -> bool:
-    """Whether a path is meant: a Path, anything with a separator in it, or what is there."""
-    return isinstance(path_or_name, Path) or any(c in path_or_name for c in "/\\") or Path(path_or_name).exists()
+    """Whether a path is meant: a Path, anything with a separator in it, or what is there and is no released name.
+
+    A name stands for the release that the index knows, whatever lies in the working directory.
+    """
+    if isinstance(path_or_name, Path) or any(c in path_or_name for c in "/\\"):
+        return True
+    names = {name for release in read_index().values() for name in (release.name, release.arch)}
+    return path_or_name not in names and Path(path_or_name).exists()
 
 
 def load_folder(folder: CheckpointFolder) -> nn.Module:
@@ -115,7 +120,7 @@ def load_weights(folder: CheckpointFolder) -> nn.Module:
     config = check_agreement(folder)
     state = folder.weights()
     try:
-        with torch.device("meta"):
+        with as_saved():
             network = network_of_config(config)
     except Exception as error:  # timm's and torch's constructors refuse arguments in many ways
         raise ValueError(f"{folder.path / CONFIG} describes no network: {error}") from error

@@ -10,6 +10,8 @@ from condzoo.checkpoints.loading import read_recipe
 from condzoo.checkpoints.records import Config, Conversion, Metrics, read_conditioning, read_record
 from condzoo.probe import Spectrum
 
+STORED = ("imagefolder", "hfds")  # data sets that are whatever lies in the folder
+IMAGENET_TEST = 50_000  # images of ImageNet-1k's validation set
 PUBLISHED = Path(__file__).with_name("published.toml")
 
 
@@ -24,7 +26,7 @@ def model_card(folder: CheckpointFolder) -> str:
     record: Metrics | Conversion
     if folder.trained:
         record = read_record(folder, METRICS, Metrics)
-        dataset, license = str(record.data["name"]), "apache-2.0"
+        dataset, license = images_of(record), "apache-2.0"
         parts = [results(record), conditioning_section(folder), training(folder, record)]
     else:
         record = read_record(folder, CONVERSION, Conversion)
@@ -37,14 +39,15 @@ def model_card(folder: CheckpointFolder) -> str:
 def front_matter(license: str, dataset: str) -> str:
     """What the Hub reads of a model card."""
     lines = ["library_name: timm", f"license: {license}", "pipeline_tag: image-classification"]
-    lines += [f"datasets:\n- {dataset}"] if dataset else []
+    lines += [f"datasets:\n- {dataset}"] if dataset not in ("", *STORED) else []
     return "\n".join(["---", *lines, "tags:\n- condzoo\n- timm", "---"])
 
 
 def opening(config: Config, parameters: int, dataset: str) -> str:
     """One sentence: what it is."""
     c, h, w = config.pretrained_cfg.input_size
-    trained = f", trained on {dataset}" if dataset else ""
+    what = "images in class folders" if dataset in STORED else dataset
+    trained = f", trained on {what}" if dataset else ""
     inserted = " with a BatchNorm before its last linear layer" if config.insert_last_bn else ""
     return (
         f"`{config.architecture}`{inserted}{trained}: {parameters:,} parameters, images of {c} x {h} x {w}, "
@@ -54,8 +57,9 @@ def opening(config: Config, parameters: int, dataset: str) -> str:
 
 def usage(name: str, config: Config, trained: bool) -> str:
     """How to load it: a trained one by its name, a converted one from its folder."""
-    place = name if trained else f"checkpoints/{name}"
+    place = name if trained else f"FOLDER/{name}"
     lines = ["import condzoo", "", f'model = condzoo.load_checkpoint("{place}")  # in eval mode']
+    lines += [f'model = condzoo.load_checkpoint("FOLDER/{name}")  # a copy of this folder'] if trained else []
     if not config.insert_last_bn:
         lines += ["", "import timm, condzoo.models", ""]
         lines += [f'model = timm.create_model("{name if trained else "local-dir:" + place}", pretrained=True)']
@@ -69,6 +73,9 @@ def preprocessing(config: Config, record: Metrics | Conversion) -> str:
     if isinstance(record, Metrics):
         steps += [f"centre crop to {record.data['crop']} pixels"] if record.data["crop"] else []
         steps += [f"resize to {record.data['resize']} (bilinear, antialiased)"] if record.data["resize"] else []
+        if size := record.data.get("image_size"):
+            steps += [f"scale the shorter side to {record.data['eval_resize']} pixels ({cfg.interpolation})"]
+            steps += [f"centre crop to {size}"]
     mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (cfg.mean, cfg.std))
     steps.append(f"scale to [0, 1], subtract {mean}, divide by {std}")
     text = "; ".join(steps).capitalize() + "."
@@ -108,13 +115,19 @@ def results(metrics: Metrics) -> str:
         error = s.status if s.test_error is None else percent(s.test_error)
         loss = "-" if s.train_loss is None else f"{s.train_loss:.4f}"
         lines.append(f"| {s.seed} | {error} | {loss} | {s.epochs:g} | {s.precision} | {s.seconds / 60:.1f} |")
-    published = published_errors(str(metrics.data["name"]), metrics.model)
+    published = published_errors(images_of(metrics), metrics.model)
     beside = "; ".join(f"{source}: {error}" for source, error in published.items())
     lines += [
         "",
         f"Published, %: {beside}." if beside else "No published error for this network and data is known to us.",
     ]
     return "\n".join(lines)
+
+
+def images_of(metrics: Metrics) -> str:
+    """The data set as published results call it: class folders with as many test images as ImageNet's are ImageNet."""
+    name = str(metrics.data["name"])
+    return "imagenet" if name in STORED and metrics.test_images == IMAGENET_TEST else name
 
 
 @functools.cache

@@ -81,12 +81,12 @@ def verify_checkpoint(path: str | Path, data_root: str | Path | None = None) -> 
     """
     if is_path(path):
         place = folder_at(Path(path))
-        release = read_index().get(place.name)
+        release = read_index().get(place.resolve().name)
     else:
         release = release_by_name(str(path))
         place = release_folder(release)
     rows = tuple(checks(place, release, data_root))
-    return Verification(release.name if release else place.name, place, rows)
+    return Verification(release.name if release else place.resolve().name, place, rows)
 
 
 def verify_released(data_root: str | Path | None = None) -> Iterator[Verification]:
@@ -136,7 +136,7 @@ def attempt(check: str, function: Callable[..., tuple[bool, str]], *arguments: A
 def check_index(folder: CheckpointFolder, release: Release | None) -> Check:
     """The weights' SHA-256 against the package's index."""
     if release is None:
-        return Check("index", None, f"{folder.path.name} is not a released name; its own sums hold")
+        return Check("index", None, f"{folder.path.resolve().name} is not a released name; its own sums hold")
     here = sha256(folder.files[WEIGHTS])
     detail = (
         f"SHA-256 {here[:12]}..."
@@ -196,7 +196,10 @@ def check_conditioning(
     """lambda_max and every eigenvalue of each layer's input and output gradient, at initialization and at the end."""
     recorded = read_conditioning(folder)
     found, same = [f"{len(recorded['at_end'])} layers"], True
-    for when, network in (("at_init", initial_network(recipe, data)), ("at_end", model)):
+    network = initial_network(recipe, data)  # with the recipe's dropout, which config.json does not have
+    for when in ("at_init", "at_end"):
+        if when == "at_end":
+            network.load_state_dict(model.state_dict())
         measured = measure_conditioning(network, data, recipe["data"]["batch_size"])
         for what, compare, tolerance in (
             ("lambda_max", lambda_max_difference, LAMBDA_MAX_TOLERANCE[when]),

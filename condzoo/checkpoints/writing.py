@@ -26,6 +26,7 @@ from condzoo.checkpoints.model_card import model_card
 from condzoo.checkpoints.overview import TITLE, checkpoints_table
 from condzoo.checkpoints.remeasuring import EXPECTED_IMAGES, logits_of
 from condzoo.models import released
+from condzoo.training.run_directory import write_atomically
 
 TAG = re.compile(r"[a-z0-9][a-z0-9_]*")
 KEPT_INPUT = ("input_size", "interpolation", "crop_pct", "mean", "std", "num_classes", "pool_size", "first_conv")
@@ -57,12 +58,18 @@ def check_free(target: Path) -> Path:
 
 
 def check_table(root: Path) -> None:
-    """FileExistsError where root/README.md is not the table of checkpoints, which would take its place."""
+    """See that root/README.md can be made, before anything that it is to list.
+
+    Raises:
+        FileExistsError: it is not the table of checkpoints, which would take its place.
+        ValueError: a checkpoint that is there is damaged.
+    """
     table = root / CARD
     if table.exists() and not (table.is_file() and table.read_bytes().startswith(TITLE.encode())):
         raise FileExistsError(
             f"{table} is no table of checkpoints, and would be overwritten by one; give another folder by --out"
         )
+    checkpoints_table(checkpoint_folders_in(root))
 
 
 def serialize(model: nn.Module) -> bytes:
@@ -126,14 +133,14 @@ def write_checkpoint(
 
 
 def checkpoint_folders_in(root: Path) -> list[Path]:
-    """Every checkpoint's folder right under `root`."""
-    return sorted(path.parent for path in root.glob(f"*/{SUMS}"))
+    """Every checkpoint's folder right under `root`; others may have a file of sums, too."""
+    return sorted(path.parent for path in root.glob(f"*/{SUMS}") if (path.parent / CONFIG).is_file())
 
 
 def write_table(root: Path) -> None:
-    """Write root/README.md, the table of all checkpoints in `root`; FileExistsError where it is something else."""
+    """Write root/README.md, the table of all checkpoints in `root`; raises as `check_table`."""
     check_table(root)
-    (root / CARD).write_text(checkpoints_table(checkpoint_folders_in(root)), encoding="utf-8")
+    write_atomically(root / CARD, checkpoints_table(checkpoint_folders_in(root)).encode())
 
 
 def refresh_cards(root: Path) -> None:
@@ -153,9 +160,9 @@ def add_to_index(name: str, weights_sum: str, cfg: dict[str, Any], default: bool
     for other in known.values():
         rows[other.name] = {"sha256": other.sha256, "default": other.default and not (default and other.arch == arch)}
         rows[other.name] |= other.input
-    kept = ("mean", "std", "crop_pct", "num_classes", "input_size")
+    kept = ("mean", "std", "crop_pct", "interpolation", "num_classes", "input_size")
     rows[name] = {"sha256": weights_sum, "default": default, **{key: cfg[key] for key in kept}}
     lines = released.INDEX.read_text(encoding="utf-8").splitlines(keepends=True)
     header = "".join(line for line in lines if line.startswith("#"))
     text = header + "\n" + tomli_w.dumps(dict(sorted(rows.items())))
-    released.INDEX.write_text(text, encoding="utf-8")
+    write_atomically(released.INDEX, text.encode())

@@ -38,7 +38,7 @@ def release(
 
     if not push and (dry_run or owner is not None):
         raise ValueError("--dry-run and --owner say how to --push; give that too, or leave them out")
-    made = released_before(runs, tag, out=out) if push else None
+    made = released_before(runs, tag, out=out) if push and not default else None
     folder = made or make_release(runs, tag, out=out, data_root=data_root, default=default)
     typer.echo(f"{'released before: ' if made else 'released '}{folder}")
     if push:
@@ -86,7 +86,7 @@ def convert(
         Path | None, typer.Option(help="With --last-bn: folder of images, one folder a class, to take statistics from.")
     ] = None,
     tag: Tag = "converted",
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option(help="The folder that takes MODEL.TAG/. Default: converted/.")] = None,
     license: Annotated[str | None, typer.Option(help="Of the weights, for config and model card.")] = None,
     mean: Annotated[
         str | None, typer.Option(help="Of each channel of images in [0, 1], e.g. 0.4914,0.4822,0.4465; with --std.")

@@ -15,8 +15,9 @@ from rich.table import Table
 from condzoo.catalog import ModelInfo
 
 if TYPE_CHECKING:  # these import torch, and listing models does not need it
+    from condzoo.evaluating import Evaluated
     from condzoo.experiments import Verdict
-    from condzoo.training import Evaluation, Run
+    from condzoo.training import Run
 
 MEANS = (  # of a setting's runs: key of their summaries, what to call it, scale, unit
     ("val_error", "val error", 100, " %"),
@@ -179,13 +180,16 @@ def last_layer_texts(run: "Run") -> tuple[str, str]:
     )
 
 
-def print_evaluation(evaluation: "Evaluation", recorded: tuple[int, int] | None, as_json: bool) -> None:
-    """Error, accuracy and loss over every image, and whether it is what was recorded."""
+def print_evaluation(again: "Evaluated", as_json: bool) -> None:
+    """Error, accuracy and loss over every image, whether it is what was recorded, and what is doubtful about it."""
+    evaluation, recorded = again.evaluation, again.recorded
     if as_json:
         found = {**asdict(evaluation), "error": evaluation.error, "accuracy": evaluation.accuracy}
         found |= {"loss": evaluation.loss if math.isfinite(evaluation.loss) else None}  # a diverged run's
         print_json({**found, "recorded_correct": recorded and recorded[0], "recorded_total": recorded and recorded[1]})
         return
+    if again.note:
+        console.print(f"note: {again.note}", soft_wrap=True)
     wrong = evaluation.total - evaluation.correct
     before = ""
     if recorded is not None:

@@ -245,6 +245,6 @@ def eval_command(
     from condzoo.evaluating import evaluate_again
 
     found = evaluate_again(target, data, data_root, device)
-    display.print_evaluation(found.evaluation, found.recorded, as_json)
+    display.print_evaluation(found, as_json)
     if found.as_recorded is False:
         raise typer.Exit(exit_codes.CHECK_FAILED)

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from condzoo.models.released import Release, find_release, read_release, releases_of, weights_path
-from condzoo.models.weight_files import check_state
+from condzoo.models.weight_files import as_saved, check_state
 
 SOURCES = ("file", "url", "state_dict", "hf_hub_id")  # where a timm config may take weights from
 
@@ -55,7 +54,7 @@ def released_config(
     """
     state = read_release(release)
     config = {**config, **release.input, "architecture": release.arch, "tag": release.tag}
-    with torch.device("meta"):
+    with as_saved():
         reference = build(**{**args, "num_classes": config["num_classes"], "in_chans": config["input_size"][0]})
     check_state(state, reference.state_dict(), release.name)
     return {**config, "file": str(weights_path(release)), "state_dict": state}

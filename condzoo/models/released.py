@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from torch import Tensor
 
 from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
@@ -98,7 +99,10 @@ def how_to_get(arch: str) -> str:
         ways.append(f"`condzoo train {recipes[alike[0]]} --set model.name={arch}` trains it")
     plain = arch.removesuffix("_lastbn")
     if plain != arch and plain.startswith("resnet"):
-        ways.append(f"`condzoo convert --last-bn timm/{plain} --calibrate FOLDER` makes it from timm's {plain}")
+        ways.append(
+            f"`condzoo convert --last-bn timm/{plain} --calibrate FOLDER` makes a "
+            f"checkpoint of timm's {plain}, which `condzoo.load_checkpoint(FOLDER)` loads"
+        )
     return ", ".join(ways) if ways else "condzoo.list_models(pretrained=True) lists what is released"
 
 
@@ -174,12 +178,20 @@ def check_released(release: Release, content: bytes, path: Path) -> None:
 def fetch(release: Release) -> Path:
     """Download a release's folder into the cache; it gets its name there only once the weights' hash is right.
 
+    One process at a time: those that waited find it there.
+
     Raises:
         FileNotFoundError: huggingface_hub is not there, the Hub cannot be reached, or has no such repository.
         ValueError: the weights' SHA-256 is not the index's.
     """
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache.with_suffix(".lock")):
+        return find_folder(release) or fetch_into(cache, release)
+
+
+def fetch_into(cache: Path, release: Release) -> Path:
+    """`fetch`, with the cache's lock held."""
     target = cache / release.name
     with tempfile.TemporaryDirectory(prefix=".", dir=cache) as temporary:
         folder = Path(temporary) / release.name

@@ -6,7 +6,8 @@ A file is read once, as bytes; what is hashed, parsed and loaded are the same by
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,7 +26,10 @@ def read_plain_file(path: Path) -> bytes:
         ValueError: not a regular file.
     """
     if path.is_symlink():
-        raise ValueError(f"{path} is a symbolic link; a checkpoint's files must be plain files")
+        raise ValueError(
+            f"{path} is a symbolic link; a checkpoint's files must be plain files "
+            "(of the Hub's: huggingface_hub.snapshot_download(..., local_dir=FOLDER))"
+        )
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     # the flags cover a link or a pipe that was put there since
@@ -64,6 +68,18 @@ def parse_weights(content: bytes, source: str, *, finite: bool = True) -> dict[s
         if finite and value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise ValueError(f"{source}: {key!r} has values that are not finite; these weights cannot be used")
     return state
+
+
+@contextmanager
+def as_saved() -> Iterator[None]:
+    """Networks built inside are as files have them, in float32 whatever the default is, and hold no values."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:

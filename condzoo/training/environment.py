@@ -27,7 +27,7 @@ def describe_environment(numerics: Numerics) -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": _device_name(numerics.device),
+        "device": device_name(numerics.device),
         "precision": numerics.precision,
         "channels_last": numerics.channels_last,
         "source": _source(),
@@ -51,20 +51,25 @@ def processor() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A GPU's model name; else the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _source() -> dict[str, Any] | None:
-    """Commit of the repository this package is used from, and whether files differ from it; None outside one."""
+    """Commit of the repository this package is used from, and whether files differ from it; None outside one.
+
+    Where git does not tell, `error` says why.
+    """
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return None
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return {"commit": commit, "changed": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return {"commit": None, "changed": None, "error": said.strip().splitlines()[0]}
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -1,19 +1,27 @@
 """`convert` and `convert_last_bn`: folders that load, verify, and compute what their source did."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from torch import nn
+from torchvision.datasets import ImageFolder
 
 import condzoo
 from condzoo.checkpoints import load_checkpoint, verify_checkpoint
+from condzoo.checkpoints.folder import read_folder, write_sums
 from condzoo.cli import main
 from condzoo.commands.checkpoints import numbers
 from condzoo.conversion import calibration_images, convert, convert_last_bn
+from condzoo.data import BatchPlan, ImageData
+from condzoo.data.arrays import LabelledImages
+from condzoo.evaluating import checkpoint_images, evaluate_again
 from condzoo.models import create_model
 
 
@@ -40,6 +48,49 @@ def photos(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return tmp_path / "photos"
+
+
+def test_a_converted_network_is_evaluated_on_images_prepared_as_its_config_says(tmp_path, monkeypatch):
+    """Of akamaster's networks, which took ImageNet's constants."""
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = LabelledImages(images, torch.arange(6))
+    data = ImageData("cifar10", 10, split, split, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
+    monkeypatch.setattr("condzoo.evaluating.load_data", lambda *_, **__: data)
+    torch.save(create_model("cifar_resnet8").state_dict(), tmp_path / "weights.pth")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    known = convert(tmp_path / "weights.pth", "cifar_resnet8", tag="known", out=tmp_path, mean=mean, std=std)
+    (seen, _), *_ = checkpoint_images(read_folder(known), "cifar10", None).ordered_batches("test", BatchPlan(6))
+    expected = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(seen, expected)
+    assert evaluate_again(known, "cifar10").note == ""
+    unknown = convert(tmp_path / "weights.pth", "cifar_resnet8", tag="unknown", out=tmp_path)
+    assert evaluate_again(unknown, "cifar10").note.startswith("how its images were standardized is not known")
+
+
+def test_class_folders_are_seen_by_a_converted_network_as_timm_would_show_them(tmp_path, photos):
+    """Scale, crop, interpolation and constants, against timm's own transform."""
+    for split in ("train", "val"):
+        shutil.copytree(photos, tmp_path / "images" / split)
+    made_up("resnet18", tmp_path / "weights.pth", num_classes=2)
+    made = convert_last_bn(
+        "timm/resnet18", weights=tmp_path / "weights.pth", tag="mine", out=tmp_path, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
+    config = json.loads((made / "config.json").read_text())
+    config["pretrained_cfg"] |= {"interpolation": "bicubic", "crop_pct": 0.95}
+    (made / "config.json").write_text(json.dumps(config))
+    write_sums(made)
+    model = load_checkpoint(made)
+    data = checkpoint_images(read_folder(made), "imagefolder", tmp_path / "images")
+    (seen, _), *_ = data.ordered_batches("test", BatchPlan(6))
+    transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+    expected = torch.stack([transform(image) for image, _ in ImageFolder(str(tmp_path / "images" / "val"))])
+    torch.testing.assert_close(seen, expected, atol=2 / 255 / 0.25, rtol=0)
+
+
+def test_what_is_converted_lands_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(create_model("cifar_resnet8").state_dict(), "weights.pth")
+    assert convert("weights.pth", "cifar_resnet8") == Path("converted/cifar_resnet8.converted")
 
 
 def test_a_pickled_network_becomes_a_checkpoint(tmp_path):

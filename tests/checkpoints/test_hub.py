@@ -3,7 +3,9 @@
 import importlib.util
 import inspect
 import shutil
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -69,6 +71,23 @@ def test_a_file_that_was_changed_on_the_hub_is_refused(hub, index, checkpoint, m
     with pytest.raises(ValueError, match="is not the released file: its SHA-256 differs; not kept"):
         load_checkpoint(checkpoint.name)
     assert list(released.cache_folder().iterdir()) == []
+
+
+def test_processes_that_fetch_at_once_get_one_folder(index, checkpoint, monkeypatch):
+    """The second waits, and finds what the first has brought."""
+    shutil.rmtree(released.cache_folder() / checkpoint.name)
+    brought = []
+
+    def slow(repository, folder):
+        brought.append(repository)
+        time.sleep(0.2)
+        shutil.copytree(checkpoint, folder)
+
+    monkeypatch.setattr(released, "download", slow)
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: released.fetch(released.find_release("mlp4x24_bn", None)), range(4)))
+    assert set(models) == {released.cache_folder() / checkpoint.name}
+    assert brought == [f"condzoo/{checkpoint.name}"]
 
 
 def test_a_repository_that_is_not_on_the_hub_is_one_clear_error(hub, index, checkpoint, monkeypatch):

@@ -164,6 +164,28 @@ def test_a_release_with_other_weights_is_neither_evaluated_nor_measured(index, u
         use(NAME)
 
 
+def test_a_name_is_the_release_whatever_lies_in_the_working_directory(index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (NAME, "mlp4x24_bn"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (NAME, "mlp4x24_bn"):
+        load_checkpoint(name)
+        with pytest.raises(ValueError, match="has no SHA256SUMS"):
+            load_checkpoint(f"./{name}")
+
+
+def test_weights_load_whatever_the_default_dtype_is(index, checkpoint, images):
+    expected = load_checkpoint(NAME)(images)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for model in (load_checkpoint(NAME), load_checkpoint(checkpoint), create_model(NAME, pretrained=True).eval()):
+            assert next(model.parameters()).dtype == torch.float64
+            torch.testing.assert_close(model(images.double()).float(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_network_from_a_folder_is_described_as_the_folder_says(checkpoint):
     """And not as the model's default release."""
     config = json.loads((checkpoint / "config.json").read_text())["pretrained_cfg"]

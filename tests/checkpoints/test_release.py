@@ -10,11 +10,21 @@ from safetensors.torch import load_file, save_file
 
 from condzoo.catalog import list_models
 from condzoo.checkpoints.folder import ALWAYS, SUMS, TRAINED, read_folder, write_sums
+from condzoo.checkpoints.model_card import preprocessing, results
 from condzoo.checkpoints.overview import Row, checkpoints_table, natural_order, pairs_section
+from condzoo.checkpoints.records import Config, Metrics
 from condzoo.checkpoints.writing import add_to_index, refresh_cards
 from condzoo.models import released
 from condzoo.probe.serialization import from_record
-from condzoo.release import check_evaluation, header_fields, release, repository_recipe
+from condzoo.release import (
+    check_evaluation,
+    described_data,
+    header_fields,
+    release,
+    released_before,
+    repository_recipe,
+    same_arithmetic,
+)
 from condzoo.training import load_recipe, load_run
 
 
@@ -168,6 +178,79 @@ def test_a_run_of_another_cpu_may_differ_a_little(runs, monkeypatch, processor, 
         check_evaluation(load_run(runs[1]), None)
 
 
+@pytest.mark.parametrize(("images_off", "accepted"), [(3, True), (4, False)])
+def test_a_run_of_another_number_of_threads_may_differ_a_little(runs, monkeypatch, images_off, accepted):
+    """As `condzoo eval` says of it."""
+    monkeypatch.setattr("condzoo.release.OTHER_DEVICE", 0.01)  # of 360 images
+    edit_json(runs[1] / "environment.json", lambda parts: parts[-1].update(threads=parts[-1]["threads"] + 1))
+    edit_json(runs[1] / "summary.json", lambda summary: more_right(summary, images_off))
+    with nullcontext() if accepted else pytest.raises(ValueError, match="evaluating it again"):
+        check_evaluation(load_run(runs[1]), None)
+
+
+def test_a_gpu_of_another_model_is_other_arithmetic(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100")
+    assert same_arithmetic({"device": "NVIDIA A100"}, "cuda")
+    assert not same_arithmetic({"device": "NVIDIA H200"}, "cuda")
+
+
+def test_a_clone_that_git_does_not_tell_of_is_refused(runs, tmp_path):
+    lost = {"commit": None, "changed": None, "error": "fatal: detected dubious ownership"}
+    edit_json(runs[0] / "environment.json", lambda parts: parts[-1].update(source=lost))
+    with pytest.raises(ValueError, match="whose state git did not tell \\(fatal: detected dubious ownership\\)"):
+        release(runs, "digits", out=tmp_path / "out")
+
+
+def test_other_folders_with_sums_are_left_alone(finished_runs, tmp_path):
+    (tmp_path / "ubuntu").mkdir()
+    (tmp_path / "ubuntu" / "SHA256SUMS").write_text("of something else\n")
+    assert release(finished_runs, "digits", out=tmp_path).is_dir()
+
+
+def test_a_damaged_checkpoint_beside_it_is_named_before_anything_is_made(finished_runs, checkpoint):
+    (checkpoint / "README.md").write_text("edited")
+    with pytest.raises(ValueError, match=r"README\.md is not as it was summed"):
+        release(finished_runs, "other", out=checkpoint.parent)
+    assert not (checkpoint.parent / "mlp4x24_bn.other").exists()
+
+
+def test_other_seeds_are_another_release(runs, made_checkpoint):
+    root = made_checkpoint.parent
+    assert released_before(runs, "digits", out=root) == made_checkpoint
+    assert released_before(runs[1], "digits", out=root) is None  # the same weights, of one seed instead of two
+
+
+def test_images_of_class_folders_are_described(tmp_path):
+    """By what evaluation shows of them; and only ImageNet's own are compared with what was published of it."""
+    recipe = load_recipe("imagenet/resnet18_lastbn")
+    data = described_data(recipe.data)
+    assert (data["image_size"], data["eval_resize"], data["interpolation"]) == (224, 256, "bicubic")
+    config = Config.model_validate(
+        {
+            "architecture": "resnet18_lastbn",
+            "num_classes": 1000,
+            "pretrained_cfg": dict(
+                tag="a",
+                input_size=(3, 224, 224),
+                num_classes=1000,
+                mean=(0.5,),
+                std=(0.5,),
+                crop_pct=0.875,
+                interpolation="bicubic",
+            ),
+        },
+        strict=False,
+    )
+    metrics = Metrics.model_construct(
+        model="resnet18_lastbn", data=data, test_images=50_000, test_correct=35_000, seeds=[], released_seed=1, rule=""
+    )
+    assert preprocessing(config, metrics).startswith(
+        "## Preprocessing\nScale the shorter side to 256 pixels (bicubic); centre crop to 224; scale to [0, 1]"
+    )
+    assert "Huang et al. 2020: 29.38" in results(metrics)
+    assert "No published error" in results(metrics.model_copy(update={"test_images": 390}))
+
+
 def test_an_unfinished_run_is_refused(runs, tmp_path):
     (runs[0] / "summary.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no finished run: it has no summary\.json"):
@@ -248,7 +331,8 @@ def test_the_index_gets_a_row_and_one_default_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(released, "INDEX", file)
     monkeypatch.setattr("condzoo.catalog.RELEASED", file)
     before = released.read_index()
-    cfg = {"mean": [0.5], "std": [0.25], "crop_pct": 1.0, "num_classes": 10, "input_size": [1, 12, 12], "tag": "a"}
+    cfg = {"mean": [0.5], "std": [0.25], "crop_pct": 1.0, "interpolation": "bilinear", "num_classes": 10}
+    cfg |= {"input_size": [1, 12, 12], "tag": "a"}
     for tag, default in (("first", False), ("second", False), ("third", True)):
         add_to_index(f"mlp100x256.{tag}", "0" * 64, cfg, default)
     index = released.read_index()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from condzoo.checkpoints.remeasuring import fixed_input
 from condzoo.cli import main
 from condzoo.models import released
 from condzoo.models.weight_files import sha256
+from condzoo.release import release
+from condzoo.training import train
+from tests.checkpoints.conftest import RECIPE, claim_clean_source
 
 
 def rows(verification):
@@ -48,6 +52,23 @@ def test_everything_a_fresh_release_claims_holds(checkpoint):
     every = ("files", "index", "logits", "model card", "accuracy", "conditioning")
     assert checks == dict.fromkeys(every, True) | {"index": None}
     assert "of 360 test images right, as recorded" in rows(verification)["accuracy"].detail
+
+
+def test_a_network_trained_with_dropout_keeps_its_promise(tmp_path):
+    """Its conditioning is of training mode, with the dropout that only the recipe knows of."""
+    recipe = RECIPE.replace('"mlp4x24_bn"', '"cifar_resnet8"\ndrop_rate = 0.5')
+    (tmp_path / "recipe.toml").write_text(recipe)
+    path = train(tmp_path / "recipe.toml", out=tmp_path / "run", seed=1, device="cpu").path
+    claim_clean_source(path)
+    assert verify_checkpoint(release(path, "dropout", out=tmp_path / "out")).ok
+
+
+def test_a_folder_is_known_by_its_name_from_inside_too(index, monkeypatch):
+    monkeypatch.chdir(released.cache_folder() / "mlp4x24_bn.digits")
+    for path in (".", Path("model.safetensors")):
+        verification = verify_checkpoint(path)
+        assert verification.name == "mlp4x24_bn.digits"
+        assert rows(verification)["index"].ok is True
 
 
 def test_a_released_name_is_held_against_the_index(index):

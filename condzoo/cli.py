@@ -3,6 +3,7 @@ what it needs, so that `condzoo --help` answers at once."""
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,9 +212,19 @@ def one_line(error: Any, code: int) -> str:
     if code == exit_codes.STOPPED:
         return str(error)
     if (context := getattr(error, "ctx", None)) is None:
-        return f"error: {error}"
+        return f"error: {lack_of_memory(error) or error}"
     message = " ".join(error.format_message().split()).rstrip(".") or "no command was given"
     return f"error: {message}; see `{context.command_path} --help`"
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """What is said of too little memory, for which torch has RuntimeErrors of many lines; None of other errors."""
+    said = re.match(r"\S.*?(?=\.(\s|$)|$)(\. Tried to allocate [\d.]+ \w+)?", str(error))
+    if said is not None and type(error).__name__ == "OutOfMemoryError":  # by its name: torch may not be imported
+        return f"{said[0]}; use a smaller data.batch_size (of a probe: --batch-size), or a larger accumulate"
+    if said is not None and isinstance(error, RuntimeError) and said[0].startswith("DataLoader worker (pid"):
+        return f"{said[0]}; use fewer data.workers, or give them more memory (/dev/shm, in a container --shm-size)"
+    return None
 
 
 @contextlib.contextmanager
@@ -242,4 +253,5 @@ def exit_code(error: Any) -> int | None:
         return code
     if isinstance(error, ModuleNotFoundError) and error.name is None:  # an extra that is not installed, in words
         return exit_codes.BAD_INPUT
-    return exit_codes.BAD_INPUT if isinstance(error, ValueError | TypeError | OSError) else None
+    foreseen = isinstance(error, ValueError | TypeError | OSError) or lack_of_memory(error) is not None
+    return exit_codes.BAD_INPUT if foreseen else None

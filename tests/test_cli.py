@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from condzoo.catalog import list_models
 from condzoo.cli import exit_code, main
@@ -97,6 +98,42 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, args, text):
 def test_an_unforeseen_error_keeps_its_traceback():
     assert exit_code(ZeroDivisionError()) is None
     assert exit_code(ValueError("x")) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.77 GiB of which "
+                "1.2 GiB is free.\nSee documentation for Memory Management"
+            ),
+            "CUDA out of memory. Tried to allocate 2.50 GiB; use a smaller data.batch_size (of a probe: --batch-size), "
+            "or a larger accumulate",
+        ),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                "are out of shared memory. Please try to raise your shared memory limit."
+            ),
+            "DataLoader worker (pid 7) is killed by signal: Bus error; use fewer data.workers, or give them more "
+            "memory (/dev/shm, in a container --shm-size)",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
+            "DataLoader worker (pid(s) 7, 8) exited unexpectedly; use fewer data.workers, or give them more memory "
+            "(/dev/shm, in a container --shm-size)",
+        ),
+    ],
+    ids=["GPU", "shared memory", "killed"],
+)
+def test_too_little_memory_is_one_line_that_names_what_helps(capsys, monkeypatch, error, message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("condzoo.cli.app", fail)
+    assert run(capsys, "train", "x") == (2, "", f"error: {message}\n")
+    assert exit_code(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 def test_probe_measures_a_model_on_digits(capsys, tmp_path):

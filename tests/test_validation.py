@@ -380,3 +380,13 @@ def test_networks_of_timms_are_refused_by_name_as_they_are_as_objects():
     for network in ("efficientnet_b0", create_model("efficientnet_b0", num_classes=2)):
         with pytest.raises(ValueError, match=r"^\w+ is not a network of the zoo; validate takes a name"):
             validate(network)
+
+
+def test_a_network_under_validation_is_drawn_from_the_seed_and_leaves_the_callers_random_stream():
+    torch.manual_seed(3)
+    expected = create_model("cifar_resnet8").double().state_dict()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    found = prepare("cifar_resnet8", 3).model.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -6,6 +6,7 @@ Shapes: n images of a batch, s pixels a side.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -139,7 +140,7 @@ class StoredData:
             pin_memory=on_gpu,
             collate_fn=Stacked(self.view.size),
             generator=torch.Generator(),  # its own: the global one is the training's
-            worker_init_fn=outlive_signals,
+            worker_init_fn=functools.partial(outlive_signals, os.getpid()),
         )
         normalize = normalizer(self.mean, self.std, self.device, plan.channels_last)
         with signals_held():
@@ -211,20 +212,27 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def outlive_signals(worker: int) -> None:
+def outlive_signals(trainer: int, worker: int) -> None:
     """Let a worker end when the process that trains says so, not by a signal that asks that process to stop.
 
     A launcher, a scheduler and Ctrl-C signal whole groups of processes; a training without its workers cannot go on to
     the end of its step and save. Where the system does not say who sent a signal (macOS), SIGTERM stays torch's.
+
+    Args:
+        trainer: the process that trains; a worker's parent is another one where a server forks workers (Linux, from
+            Python 3.14 on).
+        worker: its number, which a DataLoader adds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=end_by_parent, daemon=True).start()
+        threading.Thread(target=end_by, args=(trainer,), daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # `signals_held` is inherited
 
 
-def end_by_parent() -> None:
+def end_by(trainer: int) -> None:
     """Wait for the SIGTERM by which Python ends its workers as it exits itself."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)

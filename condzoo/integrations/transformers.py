@@ -6,10 +6,16 @@ import inspect
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from condzoo.probe import Probe
+from condzoo.probe.wrappers import unwrapped
+
+# The Probes that are open, and the state of the run of each: one object a run, the same for all of its callbacks.
+_open: WeakKeyDictionary[Probe, TrainerState] = WeakKeyDictionary()
 
 
 class ProbeCallback(TrainerCallback):
@@ -38,12 +44,20 @@ class ProbeCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ready for the first step, or the one where the run goes on."""
-        self._open.close()  # of a run that an exception ended, which the Trainer tells no callback
+        """Ready for the first step, or the one where the run goes on.
+
+        Raises:
+            ValueError: the Trainer runs the model by nn.DataParallel.
+        """
         out, model = self.out or args.output_dir, kwargs["model"]
+        _refuse_threads(args, model)
+        self._open.close()
+        _close_earlier(unwrapped(model), state)
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         probe = Probe(model, self.every, out=out, start_step=state.global_step, scaler=scaler, **self.settings)
         self.probe = self._open.enter_context(probe)
+        _open[probe] = state
+        self._open.callback(_open.pop, probe, None)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,3 +82,22 @@ class ProbeCallback(TrainerCallback):
     ) -> None:
         """Hooks off."""
         self._open.close()
+
+
+def _refuse_threads(args: TrainingArguments, model: nn.Module) -> None:
+    """A ValueError where the Trainer has the model in nn.DataParallel, of which the callbacks see the inside."""
+    quantized = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))  # those it does not wrap
+    if args.n_gpu > 1 and not quantized:
+        raise ValueError(
+            f"the Trainer trains on {args.n_gpu} GPUs by nn.DataParallel, which runs copies of the model in "
+            "threads, whose hooks cannot be told apart; start the script with torchrun, a process a GPU, or let it see "
+            "one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def _close_earlier(model: nn.Module, state: TrainerState) -> None:
+    """Close the Probes of runs of this model that an exception ended, which the Trainer tells no callback."""
+    for probe, run in list(_open.items()):
+        if probe.model is model and run is not state:
+            probe.__exit__(None, None, None)
+            del _open[probe]

@@ -9,7 +9,7 @@ Shapes: b pieces, g groups, d coordinates, k rows a piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
@@ -19,13 +19,27 @@ from torch import Tensor
 
 Precision = Literal["auto", "float64", "fast"]
 PRECISIONS = ("auto", "float64", "fast")
+PLAIN = ("none", "ieee")  # settings with which torch multiplies float32 in float32
 
 SAFETY = 20  # an eigenvalue this many times its noise is right to 5 %
 FLOAT32_PRODUCT = 100 * 2.0**-24  # SAFETY * the 5 u ||M|| / sqrt(b) seen at most over shapes 16..1024
 FLOAT64_PRODUCT = 100 * 2.0**-53  # times sqrt(d) * lambda_max: the product and eigvalsh together
 DATA_ROUNDINGS = 2.0  # roundings that a value of the data has behind it, at least
 SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in the cache
+LONGEST_SUM = 1 << 13  # rows added in float32: BLAS adds small products in one long chain, whose noise grows with it
 FOLD = 8  # products of pieces added in float32: the noise stays as calibrated, and the conversion to float64 is short
+
+
+def _precision_before(backend: str, op: str) -> str:
+    """What `_precision` says, for torch before 2.9: matrix products have one setting, cuDNN's convolutions another."""
+    if op == "matmul":
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if backend == "cuda" and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+# How float32 is multiplied, by backend and op. Not by way of torch.backends, whose attributes take ten times as long.
+_precision: Callable[[str, str], str] = getattr(torch._C, "_get_fp32_precision_getter", _precision_before)
+_set_precision: Callable[[str, str, str], None] | None = getattr(torch._C, "_set_fp32_precision_setter", None)
 
 
 def plain_products(device_type: str) -> AbstractContextManager[None]:
@@ -34,38 +48,78 @@ def plain_products(device_type: str) -> AbstractContextManager[None]:
     Nor do torch-function modes see them: one, as `functional_relus` has, costs more than a small product.
     The operands are detached.
     """
-    if torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device_type):
+    plain = _precision("cuda" if device_type == "cuda" else "mkldnn", "matmul") in PLAIN
+    if plain and not torch.is_autocast_enabled(device_type):
         return torch._C.DisableTorchFunction()  # this is entered twice a layer, and asking is quicker than setting
     return _in_full_precision(device_type)
 
 
 @contextmanager
 def _in_full_precision(device_type: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False), torch._C.DisableTorchFunction():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with (
+        _plain("matmul", device_type),
+        torch.autocast(device_type, enabled=False),
+        torch._C.DisableTorchFunction(),
+    ):
+        yield
 
 
 def plain_convolutions(device_type: str) -> AbstractContextManager[None]:
     """Convolutions of float32 in float32: cuDNN takes TF32 unless told otherwise."""
-    if device_type != "cuda":
+    return _plain("conv", device_type)
+
+
+def _plain(op: str, device_type: str) -> AbstractContextManager[None]:
+    backend = "cuda" if device_type == "cuda" else "mkldnn"
+    if _precision(backend, op) in PLAIN:
         return nullcontext()
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-    )
+    return _set_plain_before(op) if _set_precision is None else _set_plain(backend, op, _set_precision)
+
+
+@contextmanager
+def _set_plain(backend: str, op: str, set_precision: Callable[[str, str, str], None]) -> Iterator[None]:
+    """Sets the most general of the settings that decide, so that afterwards each op follows what it followed before."""
+    levels = [("generic", "all"), (backend, "all"), (backend, op)]
+    before = [_precision(*levels[0])]
+    set_precision(*levels[0], "none")  # what has no setting of its own reads as the more general one
+    before += [_precision(*level) for level in levels[1:]]
+    for level, own in zip(levels, before, strict=True):
+        set_precision(*level, "ieee")
+        if _precision(backend, op) == "ieee":
+            break
+        set_precision(*level, own)
+    try:
+        yield
+    finally:
+        set_precision(*level, own)
+
+
+@contextmanager
+def _set_plain_before(op: str) -> Iterator[None]:
+    """For torch before 2.9."""
+    if op == "matmul":
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+    else:
+        own = {key: getattr(torch.backends.cudnn, key) for key in ("enabled", "benchmark", "deterministic")}
+        with torch.backends.cudnn.flags(**own, allow_tf32=False):
+            yield
 
 
 def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
-    """sum over pieces and rows of x x^T: float32 within a piece and over up to 8, float64 over all."""
+    """sum over pieces and rows of x x^T: float32 within a piece and over up to 8, float64 over all.
+
+    Of a piece float32 adds 8192 rows at most.
+    """
     b, g, d, k = columns.shape
     step = max(1, (1 << 23) // (g * d * d))
-    parts = [columns] if b <= step else columns.split(step)
-    sums = [_piece_sum(part.reshape(-1, d, k).float(), g) for part in parts]
+    short = [columns] if k <= LONGEST_SUM else columns.split(LONGEST_SUM, dim=3)
+    parts = [part for rows in short for part in ([rows] if b <= step else rows.split(step))]
+    sums = [_piece_sum(part.reshape(-1, d, part.shape[3]).float(), g) for part in parts]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
@@ -87,7 +141,7 @@ def gram_float64(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     return total
 
 
-def float32_noise(total: Float[Tensor, "g d d"], pieces: int) -> float:
+def float32_noise(total: Float[Tensor, "g d d"], pieces: float) -> float:
     """Floor that float32 products leave in a sum of `pieces` of them, in the sum's units; inf or NaN if it is."""
     norm = torch.linalg.vector_norm(total) if total.shape[0] == 1 else torch.linalg.matrix_norm(total).max()
     return FLOAT32_PRODUCT * float(norm) / math.sqrt(pieces)

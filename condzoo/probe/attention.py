@@ -1,7 +1,7 @@
 """The projections inside nn.MultiheadAttention, which calls no submodule for them.
 
 `F.multi_head_attention_forward` applies its weights through the function `linear` of
-torch.nn.functional; while a watched module runs, a wrapper of that function reports each call.
+torch.nn.functional; while a watched module runs, another function in its place reports each call.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ from torch.utils.hooks import RemovableHandle
 from condzoo.probe.hooks import Hook
 
 Report = Callable[[str, nn.Module, Tensor, Tensor], None]
+Watcher = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 
 # (first row, last row) of the packed weight, in embedding widths
 _PARTS = {(0, 3): "in_proj", (0, 1): "q_proj", (1, 2): "k_proj", (2, 3): "v_proj", (1, 3): "kv_proj"}
+
+_watchers: dict[Watcher, Report] = {}  # of the attentions that run now, and what each reports to
+_original: Any = F.linear
 
 
 def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
     """The weights that are whole parameters, as linear layers that share them, by their local names."""
     if attention.in_proj_weight is not None:
-        return {"in_proj": _linear(attention.in_proj_weight, attention.in_proj_bias)}
+        return {"in_proj": _layer(attention.in_proj_weight, attention.in_proj_bias)}
     separate = {"q_proj": attention.q_proj_weight, "k_proj": attention.k_proj_weight, "v_proj": attention.v_proj_weight}
     bias = attention.in_proj_bias
     parts = dict.fromkeys(separate) if bias is None else dict(zip(separate, bias.detach().chunk(3), strict=True))
-    return {name: _linear(weight, parts[name]) for name, weight in separate.items() if weight is not None}
+    return {name: _layer(weight, parts[name]) for name, weight in separate.items() if weight is not None}
 
 
 def packed_weights(attention: nn.MultiheadAttention) -> dict[str, Tensor | None]:
@@ -39,28 +43,50 @@ def packed_weights(attention: nn.MultiheadAttention) -> dict[str, Tensor | None]
 
 def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[RemovableHandle]:
     """Report (layer name, module, input, output) of each projection while `attention` runs."""
-    original: list[Any] = []
     layers = projections(attention)
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        h = original[-1](x, weight, bias)
+    def watcher(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> None:
         local = _local_name(attention, weight)
         if local is not None:
-            layer = attention.out_proj if local == "out_proj" else layers.get(local) or _linear(weight, bias)
+            layer = attention.out_proj if local == "out_proj" else layers.get(local) or _layer(weight, bias)
             report(f"{name}.{local}" if name else local, layer, x, h)
-        return h
 
     def before(module: nn.Module, args: Any) -> None:
-        original.append(F.linear)
-        F.linear = linear  # type: ignore[assignment]
+        _watchers[watcher] = report
+        _put_linear()
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        F.linear = original.pop()
+        _watchers.pop(watcher, None)
+        _put_linear()
 
     return [
         attention.register_forward_pre_hook(Hook(before)),
-        attention.register_forward_hook(Hook(after), always_call=True, prepend=True),  # a second watch ends first
+        attention.register_forward_hook(Hook(after), always_call=True, prepend=True),
     ]
+
+
+def stop(report: Report) -> None:
+    """Report no call any more to this: what is no `Exception` (KeyboardInterrupt) passes by the hooks that end it."""
+    for watcher in [watcher for watcher, to in _watchers.items() if to == report]:
+        del _watchers[watcher]
+    _put_linear()
+
+
+def _put_linear() -> None:
+    """Replace the function of torch.nn.functional while any attention is watched, and only then."""
+    global _original
+    if _watchers and F.linear is not _linear:
+        _original = F.linear
+        F.linear = _linear  # type: ignore[assignment]
+    elif not _watchers and F.linear is _linear:
+        F.linear = _original
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    h = _original(x, weight, bias)
+    for watcher in tuple(_watchers):
+        watcher(x, weight, bias, h)
+    return h
 
 
 def _local_name(attention: nn.MultiheadAttention, weight: Tensor) -> str | None:
@@ -81,7 +107,7 @@ def has_bias(module: nn.Module) -> bool:
     return bool(getattr(module, "sliced_bias", False)) or getattr(module, "bias", None) is not None
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer around an existing weight; a slice of a parameter is seen, but is no parameter."""
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 Adapter = Callable[[Any], tuple[Any, Any]]
 
 TARGETS = ("labels", "label")  # the targets' keys in a batch that is a dict
+CHANNELS = 4  # of an image, at most: a tensor [c, h, w] in a list is one, and [b, t, d] is a batch of sequences
 
 
 def each(batches: Iterable[Any], *, adapted: bool = False) -> Iterator[Any]:
@@ -32,7 +34,7 @@ def _is_pair(batches: Any, *, adapted: bool) -> bool:
     x, y = batches
     if isinstance(x, Mapping):
         return not (isinstance(y, Mapping) and (adapted or (_holds_targets(x) and _holds_targets(y))))
-    return isinstance(x, Tensor) or isinstance(y, Tensor)
+    return any(isinstance(part, (Tensor, PackedSequence)) for part in (x, y))
 
 
 def _holds_targets(batch: Mapping[str, Any]) -> bool:
@@ -64,22 +66,45 @@ def as_pair(batch: Any, *, own_loss: bool) -> tuple[Any, Any]:
 def batch_size(x: Any) -> int:
     """Samples in a batch: the leading dimension of the first tensor in it, also inside dicts and tuples.
 
+    Of a list of images [c, h, w] as first argument, which detection models take, it is the length; of a
+    PackedSequence the number of sequences.
+
+    Args:
+        x: a tensor, the model's arguments in a tuple, list or dict, or a call: [arguments, keywords].
+
     Raises:
         TypeError: there is no tensor in it.
     """
-    found = next(_leading(x), None)
+    found = next((size for argument in _arguments(x) for size in _leading(argument)), None)
     if found is None:
         raise TypeError(f"a batch must hold a tensor with a leading batch dimension, got {_kinds(x)}")
     return found
+
+
+def _arguments(x: Any) -> Iterable[Any]:
+    """What the model is called with, one by one."""
+    if isinstance(x, list) and len(x) == 2 and isinstance(x[0], tuple) and isinstance(x[1], Mapping):
+        return [*_arguments(x[0]), *x[1].values()]
+    if isinstance(x, Mapping):
+        return x.values()
+    return x if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence) else [x]
 
 
 def _leading(x: Any) -> Iterator[int]:
     if isinstance(x, Tensor):
         if x.ndim:
             yield x.shape[0]
+    elif isinstance(x, PackedSequence):
+        yield int(x.batch_sizes[0])
+    elif isinstance(x, (tuple, list)) and x and all(map(_is_image, x)):
+        yield len(x)
     elif isinstance(x, (Mapping, tuple, list)):
         for part in x.values() if isinstance(x, Mapping) else x:
             yield from _leading(part)
+
+
+def _is_image(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] <= CHANNELS
 
 
 def _kinds(x: Any) -> str:
@@ -92,7 +117,7 @@ def call(model: nn.Module, x: Any) -> Any:
     """The model's output for a tensor, a dict of keyword arguments or a tuple of arguments."""
     if isinstance(x, Mapping):
         return model(**x)
-    return model(*x) if isinstance(x, (tuple, list)) else model(x)
+    return model(*x) if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence) else model(x)
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -101,6 +126,9 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return {k: mapped(v, change) for k, v in value.items()}
+    if isinstance(value, PackedSequence):  # its `batch_sizes` stay on the CPU
+        rest = {key: mapped(getattr(value, key), change) for key in ("data", "sorted_indices", "unsorted_indices")}
+        return value._replace(**rest)
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its parts one by one
         return type(value)(*(mapped(v, change) for v in value))
     if isinstance(value, (tuple, list)):

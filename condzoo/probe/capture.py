@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import PRECISIONS, Precision, plain_products
-from condzoo.probe.attention import has_bias, watch
-from condzoo.probe.correlations import PIECES, correlates, patch_gram, positions
+from condzoo.probe.attention import has_bias, stop, watch
+from condzoo.probe.correlations import correlates, patch_gram, pieces, positions
 from condzoo.probe.functional_relus import FunctionalRelus
 from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.layers import CONVOLUTIONS, CONVS, MEASURED, TRANSPOSED, Conv, input_columns, output_columns
@@ -109,6 +109,10 @@ class Capture:
     _relu_calls: dict[str, int] = field(default_factory=dict)
     _layout: UnitLayout = field(default_factory=UnitLayout)
 
+    def __post_init__(self) -> None:
+        """The mode that sees functional ReLUs."""
+        self._functions = FunctionalRelus(self._count_units)
+
     def look_at(self, layers: dict[str, nn.Module]) -> None:
         """Read these layers and all ReLUs and attentions that the model has now; for while the hooks are off."""
         self.modules = dict(named_modules(self.model))
@@ -118,7 +122,6 @@ class Capture:
 
     def attach(self) -> None:
         """Put the hooks on."""
-        self._functions = FunctionalRelus(self._count_units)
         self._outer = self._hook(inside=False)
         self._inner = self._hook(inside=True)
 
@@ -160,10 +163,12 @@ class Capture:
         self._relu_calls.clear()
 
     def detach(self) -> None:
-        """Take the hooks off; those of graphs still alive no longer record."""
+        """Take the hooks off, and what they put on if they did not get to end it; graphs still alive do not record."""
         self.recording = self.gradients = False
         remove(self._outer)
         remove(self._inner)
+        self._functions.stop()
+        stop(self._on_projection)
 
     def clear(self) -> None:
         """Forget everything seen, for the next measurement."""
@@ -211,10 +216,10 @@ class Capture:
         return counted, dict.fromkeys(self.neurons.keys() - counted.keys(), CHANGING)
 
     def _add_input(self, moment: RunningMoment, module: nn.Module, x: Tensor) -> None:
-        bias = self._adds_bias(module)
+        bias = self.bias and has_bias(module)
         if self.conv == "patches" and not bias and isinstance(module, nn.Conv2d) and correlates(module, x):
             rows, multiply = x.shape[0] * positions(module, x), partial(patch_gram, x, module)
-            moment.add_product(multiply, rows, PIECES, x.dtype, self.precision)
+            moment.add_product(multiply, rows, pieces(x), x.dtype, self.precision)
             return
         for columns in input_columns(module, x, self.conv):
             moment.add(with_constant(columns) if bias else columns, self.precision)
@@ -254,9 +259,6 @@ class Capture:
         if self._calls.waiting[name]:
             self.sums.setdefault(name, LayerSums())  # its place in the order of the forward pass
         return counts
-
-    def _adds_bias(self, module: nn.Module) -> bool:
-        return self.bias and has_bias(module)
 
 
 def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k]

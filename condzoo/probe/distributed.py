@@ -67,6 +67,8 @@ def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
                 continue
             _adopt(moment, entries)
             shape, kept = entries[0]["shape"], [0 if entry[side] is None else entry[side]["kept"] for entry in of_ranks]
+            if not moment.fits(*shape[:2]):  # of all processes together, which each finds alike
+                continue
             if None not in kept and sum(kept) < shape[1]:
                 _join_vectors(moment, shape, kept, device)
             else:
@@ -115,7 +117,7 @@ def _described(capture: Capture) -> dict[str, dict[str, Any]]:
         for side in _SIDES:
             moment: RunningMoment = getattr(sums, side)
             entry = {key: getattr(moment, key) for key in ("rows", "vectors", "noise", "dtype", "finite", "fast")}
-            empty = moment.total is None and not moment.pending
+            empty = moment.total is None and not moment.pending and moment.dropped is None
             described[name][side] = None if empty else entry | {"shape": moment.shape, "kept": moment.kept}
     return described
 

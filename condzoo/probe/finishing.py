@@ -12,6 +12,7 @@ from torch import Tensor
 from condzoo.probe.arithmetic import SAFETY, data_noise, float64_noise
 from condzoo.probe.capture import Capture, LayerSums
 from condzoo.probe.conditioning import LayerConditioning
+from condzoo.probe.eigenvalues import symmetric_eigenvalues
 from condzoo.probe.lanczos import largest_eigenvalues
 from condzoo.probe.layers import kind
 from condzoo.probe.moments import RunningMoment
@@ -47,7 +48,9 @@ def finish(
             good[name] = sums
         else:
             skipped[name] = why
-    spectra = spectra_of([m for sums in good.values() for m in (sums.input, sums.output_grad)], kappa=capture.kappa)
+    moments = [m for sums in good.values() for m in (sums.input, sums.output_grad)]
+    reached = [name for name, sums in capture.sums.items() if sums.output_grad.vectors]
+    spectra = spectra_of(moments, kappa=capture.kappa, to_the_last=list(good)[-1:] == reached[-1:])
     layers = {
         name: LayerConditioning(
             kind=kind(capture.layers[name]),
@@ -65,13 +68,15 @@ def finish(
     return layers, skipped, _first_nonfinite(capture)
 
 
-def spectra_of(moments: list[RunningMoment], *, kappa: bool = True) -> list[Spectrum]:
-    """The spectra of input and output-gradient moments in turn; without `kappa` their largest eigenvalues alone."""
+def spectra_of(moments: list[RunningMoment], *, kappa: bool = True, to_the_last: bool = True) -> list[Spectrum]:
+    """The spectra of input and output-gradient moments in turn; without `kappa` their largest eigenvalues alone.
+
+    `to_the_last`: the last two are of the network's last layer.
+    """
     values = eigenvalues_of(moments, top_only=not kappa)
-    remainders = [
-        zero_sum_remainder(m.decomposable(), m.dtype, last=i == len(moments) - 1)
-        if i % 2 and m.total is not None
-        else None
+    last = len(moments) - 1 if to_the_last else None
+    remainders = [  # of a single row the sum is small by chance in one of a thousand layers
+        zero_sum_remainder(m.squared_sum(), m.diagonal(), m.dtype, last=i == last) if i % 2 and m.vectors > 1 else None
         for i, m in enumerate(moments)
     ]
     # The gradient p - y of a softmax cross-entropy loses digits where p is close to y. How far its rows are
@@ -97,10 +102,10 @@ def eigenvalues_of(moments: list[RunningMoment], *, top_only: bool = False) -> l
             values[i] = _largest(moment)
         else:
             by_size[moment.side, moment.device].append(i)
-    for members in by_size.values():
-        matrices = [moments[i].decomposable() for i in members]
-        found = torch.linalg.eigvalsh(torch.cat(matrices)).cpu()
-        for i, part in zip(members, found.split([m.shape[0] for m in matrices]), strict=True):
+    batches = [[moments[i].decomposable() for i in members] for members in by_size.values()]
+    every = symmetric_eigenvalues([torch.cat(matrices) for matrices in batches])
+    for members, matrices, found in zip(by_size.values(), batches, every, strict=True):
+        for i, part in zip(members, found.cpu().split([m.shape[0] for m in matrices]), strict=True):
             values[i] = part[:, -1:] if top_only else part
     return [values[i] for i in range(len(moments))]
 
@@ -150,6 +155,9 @@ def _unusable(sums: LayerSums) -> str | None:
         return NO_GRADIENT
     if not sums.output_grad.finite:
         return "the gradient of its output holds NaN or Inf"
+    for what, moment in (("its input", sums.input), ("the gradient of its output", sums.output_grad)):
+        if moment.dropped is not None:
+            return f"{what} {moment.why_dropped()}"
     return None
 
 

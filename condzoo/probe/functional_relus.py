@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.hooks import Hook
@@ -40,6 +40,7 @@ class FunctionalRelus(TorchFunctionMode):
         super().__init__()
         self.report = report
         self.running: list[tuple[str, nn.Module]] = []
+        self.below: list[TorchFunctionMode] = []  # the modes that were on when this one was entered
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -59,6 +60,7 @@ class FunctionalRelus(TorchFunctionMode):
 
         def enter(module: nn.Module, args: Any) -> None:
             if not self.running:
+                self.below = _get_current_function_mode_stack()
                 self.__enter__()
             self.running.append((name, module))
 
@@ -73,6 +75,20 @@ class FunctionalRelus(TorchFunctionMode):
             module.register_forward_pre_hook(Hook(enter)),
             module.register_forward_hook(Hook(leave), always_call=True, prepend=True),  # last in, first out
         ]
+
+    def stop(self) -> None:
+        """Take the mode off if it is still on: what is no `Exception` (KeyboardInterrupt) passes by the hooks."""
+        on = _get_current_function_mode_stack()
+        if any(mode is self for mode in on):
+            above = []
+            while (mode := _pop_mode()) is not self:
+                above.append(mode)
+            for mode in reversed(above):
+                _push_mode(mode)
+        elif self.running and on and on == self.below[: len(on)]:
+            _pop_mode()  # a mode around has ended since, and took off the topmost one, which was this, for itself
+        self.running.clear()
+        self.below.clear()
 
 
 def _calls_none(module: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Second moments, summed over batches of any number and size in memory that does not grow.
 
 Not centred: Sigma = (1 / R) sum_r x_r x_r^T over R rows. While there are fewer rows than coordinates
-the rows themselves are kept, and the smaller Gram side is decomposed.
+the rows themselves are kept, and the smaller Gram side is decomposed. What would outgrow `LIMIT` all the same is
+dropped: a vocabulary has 100,000 coordinates.
 Shapes: b pieces, g groups, d coordinates a group, k rows a piece.
 """
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from condzoo.probe import arithmetic
 from condzoo.probe.arithmetic import Precision
+
+LIMIT = 1 << 28  # float64 numbers that one moment may keep: 2 GB
 
 
 def input_moment(x: Float[Tensor, "n d *hw"]) -> Float[Tensor, "d d"]:
@@ -77,6 +80,7 @@ class RunningMoment:
         rows: what the sum is divided by; vectors: how many it has (more, if classes are summed).
         noise: floor of the sum from float32 products; dtype: the coarsest dtype of the data.
         finite: False once NaN or Inf was seen; what follows is then ignored.
+        dropped: (g, d), once the sum or the vectors would have passed `LIMIT`; what follows is then only counted.
     """
 
     total: Tensor | None = None
@@ -87,6 +91,7 @@ class RunningMoment:
     dtype: torch.dtype = torch.float64
     finite: bool = True
     fast: bool = False
+    dropped: tuple[int, int] | None = None
 
     def add(
         self, columns: Float[Tensor, "b g d k"], precision: Precision, scale: float = 1.0, *, new_rows: bool = True
@@ -99,13 +104,16 @@ class RunningMoment:
             scale: for gradients, the number of samples of the batch.
             new_rows: False for a further class of rows already counted.
         """
-        pieces, _, dim, width = columns.shape
+        pieces, groups, dim, width = columns.shape
+        if not self.fits(groups, dim, pieces * width):
+            self._count(pieces * width, columns.dtype, new_rows)
+            self.finite = self.finite and all(bool(torch.isfinite(piece).all()) for piece in columns)
+            return
         if self.total is not None or self.vectors + pieces * width >= dim:
-            multiply = arithmetic.gram_float64, arithmetic.gram_float32
             self.add_product(
-                lambda wide: multiply[not wide](columns),
+                partial(_gram, columns),
                 pieces * width,
-                pieces,
+                float(pieces),
                 columns.dtype,
                 precision,
                 scale,
@@ -121,7 +129,7 @@ class RunningMoment:
         self,
         multiply: Callable[[bool], Float[Tensor, "g d d"]],
         rows: int,
-        pieces: int,
+        pieces: float,
         dtype: torch.dtype,
         precision: Precision,
         scale: float = 1.0,
@@ -133,16 +141,35 @@ class RunningMoment:
         Args:
             multiply: gives the sum, by float64 products (True) or by float32 ones added in float64.
             rows: at least as many as coordinates, with those already there.
-            pieces: independent float32 sums in it.
+            pieces: as many independent float32 products would leave as much noise.
             dtype: of the data; `precision` and `new_rows`: as in `add`.
         """
         self._count(rows, dtype, new_rows)
+        if self.dropped is not None:
+            return
         self.spill()
         product, noise = self._product(multiply, rows, pieces, dtype, precision)
+        if not self.fits(*product.shape[:2]):
+            return
         if scale != 1.0:
             product, noise = product.mul_(scale**2), noise * scale**2
         self.total = product if self.total is None else self.total + product
         self.noise += noise
+
+    def fits(self, groups: int, dim: int, more: int = 0) -> bool:
+        """Whether `LIMIT` holds the vectors counted and `more`, or their sum; if not, all is dropped for good."""
+        if self.dropped is not None or groups * dim * min(dim, self.vectors + more) > LIMIT:
+            self.dropped, self.total, self.pending = (groups, dim), None, []
+        return self.dropped is None
+
+    def why_dropped(self) -> str:
+        """What is too large, in words that follow those for the data."""
+        groups, dim, _ = self.shape
+        taken, limit = (8 * numbers / 2**30 for numbers in (groups * dim * min(dim, self.vectors), LIMIT))
+        return (
+            f"has {groups * dim:,} coordinates and {self.vectors:,} rows, whose moment would take {taken:.3g} GB, over "
+            f"the limit of {limit:.3g} GB: measure fewer rows, or leave the layer out by `layers`"
+        )
 
     def _count(self, rows: int, dtype: torch.dtype, new_rows: bool) -> None:
         self.rows += rows if new_rows else 0
@@ -166,7 +193,7 @@ class RunningMoment:
         self.pending = [vectors * factor for vectors in self.pending]
 
     def _product(
-        self, multiply: Callable[[bool], Tensor], rows: int, pieces: int, dtype: torch.dtype, precision: Precision
+        self, multiply: Callable[[bool], Tensor], rows: int, pieces: float, dtype: torch.dtype, precision: Precision
     ) -> tuple[Tensor, float]:
         if precision != "float64" and dtype != torch.float64:
             product = multiply(False)
@@ -207,7 +234,8 @@ class RunningMoment:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of the sum, [g, d, d], whether it was formed or not."""
-        return (self.total if self.total is not None else self.pending[0]).shape[0], self.dim, self.dim
+        groups, dim = self.dropped or (self.total if self.total is not None else self.pending[0]).shape[:2]
+        return groups, dim, dim
 
     @property
     def kept(self) -> int | None:
@@ -224,6 +252,24 @@ class RunningMoment:
         if self.total is not None:
             return self.total.diagonal(dim1=-2, dim2=-1) / max(1, self.rows)
         return torch.cat(self.pending, dim=2).square().sum(2) / max(1, self.rows)
+
+    def squared_sum(self) -> float:
+        """E[(sum_i x_i)^2], added over the groups."""
+        if self.total is not None:
+            return float(self.decomposable().sum())
+        return float(torch.cat(self.pending, dim=2).sum(1).square().sum()) / max(1, self.rows)
+
+
+def _gram(columns: Float[Tensor, "b g d k"], wide: bool) -> Float[Tensor, "g d d"]:
+    """sum over pieces and rows of x x^T; of float32 products, which wait to be added, at most `LIMIT` numbers wait."""
+    if wide:
+        return arithmetic.gram_float64(columns)
+    _, groups, dim, _ = columns.shape
+    first, *others = columns.split(max(1, LIMIT // (groups * dim**2)))
+    total = arithmetic.gram_float32(first)
+    for part in others:
+        total += arithmetic.gram_float32(part)
+    return total
 
 
 def _applied(matrix: Tensor, gram: bool, rows: int, vector: Float[Tensor, " m"]) -> Float[Tensor, " m"]:

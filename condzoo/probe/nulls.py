@@ -32,22 +32,31 @@ def structural_nulls(moment: Float[Tensor, "g d d"], *, sums_to_zero: bool) -> t
     return sum(count for count, _ in present), ", ".join(f"{count}: {why}" for count, why in present)
 
 
-def zero_sum_remainder(moment: Float[Tensor, "g d d"], dtype: torch.dtype, *, last: bool) -> float | None:
+def zero_sum_remainder(
+    squared_sum: float, diagonal: Float[Tensor, "g d"], dtype: torch.dtype, *, last: bool
+) -> float | None:
     """E[(sum_i g_i)^2] / d where rows sum to zero but for the rounding of the data, else None.
+
+    Args:
+        squared_sum: E[(sum_i g_i)^2].
+        diagonal: E[g_i^2]; of several groups there is no sum.
+        dtype: of the data.
+        last: of the network's last layer.
 
     Zero means under 1e-6 (20 u^2, for coarser data) of the mean E[g_i^2]: so little in exactly this
     direction does not come about by chance, but for two coordinates, where the rounding alone is let pass. In
-    the network's last layer also under (4 u)^2: the gradient p - y of a confident softmax is small, but its
-    rounding is that of p, which is near 1.
+    the network's last layer also a sum whose square is under (4 u)^2: the gradient p - y of a confident softmax is
+    small, but its rounding is that of p, which is near 1. To that comes d / 4 of float32's u^2: a softmax adds its
+    d terms in float32 at best. More would take a regression's small gradients for round-off.
     """
-    if moment.shape[0] > 1 or moment.shape[1] < 2:
+    groups, dim = diagonal.shape
+    if groups > 1 or dim < 2:
         return None
-    dim, roundoff = moment.shape[1], torch.finfo(dtype).eps / 2
-    remainder = max(0.0, float(moment.sum()) / dim)
-    trace = float(moment.diagonal(dim1=-2, dim2=-1).sum())
+    roundoff = torch.finfo(dtype).eps / 2
+    remainder, trace = max(0.0, squared_sum / dim), float(diagonal.sum())
     limit = max(1e-6 if dim > 2 else 0.0, 20 * roundoff**2) * trace / dim
     if last:
-        limit = max(limit, (4 * roundoff) ** 2)
+        limit = max(limit, (4 * roundoff) ** 2 / dim + min(roundoff, 2.0**-24) ** 2 / 4)
     return remainder if trace > 0 and remainder <= limit else None
 
 

@@ -16,13 +16,15 @@ from condzoo.probe.capture import Capture
 from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.step_weights import StepWeights
+from condzoo.probe.wrappers import refuse_replica
 
 
 class StepPasses:
     """Watches a model's forward passes from `attach` to `detach`, and begins each that trains in the capture.
 
     One that raises, or whose backward pass does, is forgotten again: a batch that does not fit into memory is tried
-    again in parts. Passes that wait for their backward pass together are forgotten together.
+    again in parts. Passes that wait for their backward pass together are forgotten together. One that was interrupted
+    (KeyboardInterrupt) is forgotten at the end of the step, and those after it are with it.
 
     Args:
         model: the module that trains.
@@ -63,6 +65,8 @@ class StepPasses:
     def detach(self) -> None:
         """Take the hooks off; `count` and `samples` are then final."""
         remove(self._handles)
+        if (interrupted := next(filter(None, self._running), None)) is not None:
+            interrupted()
         self._settle()
         self._waiting.clear()  # what could still be undone keeps sums alive
 
@@ -82,6 +86,7 @@ class StepPasses:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running.append(None)
+        refuse_replica(module)
         if self._told or at_rest():
             return
         self.capture.recording = module.training and torch.is_grad_enabled()

@@ -102,7 +102,7 @@ class StepWeights:
         if _is_split(weight):
             self.split.add(name)
             return
-        if not self.measured:
+        if not self.measured or not weight.is_floating_point():  # the codes of a quantized weight have no norms
             return
         self._watch(name, weight)
         if name not in self.norms:

@@ -30,8 +30,9 @@ class Norms:
 
 
 def own_weight(module: nn.Module) -> nn.Parameter | None:
-    """The layer's weight if it is a plain parameter (not computed by a parametrization)."""
-    return module._parameters.get("weight")
+    """The layer's weight if it is a plain parameter: not computed by a parametrization, nor a quantized one's codes."""
+    weight = module._parameters.get("weight")
+    return weight if weight is not None and weight.is_floating_point() else None
 
 
 def weight_matrices(module: nn.Module, weight: Tensor) -> Float[Tensor, "g out in"]:

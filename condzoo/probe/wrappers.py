@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -16,6 +16,13 @@ from torch.utils.checkpoint import CheckpointFunction
 REPLICATED = (DistributedDataParallel, nn.DataParallel)
 # attributes under which FullyShardedDataParallel, checkpoint_wrapper and torch.compile keep what they wrap
 INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+IN_THREADS = (
+    "nn.DataParallel over several devices runs copies of the model in threads, whose hooks cannot be told "
+    "apart; train with DistributedDataParallel instead, or measure the model inside it (model.module)"
+)
+
+_asking = 0  # `uncompiled` under way
+_eager: ExitStack | None = None  # what ends the eager running
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -37,10 +44,13 @@ def refuse_threads(model: nn.Module) -> None:
     if isinstance(model, nn.Module) and any(
         isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()
     ):
-        raise ValueError(
-            "nn.DataParallel over several devices runs copies of the model in threads, whose hooks cannot be told "
-            "apart; train with DistributedDataParallel instead, or measure the model inside it (model.module)"
-        )
+        raise ValueError(IN_THREADS)
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """A ValueError where this is one of those copies: they have the hooks of the model, which may know no wrapper."""
+    if getattr(module, "_is_replica", False):
+        raise ValueError(IN_THREADS)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -63,12 +73,22 @@ def structure(model: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Inside, what torch.compile has compiled runs eagerly: a compiled graph has no hooks."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled; importing it takes seconds
+    """Inside, what torch.compile has compiled runs eagerly: a compiled graph has no hooks.
+
+    Several may overlap and end in any order: the first sets the compiler's stance, and the last sets it back.
+    """
+    global _asking, _eager
+    _asking += 1
+    try:
+        if _eager is None and "torch._dynamo" in sys.modules:  # else nothing is compiled; importing it takes seconds
+            _eager = ExitStack()
+            _eager.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    finally:
+        _asking -= 1
+        if _eager is not None and not _asking:
+            _eager.close()
+            _eager = None
 
 
 @contextmanager

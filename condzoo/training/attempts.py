@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from condzoo.training.distributed import in_step
 from condzoo.training.events import Notice, OnEvent
 from condzoo.training.loop import train
 from condzoo.training.recipe import RecipeError, load_recipe
@@ -29,12 +30,15 @@ def attempt(recipe: Recipe, path: Path, options: RunOptions) -> Run:
 
     Raises:
         Stopped: on a signal; nothing is wrong with the run.
+        Exception: what one of several processes met alone: the others still wait for it in this run.
     """
     try:
         return train_to_any_end(recipe, path, options)
     except Stopped:
         raise
     except Exception as error:  # whatever a network's own code raises must not end the others
+        if not in_step(error):
+            raise
         why = str(error) if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{error!r}"
         if options.on_event is not None:
             options.on_event(Notice(f"{path} failed: {why}"))

@@ -48,7 +48,7 @@ class Ranks:
         """The largest of the processes' numbers."""
         if self.world == 1:
             return number
-        value = torch.tensor(number)
+        value = torch.tensor(number, device=meeting_place())
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 
@@ -106,6 +106,19 @@ def join(device: str | torch.device | None) -> tuple[Ranks, torch.device]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
         atexit.register(_leave)
     return Ranks(dist.get_rank(), dist.get_world_size()), own
+
+
+def meeting_place() -> torch.device:
+    """Where a tensor must be for the processes to exchange it: a group of the caller's may have NCCL alone."""
+    if "cpu:" in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def in_step(error: BaseException) -> bool:
+    """Whether all processes of a run have come to this error, and none waits for another."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not several or getattr(error, "shared", False)
 
 
 def writes() -> bool:

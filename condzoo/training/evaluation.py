@@ -11,6 +11,7 @@ from condzoo.training.distributed import ALONE, Ranks
 from condzoo.training.precision import Numerics
 
 EVALUATION_BATCH = {"cpu": 125, "cuda": 1000}  # images; larger ones fall out of a CPU's caches
+MOST_PIXELS = 256 * 224 * 224  # of a batch: a GPU that trains on 224 x 224 pixels may not hold a thousand such images
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def evaluate(
         ValueError, OSError: images that cannot be read, by whichever process.
     """
     plan = BatchPlan(
-        EVALUATION_BATCH.get(numerics.device.type, 1000) * ranks.world,
+        images_at_once(data, numerics.device) * ranks.world,
         channels_last=numerics.channels_last,
         part=ranks.rank,
         parts=ranks.world,
@@ -62,6 +63,12 @@ def evaluate(
     total = data.size(split)
     loss_sum, correct = ranks.sum_(sums).tolist()
     return Evaluation(int(correct), total, loss_sum / total)
+
+
+def images_at_once(data: DataSet, device: torch.device) -> int:
+    """How many images a process evaluates in one forward pass."""
+    _, height, width = data.image_shape
+    return max(1, min(EVALUATION_BATCH.get(device.type, 1000), MOST_PIXELS // (height * width)))
 
 
 @torch.no_grad()

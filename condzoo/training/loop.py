@@ -12,7 +12,7 @@ from condzoo.training.diagnosis import diagnose
 from condzoo.training.distributed import Ranks, join, launched
 from condzoo.training.divergence import NonFinite
 from condzoo.training.events import EpochDone, Event, Finished, OnEvent, Started, StepDone
-from condzoo.training.outcome import earlier_summary, end_diverged, finish, record_divergence
+from condzoo.training.outcome import earlier_summary, end_diverged, finish, last_epoch, record_divergence
 from condzoo.training.preparation import Training, first_unreadable, join_gradients, prepare, training_steps
 from condzoo.training.progress import Progress, capture, go_on
 from condzoo.training.recipe import check_recipe, load_recipe, parse_recipe, recipe_tables
@@ -22,7 +22,7 @@ from condzoo.training.run_directory import CHECKPOINTS, claimed
 from condzoo.training.runs import Run, default_run_directory
 from condzoo.training.schema import Recipe
 from condzoo.training.signals import Stopped, StopRequest, stop_signals
-from condzoo.training.steps import StepResult, take_step
+from condzoo.training.steps import StepResult, learning_rate_of, take_step
 
 CHECK_STEPS = 10  # between looks at what stays on a GPU: whether a step was bad, whether a process was asked to stop
 
@@ -133,30 +133,67 @@ def fit(training: Training, progress: Progress, path: Path, last: int, request: 
         NonFinite: see `take_step`.
         Stopped: a signal asked for it, and the state is saved.
     """
-    per_epoch, ranks = training.steps_per_epoch, training.ranks
+    per_epoch = training.steps_per_epoch
     save_steps = max(1, round(training.recipe.save_every * per_epoch))
     with opened_probe(training, path, progress.step) as probe:
+        if progress.step % per_epoch == 0:
+            if training.ranks.first_does(lambda: lacks_line(progress, path)):
+                end_epoch(training, progress, path, last, request, notify)
+            progress.end_epoch()
         began = time.perf_counter()
         for batch in training_steps(training, progress.step, last):
             result = take_step(training, batch, probe)
-            progress.add(result, time.perf_counter() - began)
-            saving = progress.step % save_steps == 0 or progress.step == last
-            checking = saving or check_due(training, progress.step)
+            taken = batch.step + 1
+            saving = taken % save_steps == 0 or taken == last
+            checking = saving or check_due(training, taken)
             if checking:
-                training.guard.check()
-                progress.unchecked.clear()
+                training.guard.check()  # waits for what a GPU has yet to do, which is the steps' time, too
+            progress.add(result, time.perf_counter() - began)
             report_step(training, progress, path, result, probe, notify)
-            if progress.step % per_epoch == 0:
-                record = record_epoch(training, progress, path, result.lr)
-                notify(EpochDone(record["epoch"], record))
+            if checking:
+                progress.unchecked.clear()
+                save_or_stop(training, progress, path, last, request, saving)
+            if taken % per_epoch == 0:
+                end_epoch(training, progress, path, last, request, notify)
                 progress.end_epoch()
-            stop = ranks.largest(request.number) if checking else 0
-            if saving or stop:
-                ranks.first_does(lambda: save_checkpoint(path / CHECKPOINTS, capture(training, progress, path)))
-            if stop and progress.step < last:
-                name = signal.Signals(stop).name
-                raise Stopped(f"stopped by {name} at step {progress.step}; run the same command to go on")
             began = time.perf_counter()
+
+
+def save_or_stop(
+    training: Training, progress: Progress, path: Path, last: int, request: StopRequest, saving: bool
+) -> None:
+    """Save where it is time to, or where a signal asks any process to stop; then stop.
+
+    Raises:
+        Stopped: a signal asked for it.
+    """
+    stop = training.ranks.largest(request.number)
+    if saving or stop:
+        training.ranks.first_does(lambda: save_checkpoint(path / CHECKPOINTS, capture(training, progress, path)))
+    if stop and progress.step < last:
+        name = signal.Signals(stop).name
+        raise Stopped(f"stopped by {name} at step {progress.step}; run the same command to go on")
+
+
+def end_epoch(
+    training: Training, progress: Progress, path: Path, last: int, request: StopRequest, notify: OnEvent
+) -> None:
+    """Evaluate, and write the line of the epoch that has ended.
+
+    It was saved before, where it is to be: evaluating may take longer than the sender of a signal waits. Where the
+    run ends here it is saved again, with its line and the same tensors: a kill meanwhile damages no checkpoint.
+
+    Raises:
+        Stopped: a signal came in the evaluation.
+    """
+    record = record_epoch(training, progress, path, learning_rate_of(training, progress.step - 1))
+    notify(EpochDone(record["epoch"], record))
+    save_or_stop(training, progress, path, last, request, progress.step == last)
+
+
+def lacks_line(progress: Progress, path: Path) -> bool:
+    """Whether a run goes on from an epoch that had been saved, and not yet evaluated."""
+    return progress.images > 0 and last_epoch(path).get("step") != progress.step
 
 
 def check_due(training: Training, step: int) -> bool:

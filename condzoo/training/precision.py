@@ -8,7 +8,7 @@ from torch import nn
 
 from condzoo.training.schema import Recipe
 
-DEVICES = ("cpu", "cuda", "mps")  # that compute: torch has others, as meta, on which a tensor can be made
+DEVICES = ("cpu", "cuda")  # that compute in float64, too: torch has others, on which a tensor can be made
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,6 +72,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if str(device).partition(":")[0] == "mps":
+        raise ValueError(f"device {str(device)!r}: sums are in float64, which MPS does not have; use --device cpu")
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)

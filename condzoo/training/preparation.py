@@ -223,10 +223,22 @@ def first_unreadable(training: Training) -> None:
         raise error
 
 
+def pieces(training: Training, x: Tensor, y: Tensor, images: int) -> Iterator[Batch]:
+    """This process's part of a batch of `images`, piece by piece, as the recipe accumulates.
+
+    In each forward pass of SyncBatchNorm the processes wait for each other: with it all have as many pieces, of which
+    the last may be empty here, but not in every process.
+    """
+    parts, world = training.recipe.accumulate, training.ranks.world
+    if training.recipe.sync_bn and world > 1:
+        parts = min(parts, -(-images // world))
+        return zip(x.tensor_split(parts), y.tensor_split(parts), strict=True)
+    return zip(x.chunk(parts), y.chunk(parts), strict=True)
+
+
 def training_steps(training: Training, start: int, stop: int) -> Iterator[StepBatch]:
     """The images of every step in [start, stop), over as many epochs as that takes."""
-    data, parts = training.data, training.recipe.accumulate
-    step = start
+    data, step = training.data, start
     while step < stop:
         epoch, first = divmod(step, training.steps_per_epoch)
         if training.full_batch:
@@ -237,7 +249,7 @@ def training_steps(training: Training, start: int, stop: int) -> Iterator[StepBa
         for x, y in readable(training, data.train_batches(training.plan, epoch, first)):
             left = data.size("train") - step % training.steps_per_epoch * training.plan.batch_size
             images = min(training.plan.batch_size, left)
-            yield StepBatch(step, images, zip(x.chunk(parts), y.chunk(parts), strict=True))
+            yield StepBatch(step, images, pieces(training, x, y, images))
             step += 1
             if step == stop:
                 return

@@ -101,6 +101,7 @@ def capture(training: Training, progress: Progress, path: Path) -> Checkpoint:
         "scaler": training.scaler.state_dict(),
         "threads": torch.get_num_threads(),
         "processes": training.ranks.world,
+        **arithmetic(training),
         **data_seen(training),
         "bytes": {name: durable_size(path / name) for name in (METRICS, CONDITIONING)},
     }
@@ -163,6 +164,16 @@ def take_up(training: Training, path: Path, notify: OnEvent) -> Checkpoint | Non
     return checkpoint
 
 
+def arithmetic(training: Training) -> dict[str, Any]:
+    """What `auto` and the machine, which no recipe names, have made of a run's arithmetic."""
+    numerics = training.numerics
+    return {
+        "precision": numerics.precision,
+        "channels_last": numerics.channels_last,
+        "device": numerics.device.type,
+    }
+
+
 def data_seen(training: Training) -> dict[str, int]:
     """What tells one data set from another under the same recipe, which names only its folder or not even that."""
     return {"classes": training.data.num_classes, "training_images": training.data.size("train")}
@@ -191,3 +202,13 @@ def differences(training: Training, checkpoint: Checkpoint) -> Iterator[str]:
             f"the run began with {was} processes and goes on with {now}: the global batch stays, sums round "
             "differently, and BatchNorm's and dropout's draws are those of the new parts"
         )
+    here = arithmetic(training)
+    there = {name: checkpoint.numbers.get(name, value) for name, value in here.items()}  # an old one says none
+    if there != here:
+        yield f"the run was trained {in_words(there)} and goes on {in_words(here)}: each step rounds differently"
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """ "in bf16 (channels_last) on cuda" of an `arithmetic`."""
+    memory_format = " (channels_last)" if found["channels_last"] else ""
+    return f"in {found['precision']}{memory_format} on {found['device']}"

@@ -10,10 +10,11 @@ from condzoo.data import IMAGE_FOLDER, check_images
 from condzoo.data.sources import data_roots, folder_root
 from condzoo.probe import Probe
 from condzoo.training.diagnosis import diagnose
+from condzoo.training.distributed import join
 from condzoo.training.divergence import NonFinite
 from condzoo.training.events import Message, OnEvent
-from condzoo.training.precision import resolve_device
-from condzoo.training.preparation import Training, prepare, training_steps
+from condzoo.training.loop import forked_random_numbers
+from condzoo.training.preparation import Training, first_unreadable, join_gradients, prepare, training_steps
 from condzoo.training.recipe import check_recipe
 from condzoo.training.reports import opened_probe
 from condzoo.training.runs import Diverged
@@ -50,15 +51,21 @@ def rehearse(
     Of class folders every image is decoded before, which takes as long as reading an epoch; `on_event` is told.
 
     The first step is slower than others: memory is not yet there, a compiled network is compiled in it.
+    Processes that torchrun started take it together, and decode no more than it needs: for all images the others
+    would wait longer than torch lets them.
 
     Raises:
         RecipeError, ValueError, FileNotFoundError: as `train`.
         Diverged: the first loss or gradient is not finite.
     """
     check_recipe(recipe)
-    check_every_image(recipe, data_root, on_event)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        training = prepare(recipe, resolve_device(device), data_root)
+    ranks, own_device = join(device)
+    if ranks.world == 1:
+        check_every_image(recipe, data_root, on_event)
+    elif recipe.data.name == IMAGE_FOLDER and on_event is not None and ranks.first:
+        on_event(Message("not every image is decoded: a dry run without torchrun does it"))
+    with forked_random_numbers(own_device, ranks):
+        training = join_gradients(ranks.all_do(lambda: prepare(recipe, own_device, data_root, ranks)))
         began = time.perf_counter()
         with opened_probe(training, None, 0) as probe:
             result = first_step(training, probe)
@@ -104,6 +111,7 @@ def first_step(training: Training, probe: Probe | None) -> StepResult:
         result = take_step(training, batch, probe)
         training.guard.check()
     except NonFinite as bad:
+        training.ranks.all_do(lambda: first_unreadable(training))
         raise Diverged(f"diverged: {diagnose(training, bad.step).text}", {}) from bad
     return result
 

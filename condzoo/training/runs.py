@@ -79,17 +79,18 @@ def load_run(path: str | Path) -> Run:
 def evaluate_run(
     path: str | Path, data_root: str | Path | None = None, device: str | None = None, split: Split = "test"
 ) -> Evaluation:
-    """Measure a finished run's accuracy again, in the arithmetic it was trained in.
+    """Measure a finished run's accuracy again, in the arithmetic it was trained in, whatever `auto` would pick here.
 
     On the device it was trained on, the result equals the recorded one to the last image.
 
     Raises:
         FileNotFoundError: no finished run; no data.
-        ValueError: data of another number of classes.
+        ValueError: data of another number of classes; a run in fp16, and no GPU.
     """
     run = load_run(path)
     model = run.load_model()
-    numerics = resolve_numerics(run.recipe, model, resolve_device(device))
+    trained_in = {"precision": run.summary.get("precision", run.recipe.precision)}
+    numerics = resolve_numerics(run.recipe.model_copy(update=trained_in), model, resolve_device(device))
     data = read_data(run.recipe, data_root).to(numerics.device)
     classes = run.summary.get("num_classes", data.num_classes)
     if data.num_classes != classes:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from condzoo.training.distributed import writes
-from condzoo.training.run_directory import RECIPE, SUMMARY, RunDirectoryError, begun, write_json
+from condzoo.training.recipe import RecipeError, load_recipe, parse_recipe, set_field
+from condzoo.training.run_directory import RECIPE, SUMMARY, RunDirectoryError, begun, read_json, write_json
 from condzoo.training.runs import Run
 from condzoo.training.schema import Recipe
 
@@ -26,7 +27,16 @@ def summarize(runs: Mapping[str, Run]) -> dict[str, Any]:
         is nothing else) -> how many runs are done, diverged and failed, and of each number {"mean", "std",
         "n"} over those that are done. std is the sample's, with n - 1 below; None for one run.
     """
-    short = {name: {key: run.summary[key] for key in KEPT if key in run.summary} for name, run in runs.items()}
+    return summary_of(in_short(runs))
+
+
+def in_short(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
+    """Folder name -> what a summary of many keeps of a run's own."""
+    return {name: {key: run.summary[key] for key in KEPT if key in run.summary} for name, run in runs.items()}
+
+
+def summary_of(short: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`summarize` of runs in short."""
     settings: dict[str, list[dict[str, Any]]] = {}
     for name, summary in short.items():
         settings.setdefault(setting_of(name), []).append(summary)
@@ -34,11 +44,11 @@ def summarize(runs: Mapping[str, Run]) -> dict[str, Any]:
 
 
 def check_folder(out: Path, planned: Mapping[str, Recipe]) -> None:
-    """See that the summary of these runs would take the place of no other's.
+    """See that the summary of these runs would take the place of no other's, and what it keeps compares with them.
 
     Raises:
         RunDirectoryError: out/summary.json is none of many runs, or a run there is of another recipe than the planned
-            ones of its setting.
+            ones of its setting; or one of a summary there is so in more than its seed and what is swept.
     """
     summary = out / SUMMARY
     if summary.is_file() and not is_of_many_runs(summary):
@@ -48,6 +58,53 @@ def check_folder(out: Path, planned: Mapping[str, Recipe]) -> None:
         seed = re.search(r"seed(\d+)$", run.name)
         if seed and setting_of(run.name) in recipes:
             begun(run, recipes[setting_of(run.name)].model_copy(update={"seed": int(seed[1])}))
+    for file in sorted(out.glob(f"{summary.stem}*.json")):  # a shard's, too
+        for name in sorted(earlier(file).keys() - planned.keys()):
+            check_beside(file, name, planned)
+
+
+def check_beside(summary: Path, name: str, planned: Mapping[str, Recipe]) -> None:
+    """See that a run of a summary differs from the planned ones in nothing but its seed and what they or it sweep.
+
+    Raises:
+        RunDirectoryError: it does.
+    """
+    run, here = summary.parent / name, next(iter(planned.values()), None)
+    if here is None:  # a shard without runs
+        return
+    there = load_recipe(run / RECIPE)
+    tables = here.model_dump(exclude_unset=True, exclude_none=True)  # as given: see `plan_sweep`
+    try:
+        for field in sorted({"seed"}.union(*map(swept, (name, *planned)))):
+            set_field(tables, field, value_of(there, field))
+        begun(run, parse_recipe(tables))
+    except RunDirectoryError as error:
+        raise RunDirectoryError(f"{summary} is of other runs, too: {error}") from error
+    except RecipeError as error:
+        raise RunDirectoryError(
+            f"{summary} is of other runs, too: {run} belongs to another recipe; use another --out"
+        ) from error
+
+
+def swept(folder: str) -> list[str]:
+    """The fields of a grid, by a run's folder: optim.lr and model.name of "optim.lr=1e-05-model.name=mlp4x24-seed1"."""
+    return re.findall(r"(?:^|-)([a-z_]+(?:\.\w+)*)=", folder)
+
+
+def value_of(recipe: Recipe, field: str) -> Any:
+    """A field's value by its path; None where there is no such field."""
+    value: Any = recipe.model_dump()
+    for part in field.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def earlier(summary: Path) -> dict[str, dict[str, Any]]:
+    """The runs of a summary, in short, of those that still lie beside it; none where it is not of many runs."""
+    if not summary.is_file() or not is_of_many_runs(summary):
+        return {}
+    runs = read_json(summary).get("runs", {})
+    return {name: run for name, run in runs.items() if (summary.parent / name / RECIPE).is_file()}
 
 
 def is_of_many_runs(summary: Path) -> bool:
@@ -81,12 +138,14 @@ def spread(group: list[dict[str, Any]]) -> dict[str, Any]:
 def write_summary(out: str | Path, runs: Mapping[str, Run], shard: str | None = None) -> dict[str, Any]:
     """Write `summarize(runs)` to out/summary.json, or the part of a shard to out/summary-2of4.json; returns it.
 
+    What is written there of earlier runs stays, as long as they lie in `out`: seeds 4 and 5 join 1 to 3.
     Of torchrun's processes the first one writes.
     """
-    summary = summarize(runs)
     if not writes():
-        return summary
+        return summarize(runs)
     name = SUMMARY if shard is None else f"{Path(SUMMARY).stem}-{shard.replace('/', 'of')}.json"
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_json(Path(out) / name, summary)
+    path = Path(out) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    summary = summary_of(earlier(path) | in_short(runs))
+    write_json(path, summary)
     return summary

@@ -71,16 +71,23 @@ class TensorBoard:
             self.then(event)
 
     def open(self, event: Started) -> None:
-        """The writer of a run; lines of metrics that an earlier process wrote are there already."""
+        """The writer of a run; lines of metrics that an earlier process wrote are there already.
+
+        What an earlier try wrote that has begun again goes: TensorBoard would draw both.
+        """
         self.close()
         self.path = event.path
-        goes_on = (event.path / FOLDER).is_dir()
+        goes_on = (event.path / FOLDER).is_dir() and event.start_step > 0
+        if not goes_on:
+            for stale in (event.path / FOLDER).glob("events.out.tfevents.*"):
+                stale.unlink()
         self.writer = open_writer(event.path / FOLDER, start_step=event.start_step if goes_on else 0)
         sizes = {name: file_size(event.path / name) if goes_on else 0 for name in (METRICS, CONDITIONING)}
         self.read = sizes
 
     def write_new(self) -> None:
-        """The lines that came since the last call."""
+        """The lines that came since the last call, where who looks at them sees them at once."""
+        before = dict(self.read)
         for record in self.new_records(METRICS):
             of_step = record["kind"] == "step"  # which says its own number; an epoch's line, how many were taken
             step = record["step"] if of_step else max(0, record["step"] - 1)
@@ -89,6 +96,8 @@ class TensorBoard:
                     self.writer.add_scalar(tag, record[key], step)
         for record in self.new_records(CONDITIONING):
             write_tensorboard(from_record(record), self.writer)
+        if self.read != before:
+            self.writer.flush()
 
     def new_records(self, name: str) -> Iterator[dict[str, Any]]:
         """The whole lines of a .jsonl file from where it was last read."""

@@ -40,8 +40,9 @@ def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
     model: Any
     if isinstance(name_or_model, str):
         info = zoo_info(name_or_model)
-        torch.manual_seed(seed)
-        model, changed = create_model(info.name), {}
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model, changed = create_model(info.name), {}
     else:
         model = copy.deepcopy(name_or_model).cpu().requires_grad_(True)  # also of one that is frozen, or on a GPU
         arch = getattr(model, "pretrained_cfg", {}).get("architecture") or ""

@@ -16,15 +16,9 @@ from condzoo.checkpoints.records import Config, Metrics
 from condzoo.checkpoints.writing import add_to_index, refresh_cards
 from condzoo.models import released
 from condzoo.probe.serialization import from_record
-from condzoo.release import (
-    check_evaluation,
-    described_data,
-    header_fields,
-    release,
-    released_before,
-    repository_recipe,
-    same_arithmetic,
-)
+from condzoo.release import release, released_before
+from condzoo.release.checks import check_evaluation, same_arithmetic
+from condzoo.release.records import described_data, header_fields, repository_recipe
 from condzoo.training import load_recipe, load_run
 
 
@@ -170,7 +164,7 @@ def test_a_run_of_another_device_may_differ_a_little(runs, monkeypatch, images_o
     ("processor", "images_off", "accepted"), [("another", 3, True), ("another", 4, False), (None, 1, False)]
 )
 def test_a_run_of_another_cpu_may_differ_a_little(runs, monkeypatch, processor, images_off, accepted):
-    monkeypatch.setattr("condzoo.release.OTHER_DEVICE", 0.01)  # of 360 images
+    monkeypatch.setattr("condzoo.release.checks.OTHER_DEVICE", 0.01)  # of 360 images
     if processor:
         edit_json(runs[1] / "environment.json", lambda parts: parts[-1].update(processor=processor))
     edit_json(runs[1] / "summary.json", lambda summary: more_right(summary, images_off))
@@ -181,7 +175,7 @@ def test_a_run_of_another_cpu_may_differ_a_little(runs, monkeypatch, processor, 
 @pytest.mark.parametrize(("images_off", "accepted"), [(3, True), (4, False)])
 def test_a_run_of_another_number_of_threads_may_differ_a_little(runs, monkeypatch, images_off, accepted):
     """As `condzoo eval` says of it."""
-    monkeypatch.setattr("condzoo.release.OTHER_DEVICE", 0.01)  # of 360 images
+    monkeypatch.setattr("condzoo.release.checks.OTHER_DEVICE", 0.01)  # of 360 images
     edit_json(runs[1] / "environment.json", lambda parts: parts[-1].update(threads=parts[-1]["threads"] + 1))
     edit_json(runs[1] / "summary.json", lambda summary: more_right(summary, images_off))
     with nullcontext() if accepted else pytest.raises(ValueError, match="evaluating it again"):
@@ -311,7 +305,7 @@ def test_a_release_is_never_overwritten(made_checkpoint, finished_runs):
 
 def test_someone_elses_readme_is_not_overwritten(finished_runs, tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("# My project\n")
-    monkeypatch.setattr("condzoo.release.check_evaluation", lambda *_: pytest.fail("work was done first"))
+    monkeypatch.setattr("condzoo.release.checks.check_evaluation", lambda *_: pytest.fail("work was done first"))
     with pytest.raises(FileExistsError, match=r"README\.md is no table of checkpoints, and would be overwritten"):
         release(finished_runs, "digits", out=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

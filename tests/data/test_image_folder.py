@@ -1,8 +1,11 @@
 """Class folders: what is read, in which order and view; every fault of a folder or a file is told with its path."""
 
 import errno
+import multiprocessing
 import os
 import pickle
+import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -19,6 +22,7 @@ from torchvision.datasets import ImageFolder
 from condzoo.data import BatchPlan, StoredData, check_images, data_info, load_data
 from condzoo.data.image_files import ImageError, read_image
 from condzoo.data.image_folder import MEAN, STD
+from condzoo.data.stored import outlive_signals, signals_held
 
 PLAN = BatchPlan(batch_size=4, seed=3)
 Folders = Callable[..., Path]
@@ -73,6 +77,35 @@ def test_views_depend_on_neither_workers_nor_parts_nor_start(augment: str, folde
         for (x, y), (x_part, y_part) in zip(whole[1:], split, strict=True):
             assert torch.equal(x[part::3], x_part)
             assert torch.equal(y[part::3], y_part)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not say who sent a signal")
+def test_a_worker_that_a_server_forked_ends_by_the_process_that_trains(folders: Folders) -> None:
+    usual = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)  # Linux's own from Python 3.14 on
+    batches = load(folders(), workers=1).train_batches(PLAN, 0)
+    try:
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        worker.join(0.5)
+        assert worker.is_alive(), "a signal of another process, as a launcher sends it to the whole group"
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
+    finally:
+        for left in multiprocessing.active_children():
+            left.kill()
+        multiprocessing.set_start_method(usual, force=True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks")
+def test_a_worker_can_be_ended_where_the_system_does_not_say_who_sent_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "sigwaitinfo", raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with signals_held():  # as a worker that is spawned begins
+        outlive_signals(os.getppid(), 0)
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.parametrize("augment", ["standard", "paper"])

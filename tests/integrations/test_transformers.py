@@ -1,5 +1,7 @@
 """The callback in real runs of Hugging Face's Trainer: the records of a plain loop, and the same weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,9 +43,9 @@ def images(samples=40):
     return [{"pixel_values": a, "labels": b} for a, b in zip(x, y, strict=True)]
 
 
-def fit(name, folder, callbacks=(), resume=None, **settings):
+def fit(name, folder, callbacks=(), resume=None, model=None, **settings):
     """The model and the batches that the Trainer took, in its order."""
-    model, batches = MODELS[name](), []
+    model, batches = model or MODELS[name](), []
 
     def collate(samples):
         batches.append({key: torch.stack([s[key] for s in samples]) for key in samples[0]})
@@ -149,6 +151,41 @@ def test_a_resumed_run_goes_on_with_its_step(tmp_path):
     fit("module", tmp_path, [ProbeCallback(every=5)], **saves)
     fit("module", tmp_path, [ProbeCallback(every=5)], str(tmp_path / "checkpoint-10"), **saves, num_train_epochs=2)
     assert [r.step for r in read_records(tmp_path)] == [0, 5, 10, 15]
+
+
+def test_a_run_that_an_exception_ended_has_its_probe_closed_by_the_next_run_of_the_model(tmp_path):
+    from condzoo.integrations.transformers import ProbeCallback
+
+    model, fails = Tiny(), []
+
+    def fail(module, args):
+        if fails:
+            raise RuntimeError("in the middle")
+
+    class InTheSecondStep(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            fails.append(True)
+
+    handle = model.register_forward_pre_hook(fail)
+    ended = ProbeCallback(every=1, out=tmp_path / "ended")
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fit("module", tmp_path, [ended, InTheSecondStep()], model=model)
+    handle.remove()
+    both = [ProbeCallback(every=5, out=tmp_path / name) for name in ("one", "other")]
+    fit("module", tmp_path, both, model=model)
+    for name, steps in (("ended", [0]), ("one", [0, 5]), ("other", [0, 5])):
+        assert [r.step for r in read_records(tmp_path / name)] == steps
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(RuntimeError, match="outside `with`"):
+        ended.probe.step()
+
+
+def test_data_parallel_is_refused(tmp_path):
+    from condzoo.integrations.transformers import ProbeCallback
+
+    arguments, state = SimpleNamespace(n_gpu=2, output_dir=str(tmp_path)), SimpleNamespace(global_step=0)
+    with pytest.raises(ValueError, match=r"on 2 GPUs by nn\.DataParallel.* start the script with torchrun"):
+        ProbeCallback().on_train_begin(arguments, state, None, model=Tiny())
 
 
 def test_a_wrong_setting_fails_at_once():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from condzoo.probe import arithmetic, measure
 from condzoo.probe.arithmetic import SAFETY, float32_noise, gram_float32, plain_convolutions, plain_products
 from condzoo.probe.moments import RunningMoment
 
@@ -16,7 +17,13 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize(("pieces", "dim", "rows"), [(1, 8, 40), (7, 16, 9), (12, 5, 300), (128, 16, 64), (1000, 8, 4)])
+@pytest.mark.parametrize(
+    ("pieces", "dim", "rows"),
+    [
+        *((1, 8, 40), (7, 16, 9), (12, 5, 300), (128, 16, 64), (1000, 8, 4)),
+        *((1, 3, 1_000_000), (1, 1, 3_000_000), (64, 1, 50_176), (2, 3, 50_176)),  # which BLAS adds in one chain
+    ],
+)
 def test_the_error_is_under_the_noise_said_of_it(kind, groups, pieces, dim, rows):
     columns = KINDS[kind]((pieces, groups, dim, rows))
     found = gram_float32(columns)
@@ -44,6 +51,68 @@ def test_plain_products_are_float32_whatever_is_set_around_them_and_leave_it_as_
         torch.set_float32_matmul_precision(before)
     assert product.dtype == torch.float32
     assert float((product.double() - x.double() @ x.double().T).abs().max()) < 1e-4
+
+
+newer = pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch sets TF32 by operation since 2.9"
+)
+SETTINGS = {
+    "all": torch.backends,
+    "CUDA": torch.backends.cudnn,
+    "products of CUDA": torch.backends.cuda.matmul,
+    "products of CPUs": torch.backends.mkldnn.matmul,
+}
+
+
+def readings():
+    """The setting of each operation and backend, under each that is set for all of them."""
+    found, own = [], torch.backends.fp32_precision
+    for general in ("none", "ieee", "tf32"):
+        torch.backends.fp32_precision = general
+        backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+        found += [x.fp32_precision for x in (*backends, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)]
+    torch.backends.fp32_precision = own
+    return own, found
+
+
+@newer
+@pytest.mark.parametrize("where", [*SETTINGS, "products, legacy"])
+def test_tf32_of_the_newer_settings_is_off_in_products_and_as_it_was_after_them(kit, where):
+    batch = kit.images(dtype=torch.float32)
+    expected = measure(kit.build("conv"), kit.images(), conv="patches")
+    try:
+        if where in SETTINGS:
+            SETTINGS[where].fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        before = readings()
+        for device in ("cpu", "cuda"):
+            with plain_products(device), plain_convolutions(device):
+                assert torch.backends.cuda.matmul.fp32_precision in ("none", "ieee") or device == "cpu"
+                assert torch.backends.cudnn.conv.fp32_precision in ("none", "ieee") or device == "cpu"
+                assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") or device == "cuda"
+            assert readings() == before
+        found = measure(kit.build("conv", torch.float32), batch, conv="patches")
+        assert readings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for setting in SETTINGS.values():
+            setting.fp32_precision = "none"
+    for name, layer in expected.items():
+        assert found[name].input.lambda_max == pytest.approx(layer.input.lambda_max, rel=1e-3)
+
+
+def test_torch_without_the_newer_settings_is_told_by_its_older_ones(monkeypatch):
+    monkeypatch.setattr(arithmetic, "_precision", arithmetic._precision_before)
+    monkeypatch.setattr(arithmetic, "_set_precision", None)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high")
+        with plain_products("cpu"), plain_convolutions("cuda"):
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", before[1])
+    finally:
+        torch.set_float32_matmul_precision(before[0])
 
 
 @pytest.mark.parametrize("precision", ["auto", "fast"])
@@ -76,12 +145,12 @@ def test_data_that_is_not_finite_is_known_from_data_whose_squares_are_not(bad, p
     assert not moment.finite
 
 
-def test_convolutions_of_a_gpu_are_asked_for_without_tf32(monkeypatch):
+@newer
+def test_convolutions_of_a_gpu_are_asked_for_without_tf32():
     """No GPU here: what cuDNN is told, and that it is as before after it."""
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    before = torch.backends.cudnn.allow_tf32
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.conv.fp32_precision
     with plain_convolutions("cuda"):
-        assert not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.allow_tf32 == before
+        assert torch.backends.cudnn.conv.fp32_precision in ("none", "ieee")
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.conv.fp32_precision) == before
     with plain_convolutions("cpu"):
-        assert torch.backends.cudnn.allow_tf32 == before
+        assert torch.backends.cudnn.conv.fp32_precision == before[1]

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from condzoo.probe import Probe, measure
+from condzoo.probe.batches import batch_size, on_device
 
 
 @dataclass
@@ -283,3 +285,63 @@ def test_a_models_own_sum_is_divided_by_the_batch_where_that_is_said():
     expected = of_mean["head"].output_grad.eigenvalues
     assert torch.allclose(of_sum["head"].output_grad.eigenvalues, expected, rtol=1e-5, atol=1e-12)
     assert of_sum["head"].weight_grad == pytest.approx(of_mean["head"].weight_grad, rel=1e-5)
+
+
+class Detector(nn.Module):
+    """Takes images of several sizes in a list, as torchvision's detection models do, and returns its loss."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, images, targets=None):
+        logits = self.head(torch.stack([image.mean((1, 2)) for image in images]))
+        return Output(logits, None if targets is None else F.cross_entropy(logits, torch.stack(list(targets))))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_images_is_a_batch_of_its_length(kind):
+    generator = torch.Generator().manual_seed(0)
+    images = kind(torch.randn((3, 4, 4 + i), generator=generator).double() for i in range(5))
+    targets = kind(torch.randint(2, (5,), generator=generator))
+    model, plain = Detector().double(), Detector().double().head
+    x = torch.stack([image.mean((1, 2)) for image in images])
+    expected = measure(plain, (x, torch.stack(list(targets))))[""].output_grad.eigenvalues
+    for batch in ((images, targets), {"images": images, "targets": targets}):
+        with Probe(model) as probe:
+            (model(*batch) if isinstance(batch, tuple) else model(**batch)).loss.backward()
+            probe.step()
+        at_rest = measure(model, [(batch, None)], loss=lambda output, y: output.loss)
+        for found in (probe.latest, at_rest):
+            assert found.samples == 5
+            assert torch.allclose(found["head"].output_grad.eigenvalues, expected, rtol=1e-10)
+    source, target = torch.ones(6, 9, 2), torch.ones(6, 7, 2)
+    assert batch_size((source, target)) == batch_size([(source, target), {}]) == batch_size(([source, target],)) == 6
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[1][0][-1])
+
+
+def test_a_packed_sequence_is_one_argument_and_as_many_samples_as_sequences():
+    x = torch.randn((3, 7, 4), generator=torch.Generator().manual_seed(0))
+    packed, y = pack_padded_sequence(x, torch.full((3,), 7), batch_first=True), torch.tensor([0, 2, 1])
+    model = Recurrent()
+    expected = measure(model, (x, y))["head"].output_grad.eigenvalues
+    with Probe(model) as probe:
+        F.cross_entropy(model(packed), y).backward()
+        probe.step()
+    at_rest = measure(model, (packed, y), certify=True)
+    assert at_rest.certificate["head"]["output_grad_lambda_max"] < 1e-4
+    for found in (probe.latest, at_rest):
+        assert found.samples == 3
+        assert torch.allclose(found["head"].output_grad.eigenvalues, expected, rtol=1e-4, atol=1e-9)
+    moved = on_device(packed._replace(sorted_indices=torch.arange(3)), torch.device("meta"))
+    assert [t.device.type for t in (moved.data, moved.sorted_indices, moved.batch_sizes)] == ["meta", "meta", "cpu"]

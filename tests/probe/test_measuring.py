@@ -401,6 +401,33 @@ def test_layers_whose_weight_is_computed_are_measured(kit, way, labels):
     assert found["5"].weight_grad == pytest.approx(expected["5"].weight_grad)
 
 
+class Quantized(nn.Linear):
+    """8-bit codes with one scale, as the layers of quantized models have them; the codes are no weight."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features)
+        self.scale = float(layer.weight.detach().abs().max()) / 127
+        self.weight = nn.Parameter((layer.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_the_codes_of_a_quantized_weight_have_no_norms(kit, probed):
+    model, (x, y) = kit.build("mlp"), kit.images()
+    model[3] = Quantized(model[3])
+    if probed:
+        with Probe(model) as probe:
+            F.cross_entropy(model(x), y).backward()
+            probe.step()
+    found = probe.latest if probed else measure(model, (x, y))
+    assert list(found) == ["1", "3", "5"]
+    assert [layer.weight is None for layer in found.values()] == [False, True, False]
+    assert (found["3"].weight_frobenius, found["3"].weight_domination) == (None, None)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 def test_a_network_of_computed_weights_alone_is_measured(kit):
     model = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(48, 4))).double()

@@ -1,5 +1,7 @@
 """`Probe` in the ways people train: scaled losses, checkpointing, compilation, models that are not called."""
 
+from contextlib import ExitStack
+
 import pytest
 import timm
 import torch
@@ -172,6 +174,22 @@ def test_what_is_compiled_runs_eagerly_in_the_steps_that_are_due_and_only_then(k
     close(probe.latest, plain)
 
 
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_two_probes_that_end_in_any_order_leave_compilation_as_it_was(kit, first_out):
+    torch.compiler.reset()
+    (x, _), calls = kit.images(dtype=torch.float32), []
+    compiled = torch.compile(kit.build("mlp", torch.float32), backend=counting_backend(calls))
+    open_probes = [ExitStack(), ExitStack()]
+    for probe in open_probes:
+        probe.enter_context(Probe(kit.build("mlp"), every=1))
+    open_probes.pop(first_out).close()
+    compiled(x)
+    assert not calls
+    open_probes.pop().close()
+    compiled(x)
+    assert calls
+
+
 def test_compiled_training_is_bitwise_the_same_where_the_compiler_keeps_the_arithmetic(kit):
     def trained(every):
         torch.compiler.reset()
@@ -243,3 +261,13 @@ def test_data_parallel_is_measured_on_one_device_and_refused_on_several(kit):
     model[2].device_ids = [0, 1]
     with pytest.raises(ValueError, match="measure the model inside it"):
         measure(model, (x, y))
+
+
+def test_a_copy_that_data_parallel_runs_is_refused_where_the_probe_was_given_the_model_inside(kit):
+    model, (x, y) = kit.build("conv"), kit.images()
+    with Probe(model) as probe:
+        with pytest.raises(ValueError, match=r"DataParallel over several .* train with DistributedDataParallel"):
+            model._replicate_for_data_parallel()(x)
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    assert probe.latest.samples == 12

@@ -1,12 +1,13 @@
 """`Probe` in a training loop: the same numbers as `measure`, and the same weights as without it."""
 
 import gc
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from condzoo.probe import Probe, measure, read_records
@@ -167,6 +168,64 @@ def test_hooks_come_off_when_the_loop_raises(kit):
     with pytest.raises(RuntimeError, match="mat1 and mat2"), Probe(model):
         model(torch.zeros(2, 3, 9, 9, dtype=torch.float64))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Interrupted(nn.MultiheadAttention):
+    """Ends by Ctrl-C while a batch has more than 8 samples."""
+
+    def forward(self, x, *rest):
+        h = super().forward(x, *rest)
+        if len(x) > 8:
+            raise KeyboardInterrupt
+        return h
+
+
+class Interruptible(nn.Module):
+    """A functional ReLU, and attention that may be interrupted."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(16, 8), nn.Linear(8, 4)
+        self.mix = Interrupted(8, 2, batch_first=True)
+
+    def forward(self, x):
+        h = F.relu(self.stem(x.flatten(2)))
+        return self.head(self.mix(h, h, h)[0].mean(1))
+
+
+def run_probed(model, x, how):
+    with ExitStack() as outer, ExitStack() as inner:
+        (inner if how.endswith("first") else outer).enter_context(Probe(model))
+        if how.startswith("two"):
+            outer.enter_context(Probe(model))
+        with BaseTorchFunctionMode() if how == "inside a mode" else nullcontext():
+            model(x)
+
+
+@pytest.mark.parametrize("how", ["measure", "a probe", "two probes", "two probes, first out first", "inside a mode"])
+def test_an_interrupted_forward_pass_leaves_nothing_behind(kit, how):
+    model, linear, (x, y) = Interruptible(), F.linear, kit.images(dtype=torch.float32)
+    with pytest.raises(KeyboardInterrupt):
+        _ = measure(model, (x, y)) if how == "measure" else run_probed(model, x, how)
+    assert F.linear is linear
+    assert _get_current_function_mode_stack() == []
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_interrupted_pass_and_those_after_it_in_its_step_are_forgotten(kit):
+    model, (x, y), mode = Interruptible(), kit.images(dtype=torch.float32), BaseTorchFunctionMode()
+    with Probe(model) as probe:
+        F.cross_entropy(model(x[:8]), y[:8]).backward()
+        probe.step()
+    model.zero_grad()
+    with mode, Probe(model) as other:
+        for part in (slice(8), slice(12), slice(8)):  # a notebook's cell, interrupted and run again
+            with pytest.raises(KeyboardInterrupt) if part.stop > 8 else nullcontext():
+                F.cross_entropy(model(x[part]), y[part]).backward()
+        other.step()
+        assert _get_current_function_mode_stack()[0] is mode
+    same_record(other.latest, probe.latest)
 
 
 def test_memory_does_not_grow_with_the_number_of_measurements(kit):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from condzoo.training import Recipe, StepDone, preparation, train, train_seeds
 from condzoo.training.recipe import parse_recipe
+from condzoo.training.rehearsal import rehearse
 
 Outcomes = list[list[str]]
 
@@ -204,4 +205,22 @@ def seeds(folder: Path) -> dict[str, Outcomes]:
     return {"one": in_processes(2, of_seeds(1), folder), "two": in_processes(2, of_seeds(1, 2), folder)}
 
 
-CASES = {"equal": equal, "stopped": stopped, "failing": failing, "seeds": seeds}
+def rehearsed(folder: Path) -> dict[str, Outcomes]:
+    """A dry run in one process and in two, and one that several on CPUs refuse."""
+
+    def rehearsing(name: str, tables: dict[str, Any]) -> Callable[[int], Any]:
+        def action(rank: int) -> None:
+            found = rehearse(parse_recipe(tables), device="cpu")
+            content = {"loss": found.loss, "grad_norm": found.grad_norm, "probed": found.probed}
+            (folder / f"{name}{rank}.json").write_text(json.dumps(content))
+
+        return action
+
+    return {
+        "one": in_processes(1, rehearsing("one", EVERYTHING), folder),
+        "two": in_processes(2, rehearsing("two", EVERYTHING), folder),
+        "sync_bn": in_processes(2, rehearsing("sync_bn", NORMS | {"sync_bn": True}), folder),
+    }
+
+
+CASES = {"equal": equal, "stopped": stopped, "failing": failing, "seeds": seeds, "rehearsed": rehearsed}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from condzoo.training import Diverged, preparation, reports, train
-from condzoo.training.divergence import NonFinite
+from condzoo.training import Diverged, loop, preparation, reports, train
+from condzoo.training.divergence import Guard, NonFinite
 from condzoo.training.preparation import Training, prepare, training_steps
 from condzoo.training.progress import capture, start_of
 from condzoo.training.steps import take_step
@@ -62,6 +63,21 @@ def test_deferred_checks_train_the_same_and_go_on_bitwise(
     for steps in (8, None):
         train(recipe, out=tmp_path / "pieces", max_steps=steps, device="cpu")
     assert gap(tmp_path / "deferred", tmp_path / "pieces") == 0.0
+
+
+def test_waiting_for_the_device_is_time_of_the_steps(
+    tiny: Any, tmp_path: Path, deferred: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launching takes no time, by this clock, and each wait a second."""
+    deferred()
+    waits: list[None] = []
+    monkeypatch.setattr(Guard, "check", lambda guard: waits.append(None))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(len(waits))))
+    run = train(tiny(), out=tmp_path, device="cpu")  # looked at after steps 1, 6, 10, 11 and 16, 20, 21, 22
+    assert run.summary["seconds"] == len(waits) == 8.0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    epochs = [(line["seconds"], line["images_per_second"]) for line in lines if line["kind"] == "epoch"]
+    assert epochs == [(4.0, 11 * 128 / 4)] * 2
 
 
 @pytest.mark.parametrize("probe", [0, 13], ids=["unprobed", "probed just after"])

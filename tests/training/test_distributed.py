@@ -163,6 +163,30 @@ def test_each_process_takes_the_gpu_of_its_number(
             distributed._own_device(device)
 
 
+@pytest.mark.parametrize(
+    ("backends", "expected"), [("cuda:nccl", "cuda:3"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo,cuda:gloo", "cpu")]
+)
+def test_a_number_goes_where_the_group_can_exchange_it(
+    backends: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[str] = []
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value, op: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch, "tensor", lambda value, device="cpu": places.append(str(device)) or value)
+    assert (Ranks(0, 2).largest(15), places) == (15, [expected])
+
+
+def test_a_dry_run_in_two_processes_is_the_first_step_of_both(tmp_path: Path) -> None:
+    report = run_case("rehearsed", tmp_path)
+    assert report["one"] + report["two"] == [["done"]] * 3
+    assert {outcome[1].split(":")[0] for outcome in report["sync_bn"]} == {"sync_bn"}, "they know of each other"
+    one, two, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one0", "two0", "two1"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    assert other == two
+
+
 def test_before_processes_meet_each_machine_says_an_error_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, local, elsewhere in (("0", "0", False), ("1", "1", True), ("8", "0", False)):
         monkeypatch.setenv("RANK", rank)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from condzoo.models import create_model
-from condzoo.training import evaluate_run, precision, train
+from condzoo.training import Notice, evaluate_run, precision, train
 from condzoo.training.precision import has_bf16_units, resolve_device, resolve_numerics
+from condzoo.training.resume import newest_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -47,8 +48,11 @@ def test_fp16_needs_a_gpu(tiny: Any, tmp_path: Path) -> None:
 def test_an_absent_device_is_said() -> None:
     with pytest.raises(ValueError, match=r"device 'cud' cannot be used here: .*; try --device cpu"):
         resolve_device("cud")
-    with pytest.raises(ValueError, match=r"device 'meta' cannot be used here: it must be of cpu, cuda, mps; try --dev"):
+    with pytest.raises(ValueError, match=r"device 'meta' cannot be used here: it must be of cpu, cuda; try --device"):
         resolve_device("meta")
+    for name in ("mps", "mps:0"):
+        with pytest.raises(ValueError, match=rf"^device '{name}': sums are in float64, which MPS does not have; use"):
+            resolve_device(name)
     assert resolve_device("cpu") == CPU
 
 
@@ -62,3 +66,35 @@ def test_bf16_trains_with_float32_weights_and_evaluates_the_same_again(tiny: Any
     gap = max(float((weights[k] - others[k]).abs().max()) for k in weights if "conv" in k)
     assert 0 < gap < 0.1
     assert evaluate_run(run.path, device="cpu").correct == run.summary["test_correct"]
+
+
+@pytest.mark.parametrize("units", [False, True], ids=["fp32", "bf16"])
+def test_a_run_is_evaluated_in_its_own_precision_where_auto_is_another(
+    units: bool, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16_units", lambda device: units)
+    run = train(tiny(**{"model.name": "cifar_resnet8"}), out=tmp_path, device="cpu", max_steps=2)
+    monkeypatch.setattr(precision, "has_bf16_units", lambda device: not units)
+    assert evaluate_run(run.path, device="cpu").loss == run.summary["test_loss"]
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def notices(units: bool, steps: int) -> list[str]:
+        events: list[Any] = []
+        monkeypatch.setattr(precision, "has_bf16_units", lambda device: units)
+        train(recipe, out=tmp_path, device="cpu", max_steps=steps, on_event=events.append)
+        return [event.text for event in events if isinstance(event, Notice)]
+
+    recipe = tiny(**{"model.name": "cifar_resnet8", "eval_every": 0})
+    assert notices(units=True, steps=1) == notices(units=True, steps=2) == []
+    assert notices(units=False, steps=3) == [
+        "the run was trained in bf16 (channels_last) on cpu and goes on in fp32 (channels_last) on cpu: each step "
+        "rounds differently"
+    ]
+    old = newest_checkpoint(tmp_path / "checkpoints", notify=lambda text: None)
+    assert old is not None
+    assert [old.numbers.pop(name) for name in ("precision", "channels_last", "device")] == ["fp32", True, "cpu"]
+    save_checkpoint(tmp_path / "checkpoints", old)
+    assert notices(units=True, steps=4) == [], "a checkpoint of an older version does not say it"

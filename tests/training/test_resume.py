@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from condzoo.training import (
     CheckpointError,
+    EpochDone,
     Notice,
     Run,
     RunDirectoryError,
@@ -103,6 +104,45 @@ def test_killed_between_the_last_checkpoint_and_the_results(
     monkeypatch.setattr(loop, "finish", outcome.finish)
     run = train(recipe, out=tmp_path / "run", device="cpu")
     assert_same_results(whole.path, run.path)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_killed_in_an_evaluation_a_run_goes_on_with_it(
+    epoch: int, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny(**{"model.name": "mlp4x24_bn", "ema": 0.9, "schedule": {"name": "cosine"}, "probe.every": 5})
+    whole = train(recipe, out=tmp_path / "whole", device="cpu")
+    left, evaluate = [None] * epoch, reports.evaluate
+
+    def die(*arguments: Any) -> Any:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(reports, "evaluate", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr(reports, "evaluate", evaluate)
+    events: list[Any] = []
+    run = train(recipe, out=tmp_path / "run", device="cpu", on_event=events.append)
+    assert events[0].start_step == 11 * (epoch + 1)
+    assert [event.epoch for event in events if isinstance(event, EpochDone)] == [0, 1][epoch:]
+    assert_same_results(whole.path, run.path)
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_waits_for_no_evaluation(tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny(**{"probe.every": 5})
+    whole = train(recipe, out=tmp_path / "whole", device="cpu")
+
+    def stop_after_step_10(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM at step 11"):
+        train(recipe, out=tmp_path / "run", device="cpu", on_event=stop_after_step_10)
+    assert all(line["kind"] == "step" for line in timeless(tmp_path / "run/metrics.jsonl"))
+    assert_same_results(whole.path, train(recipe, out=tmp_path / "run", device="cpu").path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="forks")

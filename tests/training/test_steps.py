@@ -1,5 +1,6 @@
 """One step against its definition: accumulation, full batch, clipping, averaging, freezing, smoothing."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from condzoo.training import Recipe, RecipeError, train
 from condzoo.training.distributed import Ranks
-from condzoo.training.preparation import Training, prepare, training_steps
+from condzoo.training.preparation import Training, pieces, prepare, training_steps
 from condzoo.training.steps import take_step
 
 CPU = torch.device("cpu")
@@ -138,6 +139,23 @@ def test_dropout_is_a_function_of_seed_and_step(tiny: Any) -> None:
         torch.rand(skipped)
         results.append(float(take_step(training, next(training_steps(training, 0, 1))).loss_sum))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes"),
+    [(9, [[2, 1, 1, 1], [1, 1, 1, 1]]), (3, [[1, 1], [1, 0]]), (1, [[1], [0]])],
+    ids=["uneven parts", "fewer images than pieces", "one image"],
+)
+def test_with_sync_bn_every_process_has_as_many_pieces(images: int, sizes: list[list[int]], tiny: Any) -> None:
+    for rank, expected in enumerate(sizes):
+        training = prepare(tiny(accumulate=4), CPU, ranks=Ranks(rank, 2))
+        mine = torch.arange(rank, images, 2)
+        synchronized = replace(training, recipe=training.recipe.model_copy(update={"sync_bn": True}))
+        found = list(pieces(synchronized, mine[:, None], mine, images))
+        assert [len(y) for _, y in found] == expected
+        assert torch.equal(torch.cat([y for _, y in found]), mine)
+    alone = list(pieces(prepared(tiny(accumulate=4, sync_bn=True)), torch.zeros(5, 1), torch.zeros(5), 5))
+    assert [len(y) for _, y in alone] == [2, 2, 1], "as ever, to the bit"
 
 
 PARTS = {

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from condzoo.training import (
     Finished,
@@ -30,6 +32,7 @@ from condzoo.training import (
     train,
     train_seeds,
 )
+from condzoo.training.attempts import RunOptions, attempt
 from condzoo.training.recipe import parse_recipe
 
 
@@ -65,6 +68,25 @@ def test_a_diverged_or_failed_run_is_recorded_and_the_others_go_on(tiny: Any, tm
     assert "is not a run directory" in runs[1].summary["error"]
     assert any(isinstance(e, Notice) and "failed" in e.text for e in events)
     assert runs[2].test_error is not None
+
+
+def test_what_one_of_several_processes_meets_alone_ends_the_sweep(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for it in the run that failed, not in the next one."""
+    error = RuntimeError("out of memory")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(attempts, "train", fail)
+    assert attempt(tiny(), tmp_path, RunOptions()).summary["status"] == "failed"
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        attempt(tiny(), tmp_path, RunOptions())
+    error.shared = True  # type: ignore[attr-defined]
+    assert attempt(tiny(), tmp_path, RunOptions()).summary["status"] == "failed"
 
 
 def test_a_signal_stops_the_whole_sweep(tiny: Any, tmp_path: Path) -> None:
@@ -140,6 +162,44 @@ def test_the_summary_of_others_is_not_replaced(tiny: Any, tmp_path: Path) -> Non
     assert (tmp_path / "summary.json").read_text() == written
     assert not (tmp_path / "seed2").exists()
     sweep(tiny(), {"optim.lr": [0.2]}, [2], tmp_path, max_steps=1, device="cpu")  # another setting beside it
+
+
+def test_the_summary_keeps_the_runs_of_earlier_calls(tiny: Any, tmp_path: Path) -> None:
+    def recorded(file: str = "summary.json") -> dict[str, Any]:
+        settings = json.loads((tmp_path / file).read_text())["settings"]
+        return {name: (group["seeds"], group["test_error"]["n"]) for name, group in settings.items()}
+
+    options = {"max_steps": 1, "device": "cpu"}
+    train_seeds(tiny(), [1, 2, 3], tmp_path, **options)
+    train_seeds(tiny(), [4, 5], tmp_path, **options)
+    assert recorded() == {"": ([1, 2, 3, 4, 5], 5)}
+    train_seeds(tiny(), [1], tmp_path, **options)
+    shutil.rmtree(tmp_path / "seed3")
+    sweep(tiny(), {"optim.name": ["gd"]}, [1], tmp_path, **options)
+    sweep(tiny(), {"optim.lr": [1e-05]}, [1, 2], tmp_path, **options)
+    others = {"optim.name=gd": ([1], 1), "optim.lr=1e-05": ([1, 2], 2)}
+    assert recorded() == {"": ([1, 2, 4, 5], 4), **others}, "seed3 lies there no more"
+    for seed in (1, 2):
+        sweep(tiny(), {"ema": [0.5]}, [seed], tmp_path, shard="1/2", **options)
+    assert recorded("summary-1of2.json") == {"ema=0.5": ([1, 2], 2)}
+    assert recorded() == {"": ([1, 2, 4, 5], 4), **others}
+
+
+def test_a_sweep_of_another_recipe_does_not_join_a_summary(tiny: Any, tmp_path: Path) -> None:
+    sweep(tiny(), {"optim.lr": [0.1]}, [1], tmp_path, max_steps=1, device="cpu")
+    written = (tmp_path / "summary.json").read_text()
+    adam = tiny(optim={"name": "adam", "lr": 0.1, "eps": 1e-6})
+    for other, grid, message in (
+        (tiny(epochs=3), {"optim.lr": [0.2]}, r"another recipe: epochs is 2 there and 3 here; use another --out"),
+        (adam, {"optim.lr": [0.2]}, r"another recipe: optim\.name is 'sgd' there and 'adam' here; use another --out"),
+        (adam, {"optim.name": ["adamw"]}, r"another recipe; use another --out"),
+    ):
+        with pytest.raises(
+            RunDirectoryError, match=rf"summary\.json is of other runs, too: .*-seed1 belongs to {message}"
+        ):
+            sweep(other, grid, [1], tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["optim.lr=0.1-seed1", "summary.json"]
+    assert (tmp_path / "summary.json").read_text() == written
 
 
 def test_what_fails_for_every_seed_is_an_error(tiny: Any, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from condzoo.training import Finished, train
+from condzoo.training import Finished, Started, StepDone, train
 from condzoo.training.tensorboard import TensorBoard
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TensorBoard's own
@@ -48,6 +48,40 @@ def test_a_finished_run_is_written_from_its_records(tiny: Any, tmp_path: Path) -
     steps = {line["step"]: line["loss"] for line in lines(tmp_path, "step")}
     assert scalars(tmp_path, "step/loss") == pytest.approx(steps)
     assert list(scalars(tmp_path, "input_lambda_max/fc")) == [0, 11]
+
+
+def test_new_lines_are_not_left_in_a_buffer(tiny: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with TensorBoard() as board:
+        board(Started(tmp_path, tiny(), "cpu", "fp32", 0, 22, 11, 22, 1))
+        flushed, flush = [], board.writer.flush
+        board.writer.flush = lambda: flushed.append(flush())
+        for step in range(2):
+            with (tmp_path / "metrics.jsonl").open("a") as file:
+                file.write(f'{{"kind": "step", "step": {step}, "loss": 2.5}}\n')
+            board.write_new()
+            board.write_new()  # nothing is new
+        assert len(flushed) == 2
+        assert scalars(tmp_path, "step/loss") == {0: 2.5, 1: 2.5}
+
+
+def test_what_was_written_of_steps_that_are_lost_is_not_shown(tiny: Any, tmp_path: Path) -> None:
+    """Killed before its first checkpoint, a run begins again."""
+    pytest.importorskip("tensorboard")
+
+    def die(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step == 7:
+            raise KeyboardInterrupt
+
+    with TensorBoard(then=die) as board, pytest.raises(KeyboardInterrupt):
+        train(tiny(), out=tmp_path, device="cpu", on_event=board)
+    (tmp_path / "tensorboard/notes.txt").write_text("mine")
+    with TensorBoard() as board:
+        train(tiny(), out=tmp_path, device="cpu", on_event=board)
+    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1
+    assert (tmp_path / "tensorboard/notes.txt").exists()
+    steps = {line["step"]: line["loss"] for line in lines(tmp_path, "step")}
+    assert scalars(tmp_path, "step/loss") == pytest.approx(steps)
 
 
 def test_validation_images_are_shown_too(tiny: Any, tmp_path: Path) -> None:

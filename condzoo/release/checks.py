@@ -1,0 +1,129 @@
+"""Which runs are released: refused where anything about them is in doubt."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condzoo.catalog import read_catalog
+from condzoo.checkpoints.folder import RECIPE
+from condzoo.release.records import RULE
+from condzoo.training import Recipe, Run, evaluate_run, load_recipe, load_run
+from condzoo.training.environment import device_name, processor
+from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json
+from condzoo.training.runs import is_complete
+
+OTHER_DEVICE = 0.002  # share of the images that the arithmetic of another device or CPU may decide otherwise
+
+
+def checked_run(paths: Sequence[Path]) -> Run:
+    """The run with the lowest seed, every run being finished and of one recipe that a name rebuilds."""
+    if not paths:
+        raise ValueError("no run was given; give at least one run directory")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"a run was given twice: {', '.join(map(str, paths))}; a seed counts once")
+    recipes = {path: read_finished(path) for path in paths}
+    check_same_recipe(recipes)
+    run = load_run(min(recipes, key=lambda path: recipes[path].seed))
+    check_model(run.recipe)
+    return run
+
+
+def read_finished(path: Path) -> Recipe:
+    """The recipe of a run that came to its end, from source that was committed.
+
+    Raises:
+        FileNotFoundError: no finished run.
+        ValueError: stopped early, or the source had uncommitted changes.
+    """
+    for name in (RECIPE, SUMMARY, ENVIRONMENT):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} holds no finished run: it has no {name}; finish it by `condzoo train`")
+    recipe, summary = load_recipe(path / RECIPE), read_json(path / SUMMARY)
+    if recipe.eval_every == 0:
+        raise ValueError(f"{path} was never evaluated (eval_every = 0), and a release says how well it does")
+    if summary["status"] == "done" and not is_complete(recipe, summary):
+        length = f"{recipe.iterations} steps" if recipe.iterations else f"{recipe.epochs} epochs"
+        raise ValueError(
+            f"{path} was stopped after {summary['epochs']:g} epochs ({summary['steps']} steps) of {length}; "
+            "the same `condzoo train` without --max-steps goes on"
+        )
+    for part in read_json(path / ENVIRONMENT):  # one for each time the run went on
+        source = part["source"]
+        if source and source.get("error"):
+            raise ValueError(
+                f"{path} was trained from a clone whose state git did not tell ({source['error']}): nobody could say "
+                "from which source; mend that, and train it again"
+            )
+        if source and source["changed"]:
+            raise ValueError(
+                f"{path} was trained from source with uncommitted changes (on {source['commit'][:12]}): nobody could "
+                "train it again; commit, and train it again"
+            )
+    return recipe
+
+
+def check_same_recipe(recipes: dict[Path, Recipe]) -> None:
+    """ValueError unless the runs are of one recipe, each with a seed of its own."""
+    (first, recipe), *others = recipes.items()
+    for path, other in others:
+        if other.model_copy(update={"seed": recipe.seed}) != recipe:
+            raise ValueError(f"{path} and {first} differ in more than their seed; release them under two tags")
+    seeds = [recipe.seed for recipe in recipes.values()]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"two runs have the same seed: {sorted(seeds)}")
+
+
+def check_model(recipe: Recipe) -> None:
+    """ValueError for a network that its name alone does not rebuild."""
+    name, args = recipe.model.name, recipe.model.args
+    if name not in read_catalog()[0]:
+        raise ValueError(f"{name} is not one of condzoo's registered models; only those are released by name")
+    if args:
+        raise ValueError(f"model.args = {args}: a released model is what its name builds; leave them out")
+    if recipe.freeze:
+        raise ValueError(f"freeze = {recipe.freeze}: part of the network kept its random weights; not released")
+
+
+def check_evaluations(run: Run, paths: Sequence[Path], data_root: str | Path | None) -> None:
+    """`check_evaluation` of the run that is released, and of each other one that has a result."""
+    check_evaluation(run, data_root)
+    for other in (load_run(path) for path in paths if path != run.path):
+        if other.summary["status"] == "done":
+            check_evaluation(other, data_root)
+
+
+def check_evaluation(run: Run, data_root: str | Path | None) -> None:
+    """Check that the run ended well and that evaluating it again gives its result.
+
+    To the last image on the GPU, or the CPU and number of threads, that it ran on; where only another is here, to
+    `OTHER_DEVICE` of them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    summary = run.summary
+    if summary["status"] != "done":
+        raise ValueError(f"{run.path} {summary['status']}; its weights are not released ({RULE})")
+    kind = str(summary["device"]).partition(":")[0]
+    here = kind == "cpu" or torch.cuda.is_available()
+    again = evaluate_run(run.path, data_root=data_root, device=kind if here else "cpu")
+    same = here and same_arithmetic(read_json(run.path / ENVIRONMENT)[-1], kind)
+    allowed = 0 if same else OTHER_DEVICE * again.total
+    if again.total != summary["test_images"] or abs(again.correct - summary["test_correct"]) > allowed:
+        raise ValueError(
+            f"{run.path} recorded {summary['test_correct']} of {summary['test_images']} test images right, "
+            f"evaluating it again gives {again.correct} of {again.total}: the weights, the data or the code changed"
+        )
+    error = 1 - summary["test_correct"] / summary["test_images"]
+    if not math.isclose(summary["test_error"], error, abs_tol=1e-9):
+        raise ValueError(f"{run.path} recorded a test error of {summary['test_error']}; its right answers make {error}")
+
+
+def same_arithmetic(environment: dict[str, Any], kind: str) -> bool:
+    """Whether this machine adds up as the one that a run's environment.json describes."""
+    if kind == "cpu":
+        return (environment["processor"], environment["threads"]) == (processor(), torch.get_num_threads())
+    return bool(environment["device"] == device_name(torch.device(kind)))

@@ -1,0 +1,93 @@
+"""`release`: a checkpoint's folder from finished runs, as `condzoo.release.checks` lets pass."""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from condzoo.checkpoints.folder import CONDITIONING, METRICS, PICTURE, RECIPE, read_folder
+from condzoo.checkpoints.records import Metrics, read_record
+from condzoo.checkpoints.remeasuring import count_correct, initial_network, measure_conditioning
+from condzoo.checkpoints.writing import (
+    add_to_index,
+    check_free,
+    check_tag,
+    default_root,
+    serialize,
+    timm_config,
+    write_checkpoint,
+    write_table,
+)
+from condzoo.models import released
+from condzoo.models.weight_files import sha256
+from condzoo.probe.serialization import to_record
+from condzoo.release.checks import check_evaluations, checked_run
+from condzoo.release.records import collect_metrics, input_fields, picture, seed_result
+from condzoo.training import dump_recipe
+from condzoo.training.data_sets import read_data
+
+
+def release(
+    runs: str | Path | Sequence[str | Path],
+    tag: str,
+    *,
+    out: str | Path | None = None,
+    data_root: str | Path | None = None,
+    default: bool = False,
+) -> Path:
+    """Make a checkpoint's folder from one or more finished runs of one recipe, which differ in their seed only.
+
+    The lowest seed's weights are released; all seeds are listed. In the repository's own checkpoints/ the package's
+    index and the table of all are brought up to date too.
+
+    Args:
+        runs: run directories.
+        tag: what tells the model's releases apart, e.g. "authors".
+        out: the folder that takes `arch.tag/`; default: the repository's checkpoints/, else ./checkpoints.
+        data_root: where the data set is.
+        default: let the model's name without a tag stand for this release. The first release always is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a run that is unfinished, diverged, of changed source, or whose evaluation does not give the
+            recorded result again; runs of different recipes; a model that is not registered; a bad tag.
+        FileNotFoundError, FileExistsError: a run that is not there; a release that is.
+    """
+    paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(path) for path in runs]
+    check_tag(tag)
+    run = checked_run(paths)
+    root = Path(out) if out is not None else default_root()
+    target = check_free(root / f"{run.recipe.model.name}.{tag}")
+    check_evaluations(run, paths, data_root)
+    data, recipe = read_data(run.recipe, data_root), dump_recipe(run.recipe)
+    model, at_init = run.load_model(), initial_network(tomllib.loads(recipe), data)
+    weights, config = serialize(model), timm_config(model, tag, input_fields(run.recipe, data))
+    start, end = (measure_conditioning(net, data, run.recipe.data.batch_size) for net in (at_init, model))
+    records = {
+        RECIPE: recipe,
+        METRICS: collect_metrics(run, paths, tag, sha256(weights), count_correct(model, data), data.size("test")),
+        CONDITIONING: {"at_init": to_record(start), "at_end": to_record(end)},
+        PICTURE: picture(run, f"{target.name}, seed {run.recipe.seed}", end),
+    }
+    write_checkpoint(target, model, weights, config, records)
+    if root.resolve() == (released.PACKAGE.parent / "checkpoints").resolve():
+        add_to_index(target.name, sha256(weights), config["pretrained_cfg"], default)
+    write_table(root)
+    return target
+
+
+def released_before(runs: str | Path | Sequence[str | Path], tag: str, *, out: str | Path | None = None) -> Path | None:
+    """The folder that `release` made of these runs before, as it is; None where there is none, or another's."""
+    paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(path) for path in runs]
+    run = checked_run(paths)
+    root = Path(out) if out is not None else default_root()
+    target = root / f"{run.recipe.model.name}.{check_tag(tag)}"
+    if not target.is_dir():
+        return None
+    made = read_record(read_folder(target), METRICS, Metrics)
+    seeds = sorted((seed_result(Path(path)) for path in paths), key=lambda seed: seed["seed"])
+    same = (made.released_seed, made.sha256) == (run.recipe.seed, sha256(serialize(run.load_model()))) and [
+        result.model_dump() for result in made.seeds
+    ] == seeds
+    return target if same else None

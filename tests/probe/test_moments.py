@@ -1,0 +1,139 @@
+"""Running sums that would outgrow their limit, and the digits that gradients of few rows lose."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from condzoo.probe import Probe, arithmetic, measure, moments
+from condzoo.probe.capture import LayerSums, capture_of
+from condzoo.probe.distributed import sum_over_ranks
+from condzoo.probe.moments import RunningMoment
+
+
+@pytest.mark.parametrize("limit", [60, 99])
+def test_a_moment_over_the_limit_keeps_nothing_and_goes_on_counting(monkeypatch, limit):
+    """10 coordinates: over 60 numbers with the seventh row, over 99 with the tenth, as the sum."""
+    monkeypatch.setattr(moments, "LIMIT", limit)
+    moment, x = RunningMoment(), torch.randn((1, 1, 10, 3), generator=torch.Generator().manual_seed(0))
+    for seen in range(3, 16, 3):
+        moment.add(x, "auto", 2.0)
+        assert (moment.rows, moment.vectors, moment.shape) == (seen, seen, (1, 10, 10))
+        assert (moment.dropped is None) == (10 * min(seen, 10) <= limit)
+        assert moment.total is None
+        assert sum(part.numel() for part in moment.pending) == (0 if moment.dropped else 10 * seen)
+    assert moment.finite
+    moment.add(x * math.inf, "auto")
+    assert not moment.finite
+
+
+def test_a_product_over_the_limit_is_dropped(monkeypatch):
+    monkeypatch.setattr(moments, "LIMIT", 30)
+    moment = RunningMoment()
+    for _ in range(2):
+        moment.add_product(lambda wide: torch.eye(6, dtype=torch.float64)[None], 7, 1.0, torch.float32, "auto")
+    assert (moment.dropped, moment.total, moment.rows) == ((1, 6), None, 14)
+
+
+def test_products_that_wait_to_be_added_keep_to_the_limit(monkeypatch):
+    columns, sizes = torch.randn((5, 1, 6, 8), generator=torch.Generator().manual_seed(0)), []
+    at_once, product = RunningMoment(), arithmetic.gram_float32
+    at_once.add(columns, "fast")
+    monkeypatch.setattr(arithmetic, "gram_float32", lambda part: sizes.append(len(part)) or product(part))
+    monkeypatch.setattr(moments, "LIMIT", 2 * 6 * 6)
+    bounded = RunningMoment()
+    bounded.add(columns, "fast")
+    assert sizes == [2, 2, 1]
+    assert torch.allclose(bounded.total, at_once.total, rtol=1e-6)
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_an_output_as_wide_as_a_vocabulary_is_skipped_with_the_reason(monkeypatch, probed):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn((12, 5), generator=generator), torch.randint(100, (12,), generator=generator)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 100))
+    few = measure(model, (x[:8], y[:8]))
+    monkeypatch.setattr(moments, "LIMIT", 800)
+    assert list(measure(model, (x[:8], y[:8]))) == list(few) == ["0", "2"]
+    if probed:
+        with Probe(model) as probe:
+            for part in (slice(0, 6), slice(6, 12)):
+                (F.cross_entropy(model(x[part]), y[part]) / 2).backward()
+            probe.step()
+        found = probe.latest
+    else:
+        found = measure(model, [(x[:6], y[:6]), (x[6:], y[6:])])
+    assert list(found) == ["0"]
+    assert found.skipped["2"].startswith(
+        "the gradient of its output has 100 coordinates and 12 rows, whose moment would take"
+    )
+    assert "measure fewer rows, or leave the layer out by `layers`" in found.skipped["2"]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_processes_together_are_held_to_the_limit_too(monkeypatch, tmp_path, alone):
+    """7 coordinates by 4 rows are too much: for the process alone, or (its limit comes later) for all of them."""
+    model = nn.Linear(7, 3)
+    capture = capture_of(model, {"": model})
+    capture.sums[""] = LayerSums(samples=4)
+    rows = torch.randn((1, 1, 7, 4), generator=torch.Generator().manual_seed(0))
+    if alone:
+        monkeypatch.setattr(moments, "LIMIT", 27)
+    capture.sums[""].input.add(rows, "auto")
+    monkeypatch.setattr(moments, "LIMIT", 27)
+    capture.sums[""].output_grad.add(rows[:, :, :3], "auto")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        sum_over_ranks(capture, model)
+    finally:
+        dist.destroy_process_group()
+    merged = capture.sums[""]
+    assert (merged.input.dropped, merged.input.pending, merged.input.vectors) == ((1, 7), [], 4)
+    assert merged.output_grad.total is not None
+
+
+def test_a_head_that_was_dropped_leaves_no_other_layer_as_the_last(monkeypatch):
+    """Only the last layer's gradients may be p - y; small ones of a layer before it are not its round-off."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 100)).bfloat16()
+    model[2].weight.data.mul_(1e-3)
+    batch = torch.randn(64, 5).bfloat16(), torch.randint(100, (64,))
+    expected = measure(model, batch)["0"].output_grad
+    monkeypatch.setattr(moments, "LIMIT", 3200)
+    found = measure(model, batch)
+    assert "2" in found.skipped
+    assert found["0"].output_grad.rank == 6
+    assert found["0"].output_grad.noise_floor <= expected.noise_floor
+
+
+@pytest.mark.parametrize("rows", [6, 40])
+def test_the_digits_that_a_softmax_loses_are_measured_with_more_classes_than_rows(rows):
+    """Confident logits in float32: p - y of 30 classes, as vectors (6 rows) and as their sum (40)."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(30, (rows,), generator=generator)
+    x = F.one_hot(y, 30) * 16 + torch.randn((rows, 30), generator=generator)
+    model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30))
+    for layer in model:
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    found = measure(model, (x, y), precision="float64")
+    exact = measure(model.double(), (x.double(), y))
+    for name in ("0", "1"):
+        spectrum, true = found[name].output_grad, exact[name].output_grad
+        moved = (spectrum.eigenvalues - true.eigenvalues).abs()
+        known = spectrum.eigenvalues > spectrum.noise_floor
+        assert bool((moved[known] <= 0.05 * true.eigenvalues[known]).all())
+        assert spectrum.noise_floor > 1e-9 * spectrum.lambda_max
+
+
+@pytest.mark.parametrize("rows", [40, 500])
+def test_the_small_gradients_of_a_wide_regression_are_not_taken_for_round_off(rows):
+    """A mean over 400 outputs: gradients of 0.006, whose sum is no larger than its terms, in bfloat16."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(20, 400).bfloat16(), torch.randn(rows, 20).bfloat16()
+    target = torch.randn(rows, 400).bfloat16()
+    found = measure(model, (x, target), loss=nn.MSELoss())[""].output_grad
+    assert (found.rank, found.nulls) == (min(rows, 400), 0)

@@ -141,7 +141,7 @@ def gram_float64(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     return total
 
 
-def float32_noise(total: Float[Tensor, "g d d"], pieces: float) -> float:
+def float32_noise(total: Float[Tensor, "g d d"], pieces: int | float) -> float:
     """Floor that float32 products leave in a sum of `pieces` of them, in the sum's units; inf or NaN if it is."""
     norm = torch.linalg.vector_norm(total) if total.shape[0] == 1 else torch.linalg.matrix_norm(total).max()
     return FLOAT32_PRODUCT * float(norm) / math.sqrt(pieces)

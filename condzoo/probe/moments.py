@@ -113,7 +113,7 @@ class RunningMoment:
             self.add_product(
                 partial(_gram, columns),
                 pieces * width,
-                float(pieces),
+                pieces,
                 columns.dtype,
                 precision,
                 scale,
@@ -129,7 +129,7 @@ class RunningMoment:
         self,
         multiply: Callable[[bool], Float[Tensor, "g d d"]],
         rows: int,
-        pieces: float,
+        pieces: int | float,
         dtype: torch.dtype,
         precision: Precision,
         scale: float = 1.0,
@@ -193,7 +193,12 @@ class RunningMoment:
         self.pending = [vectors * factor for vectors in self.pending]
 
     def _product(
-        self, multiply: Callable[[bool], Tensor], rows: int, pieces: float, dtype: torch.dtype, precision: Precision
+        self,
+        multiply: Callable[[bool], Tensor],
+        rows: int,
+        pieces: int | float,
+        dtype: torch.dtype,
+        precision: Precision,
     ) -> tuple[Tensor, float]:
         if precision != "float64" and dtype != torch.float64:
             product = multiply(False)

@@ -14,7 +14,7 @@ from condzoo.probe.capture import Capture, LayerSums
 from condzoo.probe.conditioning import LayerConditioning
 from condzoo.probe.eigenvalues import symmetric_eigenvalues
 from condzoo.probe.lanczos import largest_eigenvalues
-from condzoo.probe.layers import kind
+from condzoo.probe.layers import MEASURED, kind
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.nulls import structural_nulls, zero_coordinates, zero_sum_remainder
 from condzoo.probe.spectra import Spectrum, from_blocks
@@ -49,8 +49,7 @@ def finish(
         else:
             skipped[name] = why
     moments = [m for sums in good.values() for m in (sums.input, sums.output_grad)]
-    reached = [name for name, sums in capture.sums.items() if sums.output_grad.vectors]
-    spectra = spectra_of(moments, kappa=capture.kappa, to_the_last=list(good)[-1:] == reached[-1:])
+    spectra = spectra_of(moments, kappa=capture.kappa, to_the_last=_has_the_last(capture, list(good)))
     layers = {
         name: LayerConditioning(
             kind=kind(capture.layers[name]),
@@ -66,6 +65,13 @@ def finish(
         for i, (name, sums) in enumerate(good.items())
     }
     return layers, skipped, _first_nonfinite(capture)
+
+
+def _has_the_last(capture: Capture, good: list[str]) -> bool:
+    """Whether the last of the good layers is the network's: none after it was skipped, or left out by `layers`."""
+    reached = [name for name, sums in capture.sums.items() if sums.output_grad.vectors]
+    measurable = [name for name, module in capture.modules.items() if isinstance(module, MEASURED)]
+    return good[-1:] == reached[-1:] and all(name in capture.layers for name in measurable[-1:])
 
 
 def spectra_of(moments: list[RunningMoment], *, kappa: bool = True, to_the_last: bool = True) -> list[Spectrum]:

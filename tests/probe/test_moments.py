@@ -109,6 +109,17 @@ def test_a_head_that_was_dropped_leaves_no_other_layer_as_the_last(monkeypatch):
     assert found["0"].output_grad.noise_floor <= expected.noise_floor
 
 
+def test_a_head_that_was_not_chosen_leaves_no_other_layer_as_the_last():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 100)).bfloat16()
+    model[2].weight.data.mul_(1e-4)
+    batch = torch.randn(64, 5).bfloat16(), torch.randint(100, (64,))
+    every, alone = measure(model, batch)["0"].output_grad, measure(model, batch, layers=["0"])["0"].output_grad
+    assert torch.equal(alone.eigenvalues, every.eigenvalues)
+    assert alone.rank == every.rank == 6
+    assert not alone.nulls
+
+
 @pytest.mark.parametrize("rows", [6, 40])
 def test_the_digits_that_a_softmax_loses_are_measured_with_more_classes_than_rows(rows):
     """Confident logits in float32: p - y of 30 classes, as vectors (6 rows) and as their sum (40)."""

@@ -95,8 +95,8 @@ def checkpoint_images(folder: CheckpointFolder, data: str | None, data_root: str
             eval_resize=resize,
             interpolation=cfg.interpolation,
         )
-        return standardized(images, cfg)
-    images = load_data(data, data_root)
+    else:
+        images = load_data(data, data_root)
     if images.image_shape != size or images.num_classes != config.num_classes:
         theirs = f"{images.image_shape} and {images.num_classes} classes"
         raise ValueError(f"data: {data} has images of {theirs}, {folder.path} takes {size} and {config.num_classes}")
@@ -105,8 +105,7 @@ def checkpoint_images(folder: CheckpointFolder, data: str | None, data_root: str
 
 def standardized(images: DataSet, cfg: InputConfig) -> DataSet:
     """The images with the constants of a config.json, in place of their data set's usual ones."""
-    if not isinstance(images, ImageData | StoredData):
-        return images
+    assert isinstance(images, ImageData | StoredData), "what `load_data` makes"
     mean, std = (tuple(255 * value for value in values) for values in (cfg.mean, cfg.std))
     return replace(images, mean=mean, std=std)
 

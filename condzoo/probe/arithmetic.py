@@ -117,10 +117,12 @@ def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     """
     b, g, d, k = columns.shape
     step = max(1, (1 << 23) // (g * d * d))
-    short = [columns] if k <= LONGEST_SUM else columns.split(LONGEST_SUM, dim=3)
-    parts = [part for rows in short for part in ([rows] if b <= step else rows.split(step))]
-    sums = [_piece_sum(part.reshape(-1, d, part.shape[3]).float(), g) for part in parts]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+    total: Tensor | None = None
+    for rows in [columns] if k <= LONGEST_SUM else columns.split(LONGEST_SUM, dim=3):
+        for part in [rows] if b <= step else rows.split(step):
+            product = _piece_sum(part.reshape(-1, d, part.shape[3]).float(), g)
+            total = product if total is None else total.add_(product)  # none waits: a large one is gigabytes
+    return columns.new_zeros((g, d, d), dtype=torch.float64) if total is None else total
 
 
 def _piece_sum(pieces: Float[Tensor, "bg d k"], groups: int) -> Float[Tensor, "g d d"]:

@@ -110,8 +110,9 @@ class RunningMoment:
             self.finite = self.finite and all(bool(torch.isfinite(piece).all()) for piece in columns)
             return
         if self.total is not None or self.vectors + pieces * width >= dim:
+            multiply = arithmetic.gram_float64, arithmetic.gram_float32
             self.add_product(
-                partial(_gram, columns),
+                lambda wide: multiply[not wide](columns),
                 pieces * width,
                 pieces,
                 columns.dtype,
@@ -263,18 +264,6 @@ class RunningMoment:
         if self.total is not None:
             return float(self.decomposable().sum())
         return float(torch.cat(self.pending, dim=2).sum(1).square().sum()) / max(1, self.rows)
-
-
-def _gram(columns: Float[Tensor, "b g d k"], wide: bool) -> Float[Tensor, "g d d"]:
-    """sum over pieces and rows of x x^T; of float32 products, which wait to be added, at most `LIMIT` numbers wait."""
-    if wide:
-        return arithmetic.gram_float64(columns)
-    _, groups, dim, _ = columns.shape
-    first, *others = columns.split(max(1, LIMIT // (groups * dim**2)))
-    total = arithmetic.gram_float32(first)
-    for part in others:
-        total += arithmetic.gram_float32(part)
-    return total
 
 
 def _applied(matrix: Tensor, gram: bool, rows: int, vector: Float[Tensor, " m"]) -> Float[Tensor, " m"]:

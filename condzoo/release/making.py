@@ -21,7 +21,7 @@ from condzoo.models import released
 from condzoo.models.weight_files import sha256
 from condzoo.probe.serialization import to_record
 from condzoo.release.checks import check_evaluations, checked_run
-from condzoo.release.records import collect_metrics, input_fields, picture, seed_result
+from condzoo.release.records import collect_metrics, input_fields, picture, seed_results
 from condzoo.training import dump_recipe
 from condzoo.training.data_sets import read_data
 
@@ -54,7 +54,7 @@ def release(
             recorded result again; runs of different recipes; a model that is not registered; a bad tag.
         FileNotFoundError, FileExistsError: a run that is not there; a release that is.
     """
-    paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(path) for path in runs]
+    paths = paths_of(runs)
     check_tag(tag)
     run = checked_run(paths)
     root = Path(out) if out is not None else default_root()
@@ -79,15 +79,18 @@ def release(
 
 def released_before(runs: str | Path | Sequence[str | Path], tag: str, *, out: str | Path | None = None) -> Path | None:
     """The folder that `release` made of these runs before, as it is; None where there is none, or another's."""
-    paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(path) for path in runs]
+    paths = paths_of(runs)
     run = checked_run(paths)
     root = Path(out) if out is not None else default_root()
     target = root / f"{run.recipe.model.name}.{check_tag(tag)}"
     if not target.is_dir():
         return None
     made = read_record(read_folder(target), METRICS, Metrics)
-    seeds = sorted((seed_result(Path(path)) for path in paths), key=lambda seed: seed["seed"])
-    same = (made.released_seed, made.sha256) == (run.recipe.seed, sha256(serialize(run.load_model()))) and [
-        result.model_dump() for result in made.seeds
-    ] == seeds
-    return target if same else None
+    there = made.released_seed, made.sha256, [result.model_dump() for result in made.seeds]
+    here = run.recipe.seed, sha256(serialize(run.load_model())), seed_results(paths)
+    return target if here == there else None
+
+
+def paths_of(runs: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One run directory or several, as paths."""
+    return [Path(runs)] if isinstance(runs, str | Path) else [Path(path) for path in runs]

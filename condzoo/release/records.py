@@ -58,7 +58,7 @@ def collect_metrics(
         "rule": RULE,
         "test_correct": correct,
         "test_images": images,
-        "seeds": sorted((seed_result(path) for path in paths), key=lambda seed: seed["seed"]),
+        "seeds": seed_results(paths),
         "recipe": name,
         "source": header.get("Source", "not stated"),
         "departs": header.get("Departs", "not stated"),
@@ -82,6 +82,11 @@ def described_data(section: DataSection) -> dict[str, str | int | None]:
         view = folder_view(section.image_size, section.eval_resize, section.interpolation)
         fields |= {"image_size": view.size, "eval_resize": view.resize, "interpolation": view.interpolation}
     return fields
+
+
+def seed_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Each training's last epoch, by seed."""
+    return sorted((seed_result(path) for path in paths), key=lambda seed: seed["seed"])
 
 
 def seed_result(path: Path) -> dict[str, Any]:

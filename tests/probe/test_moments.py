@@ -1,10 +1,10 @@
 """Running sums that would outgrow their limit, and the digits that gradients of few rows lose."""
 
 import math
+import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -38,16 +38,23 @@ def test_a_product_over_the_limit_is_dropped(monkeypatch):
     assert (moment.dropped, moment.total, moment.rows) == ((1, 6), None, 14)
 
 
-def test_products_that_wait_to_be_added_keep_to_the_limit(monkeypatch):
-    columns, sizes = torch.randn((5, 1, 6, 8), generator=torch.Generator().manual_seed(0)), []
-    at_once, product = RunningMoment(), arithmetic.gram_float32
-    at_once.add(columns, "fast")
-    monkeypatch.setattr(arithmetic, "gram_float32", lambda part: sizes.append(len(part)) or product(part))
-    monkeypatch.setattr(moments, "LIMIT", 2 * 6 * 6)
-    bounded = RunningMoment()
-    bounded.add(columns, "fast")
-    assert sizes == [2, 2, 1]
-    assert torch.allclose(bounded.total, at_once.total, rtol=1e-6)
+def test_no_product_waits_to_be_added(monkeypatch):
+    """Each is as large as the moment."""
+    columns, made, most = torch.randn((5, 1, 6, 8), generator=torch.Generator().manual_seed(0)), [], []
+    expected, product = arithmetic.gram_float64(columns), arithmetic._piece_sum
+
+    def watched(*args):
+        found = product(*args)
+        made.append(weakref.ref(found))
+        most.append(sum(ref() is not None for ref in made))
+        return found
+
+    monkeypatch.setattr(arithmetic, "_piece_sum", watched)
+    monkeypatch.setattr(arithmetic, "LONGEST_SUM", 2)
+    found = arithmetic.gram_float32(columns)
+    assert len(most) == 4
+    assert max(most) <= 3, "the sum, the one before and the new one"
+    assert torch.allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("probed", [False, True])
@@ -74,7 +81,7 @@ def test_an_output_as_wide_as_a_vocabulary_is_skipped_with_the_reason(monkeypatc
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_processes_together_are_held_to_the_limit_too(monkeypatch, tmp_path, alone):
+def test_processes_together_are_held_to_the_limit_too(process_group, monkeypatch, alone):
     """7 coordinates by 4 rows are too much: for the process alone, or (its limit comes later) for all of them."""
     model = nn.Linear(7, 3)
     capture = capture_of(model, {"": model})
@@ -85,11 +92,7 @@ def test_processes_together_are_held_to_the_limit_too(monkeypatch, tmp_path, alo
     capture.sums[""].input.add(rows, "auto")
     monkeypatch.setattr(moments, "LIMIT", 27)
     capture.sums[""].output_grad.add(rows[:, :, :3], "auto")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        sum_over_ranks(capture, model)
-    finally:
-        dist.destroy_process_group()
+    sum_over_ranks(capture, model)
     merged = capture.sums[""]
     assert (merged.input.dropped, merged.input.pending, merged.input.vectors) == ((1, 7), [], 4)
     assert merged.output_grad.total is not None

@@ -57,26 +57,26 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def check_free(target: Path) -> Path:
-    """The target, if nothing is there and the table beside it may be written; FileExistsError otherwise."""
+    """The target, if nothing is there and the table beside it can be written.
+
+    Raises:
+        FileExistsError: something is there, or beside it a README.md that is not the table of checkpoints.
+        ValueError: a checkpoint beside it is damaged.
+    """
     if target.exists():
         raise FileExistsError(f"{target} is already there; a release is never overwritten: take another tag")
     check_table(target.parent)
+    checkpoints_table(checkpoint_folders_in(target.parent))
     return target
 
 
 def check_table(root: Path) -> None:
-    """See that root/README.md can be made, before anything that it is to list.
-
-    Raises:
-        FileExistsError: it is not the table of checkpoints, which would take its place.
-        ValueError: a checkpoint that is there is damaged.
-    """
+    """FileExistsError where root/README.md is not the table of checkpoints, which would take its place."""
     table = root / CARD
     if table.exists() and not (table.is_file() and table.read_bytes().startswith(TITLE.encode())):
         raise FileExistsError(
             f"{table} is no table of checkpoints, and would be overwritten by one; give another folder by --out"
         )
-    checkpoints_table(checkpoint_folders_in(root))
 
 
 def serialize(model: nn.Module) -> bytes:
@@ -145,7 +145,7 @@ def checkpoint_folders_in(root: Path) -> list[Path]:
 
 
 def write_table(root: Path) -> None:
-    """Write root/README.md, the table of all checkpoints in `root`; raises as `check_table`."""
+    """Write root/README.md, the table of all checkpoints in `root`; FileExistsError where it is something else."""
     check_table(root)
     replace_text(root / CARD, checkpoints_table(checkpoint_folders_in(root)))
 

@@ -2,6 +2,7 @@
 
 import functools
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -63,11 +64,11 @@ def read_catalog() -> tuple[dict[str, ModelInfo], dict[str, ModelInfo]]:
     return ours, plain
 
 
-def list_models(filter: str = "", *, family: str | None = None, pretrained: bool = False) -> list[str]:
+def list_models(filter: str | Iterable[str] = "", *, family: str | None = None, pretrained: bool = False) -> list[str]:
     """Names of the zoo's registered models, family by family, by depth.
 
     Args:
-        filter: a wildcard pattern as timm's, e.g. "*resnet20*"; "" is all.
+        filter: a wildcard pattern as timm's, e.g. "*resnet20*", or several of which one must fit; "" is all.
         family: one family's only, e.g. "cifar_vgg".
         pretrained: only those with a released checkpoint, as "arch.tag".
 
@@ -82,7 +83,12 @@ def list_models(filter: str = "", *, family: str | None = None, pretrained: bool
     if pretrained:
         tagged = tomllib.loads(RELEASED.read_text(encoding="utf-8"))
         names = [release for n in names for release in tagged if release.split(".", 1)[0] == n]
-    return [n for n in names if not filter or fnmatchcase(n, filter) or fnmatchcase(n.split(".", 1)[0], filter)]
+    patterns = [filter] if isinstance(filter, str) else list(filter)
+    return [n for n in names if not any(patterns) or any(_fits(n, pattern) for pattern in patterns)]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.split(".", 1)[0], pattern)
 
 
 def model_info(name: str) -> ModelInfo:

@@ -29,6 +29,7 @@ from condzoo.checkpoints.writing import (
     write_table,
 )
 from condzoo.models import create_model, insert_last_bn
+from condzoo.models.last_bn_insertion import drops_by_call, find_head
 from condzoo.models.registry import create_timm_model
 from condzoo.models.weight_files import sha256
 
@@ -147,17 +148,22 @@ def convert_last_bn(
     given = standardization(mean, std, cfg["input_size"][0])
     network.pretrained_cfg = {**cfg, **given}  # the images of calibration are prepared alike
     batches = [] if calibrate is None else calibration_images(network, Path(calibrate), images)
+    args = {"drop_rate": 0.0} if drops_by_call(network, find_head(network)) else {}
+    if args:
+        network.drop_rate = 0.0
     insert_last_bn(network.eval(), batches or None)
     note = "A BatchNorm1d stands before its last linear layer; the function is the same in eval mode. " + (
         f"Its statistics are of {sum(map(len, batches))} images; the last layer absorbs them."
         if batches
         else "It is the identity."
     )
+    note += " Dropout, which timm puts before that layer by a function call, is off." if args else ""
     license = license or str((cfg.get("license") if weights is None else None) or "unknown")
     known = weights is None or "." in name or bool(given)
     if ours:
         network = as_ours(network, arch + "_lastbn")
-    return write(target, network, tag, Origin(said, digest, note, license, known), fields | given, inserted=not ours)
+    origin = Origin(said, digest, note, license, known)
+    return write(target, network, tag, origin, fields | given, inserted=not ours, args=args)
 
 
 def not_timms(source: str, arch: str) -> str:

@@ -53,6 +53,8 @@ def test_recorded_sizes_are_the_published_ones(name, params):
 def test_filters_are_wildcards_and_families():
     assert list_models("resnet??_lastbn") == ["resnet18_lastbn", "resnet34_lastbn", "resnet50_lastbn"]
     assert list_models("cifar_resnet20") == ["cifar_resnet20"]
+    assert list_models(["resnet18_*", "cifar_resnet20"]) == ["cifar_resnet20", "resnet18_lastbn"]
+    assert list_models([]) == list_models("") == list_models()
     assert len(list_models(family="mlp")) == 18
     assert list_models("*resnet*", family="mlp") == []
     with pytest.raises(ValueError, match="unknown family 'mlps'; one of: cifar_preresnet, cifar_resnet"):

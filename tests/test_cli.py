@@ -51,6 +51,15 @@ def test_each_command_has_help_that_explains_its_options(capsys, command):
     assert len(out.splitlines()) > 5
 
 
+def test_a_path_is_printed_as_it_is_whatever_it_means_to_rich(capsys, tmp_path):
+    out_folder = tmp_path / "lr[/a]:x:[bold]"
+    changes = ("--set", "model.name=mlp4x24", "--set", "data.resize=8", "--set", "probe.every=0")
+    words = ("digits/resnet20_nobn_lastbn", *changes, "--max-steps", "2", "--device", "cpu", "--out", str(out_folder))
+    code, out, err = run(capsys, "train", *words)
+    assert (code, err) == (0, "")
+    assert out.count(str(out_folder)) == 2, "as the run begins, and under its table"
+
+
 def test_list_as_json_is_strict_and_complete(capsys):
     code, out, _ = run(capsys, "list", "--json")
     rows = json.loads(out)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,13 @@ def test_several_seeds_end_in_mean_and_deviation(capsys, tmp_path):
     code, out, _ = run(capsys, "train", *SHORT, "--set", "probe.every=2", "--seeds", "1-3", "--out", tmp_path)
     assert code == 0
     assert "[2/3]" not in out, "finished seeds are not trained again"
+    out = run(capsys, "train", *SHORT, "--set", "probe.every=2", "--seeds", "4,5", "--out", tmp_path)[1]
+    errors = [json.loads((tmp_path / f"seed{n}/summary.json").read_text())["test_error"] * 100 for n in range(1, 6)]
+    mean, std = statistics.fmean(errors), statistics.stdev(errors)
+    assert f"mean +- std: 5 of 5 seeds, test error {mean:.2f} +- {std:.2f} %" in out, "of earlier calls, too"
+    assert [line.split()[0] for line in out.splitlines() if re.match(r" *seed\d +[\d.]+%", line)] == [
+        f"seed{n}" for n in range(1, 6)
+    ]
 
 
 def test_a_seed_that_diverges_is_recorded_and_the_exit_code_says_so(capsys, tmp_path):
@@ -66,9 +74,14 @@ def test_a_sweep_can_be_looked_at_before_and_split(capsys, tmp_path):
     code, out, _ = run(capsys, *args)
     assert re.search(r"optim.lr=0.1: 2 of 2 seeds, test error [\d.]+ \+- [\d.]+ %", out)
     assert "4 runs, 0 left to do" in run(capsys, *args, "--dry-run")[1]
-    code, out, _ = run(capsys, *args, "--set", "optim.momentum=0.5", "--dry-run")
+    code, out, err = run(capsys, *args, "--set", "optim.momentum=0.5", "--dry-run")
     assert re.search(r"blocked   .*seed1  \(.* belongs to another recipe: optim.momentum is 0.9 there", out)
     assert "4 runs, 0 left to do, 4 blocked" in out
+    assert (code, err) == (2, run(capsys, *args, "--set", "optim.momentum=0.5")[2]), "as the sweep itself ends"
+    others = (*args[:-1], tmp_path / "s" / "optim.lr=0.1-seed1")
+    code, _, err = run(capsys, *others, "--dry-run")
+    assert code == 2
+    assert "is the directory of one run; several need a folder of their own" in err
     code, _, err = run(capsys, "eval", tmp_path / "s")
     assert code == 2
     assert re.search(

@@ -4,6 +4,7 @@ Every file is read once, checked against SHA256SUMS, and used from memory. Nothi
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ def folder_at(path: Path) -> Path:
         FileNotFoundError: no such folder.
         ValueError: a file and no folder.
     """
+    path = Path(os.path.expanduser(path))  # ~ too, as in every other place that condzoo is given
     folder = path.parent if path.name == WEIGHTS else path
     if folder.is_file():
         raise ValueError(

@@ -3,6 +3,7 @@
 Shapes: C channels of a stage, K classes.
 """
 
+import argparse
 import io
 import itertools
 import os
@@ -10,15 +11,35 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from condzoo.models.weight_files import check_state, parse_weights, read_plain_file
+from condzoo.models.weight_files import PICKLE_STARTS, check_state, parse_weights, read_plain_file
 
 # where training scripts put the weights among other things, the average first
-NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+NESTED = (
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+    "params_ema",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+    "network",
+    "module",
+    "params",
+    "weights",
+    "checkpoint",
+)
+DEEPEST = 3  # a pickle may hold itself
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder.", "ema.", "ema_model.")
+# what timm's training script, and others, keep beside the weights; it only holds values
+PLAIN: list[Any] = [argparse.Namespace]
 # option-B shortcuts' weights: chenyaofo's and torchvision's name, akamaster's and condzoo's
 PROJECTION = re.compile(r"^(layer\d+\.\d+)\.(?:downsample|shortcut)\.")
 
@@ -36,27 +57,41 @@ def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor]]:
         ValueError: no state dict, or a pickle that needs code to be run.
     """
     content = read_plain_file(Path(os.path.realpath(path)))
-    if path.suffix == ".safetensors":
+    named_so = path.suffix == ".safetensors" and not content.startswith(PICKLE_STARTS)
+    if named_so or begins_as_safetensors(content):
         return content, strip_prefixes(parse_weights(content, str(path)))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
             warnings.simplefilter("ignore")  # pickle protocols that torch does not write itself
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle ends the unpickler in many ways, IndexError and struct.error too
         raise ValueError(f"{path} is no state dict that can be read without running code: {refusal(error)}") from error
-    for key in NESTED:
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    tensors = isinstance(loaded, dict) and all(isinstance(v, Tensor) for v in loaded.values())
-    if not tensors or not loaded or not all(isinstance(key, str) for key in loaded):
+    state = find_state(loaded)
+    if state is None:
         raise ValueError(
             f"{path} holds no state dict: it is a {type(loaded).__name__} of other things than tensors by name"
         )
-    for key, value in loaded.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+    for key, value in state.items():
+        if value.is_meta or value.layout != torch.strided:
+            raise ValueError(f"{path}: {key!r} is no tensor with all its values: {value.layout} on {value.device}")
+        if value.is_floating_point() and not torch.isfinite(value.double()).all():  # not every type of 8 bits knows
             raise ValueError(f"{path}: {key!r} has values that are not finite; these weights cannot be used")
-    return content, strip_prefixes(loaded)
+    return content, strip_prefixes(state)
+
+
+def begins_as_safetensors(content: bytes) -> bool:
+    """Whether a file begins with the length of a header of less than 4 GB, and that header; no pickle does."""
+    return content[4:9] == b"\0\0\0\0{"
+
+
+def find_state(loaded: Any, deepest: int = DEEPEST) -> dict[str, Tensor] | None:
+    """The state dict that was loaded, or the first one in it under one of the names of `NESTED`; None without any."""
+    if not isinstance(loaded, dict) or not loaded:
+        return None
+    if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
+        return loaded
+    inner = (find_state(loaded.get(key), deepest - 1) for key in NESTED if deepest)
+    return next((state for state in inner if state is not None), None)
 
 
 def refusal(error: Exception) -> str:
@@ -111,6 +146,8 @@ def translate(state: Mapping[str, Tensor], network: nn.Module, source: str) -> t
             state.setdefault(key, torch.zeros_like(value))
         elif key in state and state[key].is_floating_point():
             state[key] = state[key].to(value.dtype)
+            if not torch.isfinite(state[key]).all():
+                raise ValueError(f"{source}: {key!r} has values beyond those of {value.dtype}")
     if not any(key.startswith("last_bn.") and not key.endswith("_tracked") for key in state):
         expected = {key: value for key, value in expected.items() if not key.startswith("last_bn.")}
         state = {key: value for key, value in state.items() if not key.startswith("last_bn.")}

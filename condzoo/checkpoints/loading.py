@@ -27,6 +27,8 @@ from condzoo.models.weight_files import as_saved, check_state, sha256
 
 # of the largest logit: what no other CPU's arithmetic moves, reduced matrix products included; `verify` is stricter
 OTHER_FUNCTION = 0.05
+# share of the test images: a training evaluates in its own precision, a release counts in float32
+OTHER_PRECISION = 0.01
 
 
 def list_checkpoints() -> list[str]:
@@ -133,11 +135,14 @@ def load_weights(folder: CheckpointFolder) -> nn.Module:
 
 
 def check_size(folder: CheckpointFolder, config: Config, network: nn.Module) -> None:
-    """ValueError where the network has another number of parameters, or takes other images, than the files say."""
+    """ValueError where the network has other numbers of parameters or features, or other images, than the files say."""
     record = read_origin(folder)
     counted = sum(p.numel() for p in network.parameters())
     if counted != record.parameters:
         raise ValueError(f"{folder.path}: it is recorded with {record.parameters:,} parameters and has {counted:,}")
+    features = getattr(network, "num_features", None)
+    if config.num_features not in (None, features):
+        raise ValueError(f"{folder.path / CONFIG}: num_features is {config.num_features}, the network has {features}")
     size, own = config.pretrained_cfg.input_size, getattr(network, "input_size", None)  # an MLP knows its own
     if isinstance(own, tuple) and own != size:
         raise ValueError(f"{folder.path / CONFIG}: input_size is {size}, the network takes {own}")
@@ -199,8 +204,7 @@ def check_training(folder: CheckpointFolder, config: Config, metrics: Metrics) -
     data, seed = recipe["data"], recipe.get("seed")
     disagree(folder, RECIPE, METRICS, "the model", recipe["model"]["name"], metrics.model)
     disagree(folder, RECIPE, METRICS, "the seed", seed, metrics.released_seed)
-    if seed not in [result.seed for result in metrics.seeds]:
-        raise ValueError(f"{folder.source(METRICS)}: seeds lacks the released one, {seed}")
+    check_results(metrics, folder.source(METRICS))
     for field in ("name", "crop", "resize", "augment"):
         disagree(folder, RECIPE, METRICS, f"data.{field}", data.get(field), metrics.data.get(field))
     if config.model_args.keys() - {"in_chans"}:
@@ -208,6 +212,22 @@ def check_training(folder: CheckpointFolder, config: Config, metrics: Metrics) -
             f"{folder.path / CONFIG}: model_args = {config.model_args}: a trained one has in_chans at most"
         )
     read_conditioning(folder)
+
+
+def check_results(metrics: Metrics, source: str) -> None:
+    """ValueError where the seeds' results do not fit together, or not with the images that the weights get right."""
+    results = {result.seed: result for result in metrics.seeds}
+    if metrics.released_seed not in results:
+        raise ValueError(f"{source}: seeds lacks the released one, {metrics.released_seed}")
+    if len(results) < len(metrics.seeds):
+        raise ValueError(f"{source}: two of its seeds are the same")
+    correct, images = metrics.test_correct, metrics.test_images
+    error, trained = 1 - correct / images, results[metrics.released_seed].test_error
+    if correct > images or trained is None or abs(trained - error) > OTHER_PRECISION:
+        raise ValueError(
+            f"{source}: {correct} of {images} test images right is no test error of {trained}, which seed "
+            f"{metrics.released_seed} has"
+        )
 
 
 def read_origin(folder: CheckpointFolder) -> Metrics | Conversion:

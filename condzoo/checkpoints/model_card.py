@@ -5,6 +5,8 @@ import statistics
 import tomllib
 from pathlib import Path
 
+from timm.models import is_model
+
 from condzoo.checkpoints.folder import CONFIG, CONVERSION, METRICS, CheckpointFolder
 from condzoo.checkpoints.loading import read_recipe
 from condzoo.checkpoints.records import Config, Conversion, Metrics, read_conditioning, read_record
@@ -60,7 +62,7 @@ def usage(name: str, config: Config, trained: bool) -> str:
     place = name if trained else f"FOLDER/{name}"
     lines = ["import condzoo", "", f'model = condzoo.load_checkpoint("{place}")  # in eval mode']
     lines += [f'model = condzoo.load_checkpoint("FOLDER/{name}")  # a copy of this folder'] if trained else []
-    if not config.insert_last_bn:
+    if is_model(config.architecture) and not config.insert_last_bn:  # of other sizes timm has no entry
         lines += ["", "import timm, condzoo.models", ""]
         lines += [f'model = timm.create_model("{name if trained else "local-dir:" + place}", pretrained=True)']
     return "\n".join(["## Use", "```python", *lines, "```"])

@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from condzoo.checkpoints.folder import CONDITIONING, CheckpointFolder
 from condzoo.probe import Conditioning
@@ -11,6 +11,7 @@ from condzoo.probe.serialization import from_record
 
 Pixels = Annotated[int, Field(ge=1, le=4096)]  # a size that is tried out must fit into memory
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[Finite, Field(gt=0)]
 # arguments a config may pass to a model beside num_classes: sizes and switches, never something that names a file
 Argument = Literal[
     "in_chans",
@@ -40,9 +41,17 @@ class InputConfig(BaseModel):
     input_size: tuple[Pixels, Pixels, Pixels]
     num_classes: int
     mean: tuple[Finite, ...]
-    std: tuple[Finite, ...]
-    crop_pct: Finite
-    interpolation: str
+    std: tuple[Positive, ...]
+    crop_pct: Positive
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
+    @model_validator(mode="after")
+    def check_channels(self) -> "InputConfig":
+        """One mean and one std for all channels, or one each, as timm takes them."""
+        channels = self.input_size[0]
+        if not {len(self.mean), len(self.std)} <= {1, channels}:
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} stds for images of {channels} channels")
+        return self
 
 
 class Config(BaseModel):
@@ -52,6 +61,7 @@ class Config(BaseModel):
 
     architecture: str = Field(pattern=r"^[A-Za-z0-9_]+$")
     num_classes: int = Field(ge=1)
+    num_features: int | None = None
     model_args: dict[Argument, Any] = {}
     insert_last_bn: bool = False
     pretrained_cfg: InputConfig
@@ -69,7 +79,7 @@ class SeedResult(Record):
 
     seed: int
     status: str
-    test_error: Finite | None
+    test_error: Annotated[Finite, Field(ge=0, le=1)] | None
     train_loss: Finite | None
     epochs: Finite
     steps: int

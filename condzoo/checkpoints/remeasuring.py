@@ -21,7 +21,8 @@ from condzoo.probe import Conditioning, Spectrum, measure
 
 EXPECTED_IMAGES = 2
 IMAGE_FIELDS = ("crop", "resize", "image_size", "eval_resize", "interpolation", "num_classes", "validation", "dataset")
-EVALUATION_BATCH = 1000
+EVALUATION_BATCH = 1000  # images, but no more pixels than so many of 32 x 32 have
+EVALUATION_PIXELS = EVALUATION_BATCH * 32 * 32
 TINY = torch.finfo(torch.float64).tiny
 MEASURED_IMAGES = 1024  # at least: as many batches of the recipe's size as that takes
 
@@ -69,9 +70,9 @@ def read_images(recipe: dict[str, Any], data_root: str | Path | None) -> DataSet
 def count_correct(model: nn.Module, data: DataSet) -> int:
     """Test images classified rightly, in eval mode, over every image."""
     model.eval()
-    return sum(
-        int((model(x).argmax(1) == y).sum()) for x, y in data.ordered_batches("test", BatchPlan(EVALUATION_BATCH))
-    )
+    _, height, width = data.image_shape
+    at_once = max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // (height * width)))
+    return sum(int((model(x).argmax(1) == y).sum()) for x, y in data.ordered_batches("test", BatchPlan(at_once)))
 
 
 def measure_conditioning(model: nn.Module, data: DataSet, batch_size: int) -> Conditioning:

@@ -24,7 +24,8 @@ MEANS = (  # of a setting's runs: key of their summaries, what to call it, scale
     ("test_error", "test error", 100, " %"),
     ("train_loss", "train loss", 1, ""),
 )
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+# Names and paths are printed as they are: rich would take [a] in them for its markup, and :x: for a picture.
+console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def number(value: float) -> str:
@@ -99,7 +100,7 @@ def print_runs(runs: "Sequence[Run]", picture: Path) -> None:
     console.print(table)
     for label, run in run_labels(runs).items():
         if run.summary["status"] != "done":
-            console.print(f"{label} {ending_text(run.summary)}", soft_wrap=True, markup=False)
+            console.print(f"{label} {ending_text(run.summary)}", soft_wrap=True)
     if picture.exists():
         console.print(
             "lambda_max and kappa are of the last linear layer's input, first -> last measurement: how large its "
@@ -139,7 +140,7 @@ def print_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:
         for key, label, scale, unit in MEANS:
             if key in group:
                 parts.append(f"{label} {spread_text(group[key], scale)}{unit}")
-        console.print(f"{name or 'mean +- std'}: {', '.join(parts)}", soft_wrap=True, markup=False)
+        console.print(f"{name or 'mean +- std'}: {', '.join(parts)}", soft_wrap=True)
 
 
 def spread_text(number: Mapping[str, Any], scale: float) -> str:

@@ -46,7 +46,7 @@ def print_plan(plan: "Plan", runs: int, as_json: bool) -> None:
     if runs > 1:
         rows["runs"] = f"{runs}, one after the other: {duration_text(runs * plan.seconds)}"
     for label, text in rows.items():
-        console.print(f"{label:8} {text}", soft_wrap=True, markup=False)
+        console.print(f"{label:8} {text}", soft_wrap=True)
 
 
 def print_rehearsal(rehearsal: "Rehearsal", as_json: bool) -> None:
@@ -63,7 +63,7 @@ def print_rehearsal(rehearsal: "Rehearsal", as_json: bool) -> None:
         f"{rehearsal.seconds:.2g} s{probed}",
     }
     for label, text in rows.items():
-        console.print(f"{label:8} {text}", soft_wrap=True, markup=False)
+        console.print(f"{label:8} {text}", soft_wrap=True)
     console.print("nothing was written")
 
 

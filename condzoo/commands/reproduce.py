@@ -90,14 +90,14 @@ def run_experiments(
     whole = held = True
     read: set[str] = set()
     with stopping("experiments") as stop_where_asked:
-        display.console.print(time_ahead(experiments, scale, out, imagenet, options), markup=False)
+        display.console.print(time_ahead(experiments, scale, out, imagenet, options))
         for experiment in experiments:
             stop_where_asked()
             own = {key: value for key, value in own_options(experiment, imagenet, options).items() if key in DATA}
             read_data_sets(experiment, scale, out, read, **own)
         for number, experiment in enumerate(experiments, start=1):
             stop_where_asked()
-            display.console.print(f"[{number}/{len(experiments)}] {experiment.id}: {experiment.title}", markup=False)
+            display.console.print(f"[{number}/{len(experiments)}] {experiment.id}: {experiment.title}")
             ended = run_experiment(experiment, scale, out, own_options(experiment, imagenet, options))
             whole, held = whole and ended[0], held and ended[1]
     return whole, held
@@ -128,12 +128,12 @@ def run_experiment(experiment: "Experiment", scale: str, out: Path, options: dic
     picture = out / f"{stem(experiment.id, scale)}.png"
     draw(experiment, data, picture)
     if less := reductions_of(experiment, data):
-        display.console.print(f"less than the paper's: {'; '.join(less)}", style="yellow", markup=False)
+        display.console.print(f"less than the paper's: {'; '.join(less)}", style="yellow")
     verdicts = judge(experiment, data)
     display.print_verdicts(verdicts, picture)
     failed = [run for run in data.get("runs", []) if run["status"] == "failed"]
     for run in failed:
-        display.console.print(f"failed: {row_name(run)}: {run['error']}", style="yellow", markup=False)
+        display.console.print(f"failed: {row_name(run)}: {run['error']}", style="yellow")
     return not failed, all(verdict.outcome != "did not hold" for verdict in verdicts)
 
 

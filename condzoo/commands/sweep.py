@@ -69,7 +69,7 @@ def sweep(
             gpus_per_run=gpus_per_run,
             cpus_per_run=cpus_per_run,
         )
-    print_comparison(runs, out)
+    print_comparison(runs, out, shard)
     if any(run.summary["status"] == "failed" for run in runs):
         raise typer.Exit(exit_codes.CHECK_FAILED)
 
@@ -82,8 +82,14 @@ def print_planned(
     shard: str | None,
     max_steps: int | None,
 ) -> None:
-    """The runs of a sweep, which are finished, and which would fail as their folder is taken."""
+    """The runs of a sweep, which are finished, and which would fail as their folder is taken.
+
+    Raises:
+        RunDirectoryError: the sweep would not begin in this folder; said once the runs are listed.
+    """
     from condzoo.training import plan_sweep, state_of, take_shard
+    from condzoo.training.many_runs import unclaimed
+    from condzoo.training.summaries import check_folder
 
     planned = take_shard(plan_sweep(recipe, grid, seeds), shard)
     states = {name: state_of(each, out / name, max_steps) for name, each in planned.items()}
@@ -93,3 +99,4 @@ def print_planned(
     left = sum(state in ("begun", "to do") for state in states.values())
     blocked = sum(state.startswith("blocked") for state in states.values())
     typer.echo(f"{len(planned)} runs, {left} left to do" + (f", {blocked} blocked" if blocked else ""))
+    check_folder(unclaimed(out), planned)

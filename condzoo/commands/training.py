@@ -206,23 +206,29 @@ def train_several(recipe: "Recipe", seeds: list[int], options: dict[str, Any], t
         raise typer.Exit(exit_codes.DIVERGED)
 
 
-def print_comparison(runs: "list[Run]", out: Path) -> None:
-    """The table of several runs, mean +- std of each setting, and their pictures side by side."""
+def print_comparison(runs: "list[Run]", out: Path, shard: str | None = None) -> None:
+    """The table of several runs, mean +- std of each setting, and their pictures side by side.
+
+    Runs of earlier calls are among them, as they are in the summary that was written.
+    """
     from condzoo.commands import display
     from condzoo.probe import plot_comparison
     from condzoo.training import summarize
     from condzoo.training.distributed import writes
     from condzoo.training.reports import shows_layers
+    from condzoo.training.summaries import earlier_runs
 
     if not runs:
         typer.echo("no runs in this shard")
         return
+    named = earlier_runs(out, shard) | {run.path.name: run for run in runs}
+    runs = list(named.values())
     labels = display.run_labels(runs)
     probed = {label: run.path for label, run in labels.items() if shows_layers(run.path)}
     if probed and writes():
         plot_comparison(probed, out / "conditioning.png")
     display.print_runs(runs, out / "conditioning.png")
-    display.print_settings(summarize({run.path.name: run for run in runs})["settings"])
+    display.print_settings(summarize(named)["settings"])
 
 
 def eval_command(

@@ -51,6 +51,7 @@ def attach_head(
     model.num_features = num_features
     model.has_last_bn = last_bn
     model.last_bn_init = last_bn_init
+    model.drop_rate = drop_rate  # what timm's users read
     model.head_drop = nn.Dropout(drop_rate)
     set_classifier(model, num_classes, global_pool)
     if last_bn:

@@ -40,7 +40,8 @@ def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = No
 
     Raises:
         ValueError: the model already has a last BN, has no single linear head, applies a functional dropout
-            before it, or is an nn.Sequential; fewer than 2 examples or features that are not finite.
+            before it, or is an nn.Sequential; fewer than 2 examples or features that are not finite; with batches,
+            a head whose weight or bias is no parameter.
         TypeError: a batch that is not a floating-point tensor.
 
     Source: arXiv:2002.10801, sec. 5.
@@ -110,17 +111,22 @@ def feeding_dropout(model: nn.Module, head: nn.Module) -> nn.Module | None:
     return None
 
 
+def drops_by_call(model: Any, head: nn.Linear) -> bool:
+    """Whether a timm model drops the head's input by a function call, which nothing can be put before."""
+    rate = getattr(model, "drop_rate", 0.0)
+    return bool(hasattr(model, "get_classifier") and rate and feeding_dropout(model, head) is None)
+
+
 def refuse_functional_dropout(model: nn.Module, head: nn.Linear) -> None:
-    """Reject a timm model that drops features by a function call, which nothing can be put before.
+    """Reject a model that drops features by a function call.
 
     Raises:
         ValueError: `drop_rate` above 0 and no dropout module before the head.
     """
-    rate = getattr(model, "drop_rate", 0.0)
-    if hasattr(model, "get_classifier") and rate and feeding_dropout(model, head) is None:
+    if drops_by_call(model, head):
         raise ValueError(
-            f"{type(model).__name__} applies its dropout (drop_rate={rate}) by a function call, so a last BN would "
-            "come after it; build it with drop_rate=0"
+            f"{type(model).__name__} applies its dropout (drop_rate={model.drop_rate}) by a function call, so a last "
+            "BN would come after it; build it with drop_rate=0"
         )
 
 
@@ -221,7 +227,17 @@ def input_statistics(model: nn.Module, layer: nn.Linear, batches: Tensor | Itera
 
 @torch.no_grad()
 def standardize_(last_bn: nn.BatchNorm1d, head: nn.Linear, mean: Tensor, variance: Tensor) -> None:
-    """Give the last BN these statistics and let the head absorb them: W x + b = (W sigma) y + (b + W mu)."""
+    """Give the last BN these statistics and let the head absorb them: W x + b = (W sigma) y + (b + W mu).
+
+    Raises:
+        ValueError: weight or bias is made anew from other parameters in each forward pass.
+    """
+    computed = [name for name in ("weight", "bias") if getattr(head, name) is not None and name not in head._parameters]
+    if computed:
+        raise ValueError(
+            f"the head's {computed[0]} is computed from other parameters (pruning, weight norm ...), so it cannot "
+            "absorb the statistics; make it plain first (prune.remove, remove_weight_norm), or leave out the batches"
+        )
     last_bn.running_mean.copy_(mean)  # type: ignore[union-attr]
     last_bn.running_var.copy_(variance)  # type: ignore[union-attr]
     # from the rounded statistics: those are what the BN will divide by

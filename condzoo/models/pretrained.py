@@ -60,6 +60,23 @@ def released_config(
     return {**config, "file": str(weights_path(release)), "state_dict": state}
 
 
+def fit_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Fit weights to a network of other channels or another pooling, beside what timm does itself.
+
+    Raises:
+        ValueError: as `fit_first_linear`.
+    """
+    return fit_last_bn(fit_first_linear(state, model), model)
+
+
+def fit_last_bn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Leave out a last BN of another size: where the pooling gives other features, it is as new as the classifier."""
+    own, stored = getattr(model, "last_bn", None), state.get("last_bn.weight")
+    if own is None or stored is None or len(stored) == own.num_features:
+        return state
+    return {key: value for key, value in state.items() if not key.startswith("last_bn.")}
+
+
 def fit_first_linear(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Fit an MLP's first layer to another number of channels, as timm does it for first convolutions.
 

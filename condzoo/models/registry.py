@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from condzoo.models.head import check_sizes
 from condzoo.models.initializers import init_weights
-from condzoo.models.pretrained import chosen_release, fit_first_linear, released_config, tagged_configs
+from condzoo.models.pretrained import chosen_release, fit_weights, released_config, tagged_configs
 
 TABLES = Path(__file__).parent / "tables"
 NUMBERS = re.compile(r"\d+")  # what siblings differ in
@@ -121,7 +121,7 @@ def build_network(
             name,
             pretrained,
             feature_cfg=feature_config(family, args),
-            pretrained_filter_fn=fit_first_linear,
+            pretrained_filter_fn=fit_weights,
             **{**args, **kwargs},
         )
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]

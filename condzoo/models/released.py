@@ -59,7 +59,7 @@ def parse_index(text: str) -> dict[str, Release]:
     """The rows of an index's text."""
     releases = []
     for name, row in tomllib.loads(text).items():
-        fields = dict(row)
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}  # as timm's
         releases.append(Release(name, fields.pop("sha256"), fields.pop("default", False), fields))
     return {release.name: release for release in sorted(releases, key=lambda r: (r.arch, not r.default))}
 
@@ -183,11 +183,20 @@ def fetch(release: Release) -> Path:
     Raises:
         FileNotFoundError: huggingface_hub is not there, the Hub cannot be reached, or has no such repository.
         ValueError: the weights' SHA-256 is not the index's.
+        OSError: nothing can be written into the cache.
     """
     cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache.with_suffix(".lock")):
+    lock = FileLock(cache.with_suffix(".lock"))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        reason = f"{error.strerror}: {release.name} is not here and cannot be fetched into the cache"
+        raise OSError(error.errno, f"{reason}; name another by {CACHE_VARIABLE}", str(cache)) from error
+    try:
         return find_folder(release) or fetch_into(cache, release)
+    finally:
+        lock.release()
 
 
 def fetch_into(cache: Path, release: Release) -> Path:

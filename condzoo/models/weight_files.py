@@ -4,11 +4,14 @@ A file is read once, as bytes; what is hashed, parsed and loaded are the same by
 """
 
 import hashlib
+import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -58,16 +61,28 @@ def parse_weights(content: bytes, source: str, *, finite: bool = True) -> dict[s
         ValueError: not a safetensors file (a pickle, truncated, an impossible header, overlapping or missing
             bytes), or a value that is NaN or infinite.
     """
-    if content.startswith(PICKLE_STARTS):
-        raise ValueError(f"{source} is a pickle, not safetensors; `condzoo convert` reads those without running them")
     try:
         state = load(content)
+        json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=named_once)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        # only now: the length of a header, which a safetensors file begins with, may have a pickle's first bytes
+        if content.startswith(PICKLE_STARTS):
+            raise ValueError(
+                f"{source} is a pickle, not safetensors; `condzoo convert` reads those without running them"
+            ) from error
         raise ValueError(f"{source} is not a readable safetensors file: {error}; get it again") from error
     for key, value in state.items():
         if finite and value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise ValueError(f"{source}: {key!r} has values that are not finite; these weights cannot be used")
     return state
+
+
+def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header; ValueError for a name that is there twice, of which readers take one or the other."""
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"its header has {name!r} {times} times")
+    return dict(pairs)
 
 
 @contextmanager

@@ -19,21 +19,22 @@ from torch.utils.hooks import RemovableHandle
 from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import PRECISIONS, Precision, plain_products
 from condzoo.probe.attention import has_bias, stop, watch
+from condzoo.probe.calls import called_on, unreadable
 from condzoo.probe.correlations import correlates, patch_gram, pieces, positions
 from condzoo.probe.functional_relus import FunctionalRelus
 from condzoo.probe.hooks import Hook, remove
-from condzoo.probe.layers import CONVOLUTIONS, CONVS, MEASURED, TRANSPOSED, Conv, input_columns, output_columns
+from condzoo.probe.layers import CHANNELS_FIRST, CONVS, MEASURED, Conv, input_columns, output_columns, with_constant
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, Neurons, RunningNeurons, UnitLayout, linear_range
 from condzoo.probe.origins import Origin
 from condzoo.probe.patches import padded_inside
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.repetitions import Calls
+from condzoo.probe.views import watch_gradient
 from condzoo.probe.wrappers import named_modules
 
 Module = TypeVar("Module", bound=nn.Module)
 
-CHANNELS_FIRST = CONVOLUTIONS + TRANSPOSED
 SEEN: dict[str, Callable[[], Any]] = {  # what a Capture records -> nothing recorded yet
     "sums": dict,
     "neurons": dict,
@@ -187,12 +188,15 @@ class Capture:
 
         return undo
 
-    def _on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> None:
+    def _on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
         if name in self.split or not self._reads(name):
             return
-        x = args[0] if args else kwargs["input"]
+        x = called_on(args, kwargs)
         sums = self.sums.setdefault(name, LayerSums())
         sums.samples += self.batch
+        if (why := unreadable(module, x, h)) is not None:
+            sums.hidden = f"{why}: its rows are not seen"
+            return
         self.dtypes.add(h.dtype)
         self._note_layout(module, args, h)
         if (seen := x if self.conv == "channels" else padded_inside(module, x, h)) is None:
@@ -204,11 +208,12 @@ class Capture:
             self.origin.find(name)
         self.origin.passed(name, h)
         if h.requires_grad:
-            h.register_hook(partial(self._on_gradient, module, sums.output_grad, self.scale))
+            watch_gradient(h, partial(self._on_gradient, module, sums.output_grad, self.scale))
 
-    def _note_layout(self, module: nn.Module, _: Any, h: Tensor) -> None:
+    def _note_layout(self, module: nn.Module, _: Any, h: Any) -> None:
         """Remember where the units are in what follows this layer."""
-        self._layout = UnitLayout(isinstance(module, CHANNELS_FIRST), tuple(h.shape))
+        if isinstance(h, Tensor):
+            self._layout = UnitLayout(isinstance(module, CHANNELS_FIRST), tuple(h.shape))
 
     def counts(self) -> tuple[dict[str, Neurons], dict[str, str]]:
         """Dying and full units by ReLU, and the reason by ReLU that cannot be counted."""
@@ -240,16 +245,17 @@ class Capture:
                 moment.add(columns, self.precision, scale, new_rows=not self.further)
 
     def _on_relu(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._count_units(name, output, linear_range(module))
+        self._count_units(name, output, linear_range(module, output.dtype))
 
     def _count_units(self, name: str, output: Tensor, linear: tuple[float, float]) -> None:
         if output.ndim < 2 or not self._reads(name, at_once=True):
             return
         call = self._relu_calls.get(name, 0)  # each call in a forward has units of its own
         self._relu_calls[name] = call + 1
-        units = self.neurons.setdefault(f"{name}#{call}" if call else name, RunningNeurons())
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            units.add(output, channels_first=self._layout.units_second(tuple(output.shape)), linear=linear)
+        if output.layout == torch.strided and not output.is_nested and output.numel():
+            units = self.neurons.setdefault(f"{name}#{call}" if call else name, RunningNeurons())
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                units.add(output, channels_first=self._layout.units_second(tuple(output.shape)), linear=linear)
 
     def _reads(self, name: str, *, at_once: bool = False) -> bool:
         """Whether this call is to be recorded: in training, and not a repetition of one that was (checkpointing)."""
@@ -259,11 +265,6 @@ class Capture:
         if self._calls.waiting[name]:
             self.sums.setdefault(name, LayerSums())  # its place in the order of the forward pass
         return counts
-
-
-def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k]
-    """The columns with a constant 1 below: the bias seen as one more input."""
-    return torch.cat([columns, columns.new_ones((*columns.shape[:2], 1, columns.shape[3]))], dim=2)
 
 
 def refill(held: dict[str, Module], found: Mapping[str, Module]) -> None:

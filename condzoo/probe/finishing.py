@@ -24,6 +24,7 @@ DECOMPOSED = 256  # side up to which one eigenvalue costs no less than all
 LANCZOS = 1e-8  # residual over lambda_max
 
 NOT_CALLED = "not called in the forward pass, or only without gradients"
+NO_ROWS = "called on empty inputs alone"
 NO_GRADIENT = "no gradient reaches its output: the loss does not depend on it, or all before it is frozen"
 
 
@@ -157,6 +158,8 @@ def _unusable(sums: LayerSums) -> str | None:
         return sums.hidden
     if not sums.input.finite:
         return "its input holds NaN or Inf"
+    if sums.samples and not sums.input.vectors:
+        return NO_ROWS
     if not sums.output_grad.vectors:
         return NO_GRADIENT
     if not sums.output_grad.finite:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from condzoo.probe.batches import batch_size, call
+from condzoo.probe.calls import called_on, unreadable
 from condzoo.probe.label_draws import equivalent_draws, few_enough
 from condzoo.probe.label_models import (
     ONE_BY_ONE,
@@ -29,6 +30,7 @@ from condzoo.probe.layers import CONVOLUTIONS, samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.patches import padded_inside, unfolded
 from condzoo.probe.repetitions import within_backward
+from condzoo.probe.views import shown
 
 ELSEWHERE = "a layer whose weight is used otherwise than by its own call"
 SAME = 1e-6  # rounding between two ways to a gradient in float64, relative
@@ -245,12 +247,14 @@ def _is_sum(layer: LayerRows, weight_grad: Tensor | None) -> bool:
 
 
 def _listener(name: str, rows: LayerRows) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], h: Tensor) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
         if within_backward():
             return  # activation checkpointing repeats a forward pass that was read
         if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             raise Unfactored(unavailable(name, f"a {type(module).__name__}"))
-        x = (args[0] if args else kwargs["input"]).detach()
+        if (why := unreadable(module, called_on(args, kwargs), h)) is not None:
+            raise Unfactored(unavailable(name, why))
+        x = called_on(args, kwargs).detach()
         if x.shape[0] % rows.samples or (x.ndim > 2 and x.shape[0] != rows.samples == x.shape[1]):
             raise Unfactored(
                 f"layer {name!r} reads an input {list(x.shape)}, whose rows cannot be told apart by sample: the first "
@@ -259,7 +263,7 @@ def _listener(name: str, rows: LayerRows) -> Any:
         if (seen := padded_inside(module, x, h)) is None:
             raise Unfactored(unavailable(name, f"a {type(module).__name__}, which pads its input in a way of its own"))
         rows.inputs.append(_positions_of_input(module, seen, rows.samples))
-        rows.edges.append(get_gradient_edge(h))
+        rows.edges.append(get_gradient_edge(shown(h)))
 
     return hook
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Panel:
 def panels(records: Sequence[Conditioning]) -> list[Panel]:
     """The four heat maps of a run: magnitude and condition of inputs and of output gradients."""
     layers = forward_order(records)
-    steps = [record.step or 0 for record in records]
+    steps = places(records)
     found = []
     for side, p, quantity in QUANTITIES:
         values = np.full((len(layers), len(records)), np.nan)
@@ -51,6 +52,16 @@ def panels(records: Sequence[Conditioning]) -> list[Panel]:
                     values[i, j] = _log10(getattr(record[name], side), p)
         found.append(Panel(quantity, layers, steps, values))
     return found
+
+
+def places(records: Sequence[Conditioning]) -> list[int]:
+    """Where each record stands along the iterations: at its step, or, where these do not rise, one beside the other.
+
+    Measurements at rest have none, and at one place nothing of them would be seen.
+    """
+    steps = [record.step or 0 for record in records]
+    rising = all(a < b for a, b in itertools.pairwise(steps))
+    return steps if rising else list(range(len(records)))
 
 
 def forward_order(records: Sequence[Conditioning]) -> list[str]:

@@ -39,7 +39,7 @@ def equivalent_draws(
 
     Args:
         logits: to pull back from, [N, K].
-        edges: of the layers' outputs, each [N, width].
+        edges: of the layers' outputs, each a row of `width` a sample.
         widths: of these.
         signals: to pull back, each like the logits.
 
@@ -77,5 +77,8 @@ def _pulled_back(
     except RuntimeError:  # vmap cannot run dropout that activation checkpointing repeats, or some backward of a user's
         each = [grads(signal, False) for signal in signals]
         found = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True))
-    zeros = logits.new_zeros((len(signals), logits.shape[0], max(widths)))
-    return [zeros[..., :width] if grad is None else grad for grad, width in zip(found, widths, strict=True)]
+    shape = len(signals), logits.shape[0]
+    return [  # a layer on [n, 1, d] has a row a sample, too
+        logits.new_zeros((*shape, width)) if grad is None else grad.reshape(*shape, width)
+        for grad, width in zip(found, widths, strict=True)
+    ]

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,7 +27,8 @@ CONVS = ("channels", "patches")
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-MEASURED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+CHANNELS_FIRST = (*CONVOLUTIONS, *TRANSPOSED)
+MEASURED = (nn.Linear, *CHANNELS_FIRST)
 
 ROWS_A_PIECE = 64  # rows of a linear layer multiplied together before float64 takes over
 ROWS_OF_PATCHES = 512  # the same of patches, whose products are larger: adding them up costs more
@@ -131,6 +133,11 @@ def output_columns(module: nn.Module, grad_h: Tensor) -> Iterator[Float[Tensor, 
     return _positions(grad_h, _groups(module))
 
 
+def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k]
+    """The columns with a constant 1 below: the bias seen as one more input."""
+    return torch.cat([columns, columns.new_ones((*columns.shape[:2], 1, columns.shape[3]))], dim=2)
+
+
 def samples_interact(model: nn.Module) -> bool:
     """Whether a BatchNorm computes statistics of the batch, so that a sample's output depends on the others."""
     return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
@@ -141,7 +148,7 @@ def _spatial(module: nn.Module) -> int:
 
 
 def _groups(module: nn.Module) -> int:
-    assert isinstance(module, CONVOLUTIONS + TRANSPOSED)
+    assert isinstance(module, CHANNELS_FIRST)
     return module.groups
 
 

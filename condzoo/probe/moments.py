@@ -105,6 +105,8 @@ class RunningMoment:
             new_rows: False for a further class of rows already counted.
         """
         pieces, groups, dim, width = columns.shape
+        if not columns.numel():
+            return  # a detector without proposals calls its heads on no image
         if not self.fits(groups, dim, pieces * width):
             self._count(pieces * width, columns.dtype, new_rows)
             self.finite = self.finite and all(bool(torch.isfinite(piece).all()) for piece in columns)

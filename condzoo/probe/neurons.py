@@ -24,10 +24,13 @@ FIRST = 1 << 16  # elements looked at first: enough to decide nearly all units, 
 GROWTH = 8  # then so many times more, and each time only the units still undecided
 
 
-def linear_range(module: nn.Module) -> tuple[float, float]:
-    """The outputs, borders excluded, at which a ReLU is linear; at all others it is flat."""
+def linear_range(module: nn.Module, dtype: torch.dtype) -> tuple[float, float]:
+    """The outputs, borders excluded, at which a ReLU is linear; at all others it is flat.
+
+    A threshold is what it rounds to in the outputs' dtype.
+    """
     if isinstance(module, nn.Threshold):
-        return module.threshold, math.inf
+        return float(torch.tensor(module.threshold, dtype=dtype)), math.inf
     return OF_RELU6 if isinstance(module, nn.ReLU6) else OF_RELU
 
 

@@ -16,7 +16,7 @@ from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
 from condzoo.probe.layers import samples_interact
 from condzoo.probe.losses import Labels, Loss
-from condzoo.probe.weights import norms_of, own_weight
+from condzoo.probe.weights import norms_of, own_weight, widened
 
 MANY = 2000  # backward passes a batch that are worth a warning
 
@@ -96,7 +96,7 @@ class Passes:
         self.total_loss, self.sees_loss = self.total_loss + float(value.detach()) * count, True
         for name, grad in self._backward(value, keep=False).items():
             held = self.weight_grads.get(name)
-            self.weight_grads[name] = grad * count if held is None else held.add_(grad, alpha=count)
+            self.weight_grads[name] = widened(grad) * count if held is None else held.add_(grad, alpha=count)
 
     def _backward(self, value: Tensor, signal: Tensor | None = None, *, keep: bool = True) -> dict[str, Tensor]:
         """Gradients of the weights, without touching any .grad; the capture's hooks see the rest."""

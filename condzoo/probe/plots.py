@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.depth_plots import draw_units, widened
-from condzoo.probe.heatmaps import OKABE_ITO, draw_heatmap, panels, value_range
+from condzoo.probe.heatmaps import OKABE_ITO, draw_heatmap, panels, places, value_range
 from condzoo.probe.records import read_records
 
 Records = str | Path | Sequence[Conditioning]
@@ -91,8 +91,8 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
 
 def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
     for i, (label, records) in enumerate(runs.items()):
-        spectra = [r.last.input for r in _with_layers(records)]
-        steps = [r.step or 0 for r in _with_layers(records)]
+        measured = [(step, r.last.input) for step, r in zip(places(records), records, strict=True) if len(r)]
+        steps, spectra = zip(*measured, strict=True)
         style: dict[str, Any] = {
             "color": OKABE_ITO[i % len(OKABE_ITO)],
             "marker": "osD^v<>"[i % 7],

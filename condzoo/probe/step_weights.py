@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from condzoo.probe.attention import packed_weights
 from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.preserving import at_rest
-from condzoo.probe.weights import Norms, norms_of, own_weight
+from condzoo.probe.weights import Norms, norms_of, own_weight, widened
 
 
 class StepWeights:
@@ -118,7 +118,7 @@ class StepWeights:
         if at_rest():
             return
         held = self.grads.get(name)
-        self.grads[name] = grad.detach().clone() if held is None else held + grad.detach()
+        self.grads[name] = grad.detach().clone() if held is None else widened(held) + grad.detach()
         self._passes[name].add((self._outer or [torch._C._current_graph_task_id()])[0])
 
     def _note_outer(self) -> None:

@@ -24,7 +24,7 @@ from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
 from condzoo.probe.step_passes import StepPasses
 from condzoo.probe.step_weights import StepWeights
 from condzoo.probe.tensorboard import open_writer, write_tensorboard
-from condzoo.probe.weights import norms_of
+from condzoo.probe.weights import norms_of, widened
 from condzoo.probe.wrappers import refuse_threads, structure, uncompiled, unwrapped
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class Probe:
         with torch.no_grad():
             count = distributed.processes() if self.reduction == "mean" else samples
             if count * scale != 1.0:
-                grads = {name: grad / (count * scale) for name, grad in grads.items()}
+                grads = {name: widened(grad) / (count * scale) for name, grad in grads.items()}
             norms = norms_of(capture.layers, grads)
             layers, unseen, nonfinite = finish(capture, self._weights.norms, norms)
         neurons, uncounted = capture.counts()

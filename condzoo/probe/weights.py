@@ -46,6 +46,11 @@ def weight_matrices(module: nn.Module, weight: Tensor) -> Float[Tensor, "g out i
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
+def widened(grad: Tensor) -> Tensor:
+    """A gradient in at least float32: in bfloat16 a sum stops growing after 256 of a kind."""
+    return grad.to(torch.promote_types(grad.dtype, torch.float32))
+
+
 def norms_of(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Norms]:
     """Norms of weights, or of their gradients, by layer name.
 

@@ -76,6 +76,30 @@ def check_same_recipe(recipes: dict[Path, Recipe]) -> None:
         raise ValueError(f"two runs have the same seed: {sorted(seeds)}")
 
 
+def check_every_seed(recipe: Recipe, paths: Sequence[Path]) -> None:
+    """ValueError where a run beside those given is of the same recipe and came to its end with yet another seed."""
+    given = {load_recipe(path / RECIPE).seed for path in paths}
+    for folder in sorted({path.resolve().parent for path in paths}):
+        for path in sorted(file.parent for file in folder.glob(f"*/{SUMMARY}")):
+            other = ended_recipe(path)
+            if other is None or other.seed in given:
+                continue
+            if other.model_copy(update={"seed": recipe.seed}) == recipe:
+                raise ValueError(
+                    f"{path} was trained by the same recipe with seed {other.seed}, and was not given: a release "
+                    "lists every seed trained, not the best ones; give it too"
+                )
+
+
+def ended_recipe(path: Path) -> Recipe | None:
+    """The recipe of a run that came to its end, by diverging too; None for one that did not, or what is no run."""
+    try:
+        recipe, summary = load_recipe(path / RECIPE), read_json(path / SUMMARY)
+        return recipe if summary["status"] == "diverged" or is_complete(recipe, summary) else None
+    except (OSError, ValueError, KeyError, TypeError):  # whatever else lies beside the runs
+        return None
+
+
 def check_model(recipe: Recipe) -> None:
     """ValueError for a network that its name alone does not rebuild."""
     name, args = recipe.model.name, recipe.model.args

@@ -4,8 +4,8 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from condzoo.checkpoints.folder import CONDITIONING, METRICS, PICTURE, RECIPE, read_folder
-from condzoo.checkpoints.records import Metrics, read_record
+from condzoo.checkpoints.folder import CARD, CONDITIONING, CONFIG, METRICS, PICTURE, RECIPE, read_folder
+from condzoo.checkpoints.records import Config, Metrics, read_record
 from condzoo.checkpoints.remeasuring import count_correct, initial_network, measure_conditioning
 from condzoo.checkpoints.writing import (
     add_to_index,
@@ -20,7 +20,7 @@ from condzoo.checkpoints.writing import (
 from condzoo.models import released
 from condzoo.models.weight_files import sha256
 from condzoo.probe.serialization import to_record
-from condzoo.release.checks import check_evaluations, checked_run
+from condzoo.release.checks import check_evaluations, check_every_seed, checked_run
 from condzoo.release.records import collect_metrics, input_fields, picture, seed_results
 from condzoo.training import dump_recipe
 from condzoo.training.data_sets import read_data
@@ -37,7 +37,8 @@ def release(
     """Make a checkpoint's folder from one or more finished runs of one recipe, which differ in their seed only.
 
     The lowest seed's weights are released; all seeds are listed. In the repository's own checkpoints/ the package's
-    index and the table of all are brought up to date too.
+    index and the table of all are brought up to date too; a call that was stopped before that is finished by the same
+    call again.
 
     Args:
         runs: run directories.
@@ -51,14 +52,19 @@ def release(
 
     Raises:
         ValueError: a run that is unfinished, diverged, of changed source, or whose evaluation does not give the
-            recorded result again; runs of different recipes; a model that is not registered; a bad tag.
+            recorded result again; runs of different recipes; a seed trained beside them that was not given; a model
+            that is not registered; a bad tag.
         FileNotFoundError, FileExistsError: a run that is not there; a release that is.
     """
     paths = paths_of(runs)
     check_tag(tag)
     run = checked_run(paths)
+    check_every_seed(run.recipe, paths)
     root = Path(out) if out is not None else default_root()
-    target = check_free(root / f"{run.recipe.model.name}.{tag}")
+    target = root / f"{run.recipe.model.name}.{tag}"
+    if not is_listed(target) and released_before(paths, tag, out=root) == target:
+        return enlist(target, default)  # stopped after the folder was there
+    check_free(target)
     check_evaluations(run, paths, data_root)
     data, recipe = read_data(run.recipe, data_root), dump_recipe(run.recipe)
     model, at_init = run.load_model(), initial_network(tomllib.loads(recipe), data)
@@ -71,10 +77,29 @@ def release(
         PICTURE: picture(run, f"{target.name}, seed {run.recipe.seed}", end),
     }
     write_checkpoint(target, model, weights, config, records)
-    if root.resolve() == (released.PACKAGE.parent / "checkpoints").resolve():
-        add_to_index(target.name, sha256(weights), config["pretrained_cfg"], default)
-    write_table(root)
+    return enlist(target, default)
+
+
+def is_listed(target: Path) -> bool:
+    """Whether a release stands in the table beside it and, in the repository's checkpoints/, in the package's index."""
+    table = target.parent / CARD
+    in_table = table.is_file() and f"[{target.name}]" in table.read_text(encoding="utf-8", errors="replace")
+    return in_table and (not in_repository(target) or target.name in released.read_index())
+
+
+def enlist(target: Path, default: bool) -> Path:
+    """Bring the table, and the repository's index, up to date with a release whose folder is there."""
+    if in_repository(target):
+        folder = read_folder(target)
+        cfg = read_record(folder, CONFIG, Config).pretrained_cfg.model_dump()
+        add_to_index(target.name, read_record(folder, METRICS, Metrics).sha256, cfg, default)
+    write_table(target.parent)
     return target
+
+
+def in_repository(target: Path) -> bool:
+    """Whether a release's folder is among the repository's own."""
+    return target.parent.resolve() == (released.PACKAGE.parent / "checkpoints").resolve()
 
 
 def released_before(runs: str | Path | Sequence[str | Path], tag: str, *, out: str | Path | None = None) -> Path | None:

@@ -9,7 +9,7 @@ from condzoo.training.distributed import in_step
 from condzoo.training.events import Notice, OnEvent
 from condzoo.training.loop import train
 from condzoo.training.recipe import RecipeError, load_recipe
-from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, RunDirectoryError, begun, read_json
+from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, RunDirectoryError, begun, read_summary
 from condzoo.training.runs import Diverged, Run, is_complete
 from condzoo.training.schema import Recipe
 from condzoo.training.signals import Stopped
@@ -90,7 +90,7 @@ def finished_run(recipe: Recipe, path: Path, max_steps: int | None = None) -> Ru
     try:
         if load_recipe(path / RECIPE) != recipe:
             return None
-        summary = read_json(path / SUMMARY)
+        summary = read_summary(path)
     except (RecipeError, ValueError):
         return None
     if summary["status"] == "diverged":

@@ -17,6 +17,7 @@ from condzoo.training.schema import LARGEST, Constant, DataSection, FullBatch, M
 FOLLOWS_DATA = ("num_classes", "in_chans", "input_size")
 OWN_FIELDS = ("init", "last_bn_init", "drop_rate")
 LOADING = ("checkpoint_path", "cache_dir")  # of timm.create_model, as is pretrained*
+PLACES = ("hf-hub:", "hf_hub:", "local-dir:")  # as timm names them
 IN_MEMORY = ("crop", "resize", "download")
 ON_DISK = ("image_size", "eval_resize", "interpolation", "workers", "num_classes")
 ON_HUB = ("dataset", *ON_DISK[:-1], "download")
@@ -63,6 +64,11 @@ def _optimizer(recipe: Recipe) -> Iterator[str]:
 
 
 def _arguments(model: ModelSection) -> Iterator[str]:
+    if model.name.startswith(PLACES):
+        yield (
+            f"model.name: got {model.name!r}, a place that would be asked for its network whenever the recipe is read; "
+            "give the network's name"
+        )
     for name, value in model.args.items():
         if name in FOLLOWS_DATA:
             yield f"model.args.{name}: follows data.name; leave it out"
@@ -73,13 +79,21 @@ def _arguments(model: ModelSection) -> Iterator[str]:
             )
         elif name in OWN_FIELDS:
             yield f"model.args.{name}: has a field of its own; use model.{name}"
-        elif _holds_none(value):
-            yield f"model.args.{name}: got None, which TOML has no word for; leave it out"
+        else:
+            yield from (f"model.args.{name}: {fault}" for fault in _no_arguments(value))
 
 
-def _holds_none(value: Any) -> bool:
-    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return value is None or any(_holds_none(entry) for entry in entries)
+def _no_arguments(value: Any) -> Iterator[str]:
+    """What in an argument is no number, text or switch, or one that equals not even itself and so no stored recipe."""
+    if value is None:
+        yield "got None, which TOML has no word for; leave it out"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"got {value}, must be a finite number"
+    elif isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _no_arguments(entry)
+    elif not isinstance(value, bool | int | float | str):
+        yield f"got {value}, must be a number, a text, true or false, or a list or table of these"
 
 
 def _images(data: DataSection) -> Iterator[str]:

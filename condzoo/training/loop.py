@@ -13,6 +13,7 @@ from condzoo.training.distributed import Ranks, join, launched
 from condzoo.training.divergence import NonFinite
 from condzoo.training.events import EpochDone, Event, Finished, OnEvent, Started, StepDone
 from condzoo.training.outcome import earlier_summary, end_diverged, finish, last_epoch, record_divergence
+from condzoo.training.precision import usual_torch
 from condzoo.training.preparation import Training, first_unreadable, join_gradients, prepare, training_steps
 from condzoo.training.progress import Progress, capture, go_on
 from condzoo.training.recipe import check_recipe, load_recipe, parse_recipe, recipe_tables
@@ -27,6 +28,7 @@ from condzoo.training.steps import StepResult, learning_rate_of, take_step
 CHECK_STEPS = 10  # between looks at what stays on a GPU: whether a step was bad, whether a process was asked to stop
 
 
+@usual_torch()
 def train(
     recipe: Recipe | str | Path,
     *,
@@ -73,9 +75,9 @@ def train(
     ranks, own_device = join(device)
     notify = on_event if on_event is not None and ranks.first else ignore
     with contextlib.ExitStack() as held:
+        request = held.enter_context(stop_signals(patient=launched()))
         ranks.first_does(lambda: held.enter_context(claimed(path, recipe)))
         held.enter_context(forked_random_numbers(own_device, ranks))
-        request = held.enter_context(stop_signals(patient=launched()))
         earlier = ranks.first_does(lambda: earlier_summary(path))
         if earlier is not None and earlier["status"] == "diverged":
             return end_diverged(path, recipe, earlier)

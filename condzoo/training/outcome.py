@@ -7,7 +7,7 @@ from condzoo.training.diagnosis import Fault
 from condzoo.training.preparation import Training
 from condzoo.training.progress import Progress
 from condzoo.training.reports import record_epoch, write_results
-from condzoo.training.run_directory import METRICS, MODEL, SUMMARY, read_json, read_metrics
+from condzoo.training.run_directory import METRICS, MODEL, SUMMARY, read_metrics, read_summary
 from condzoo.training.runs import Diverged, Run
 from condzoo.training.schema import Recipe
 from condzoo.training.steps import learning_rate_of
@@ -15,7 +15,7 @@ from condzoo.training.steps import learning_rate_of
 
 def earlier_summary(path: Path) -> dict[str, Any] | None:
     """What an earlier call left as its summary; None where its weights are lost: the last checkpoint has them."""
-    return read_json(path / SUMMARY) if all((path / name).is_file() for name in (SUMMARY, MODEL)) else None
+    return read_summary(path) if all((path / name).is_file() for name in (SUMMARY, MODEL)) else None
 
 
 def finish(training: Training, progress: Progress, path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from condzoo.training.accelerators import Accelerator
 from condzoo.training.data_sets import STORED, class_count, image_shape, read_data
 from condzoo.training.networks import freeze, network_of
 from condzoo.training.optimizers import build_optimizer
-from condzoo.training.precision import resolve_precision
+from condzoo.training.precision import resolve_precision, usual_torch
 from condzoo.training.schema import FullBatch, Recipe
 
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
@@ -77,6 +77,7 @@ class Plan:
         return {key: value if value != math.inf else None for key, value in asdict(self).items()}
 
 
+@usual_torch()
 def plan_training(
     recipe: Recipe,
     device: Accelerator,

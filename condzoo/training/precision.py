@@ -1,6 +1,7 @@
 """What `precision` and `channels_last` mean on a device, and what `auto` picks there."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,23 @@ class Numerics:
         if dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=dtype)
+
+
+@contextlib.contextmanager
+def usual_torch() -> Iterator[None]:
+    """Inside, torch has its own defaults, which recipes count on, whatever a notebook has set.
+
+    They are float32 and the CPU for new tensors, and gradients are kept. Also a decorator.
+    """
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as held:
+        held.enter_context(torch.inference_mode(False))
+        held.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":  # a context of a device slows every operation
+            held.enter_context(torch.device("cpu"))
+        held.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
 
 
 def resolve_numerics(recipe: Recipe, model: nn.Module, device: torch.device) -> Numerics:

@@ -14,6 +14,7 @@ from condzoo.training.distributed import join
 from condzoo.training.divergence import NonFinite
 from condzoo.training.events import Message, OnEvent
 from condzoo.training.loop import forked_random_numbers
+from condzoo.training.precision import usual_torch
 from condzoo.training.preparation import Training, first_unreadable, join_gradients, prepare, training_steps
 from condzoo.training.recipe import check_recipe
 from condzoo.training.reports import opened_probe
@@ -39,6 +40,7 @@ class Rehearsal:
     probed: int
 
 
+@usual_torch()
 def rehearse(
     recipe: Recipe,
     *,

@@ -27,7 +27,8 @@ class RunDirectoryError(ValueError):
 def claimed(path: Path, recipe: Recipe) -> Iterator[None]:
     """Hold the run directory for this process alone, for this recipe alone.
 
-    A new directory gets the recipe as resolved; an old one must hold an equal one.
+    A new directory gets the recipe as resolved; an old one must hold an equal one. Where nothing comes of a new one,
+    since its data is missing, say, the recipe goes again: it may be another one that mends it.
 
     Raises:
         RunDirectoryError: it belongs to another recipe, or another process writes to it.
@@ -44,10 +45,16 @@ def claimed(path: Path, recipe: Recipe) -> Iterator[None]:
     except OSError as error:
         reason = f"{error.strerror}: no run can be written here; use another --out"
         raise OSError(error.errno, reason, str(path)) from error
+    new = False
     try:
-        if not begun(path, recipe):
+        new = not begun(path, recipe)
+        if new:
             write_atomically(path / RECIPE, dump_recipe(recipe).encode())
         yield
+    except BaseException:
+        if new and not any(p.name not in (".lock", RECIPE) for p in path.iterdir()):
+            (path / RECIPE).unlink(missing_ok=True)
+        raise
     finally:
         lock.release()
 
@@ -150,13 +157,28 @@ def read_json(path: Path) -> Any:
     Raises:
         RunDirectoryError: it is damaged.
     """
-    return _parsed(path.read_text(encoding="utf-8"), path)
+    return _parsed(path.read_bytes(), path)
 
 
-def _parsed(text: str, path: Path) -> Any:
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary.json of a run.
+
+    Raises:
+        RunDirectoryError: it is damaged, or no run's.
+    """
+    summary = read_json(folder / SUMMARY)
+    if not isinstance(summary, dict) or not {"status", "steps", "epochs"} <= summary.keys():
+        raise RunDirectoryError(
+            f"{folder / SUMMARY} is not the summary of a run; delete it, and give the `condzoo train` command of the "
+            "run again"
+        )
+    return summary
+
+
+def _parsed(content: bytes, path: Path) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise RunDirectoryError(
             f"{path} is damaged: {error}; delete it, and give the `condzoo train` command of the run again"
         ) from error
@@ -189,4 +211,4 @@ def truncate(path: Path, size: int) -> bool:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every line of a .jsonl file."""
-    return [_parsed(line, path) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [_parsed(line, path) for line in path.read_bytes().splitlines()] if path.exists() else []

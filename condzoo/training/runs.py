@@ -14,10 +14,10 @@ from condzoo.models.weight_files import check_state, parse_weights, read_plain_f
 from condzoo.training.data_sets import class_count, image_shape, read_data
 from condzoo.training.evaluation import Evaluation, evaluate
 from condzoo.training.networks import network_of
-from condzoo.training.precision import resolve_device, resolve_numerics
+from condzoo.training.precision import resolve_device, resolve_numerics, usual_torch
 from condzoo.training.preparation import place
 from condzoo.training.recipe import dump_recipe, load_recipe
-from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, read_json
+from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, read_summary
 from condzoo.training.schema import Recipe
 
 
@@ -49,6 +49,7 @@ class Run:
         """Share of the test images classified wrongly after the last step."""
         return self.summary.get("test_error")
 
+    @usual_torch()
     def load_model(self) -> nn.Module:
         """The trained network, on the CPU, in eval mode."""
         section = self.recipe.data
@@ -73,9 +74,10 @@ def load_run(path: str | Path) -> Run:
     missing = [name for name in (RECIPE, SUMMARY, MODEL) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no finished run: it has no {missing[0]}; finish it by `condzoo train`")
-    return Run(folder, load_recipe(folder / RECIPE), read_json(folder / SUMMARY))
+    return Run(folder, load_recipe(folder / RECIPE), read_summary(folder))
 
 
+@usual_torch()
 def evaluate_run(
     path: str | Path, data_root: str | Path | None = None, device: str | None = None, split: Split = "test"
 ) -> Evaluation:

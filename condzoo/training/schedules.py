@@ -51,14 +51,16 @@ def _warmup(schedule: Constant, step: int, steps_per_epoch: int) -> float:
 
 
 def _one_cycle(schedule: OneCycle, lr: float, step: int, total_steps: int) -> float:
-    """torch's OneCycleLR: from lr / div_factor up to lr at the peak's step, then down to the end."""
+    """torch's OneCycleLR: from lr / div_factor up to lr at the peak's step, then down to the end.
+
+    The peak need not be at a whole step, nor in the run: where the way up is shorter than a step, it is before step 0.
+    """
     first = lr / schedule.div_factor
     peak_step = schedule.pct_start * total_steps - 1
     if step <= peak_step:
         return _anneal(schedule.anneal, first, lr, step / peak_step if peak_step else 1.0)
-    peak_step = max(peak_step, 0.0)
-    share = (step - peak_step) / max(total_steps - 1 - peak_step, 1)
-    return _anneal(schedule.anneal, lr, first / schedule.final_div_factor, min(share, 1.0))
+    share = (step - peak_step) / (total_steps - 1 - peak_step)
+    return _anneal(schedule.anneal, lr, first / schedule.final_div_factor, share)
 
 
 def _anneal(shape: str, start: float, end: float, share: float) -> float:

@@ -107,6 +107,20 @@ def earlier(summary: Path) -> dict[str, dict[str, Any]]:
     return {name: run for name, run in runs.items() if (summary.parent / name / RECIPE).is_file()}
 
 
+def summary_file(out: str | Path, shard: str | None = None) -> Path:
+    """Where the summary of many runs is: out/summary.json, of a shard out/summary-2of4.json."""
+    return Path(out) / (SUMMARY if shard is None else f"{Path(SUMMARY).stem}-{shard.replace('/', 'of')}.json")
+
+
+def earlier_runs(out: str | Path, shard: str | None = None) -> dict[str, Run]:
+    """Folder name -> run, its summary in short, of what a summary of many holds."""
+    path = summary_file(out, shard)
+    return {
+        name: Run(path.parent / name, load_recipe(path.parent / name / RECIPE), run)
+        for name, run in earlier(path).items()
+    }
+
+
 def is_of_many_runs(summary: Path) -> bool:
     """Whether a file is what `write_summary` writes."""
     try:
@@ -143,8 +157,7 @@ def write_summary(out: str | Path, runs: Mapping[str, Run], shard: str | None = 
     """
     if not writes():
         return summarize(runs)
-    name = SUMMARY if shard is None else f"{Path(SUMMARY).stem}-{shard.replace('/', 'of')}.json"
-    path = Path(out) / name
+    path = summary_file(out, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
     summary = summary_of(earlier(path) | in_short(runs))
     write_json(path, summary)

@@ -14,6 +14,8 @@ from condzoo.training.runs import Run, default_seeds_directory
 from condzoo.training.schema import Recipe
 from condzoo.training.summaries import check_folder, write_summary
 
+MOST_SEEDS = 10_000  # of a range: where a digit too many was typed, no list of billions
+
 
 def sweep(
     recipe: Recipe,
@@ -150,15 +152,18 @@ def split_values(text: str) -> list[str]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds of "1-5", "1,3" or "1-3,7".
+    """The seeds of "1-5", "1,3" or "1-3,7", each once.
 
     Raises:
-        RecipeError: neither.
+        RecipeError: neither, or more than `MOST_SEEDS`.
     """
-    seeds: list[int] = []
+    seeds: dict[int, None] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise RecipeError(f"seeds {text!r}: must be like 1-5 or 1,3,7")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return seeds
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last - first >= MOST_SEEDS:
+            raise RecipeError(f"seeds {text!r}: {part.strip()} are {last - first + 1}, must be at most {MOST_SEEDS}")
+        seeds |= dict.fromkeys(range(first, last + 1))
+    return list(seeds)

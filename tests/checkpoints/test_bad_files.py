@@ -158,6 +158,10 @@ HOSTILE = {
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
         b"\0" * 8,
     ),
+    "two tensors of one name in one place": safetensors_file(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        b"\0" * 4,
+    ),
 }
 
 
@@ -167,6 +171,16 @@ def test_hostile_weights_are_one_clear_error(checkpoint, content):
     resum(checkpoint)
     with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file: .*; get it again"):
         load_checkpoint(checkpoint)
+
+
+def test_whole_weights_may_begin_with_the_bytes_of_a_pickle():
+    """The file begins with the length of its header, in steps of 8: one length in 32 begins as a pickle, with 0x80."""
+    state, first = {"a": torch.arange(3.0)}, set()
+    for length in range(0, 256, 8):
+        content = save(state, metadata={"format": "x" * length})
+        first.add(content[0])
+        assert torch.equal(parse_weights(content, "file")["a"], state["a"])
+    assert 0x80 in first
 
 
 class Payload:
@@ -275,6 +289,32 @@ def test_a_missing_file_is_named(checkpoint, name):
         ("metrics.json", lambda m: m.update(more=1), "metrics.json: more: Extra inputs"),
         ("metrics.json", lambda m: m.update(released_seed=3), r"the seed: in recipe\.toml 2, in metrics\.json 3"),
         ("metrics.json", lambda m: m["seeds"].pop(0), "seeds lacks the released one, 2"),
+        ("metrics.json", lambda m: m["seeds"].append(m["seeds"][1]), "two of its seeds are the same"),
+        ("metrics.json", lambda m: m.update(test_correct=361), "361 of 360 test images right is no test error of"),
+        ("metrics.json", lambda m: m.update(test_correct=m["test_correct"] - 9), "test images right is no test error"),
+        ("metrics.json", lambda m: m["seeds"][0].update(test_error=None), "is no test error of None, which seed 2 has"),
+        ("metrics.json", lambda m: m["seeds"][1].update(test_error=-0.1), r"metrics.json: seeds\.1\.test_error: Input"),
+        ("config.json", lambda c: c.update(num_features=25), "num_features is 25, the network has 24"),
+        (
+            "config.json",
+            lambda c: c["pretrained_cfg"].update(mean=[0.1, 0.2, 0.3]),
+            "3 means and 1 stds for images of 1 channels",
+        ),
+        (
+            "config.json",
+            lambda c: c["pretrained_cfg"].update(std=[0.0]),
+            r"_cfg\.std\.0: Input should be gre",
+        ),
+        (
+            "config.json",
+            lambda c: c["pretrained_cfg"].update(crop_pct=0.0),
+            r"_cfg\.crop_pct: Input should be",
+        ),
+        (
+            "config.json",
+            lambda c: c["pretrained_cfg"].update(interpolation="x"),
+            r"_cfg\.interpolation: Input",
+        ),
         ("metrics.json", lambda m: m["data"].update(name="mnist"), r"data\.name: in recipe\.toml digits"),
         ("metrics.json", lambda m: m["data"].update(resize=28), r"data\.resize: in recipe\.toml 12"),
         ("metrics.json", lambda m: m.update(parameters=5003), "recorded with 5,003 parameters and has 5,002"),

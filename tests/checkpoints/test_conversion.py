@@ -110,6 +110,16 @@ def test_a_pickled_network_becomes_a_checkpoint(tmp_path):
     assert "from weights.pth" in (made.parent / "README.md").read_text()
 
 
+def test_a_card_names_only_what_loads_it(tmp_path):
+    """timm has no entry for a size that is not registered."""
+    for name, by_timm in (("cifar_resnet8", True), ("mlp5x12", False)):
+        torch.save(create_model(name).state_dict(), tmp_path / "w.pth")
+        made = convert(tmp_path / "w.pth", name, out=tmp_path / "out")
+        card = (made / "README.md").read_text()
+        assert f'condzoo.load_checkpoint("FOLDER/{name}.converted")' in card
+        assert ("timm.create_model" in card) == by_timm == timm.is_model(name)
+
+
 def test_an_unknown_model_gets_the_closest_name(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"did you mean .*cifar_resnet20"):
@@ -117,7 +127,14 @@ def test_an_unknown_model_gets_the_closest_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "calibrated"), [("resnet18", False), ("convnext_atto", True), ("test_vit", False), ("test_vit", True)]
+    ("name", "calibrated"),
+    [
+        ("resnet18", False),
+        ("convnext_atto", True),
+        ("test_vit", False),
+        ("test_vit", True),
+        ("ghostnet_050", True),  # with dropout by a function call unless built without
+    ],
 )
 def test_a_last_bn_twin_is_the_same_function(tmp_path, photos, name, calibrated):
     plain = made_up(name, tmp_path / "weights.pth")

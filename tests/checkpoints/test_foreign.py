@@ -1,5 +1,6 @@
 """Weights of other projects: akamaster's channel order, wrapped and nested state dicts, pickles with code in them."""
 
+import argparse
 import pickle
 import re
 
@@ -139,8 +140,12 @@ def test_a_wrong_depth_names_the_first_key_and_its_shape():
         translate(akamaster_state(8), create_model("cifar_resnet20"), "file")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model."])
-@pytest.mark.parametrize("nest", [None, "state_dict", "model", "state_dict_ema", "model_state_dict"])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model.", "ema.", "net.module."]
+)
+@pytest.mark.parametrize(
+    "nest", [None, "state_dict", "model", "state_dict_ema", "model_state_dict", "model_state", "ema", "params"]
+)
 def test_wrapped_and_nested_state_dicts_are_unwrapped(tmp_path, prefix, nest):
     state = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
     wrapped = {prefix + key: value for key, value in state.items()}
@@ -148,6 +153,50 @@ def test_wrapped_and_nested_state_dicts_are_unwrapped(tmp_path, prefix, nest):
     _, read = read_foreign(tmp_path / "w.pth")
     assert read.keys() == state.keys()
     assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+def test_the_average_comes_first_and_what_only_looks_like_it_does_not_count(tmp_path):
+    mean, last = {"fc.bias": torch.zeros(2)}, {"fc.bias": torch.ones(2)}
+    around = {"epoch": 3, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}}
+    for content, wanted in (
+        ({"model": last, "ema": mean}, mean),
+        ({"model": last, "ema": {"decay": 0.99, "state_dict": mean}}, mean),
+        ({"model": last, "ema": {"decay": 0.99}}, last),
+        ({"checkpoint": {"state_dict": last}}, last),
+    ):
+        torch.save(around | content, tmp_path / "w.pth")
+        assert torch.equal(read_foreign(tmp_path / "w.pth")[1]["fc.bias"], wanted["fc.bias"])
+
+
+def test_a_file_is_what_it_holds_whatever_its_name(tmp_path):
+    state = {"a": torch.ones(2)}
+    save_file(state, tmp_path / "w.pth")
+    torch.save(state, tmp_path / "zip.safetensors")
+    torch.save(state, tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
+    for name in ("w.pth", "zip.safetensors", "old.safetensors"):
+        assert torch.equal(read_foreign(tmp_path / name)[1]["a"], state["a"])
+    (tmp_path / "junk.safetensors").write_bytes(b"hello, world")
+    with pytest.raises(ValueError, match=r"junk\.safetensors is not a readable safetensors file"):
+        read_foreign(tmp_path / "junk.safetensors")
+
+
+def test_the_options_of_a_training_stand_beside_the_weights(tmp_path):
+    """timm's train.py saves what argparse gave it; nothing else of an object is built with it."""
+    options = argparse.Namespace(lr=0.1, data="imagenet")
+    torch.save({"state_dict": {"a": torch.ones(2)}, "args": options}, tmp_path / "w.pth")
+    assert read_foreign(tmp_path / "w.pth")[1].keys() == {"a"}
+    torch.save({"args": argparse.Namespace(path=Payload(tmp_path / "run"))}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="without running code: it asks for"):
+        read_foreign(tmp_path / "w.pth")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pickle_that_holds_itself_ends(tmp_path):
+    loop = {"epoch": 3}
+    loop["model"] = loop
+    torch.save(loop, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="holds no state dict: it is a dict of other things"):
+        read_foreign(tmp_path / "w.pth")
 
 
 def test_an_averaged_model_is_the_network_in_it(tmp_path):
@@ -212,6 +261,8 @@ def test_a_file_that_is_no_pickle_is_said(tmp_path):
         ({}, "holds no state dict"),
         ({"a": 3}, "of other things than tensors"),
         ({"a": torch.tensor([float("nan")])}, "'a' has values that are not finite"),
+        ({"a": torch.ones(2).to_sparse()}, r"'a' is no tensor with all its values: torch\.sparse_coo on cpu"),
+        ({"a": torch.ones(2, device="meta")}, r"'a' is no tensor with all its values: torch\.strided on meta"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path, content, message):
@@ -235,6 +286,22 @@ def test_torchvisions_weights_go_into_the_last_bn_network():
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(network(x), plain(x), rtol=1e-5, atol=1e-5)
     assert "last BN is the identity" in note
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
+def test_any_type_of_float_is_read(tmp_path, dtype):
+    torch.save({"a": torch.tensor([1.0, 2.0]).to(dtype)}, tmp_path / "w.pth")
+    assert read_foreign(tmp_path / "w.pth")[1]["a"].tolist() == [1.0, 2.0]
+    torch.save({"a": torch.tensor([1.0, float("nan")]).to(dtype)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="'a' has values that are not finite"):
+        read_foreign(tmp_path / "w.pth")
+
+
+def test_values_beyond_float32_are_named():
+    state = create_model("cifar_resnet8").double().state_dict()
+    state["fc.weight"] *= 1e300
+    with pytest.raises(ValueError, match=r"file: 'fc\.weight' has values beyond those of torch\.float32"):
+        translate(state, create_model("cifar_resnet8"), "file")
 
 
 def test_old_files_without_batch_counters_and_in_half_precision_load():

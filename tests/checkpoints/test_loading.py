@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -52,6 +53,23 @@ def test_a_released_name_loads_from_the_index(index, checkpoint, name, create):
     assert equal_states(create(name, pretrained=True), stored(checkpoint))
     assert equal_states(load_checkpoint(name), stored(checkpoint))
     assert equal_states(create_model("mlp4x24_bn", pretrained=True).train(), stored(checkpoint))
+
+
+def test_a_path_may_begin_at_the_users_home(checkpoint, monkeypatch):
+    """As data roots and CONDZOO_CACHE may."""
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    for path in (f"~/{NAME}", Path("~") / NAME / "model.safetensors"):
+        assert equal_states(load_checkpoint(path), stored(checkpoint))
+        assert condzoo.verify_checkpoint(path).path == checkpoint
+
+
+def test_by_name_or_path_a_network_is_described_in_timms_types(index, checkpoint):
+    """Tuples, as for a network with new weights: `pretrained_cfg["input_size"] == (1, 12, 12)`."""
+    networks = (create_model("mlp4x24_bn"), create_model(NAME, pretrained=True), load_checkpoint(checkpoint))
+    for key in ("input_size", "mean", "std"):
+        assert {type(network.pretrained_cfg[key]) for network in networks} == {tuple}
+    assert {network.pretrained_cfg["input_size"] for network in networks} == {(1, 12, 12)}
+    assert networks[1].pretrained_cfg["mean"] == networks[2].pretrained_cfg["mean"]
 
 
 def test_the_index_is_listed(index):
@@ -118,6 +136,19 @@ def test_a_convolutional_release_takes_other_classes_channels_and_gives_features
     levels = create(name, pretrained=True, features_only=True).eval()(x)
     assert [level.shape[1] for level in levels] == [16, 32, 64]
     assert torch.equal(levels[-1], network.forward_features(x))
+
+
+@pytest.mark.parametrize("create", [create_model, timm.create_model])
+def test_another_pooling_makes_the_last_bn_as_new_as_the_head(convolutional, create):
+    """As timm's own: with other classes the body loads, with the same ones the classifier does not fit."""
+    network, x = convolutional
+    model = create("cifar_resnet8_lastbn", pretrained=True, num_classes=3, global_pool="catavgmax").eval()
+    assert torch.equal(model.forward_features(x), network.forward_features(x))
+    assert model.last_bn.num_features == 128
+    assert torch.equal(model.last_bn.running_var, torch.ones(128))
+    assert model(x).shape == (2, 3)
+    with pytest.raises(RuntimeError, match=r"size mismatch for fc\.weight"):
+        create("cifar_resnet8_lastbn", pretrained=True, global_pool="catavgmax")
 
 
 def test_an_mlps_weights_refuse_other_image_sizes(index):
@@ -232,6 +263,14 @@ def test_what_is_nowhere_comes_from_the_hub_and_stays_in_the_cache(index, checkp
         assert equal_states(load_checkpoint(NAME), stored(checkpoint))
     assert asked == [f"{released.HUB_OWNER}/{NAME}"]
     assert condzoo.verify_checkpoint(NAME).ok
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_what_names_another(index, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv(released.CACHE_VARIABLE, str(tmp_path / "file"))
+    for load in (load_checkpoint, lambda name: timm.create_model(name, pretrained=True)):
+        with pytest.raises(OSError, match=rf"{NAME} is not here and .*; name another by CONDZOO_CACHE: '.*/file/check"):
+            load(NAME)
 
 
 def test_a_wrong_download_is_not_kept(index, monkeypatch):

@@ -64,7 +64,7 @@ def test_a_run_without_a_probe_gets_a_picture_too_and_stays_as_it_was(runs, tmp_
     for name in ("conditioning.jsonl", "conditioning.png"):
         (runs[1] / name).unlink()
     before = sorted(path.name for path in runs[1].iterdir())
-    made = release(runs[1], "digits", out=tmp_path)
+    made = release(runs, "digits", out=tmp_path)
     assert (made / "conditioning.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in runs[1].iterdir()) == before
 
@@ -279,6 +279,29 @@ def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path, old, new, 
         release(runs, "digits", out=tmp_path)
 
 
+@pytest.mark.parametrize("status", ["done", "diverged"])
+def test_a_seed_that_was_trained_and_is_not_given_is_refused(runs, tmp_path, monkeypatch, status):
+    """Whichever of them is the better one, and from whichever folder the command is given."""
+    edit_json(runs[0] / "summary.json", lambda summary: summary.update(status=status))
+    monkeypatch.chdir(runs[1])
+    for path in (runs[1], "."):
+        with pytest.raises(ValueError, match=r"seed3 was trained by the same recipe with seed 3, and was not given"):
+            release(path, "digits", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_beside_it_that_are_no_other_seeds_do_not_matter(runs, tmp_path):
+    """A seed that was stopped on its way, one of another recipe, a copy of the run, and no run at all."""
+    edit_json(runs[0] / "summary.json", lambda summary: summary.update(epochs=0.5, steps=2))
+    for name in ("recipe", "copy", "none"):
+        shutil.copytree(runs[1], runs[1].with_name(name))
+    text = (runs[1] / "recipe.toml").read_text().replace("lr = 0.1", "lr = 0.2").replace("seed = 2", "seed = 4")
+    (runs[1].with_name("recipe") / "recipe.toml").write_text(text)
+    (runs[1].with_name("none") / "recipe.toml").unlink()
+    made = release(runs[1], "digits", out=tmp_path / "out")
+    assert [seed["seed"] for seed in json.loads((made / "metrics.json").read_text())["seeds"]] == [2]
+
+
 def test_a_run_given_twice_is_refused(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(runs[0].parent)
     with pytest.raises(ValueError, match=r"a run was given twice: .*; a seed counts once"):
@@ -312,6 +335,38 @@ def test_someone_elses_readme_is_not_overwritten(finished_runs, tmp_path, monkey
     assert (tmp_path / "README.md").read_text() == "# My project\n"
 
 
+@pytest.mark.parametrize("stopped_at", ["condzoo.release.making.add_to_index", "condzoo.release.making.write_table"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_release_that_was_stopped_late_is_finished_by_the_same_call(
+    finished_runs, tmp_path, monkeypatch, stopped_at, error
+):
+    """Its folder is there; the index or the table is not up to date yet."""
+    monkeypatch.setattr(released, "PACKAGE", tmp_path / "condzoo")
+    monkeypatch.setattr(released, "INDEX", tmp_path / "index.toml")
+    (tmp_path / "index.toml").write_text("# The index\n")
+    (tmp_path / "checkpoints").mkdir()
+
+    def stop(*_):
+        raise error
+
+    with monkeypatch.context() as full:
+        full.setattr(stopped_at, stop)
+        with pytest.raises(type(error)):
+            release(finished_runs, "digits")
+    made = release(finished_runs, "digits")
+    assert made == tmp_path / "checkpoints" / "mlp4x24_bn.digits"
+    index = tomllib.loads((tmp_path / "index.toml").read_text())[made.name]
+    config = json.loads((made / "config.json").read_text())["pretrained_cfg"]
+    assert index["sha256"] == released.sha256((made / "model.safetensors").read_bytes())
+    assert index["default"]
+    assert {key: index[key] for key in ("mean", "std", "input_size")} == {
+        key: config[key] for key in ("mean", "std", "input_size")
+    }
+    assert (made.parent / "README.md").read_text() == checkpoints_table([made])
+    with pytest.raises(FileExistsError, match="is already there"):
+        release(finished_runs, "digits")
+
+
 def test_a_failure_on_the_way_leaves_nothing(finished_runs, tmp_path, monkeypatch):
     monkeypatch.setattr("condzoo.checkpoints.writing.model_card", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -333,7 +388,7 @@ def test_the_index_gets_a_row_and_one_default_a_model(tmp_path, monkeypatch):
     assert {name: index[name] for name in before} == before
     ours = released.releases_of("mlp100x256")
     assert [(r.tag, r.default) for r in ours] == [("third", True), ("first", False), ("second", False)]
-    assert ours[0].input["mean"] == [0.5]
+    assert ours[0].input["mean"] == (0.5,)
     assert "tag" not in ours[0].input
     only = next(name for name, release in before.items() if len(released.releases_of(release.arch)) == 1)
     add_to_index(only, "0" * 64, cfg, False)  # made again: still the one its model's name stands for

@@ -12,8 +12,9 @@ from condzoo import verify_checkpoint
 from condzoo.checkpoints import verify_released
 from condzoo.checkpoints.folder import read_folder, write_sums
 from condzoo.checkpoints.model_card import model_card
-from condzoo.checkpoints.remeasuring import fixed_input
+from condzoo.checkpoints.remeasuring import count_correct, fixed_input
 from condzoo.cli import main
+from condzoo.data import BatchPlan, load_data
 from condzoo.models import released
 from condzoo.models.weight_files import sha256
 from condzoo.release import release
@@ -268,3 +269,21 @@ def test_data_that_nobody_knows_is_a_failed_row(checkpoint):
     edit_json(checkpoint, "metrics.json", lambda metrics: metrics["data"].update(name="letters"))
     write_sums(checkpoint)
     assert "accuracy" in failed(verify_checkpoint(checkpoint))
+
+
+def test_large_images_are_counted_a_few_at_a_time():
+    """1,000 of 224 x 224 pixels would take a ResNet-50 tens of gigabytes."""
+    sizes: dict[int, list[int]] = {28: [], 256: []}
+
+    class Zeros(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes[x.shape[-1]].append(len(x))
+            return torch.nn.functional.one_hot(x.new_zeros(len(x), dtype=torch.long), 10).float()
+
+    for side, seen in sizes.items():
+        data = load_data("digits", resize=side)
+        zeros = sum(int((y == 0).sum()) for _, y in data.ordered_batches("test", BatchPlan(50)))
+        assert count_correct(Zeros(), data) == zeros
+        assert sum(seen) == data.size("test") == 360
+    assert sizes[28] == [360]
+    assert max(sizes[256]) == 15

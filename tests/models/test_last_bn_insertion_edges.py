@@ -8,6 +8,7 @@ import torch
 import torchvision
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from condzoo.models.last_bn_insertion import insert_last_bn
@@ -184,6 +185,23 @@ def test_what_it_refuses(build, text):
 def test_what_calibration_refuses(batches, error, text):
     with pytest.raises(error, match=text):
         insert_last_bn(Net(), batches)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_pruned_head_keeps_its_function_or_is_refused(name):
+    """What it computes from other parameters in each forward pass would forget what it absorbed."""
+    net, other, x = Net().eval(), Net().eval(), data()
+    other.load_state_dict(net.state_dict())
+    for each in (net, other):
+        torch.manual_seed(0)
+        prune.random_unstructured(each.out, name, amount=0.5)
+    expected = net(x)
+    with pytest.raises(ValueError, match=rf"the head's {name} is computed from other parameters \(pruning"):
+        insert_last_bn(net, x)
+    assert torch.equal(net(x), expected)
+    torch.testing.assert_close(insert_last_bn(other)(x), expected)  # the identity is nothing to absorb
+    prune.remove(net.out, name)
+    torch.testing.assert_close(insert_last_bn(net, x)(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_example_in_training_mode_is_one_clear_error():

@@ -117,6 +117,7 @@ def test_without_classes_the_features_come_out(name: str):
 @pytest.mark.parametrize("name", [n for n in LIGHT if n.endswith("_lastbn")])
 def test_dropout_comes_after_the_last_bn_and_only_in_training(name: str):
     model = create_model(name, drop_rate=0.5)
+    assert model.drop_rate == 0.5
     order = []
     for part in ("last_bn", "head_drop", "fc"):
         getattr(model, part).register_forward_hook(lambda *_, part=part: order.append(part))

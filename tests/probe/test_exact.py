@@ -330,19 +330,22 @@ def test_fused_attention_has_second_derivatives(kit, matrix):
     assert torch.allclose(top, expected[:2], rtol=1e-7)
 
 
-def test_fisher_under_batch_statistics_is_over_independent_labels(kit):
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 48)], ids=["features", "one token"])
+def test_fisher_under_batch_statistics_is_over_independent_labels(kit, shape, bias):
     """Against the expectation by all label combinations of the batch, each with its probability."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 3)).double()
+    first, rest = nn.Linear(48, 2, bias=bias), [nn.Flatten(), nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 3)]
+    model = nn.Sequential(nn.Flatten(), nn.Unflatten(1, shape), first, *rest).double()
     x, samples = kit.images(3)[0], 3
-    h = model[1](x.flatten(1)).detach().requires_grad_()
-    log_p = model[2:](h).log_softmax(1)
-    inputs = torch.cat([x.flatten(1), torch.ones(samples, 1)], dim=1)
+    h = first(x.flatten(1)).detach().requires_grad_()
+    log_p = model[3:](h).log_softmax(1)
+    inputs = torch.cat([x.flatten(1), torch.ones(samples, int(bias))], dim=1)
     expected = 0
     for probability, g in kit.labellings(log_p, h):
         rows = torch.einsum("no,ni->noi", g, inputs).flatten(1)
         expected = expected + probability * rows.T @ rows / samples
-    found = curvature(model, x, None, "fisher", block="1").eigenvalues
+    found = curvature(model, x, None, "fisher", block="2").eigenvalues
     assert torch.allclose(found, spectrum_of(expected), rtol=1e-10, atol=1e-12)
 
 

@@ -56,6 +56,15 @@ def test_units_of_a_module_are_counted_by_where_it_is_flat_and_linear(relu, flat
     assert found.dying == (2 if isinstance(relu, nn.ReLU6) else 1)
 
 
+def test_a_threshold_is_the_one_of_the_outputs_dtype():
+    """0.1 is 0.1001 in bfloat16: units that give it are flat."""
+    model, x = preset(nn.Threshold(0.1, 0.1)).bfloat16(), batch()[0].bfloat16()
+    linear = model.first(x).detach() > torch.tensor(0.1, dtype=torch.bfloat16)
+    found = measure(model, (x, batch()[1])).neurons["relu"]
+    assert (found.dying, found.full) == (int((~linear).all(0).sum()), int(linear.all(0).sum()))
+    assert found.dying == 1
+
+
 @pytest.mark.parametrize(
     ("function", "name"),
     [

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from condzoo.probe import Probe, measure
 from condzoo.probe.neurons import RunningNeurons
 from condzoo.probe.weights import norms_of
 
@@ -62,3 +64,32 @@ def test_singular_values_of_large_weights_do_not_leave_float32(scale):
     expected = np.linalg.svd(weight.double().numpy(), compute_uv=False)
     assert found.sigma_max == pytest.approx(expected[0], rel=1e-4)
     assert found.frobenius == pytest.approx(np.sqrt((expected**2).sum()), rel=1e-6)
+
+
+def small_batch(dtype):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((6, 5), generator=generator).to(dtype), torch.randint(3, (6,), generator=generator)
+
+
+def test_weight_gradients_of_many_batches_do_not_stop_growing_in_bfloat16():
+    """Of 600 equal batches the mean gradient is one's."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(5, 3).bfloat16(), small_batch(torch.bfloat16)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y), model.weight)
+    with Probe(model, loss_scale=1.0) as probe:
+        for _ in range(600):
+            F.cross_entropy(model(x), y).backward()
+        probe.step()
+    for found in (measure(model, [(x, y)] * 600), probe.latest):
+        assert found[""].weight_grad_frobenius == pytest.approx(float(gradient.float().norm()), rel=1e-4)
+
+
+def test_weight_gradients_under_a_loss_scale_do_not_vanish_in_float16():
+    """Unscaled they would be under float16's smallest number, which is why the loss was scaled."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(5, 3).half(), small_batch(torch.float16)
+    gradients = torch.autograd.grad(2.0**-24 * F.cross_entropy(model.double()(x.double()), y), model.weight)
+    with Probe(model.half(), loss_scale=2.0**24) as probe:
+        F.cross_entropy(model(x), y).backward()  # times 2^-24 times the scale
+        probe.step()
+    assert probe.latest[""].weight_grad_frobenius == pytest.approx(float(gradients[0].norm()), rel=1e-2)

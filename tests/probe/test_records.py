@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from condzoo.probe import (
     Conditioning,
@@ -213,3 +214,14 @@ def test_a_last_layer_that_sees_zeros_alone_is_plotted_without_a_warning(tmp_pat
     plot_records([record], tmp_path / "dead.png")
     record.plot(tmp_path / "depth.png")
     assert (tmp_path / "dead.png").exists()
+
+
+def test_measurements_at_rest_stand_one_beside_the_other(measured, tmp_path):
+    """Without steps of their own, they are drawn as if made at 0, 1 and 2."""
+    assert measured.step is None
+    stepped = [replace(measured, step=step) for step in range(3)]
+    for name, records in (("rest", [measured] * 3), ("steps", stepped), ("same", [stepped[2]] * 3)):
+        plot_records(records, tmp_path / f"{name}.png", title="a run")
+    rest, steps, same_step = (imread(tmp_path / f"{name}.png") for name in ("rest", "steps", "same"))
+    assert np.array_equal(rest, steps)
+    assert np.array_equal(same_step, steps)

@@ -26,6 +26,9 @@ from condzoo.training import (
     load_run,
     train,
 )
+from condzoo.training.accelerators import GPUS
+from condzoo.training.planning import plan_training
+from condzoo.training.rehearsal import rehearse
 
 CONV = {"model.name": "cifar_resnet8_lastbn", "data.augment": "standard", "epochs": 1}
 TIMES = ("seconds", "test_seconds", "images_per_second")
@@ -139,6 +142,36 @@ def test_the_callers_random_numbers_are_left_alone(tiny: Any, tmp_path: Path) ->
     before = torch.get_rng_state()
     train(tiny(), out=tmp_path / "run", max_steps=2, device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "back"),
+    [
+        (lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)),
+        (lambda: torch.set_default_dtype(torch.bfloat16), lambda: torch.set_default_dtype(torch.float32)),
+        (lambda: torch.set_default_device("meta"), lambda: torch.set_default_device(None)),
+        (lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True)),
+    ],
+    ids=["float64", "bfloat16", "meta", "no gradients"],
+)
+def test_what_a_notebook_has_set_changes_no_run_and_stays(change: Any, back: Any, tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny(**{"epochs": 1, "probe.every": 4})
+    wanted = train(recipe, out=tmp_path / "usual", device="cpu")
+    change()
+    before = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    try:
+        found = train(recipe, out=tmp_path / "changed", device="cpu")
+        again = evaluate_run(found.path, device="cpu")
+        rehearse(recipe, device="cpu")
+        plan = plan_training(recipe, GPUS["t4"])
+        after = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    finally:
+        back()
+    assert equal(weights(found.path), weights(wanted.path))
+    assert metrics(found.path) == metrics(wanted.path)
+    assert again.correct == wanted.summary["test_correct"]
+    assert plan.parameters == wanted.summary["parameters"]
+    assert before == after
 
 
 def test_the_probe_does_not_change_the_weights(tiny: Any, tmp_path: Path) -> None:

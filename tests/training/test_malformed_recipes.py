@@ -1,6 +1,8 @@
 """Wrong recipes: each says the field, what came, what is allowed; none gives anything but a RecipeError."""
 
 import copy
+import datetime
+import math
 import os
 import re
 from typing import Any
@@ -93,6 +95,10 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("model.args.pretrained", True, "model.args.pretrained: loads weights, which as a pickle run code, and a recipe"),
     ("model.args.cache_dir", "x", "model.args.cache_dir: loads weights, which as a pickle run code, and a recipe"),
     ("model.args", {"x": [None]}, "model.args.x: got None, which TOML has no word for; leave it out"),
+    ("model.args.x", float("nan"), "model.args.x: got nan, must be a finite number"),
+    ("model.args", {"x": {"y": [1, -math.inf]}}, "model.args.x: got -inf, must be a finite number"),
+    ("model.args.x", datetime.date(2026, 1, 2), "model.args.x: got 2026-01-02, must be a number, a text, true or"),
+    ("model.name", "hf-hub:timm/resnet18", "model.name: got 'hf-hub:timm/resnet18', a place that would be asked for"),
     ("data", [], "data: got [], must be a table"),
     ("data.name", "cifar01", "data.name: unknown data set 'cifar01'; did you mean 'cifar10'? one of: digits"),
     ("data.batch_size", NONE, "data.batch_size: missing; it has no default"),

@@ -22,9 +22,12 @@ from condzoo.training import (
     Started,
     StepDone,
     Stopped,
+    dump_recipe,
+    load_run,
     loop,
     outcome,
     reports,
+    state_of,
     train,
 )
 from condzoo.training.resume import Checkpoint, newest_checkpoint, save_checkpoint
@@ -153,6 +156,21 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     assert {name: each["differ"] for name, each in report.items()} == {"sgd": [], "adam": [], "average": []}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_signal_as_the_run_begins_waits_for_a_step(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed = loop.claimed
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return claimed(*arguments)
+
+    monkeypatch.setattr(loop, "claimed", interrupted)
+    with pytest.raises(Stopped, match="stopped by SIGINT at step 1; run the same command to go on"):
+        train(tiny(), out=tmp_path / "run", device="cpu")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_goes_on(number: signal.Signals, tiny: Any, tmp_path: Path) -> None:
     recipe = tiny(**{"probe.every": 5})
@@ -276,6 +294,21 @@ def test_a_directory_of_another_recipe_is_refused(tiny: Any, tmp_path: Path) -> 
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
+def test_a_directory_of_which_nothing_came_takes_the_recipe_that_mends_it(tiny: Any, tmp_path: Path) -> None:
+    missing, path = tiny(**{"data.name": "mnist", "epochs": 1}), tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="data set 'mnist' was not found"):
+        train(missing, out=path, data_root=tmp_path, device="cpu")
+    assert train(tiny(), out=path, max_steps=1, device="cpu").summary["steps"] == 1
+    with pytest.raises(RunDirectoryError, match="belongs to another recipe"):
+        train(missing, out=path, data_root=tmp_path, device="cpu")
+    mine = tmp_path / "mine" / "recipe.toml"
+    mine.parent.mkdir()
+    mine.write_text(f"# what I mean to find out\n{dump_recipe(missing)}")
+    with pytest.raises(FileNotFoundError, match="data set 'mnist' was not found"):
+        train(mine, out=mine.parent, data_root=tmp_path, device="cpu")
+    assert mine.read_text().startswith("# what I mean to find out\n"), "a file that was there before is no run's"
+
+
 def test_a_folder_with_other_things_is_refused(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(RunDirectoryError, match=r"holds 'thesis.tex' but no recipe.toml: it is not a run directory"):
@@ -307,14 +340,26 @@ def test_a_read_only_run_directory_is_left_as_it_is(tiny: Any, tmp_path: Path) -
         run.path.chmod(0o755)
 
 
-@pytest.mark.parametrize("name", ["summary.json", "environment.json"])
-def test_a_damaged_record_is_named_and_can_be_made_again(name: str, tiny: Any, tmp_path: Path) -> None:
-    run = train(tiny(), out=tmp_path / "run", max_steps=2, device="cpu")
-    (run.path / name).write_text('{"status"')
+@pytest.mark.parametrize("damage", [b'{"status"', b"\xff\xfe\x00" * 200, b"\x00" * 600, b"[" * 10_000])
+@pytest.mark.parametrize("name", ["summary.json", "environment.json", "metrics.jsonl"])
+def test_a_damaged_record_is_named_and_can_be_made_again(name: str, damage: bytes, tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny(log_every=1)
+    run = train(recipe, out=tmp_path / "run", max_steps=2, device="cpu")
+    (run.path / name).write_bytes(damage)
     with pytest.raises(RunDirectoryError, match=rf"run/{name} is damaged: .*; delete it, and give the `condzoo train`"):
-        train(tiny(), out=run.path, max_steps=3, device="cpu")
+        train(recipe, out=run.path, max_steps=3, device="cpu")
     (run.path / name).unlink()
-    assert train(tiny(), out=run.path, max_steps=3, device="cpu").summary["steps"] == 3
+    assert train(recipe, out=run.path, max_steps=3, device="cpu").summary["steps"] == 3
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"settings": {}, "runs": {}}'])
+def test_a_summary_of_no_run_is_named(content: str, tiny: Any, tmp_path: Path) -> None:
+    run = train(tiny(), out=tmp_path / "run", max_steps=2, device="cpu")
+    (run.path / "summary.json").write_text(content)
+    for call in (lambda: train(tiny(), out=run.path, device="cpu"), lambda: load_run(run.path)):
+        with pytest.raises(RunDirectoryError, match=r"run/summary\.json is not the summary of a run; delete it, and"):
+            call()
+    assert state_of(tiny(), run.path) == "begun"
 
 
 def test_another_thread_count_is_said(tiny: Any, tmp_path: Path) -> None:

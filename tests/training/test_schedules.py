@@ -61,6 +61,19 @@ def test_one_cycle(anneal: str, pct_start: float) -> None:
     assert got[-1] == pytest.approx(LR / 25 / 1e4)
 
 
+@pytest.mark.parametrize(("total", "pct_start"), [(23, 0.967), (8, 0.06), (3, 0.7), (3, 0.2), (2, 0.2), (1, 0.3)])
+def test_one_cycle_with_less_than_a_step_up_or_down(total: int, pct_start: float) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR)
+    scheduler = OneCycleLR(optimizer, LR, total, pct_start=pct_start, cycle_momentum=False)
+    schedule = TypeAdapter(Schedule).validate_python({"name": "onecycle", "pct_start": pct_start})
+    for step in range(total):
+        got = learning_rate(schedule, LR, step, steps_per_epoch=1, total_steps=total)
+        assert got == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        if step < total - 1:
+            scheduler.step()
+
+
 def test_step_by_epoch_and_by_iteration() -> None:
     expected = torchs(lambda o: MultiStepLR(o, [2 * PER_EPOCH, 5 * PER_EPOCH], gamma=0.1))
     assert ours(name="step", milestones=[2, 5]) == pytest.approx(expected, rel=1e-12)

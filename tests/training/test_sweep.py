@@ -275,12 +275,15 @@ def test_grids_and_seeds_as_text() -> None:
     }
     assert parse_seeds("1-3") == [1, 2, 3]
     assert parse_seeds("1,3, 7-8") == [1, 3, 7, 8]
+    assert parse_seeds("1-3,2,5,1") == [1, 2, 3, 5], "a seed is one run, however often it is named"
     for wrong in ("optim.lr", "=1", "optim.lr="):
         with pytest.raises(RecipeError, match=r"must be FIELD=A,B,\.\.\., e\.g\. optim\.lr=0\.1,0\.01"):
             parse_grid([wrong])
     for wrong in ("", "a", "3-1", "1-", "-1"):
         with pytest.raises(RecipeError, match="must be like 1-5 or 1,3,7"):
             parse_seeds(wrong)
+    with pytest.raises(RecipeError, match=r"^seeds '1,2-90000000000': 2-90000000000 are 89999999999, must be at most"):
+        parse_seeds("1,2-90000000000")
 
 
 def test_seeds_of_a_grid_are_the_runs_seeds(tiny: Any) -> None:

@@ -1,0 +1,26 @@
+"""What a call of a layer was on, and whether the rows of its input and output can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def called_on(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer reads: its first argument, or `input`, or the first tensor where a subclass names it otherwise."""
+    if args:
+        return args[0]
+    return kwargs.get("input", next((value for value in kwargs.values() if isinstance(value, Tensor)), None))
+
+
+def unreadable(module: nn.Module, x: Any, h: Any) -> str | None:
+    """What kind of layer this is, if the rows of its input x and output h cannot be read."""
+    for what, value in (("input", x), ("output", h)):
+        got = type(value).__name__
+        if isinstance(value, Tensor):
+            got = "nested tensor" if value.is_nested else str(value.layout).removeprefix("torch.") + " tensor"
+        if got != "strided tensor":
+            return f"a {type(module).__name__} whose {what} is a {got}"
+    return None

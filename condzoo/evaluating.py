@@ -46,7 +46,8 @@ def evaluate_again(
         ValueError, FileNotFoundError: no such run or checkpoint; no data; a data set that is not the target's.
     """
     folder = Path(target).parent if Path(target).name in (MODEL, RECIPE, SUMMARY) else Path(target)
-    if (folder / SUMMARY).is_file() or ((folder / RECIPE).is_file() and not (folder / CONFIG).is_file()):
+    of_runs = (folder / SUMMARY).is_file() or any(folder.glob(f"*/{SUMMARY}"))  # shards of a sweep have no summary.json
+    if of_runs or ((folder / RECIPE).is_file() and not (folder / CONFIG).is_file()):
         return run_again(folder, data, data_root, device)
     if not is_path(target):
         try:

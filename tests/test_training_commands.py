@@ -71,6 +71,7 @@ def test_a_sweep_can_be_looked_at_before_and_split(capsys, tmp_path):
     code, out, _ = run(capsys, *args, "--shard", "1/2")
     assert code == 0
     assert "4 runs, 2 left to do" in run(capsys, *args, "--dry-run")[1]
+    assert "s is a folder of several runs; name one of them: " in run(capsys, "eval", tmp_path / "s")[2]
     code, out, _ = run(capsys, *args)
     assert re.search(r"optim.lr=0.1: 2 of 2 seeds, test error [\d.]+ \+- [\d.]+ %", out)
     assert "4 runs, 0 left to do" in run(capsys, *args, "--dry-run")[1]

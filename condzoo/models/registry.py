@@ -29,6 +29,7 @@ from condzoo.models.pretrained import chosen_release, fit_weights, released_conf
 
 TABLES = Path(__file__).parent / "tables"
 NUMBERS = re.compile(r"\d+")  # what siblings differ in
+DEEPEST = 10_000  # layers: where a digit too many was typed, no network that takes minutes to build
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def sibling(name: str) -> tuple[Family, dict[str, Any]]:
     """The family and arguments of a name without a row, from the row that differs from it only in its numbers.
 
     Raises:
-        ValueError: no such row; the message names the closest models.
+        ValueError: no such row (the message names the closest models), or beyond `DEEPEST`.
     """
     shape = NUMBERS.sub("#", name)
     numbers = [int(n) for n in NUMBERS.findall(name)]
@@ -233,6 +234,8 @@ def sibling(name: str) -> tuple[Family, dict[str, Any]]:
         size = family.shared["size"]  # the arguments that the numbers of a name stand for, in their order
         for row_name, row in family.rows.items():
             if NUMBERS.sub("#", row_name) == shape and size and len(size) == len(numbers):
+                if numbers[0] > DEEPEST:
+                    raise ValueError(f"{name!r} has {numbers[0]:,} layers; at most {DEEPEST:,} are built by name")
                 own = {k: v for k, v in row["args"].items() if k != "input_size"}  # a sibling has the family's
                 return family, {**own, **dict(zip(size, numbers, strict=True))}
     raise ValueError(unknown_model(name))

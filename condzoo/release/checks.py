@@ -3,19 +3,55 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from condzoo.catalog import read_catalog
 from condzoo.checkpoints.folder import RECIPE
 from condzoo.release.records import RULE
 from condzoo.training import Recipe, Run, evaluate_run, load_recipe, load_run
 from condzoo.training.environment import device_name, processor
-from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json
+from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json, read_summary
 from condzoo.training.runs import is_complete
 
 OTHER_DEVICE = 0.002  # share of the images that the arithmetic of another device or CPU may decide otherwise
+
+
+class Ended(BaseModel):
+    """What a release takes of the summary.json of any run."""
+
+    status: str
+    seed: int
+    steps: int
+    epochs: float
+    seconds: float
+    precision: str
+
+
+class Done(Ended):
+    """And of one that did not diverge."""
+
+    parameters: int
+    device: str
+    finished: str
+    test_error: float
+    test_correct: int
+    test_images: int
+
+
+class Part(BaseModel):
+    """What it takes of an entry of environment.json: one for each time that the run went on."""
+
+    processor: str
+    threads: int
+    device: str
+    packages: dict[str, str | None]
+    source: dict[str, Any] | None
+
+
+PARTS = TypeAdapter(Annotated[list[Part], Field(min_length=1)])
 
 
 def checked_run(paths: Sequence[Path]) -> Run:
@@ -41,16 +77,17 @@ def read_finished(path: Path) -> Recipe:
     for name in (RECIPE, SUMMARY, ENVIRONMENT):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} holds no finished run: it has no {name}; finish it by `condzoo train`")
-    recipe, summary = load_recipe(path / RECIPE), read_json(path / SUMMARY)
+    recipe, summary = load_recipe(path / RECIPE), read_summary(path)
     if recipe.eval_every == 0:
         raise ValueError(f"{path} was never evaluated (eval_every = 0), and a release says how well it does")
+    check_records(path, summary)
     if summary["status"] == "done" and not is_complete(recipe, summary):
         length = f"{recipe.iterations} steps" if recipe.iterations else f"{recipe.epochs} epochs"
         raise ValueError(
             f"{path} was stopped after {summary['epochs']:g} epochs ({summary['steps']} steps) of {length}; "
             "the same `condzoo train` without --max-steps goes on"
         )
-    for part in read_json(path / ENVIRONMENT):  # one for each time the run went on
+    for part in read_json(path / ENVIRONMENT):
         source = part["source"]
         if source and source.get("error"):
             raise ValueError(
@@ -63,6 +100,19 @@ def read_finished(path: Path) -> Recipe:
                 "train it again; commit, and train it again"
             )
     return recipe
+
+
+def check_records(path: Path, summary: dict[str, Any]) -> None:
+    """ValueError where a run's records are not what a training writes."""
+    name = SUMMARY
+    try:
+        (Done if summary["status"] == "done" else Ended).model_validate(summary)
+        name = ENVIRONMENT
+        PARTS.validate_python(read_json(path / ENVIRONMENT))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "all of it"
+        raise ValueError(f"{path / name} is not what a training writes: {place}: {first['msg']}") from error
 
 
 def check_same_recipe(recipes: dict[Path, Recipe]) -> None:

@@ -119,6 +119,23 @@ def test_cards_can_be_made_again(checkpoint):
         ),
         ("summary.json", lambda s: s.update(test_error=0.001), r"a test error of 0\.001; its right answers make"),
         ("environment.json", lambda e: e[0]["source"].update(changed=True), "source with uncommitted changes"),
+        (
+            "summary.json",
+            lambda s: s.pop("test_error"),
+            r"summary.json is not what a training writes: test_error: Field",
+        ),
+        (
+            "summary.json",
+            lambda s: s.update(test_correct=None),
+            r"summary.json is not .*: test_correct: Input should be",
+        ),
+        ("summary.json", lambda s: s.pop("status"), r"summary.json is not the summary of a run"),
+        (
+            "environment.json",
+            lambda e: e.clear(),
+            r"environment.json is not .*: all of it: List should have at least 1",
+        ),
+        ("environment.json", lambda e: e[0].pop("device"), r"environment.json is not .*: 0.device: Field required"),
     ],
 )
 def test_a_doubtful_run_is_refused_and_nothing_is_written(runs, tmp_path, file, change, message):

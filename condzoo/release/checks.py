@@ -41,6 +41,14 @@ class Done(Ended):
     test_images: int
 
 
+class Source(BaseModel):
+    """The state of the repository that a training was run from; `error`: why git did not tell it."""
+
+    commit: str | None
+    changed: bool | None
+    error: str | None = None
+
+
 class Part(BaseModel):
     """What it takes of an entry of environment.json: one for each time that the run went on."""
 
@@ -48,7 +56,7 @@ class Part(BaseModel):
     threads: int
     device: str
     packages: dict[str, str | None]
-    source: dict[str, Any] | None
+    source: Source | None
 
 
 PARTS = TypeAdapter(Annotated[list[Part], Field(min_length=1)])
@@ -80,35 +88,35 @@ def read_finished(path: Path) -> Recipe:
     recipe, summary = load_recipe(path / RECIPE), read_summary(path)
     if recipe.eval_every == 0:
         raise ValueError(f"{path} was never evaluated (eval_every = 0), and a release says how well it does")
-    check_records(path, summary)
+    parts = checked_parts(path, summary)
     if summary["status"] == "done" and not is_complete(recipe, summary):
         length = f"{recipe.iterations} steps" if recipe.iterations else f"{recipe.epochs} epochs"
         raise ValueError(
             f"{path} was stopped after {summary['epochs']:g} epochs ({summary['steps']} steps) of {length}; "
             "the same `condzoo train` without --max-steps goes on"
         )
-    for part in read_json(path / ENVIRONMENT):
-        source = part["source"]
-        if source and source.get("error"):
+    for part in parts:
+        source = part.source
+        if source and source.error:
             raise ValueError(
-                f"{path} was trained from a clone whose state git did not tell ({source['error']}): nobody could say "
+                f"{path} was trained from a clone whose state git did not tell ({source.error}): nobody could say "
                 "from which source; mend that, and train it again"
             )
-        if source and source["changed"]:
+        if source and source.changed:
             raise ValueError(
-                f"{path} was trained from source with uncommitted changes (on {source['commit'][:12]}): nobody could "
+                f"{path} was trained from source with uncommitted changes (on {str(source.commit)[:12]}): nobody could "
                 "train it again; commit, and train it again"
             )
     return recipe
 
 
-def check_records(path: Path, summary: dict[str, Any]) -> None:
-    """ValueError where a run's records are not what a training writes."""
+def checked_parts(path: Path, summary: dict[str, Any]) -> list[Part]:
+    """What environment.json says of each part of a run; ValueError where it, or the summary, is none of a training."""
     name = SUMMARY
     try:
         (Done if summary["status"] == "done" else Ended).model_validate(summary)
         name = ENVIRONMENT
-        PARTS.validate_python(read_json(path / ENVIRONMENT))
+        return PARTS.validate_python(read_json(path / ENVIRONMENT))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "all of it"

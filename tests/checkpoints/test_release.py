@@ -135,6 +135,7 @@ def test_cards_can_be_made_again(checkpoint):
             lambda e: e.clear(),
             r"environment.json is not .*: all of it: List should have at least 1",
         ),
+        ("environment.json", lambda e: e[0]["source"].pop("changed"), r"0.source.changed: Field required"),
         ("environment.json", lambda e: e[0].pop("device"), r"environment.json is not .*: 0.device: Field required"),
     ],
 )

@@ -8,10 +8,13 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from condzoo.training import Recipe, RecipeError
+from condzoo.training.consistency import _forward_fault
 from condzoo.training.recipe import dump_recipe, load_recipe, parse_recipe, set_field
 from condzoo.training.recipe_errors import field_paths
 
@@ -217,3 +220,31 @@ def test_any_text_gives_a_recipe_or_a_recipe_error(tmp_path_factory: pytest.Temp
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(RecipeError):
         load_recipe(path)
+
+
+class Calls(nn.Module):
+    """A network that is a function."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x)
+
+
+def test_a_network_that_looks_at_values_is_not_judged_by_shapes():
+    """The meta device has none, which torch says in many ways."""
+    looks = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.nonzero, torch.unique)
+    for look in (
+        *looks,
+        lambda x: x[x > 0],
+        lambda x: float(x.mean()),
+        lambda x: x if x.sum() > 0 else -x,
+        lambda x: torch.equal(x, x),
+    ):
+        assert _forward_fault(Calls(look), (1, 1, 1), 10) == ""
+
+
+def test_a_network_without_a_forward_pass_is_a_fault():
+    assert "images of 1 x 8 x 8: Module [Module] is missing" in _forward_fault(nn.Module(), (1, 8, 8), 10)

@@ -7,6 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+STRIDED = "strided tensor"
+
+
+def layout(value: Any) -> str:
+    """What a value is: a strided, sparse or nested tensor, or the name of another class."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "nested tensor" if value.is_nested else str(value.layout).removeprefix("torch.") + " tensor"
+
 
 def called_on(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a layer reads: its first argument, or `input`, or the first tensor where a subclass names it otherwise."""
@@ -18,9 +27,6 @@ def called_on(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def unreadable(module: nn.Module, x: Any, h: Any) -> str | None:
     """What kind of layer this is, if the rows of its input x and output h cannot be read."""
     for what, value in (("input", x), ("output", h)):
-        got = type(value).__name__
-        if isinstance(value, Tensor):
-            got = "nested tensor" if value.is_nested else str(value.layout).removeprefix("torch.") + " tensor"
-        if got != "strided tensor":
+        if (got := layout(value)) != STRIDED:
             return f"a {type(module).__name__} whose {what} is a {got}"
     return None

@@ -19,13 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import PRECISIONS, Precision, plain_products
 from condzoo.probe.attention import has_bias, stop, watch
-from condzoo.probe.calls import called_on, unreadable
+from condzoo.probe.calls import STRIDED, called_on, layout, unreadable
 from condzoo.probe.correlations import correlates, patch_gram, pieces, positions
 from condzoo.probe.functional_relus import FunctionalRelus
 from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.layers import CHANNELS_FIRST, CONVS, MEASURED, Conv, input_columns, output_columns, with_constant
 from condzoo.probe.moments import RunningMoment
-from condzoo.probe.neurons import RELUS, Neurons, RunningNeurons, UnitLayout, linear_range
+from condzoo.probe.neurons import RELUS, LinearRange, Neurons, RunningNeurons, UnitLayout, linear_range
 from condzoo.probe.origins import Origin
 from condzoo.probe.patches import padded_inside
 from condzoo.probe.preserving import at_rest
@@ -42,7 +42,6 @@ SEEN: dict[str, Callable[[], Any]] = {  # what a Capture records -> nothing reco
     "origin": Origin,
     "_calls": Calls,
 }
-CHANGING = "a ReLU whose number of units differs from call to call"
 
 
 @dataclass(eq=False)
@@ -217,8 +216,8 @@ class Capture:
 
     def counts(self) -> tuple[dict[str, Neurons], dict[str, str]]:
         """Dying and full units by ReLU, and the reason by ReLU that cannot be counted."""
-        counted = {name: units.count() for name, units in self.neurons.items() if not units.changing}
-        return counted, dict.fromkeys(self.neurons.keys() - counted.keys(), CHANGING)
+        counted = {name: units.count() for name, units in self.neurons.items() if units.hidden is None}
+        return counted, {name: units.hidden for name, units in self.neurons.items() if units.hidden is not None}
 
     def _add_input(self, moment: RunningMoment, module: nn.Module, x: Tensor) -> None:
         bias = self.bias and has_bias(module)
@@ -247,15 +246,19 @@ class Capture:
     def _on_relu(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._count_units(name, output, linear_range(module, output.dtype))
 
-    def _count_units(self, name: str, output: Tensor, linear: tuple[float, float]) -> None:
+    def _count_units(self, name: str, output: Tensor, linear: LinearRange) -> None:
         if output.ndim < 2 or not self._reads(name, at_once=True):
             return
         call = self._relu_calls.get(name, 0)  # each call in a forward has units of its own
         self._relu_calls[name] = call + 1
-        if output.layout == torch.strided and not output.is_nested and output.numel():
-            units = self.neurons.setdefault(f"{name}#{call}" if call else name, RunningNeurons())
-            with torch.no_grad(), torch._C.DisableTorchFunction():
-                units.add(output, channels_first=self._layout.units_second(tuple(output.shape)), linear=linear)
+        if not output.numel():
+            return
+        units = self.neurons.setdefault(f"{name}#{call}" if call else name, RunningNeurons())
+        if (got := layout(output)) != STRIDED:
+            units.hidden = f"a ReLU whose output is a {got}: its units are not seen"
+            return
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            units.add(output, channels_first=self._layout.units_second(tuple(output.shape)), linear=linear)
 
     def _reads(self, name: str, *, at_once: bool = False) -> bool:
         """Whether this call is to be recorded: in training, and not a repetition of one that was (checkpointing)."""

@@ -21,7 +21,8 @@ class LayerConditioning:
         kind: "Linear", "Conv2d", "depthwise Conv2d", ...
         input: spectrum of Sigma_x = E[x x^T].
         output_grad: spectrum of Sigma_grad_h = E[g g^T], g = B * dL/dh.
-        weight: sigma_max(W); None where the weight is computed by a parametrization.
+        weight: sigma_max(W), of the weight that the forward pass used where it is computed from others
+            (weight_norm, pruning); None where it is not seen (a quantized weight's codes).
         weight_grad: sigma_max(dL/dW) for the mean loss; None where there is no such gradient.
         samples: examples seen (a layer called twice in a forward pass sees each twice).
         positions: rows of the input an example, on average (1 for [n, d], h * w for a convolution).

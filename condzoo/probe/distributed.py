@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from condzoo.probe.capture import Capture, LayerSums
 from condzoo.probe.moments import RunningMoment
-from condzoo.probe.neurons import RunningNeurons
+from condzoo.probe.neurons import CHANGING, RunningNeurons
 
 _SIDES = ("input", "output_grad")
 NOT_CALLED: dict[str, Any] = {"samples": 0, "input": None, "output_grad": None}
@@ -51,7 +51,7 @@ def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
     Layers that only some processes called are summed over those; the order is that of the first process.
     """
     device = _device(model)
-    units = {name: (u.rows, -1 if u.changing else u.count().units) for name, u in capture.neurons.items()}
+    units = {name: (u.rows, u.count().units if u.hidden is None else u.hidden) for name, u in capture.neurons.items()}
     gathered = _gathered((_described(capture), units))
     names = list(dict.fromkeys(name for layers, _ in gathered for name in layers))
     merged: dict[str, LayerSums] = {}
@@ -151,15 +151,17 @@ def _sum_totals(parts: list[tuple[RunningMoment, tuple[int, ...]]], device: torc
         moment.total = values.reshape(shape).clone()
 
 
-def _sum_neurons(capture: Capture, of_ranks: list[dict[str, tuple[int, int]]], device: torch.device) -> None:
+def _sum_neurons(capture: Capture, of_ranks: list[dict[str, tuple[int, int | str]]], device: torch.device) -> None:
     merged: dict[str, RunningNeurons] = {}
     for name in dict.fromkeys(name for units in of_ranks for name in units):
         known = [units[name] for units in of_ranks if name in units]
-        if len({count for _, count in known}) > 1 or known[0][1] < 0:
-            merged[name] = RunningNeurons(changing=True)
+        hidden = [count for _, count in known if isinstance(count, str)]
+        counts = {count for _, count in known if isinstance(count, int)}
+        if hidden or len(counts) > 1:
+            merged[name] = RunningNeurons(hidden=hidden[0] if hidden else CHANGING)
             continue
         mine = capture.neurons.get(name)
-        seen = torch.zeros((2, known[0][1]), dtype=torch.int32, device=device)
+        seen = torch.zeros((2, *counts), dtype=torch.int32, device=device)
         if mine is not None and mine.been_positive is not None and mine.been_zero is not None:
             seen = torch.from_numpy(np.stack([mine.been_positive, mine.been_zero])).to(seen)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)

@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.hooks import Hook
-from condzoo.probe.neurons import OF_RELU, OF_RELU6, RELUS
+from condzoo.probe.neurons import OF_RELU, OF_RELU6, RELUS, LinearRange
 
-Report = Callable[[str, Tensor, tuple[float, float]], None]
+Report = Callable[[str, Tensor, LinearRange], None]
 
-FUNCTIONS: dict[Any, tuple[str, tuple[float, float]]] = {
+FUNCTIONS: dict[Any, tuple[str, LinearRange]] = {
     F.relu: ("relu()", OF_RELU),
     torch.relu: ("relu()", OF_RELU),
     torch.relu_: ("relu()", OF_RELU),

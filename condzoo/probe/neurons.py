@@ -3,14 +3,16 @@
 A dying unit passes no gradient; a full one is linear, so a layer of them adds no depth
 (arXiv:2002.10801, appendix, Fig. XIII). A unit is a channel of [n, c, h, w] and a coordinate of
 [n, d] and [n, t, d]. ReLU6 is flat at 6 as well, so there a unit is dying if it is 0 or 6, and full if it
-is strictly between, on every row; nn.Threshold is flat at and under its threshold. Activations that are flat
-nowhere (LeakyReLU, PReLU, ELU, GELU, SiLU, ...) have no dying units and are not counted.
+is strictly between, on every row; nn.Threshold is flat at and under its threshold, where its output is the
+value that it puts there. Activations that are flat nowhere (LeakyReLU, PReLU, ELU, GELU, SiLU, ...) have no
+dying units and are not counted.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,19 +20,31 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 RELUS = (nn.ReLU, nn.ReLU6, nn.Threshold)
-OF_RELU, OF_RELU6 = (0.0, math.inf), (0.0, 6.0)
+CHANGING = "a ReLU whose number of units differs from call to call"  # as of one over tokens
 
 FIRST = 1 << 16  # elements looked at first: enough to decide nearly all units, and quick to read
 GROWTH = 8  # then so many times more, and each time only the units still undecided
 
 
-def linear_range(module: nn.Module, dtype: torch.dtype) -> tuple[float, float]:
-    """The outputs, borders excluded, at which a ReLU is linear; at all others it is flat.
+class LinearRange(NamedTuple):
+    """The outputs at which a ReLU is linear: between low and high, borders excluded, but for the value `flat`."""
 
-    A threshold is what it rounds to in the outputs' dtype.
+    low: float
+    high: float
+    flat: float | None = None
+
+
+OF_RELU, OF_RELU6 = LinearRange(0.0, math.inf), LinearRange(0.0, 6.0)
+
+
+def linear_range(module: nn.Module, dtype: torch.dtype) -> LinearRange:
+    """The outputs at which a ReLU is linear; at all others it is flat.
+
+    A threshold, and the value in its place, are what they round to in the outputs' dtype.
     """
     if isinstance(module, nn.Threshold):
-        return float(torch.tensor(module.threshold, dtype=dtype)), math.inf
+        low, value = torch.tensor([module.threshold, module.value], dtype=dtype).tolist()
+        return LinearRange(low, math.inf, value if value > low else None)
     return OF_RELU6 if isinstance(module, nn.ReLU6) else OF_RELU
 
 
@@ -83,15 +97,15 @@ class UnitLayout:
 class RunningNeurons:
     """Which units of one ReLU have been positive (linear) so far, and which have been zero (flat).
 
-    `changing`: outputs had different numbers of units, as of a ReLU over tokens; then there is nothing to count.
+    `hidden`: why they cannot be counted, if so.
     """
 
     been_positive: Bool[np.ndarray, " u"] | None = None
     been_zero: Bool[np.ndarray, " u"] | None = None
     rows: int = 0
-    changing: bool = False
+    hidden: str | None = None
 
-    def add(self, output: Tensor, *, channels_first: bool, linear: tuple[float, float] = OF_RELU) -> None:
+    def add(self, output: Tensor, *, channels_first: bool, linear: LinearRange = OF_RELU) -> None:
         """Look at one output of the ReLU: [n, u, ...] if channels_first, else [..., u]."""
         units = output.detach() if output.ndim > 1 else output.detach()[None]
         axis = 1 if channels_first else units.ndim - 1
@@ -99,8 +113,9 @@ class RunningNeurons:
         self.rows += units.numel() // count
         if self.been_positive is None or self.been_zero is None:
             self.been_positive = self.been_zero = np.zeros(count, dtype=bool)
-        self.changing = self.changing or count != self.been_positive.size
-        if self.changing:
+        if count != self.been_positive.size:
+            self.hidden = CHANGING
+        if self.hidden is not None:
             return
         start, stop = 0, max(1, min(len(units), FIRST * len(units) // max(1, units.numel())))
         while start < units.shape[0] and not (decided := self.been_positive & self.been_zero).all():
@@ -124,9 +139,7 @@ class RunningNeurons:
         )
 
 
-def _seen(
-    units: Tensor, axis: int, linear: tuple[float, float]
-) -> tuple[Bool[np.ndarray, " u"], Bool[np.ndarray, " u"]]:
+def _seen(units: Tensor, axis: int, linear: LinearRange) -> tuple[Bool[np.ndarray, " u"], Bool[np.ndarray, " u"]]:
     """Which units were linear on some row, and which flat.
 
     NaN counts as both: such a unit is neither dying nor full.
@@ -135,7 +148,9 @@ def _seen(
         none = np.zeros(units.shape[axis], dtype=bool)
         return none, none
     others = tuple(i for i in range(units.ndim) if i != axis)
-    low, high = linear
+    low, high, flat = linear
+    if flat is not None:
+        units = units.masked_fill(units == flat, -math.inf)
     largest, smallest = _as_numpy(torch.stack((units.amax(others), units.amin(others))))
     if high == math.inf:
         return ~(largest <= low), ~(smallest > low)

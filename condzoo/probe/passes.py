@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from condzoo.probe.batches import batch_size, call, on_device
 from condzoo.probe.capture import Capture
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.finishing import finish
+from condzoo.probe.hooks import remove
 from condzoo.probe.layers import samples_interact
 from condzoo.probe.losses import Labels, Loss
-from condzoo.probe.weights import norms_of, own_weight, widened
+from condzoo.probe.weights import Norms, norms_of, own_weight, watch_computed, widened
 
 MANY = 2000  # backward passes a batch that are worth a warning
 
@@ -38,6 +41,8 @@ class Passes:
         self.mode = "train" if model.training else "eval"
         self.generator = torch.Generator().manual_seed(seed)
         self.weights = {n: w for n, m in capture.layers.items() if (w := own_weight(m)) is not None}
+        self.computed: dict[str, list[Tensor]] = {}  # the other weights, as the current batch's forward pass used them
+        self.computed_norms: dict[str, Norms] = {}
         # A weight that is computed (parametrizations, hooks) is no leaf; what it is computed from is among these.
         computed = len(self.weights) < len(capture.layers) or not self.weights
         self.inputs = [*self.weights.values(), *(model.parameters() if computed else ())]
@@ -54,7 +59,7 @@ class Passes:
         self.samples, self.batches = self.samples + count, self.batches + 1
         if not count:
             return  # the end of a set that a sampler or filter left empty
-        output = call(self.model, x)
+        output = self._forward(x)
         if self.loss is None and losses.own_loss_of(output) is not None:
             self.loss_name = "output.loss"
         self.capture.gradients = self.labels == "data"
@@ -65,6 +70,23 @@ class Passes:
             self._from_model(output, y, value)
         if value is not None:
             self._from_data(value, count)
+
+    def _forward(self, x: Any) -> Any:
+        self.computed.clear()
+        layers = {name: m for name, m in self.capture.layers.items() if name not in self.weights}
+        handles = [watch_computed(module, partial(self._note_computed, name)) for name, module in layers.items()]
+        try:
+            return call(self.model, x)
+        finally:
+            remove(handles)
+
+    def _note_computed(self, name: str, weight: Tensor | None) -> None:
+        if weight is None or not weight.is_floating_point():
+            return
+        self.computed.setdefault(name, []).append(weight)
+        if name not in self.computed_norms:
+            with torch.no_grad():
+                self.computed_norms |= norms_of(self.capture.layers, {name: weight})
 
     def _from_model(self, output: Any, y: Any, value: Tensor | None) -> None:
         logits = losses.logits_of(output)
@@ -100,12 +122,14 @@ class Passes:
 
     def _backward(self, value: Tensor, signal: Tensor | None = None, *, keep: bool = True) -> dict[str, Tensor]:
         """Gradients of the weights, without touching any .grad; the capture's hooks see the rest."""
-        inputs = [p for p in self.inputs if p.requires_grad]
+        used = {name: [weight] for name, weight in self.weights.items()} | self.computed
+        inputs = [p for p in [*self.inputs, *chain(*self.computed.values())] if p.requires_grad]
         if not inputs or not value.requires_grad:
             raise ValueError("the loss does not depend on the model's parameters, or it has none: nothing to measure")
         grads = torch.autograd.grad(value, inputs, signal, retain_graph=keep, allow_unused=True)
-        found = dict(zip(map(id, inputs), grads, strict=True))
-        return {n: g for n, w in self.weights.items() if (g := found.get(id(w))) is not None}
+        found = {id(p): grad for p, grad in zip(inputs, grads, strict=True) if grad is not None}
+        of_weights = {name: [found[id(w)] for w in weights if id(w) in found] for name, weights in used.items()}
+        return {name: _sum(grads) for name, grads in of_weights.items() if grads}
 
     def result(self, skipped: Mapping[str, str]) -> Conditioning:
         """The measurement, from everything seen."""
@@ -116,7 +140,7 @@ class Passes:
         modules = self.capture.layers
         with torch.no_grad():
             grads = {name: grad / self.samples for name, grad in self.weight_grads.items()}
-            norms = norms_of(modules, self.weights), norms_of(modules, grads)
+            norms = norms_of(modules, self.weights) | self.computed_norms, norms_of(modules, grads)
             layers, unseen, nonfinite = finish(self.capture, *norms)
         neurons, uncounted = self.capture.counts()
         mean = self.total_loss / self.samples
@@ -140,6 +164,10 @@ class Passes:
             seed=self.seed,
             first_nonfinite=nonfinite,
         )
+
+
+def _sum(grads: list[Tensor]) -> Tensor:
+    return grads[0] if len(grads) == 1 else torch.stack([widened(grad) for grad in grads]).sum(0)
 
 
 def coarsest(dtypes: set[torch.dtype]) -> str:

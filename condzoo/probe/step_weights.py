@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from condzoo.probe.attention import packed_weights
 from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.preserving import at_rest
-from condzoo.probe.weights import Norms, norms_of, own_weight, widened
+from condzoo.probe.weights import Norms, norms_of, own_weight, watch_computed, widened
 
 
 class StepWeights:
@@ -48,6 +48,7 @@ class StepWeights:
         self.clear()
         for name, module in self.layers.items():
             self._handles.append(module.register_forward_pre_hook(Hook(partial(self._before_layer, name))))
+            self._handles.append(watch_computed(module, partial(self._look, name)))
             weight = own_weight(module) if self.measured else None
             if weight is not None and weight.ndim > 1 and not _is_split(weight):
                 self._watch(name, weight)
@@ -89,7 +90,7 @@ class StepWeights:
 
     def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._note_outer()
-        self._look(name, module._parameters.get("weight", module.__dict__.get("weight")))
+        self._look(name, module._parameters.get("weight"))
 
     def _before_attention(self, name: str, attention: nn.MultiheadAttention, args: tuple[Any, ...]) -> None:
         for local, weight in packed_weights(attention).items():

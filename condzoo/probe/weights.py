@@ -9,12 +9,15 @@ sigma_max(dL/dW) / sigma_max(W) small means that one step hardly changes the lay
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from condzoo.probe.hooks import Hook
 
 EXACT = 1024  # smaller side up to which all singular values are computed
 STACKED = 1 << 22  # elements converted to float64 together: 32 MB
@@ -33,6 +36,23 @@ def own_weight(module: nn.Module) -> nn.Parameter | None:
     """The layer's weight if it is a plain parameter: not computed by a parametrization, nor a quantized one's codes."""
     weight = module._parameters.get("weight")
     return weight if weight is not None and weight.is_floating_point() else None
+
+
+def watch_computed(module: nn.Module, report: Callable[[Tensor | None], None]) -> RemovableHandle:
+    """Report a weight that is computed from other parameters, each time it is computed for a forward pass.
+
+    By a parametrization of torch's, or by a hook that puts it beside the parameters (the older weight_norm and
+    spectral_norm, pruning, sharded training); None where there is no such weight.
+    """
+    parametrized = getattr(module, "parametrizations", None)
+    if parametrized is not None and "weight" in parametrized:
+        return parametrized["weight"].register_forward_hook(Hook(lambda _, args, weight: report(weight)))
+
+    def before(module: nn.Module, args: object) -> None:
+        weight = vars(module).get("weight")
+        report(weight if isinstance(weight, Tensor) else None)
+
+    return module.register_forward_pre_hook(Hook(before))
 
 
 def weight_matrices(module: nn.Module, weight: Tensor) -> Float[Tensor, "g out in"]:

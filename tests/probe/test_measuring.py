@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from condzoo.probe import Probe, label_models, measure, weights
 
@@ -374,31 +375,58 @@ def test_a_unit_that_is_nan_is_neither_dying_nor_full() -> None:
     assert (counted.units, counted.dying, counted.full) == (3, 0, 0)
 
 
+class Repeating(nn.Module):
+    """A network that is called on its images, and on them turned over."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + self.inner(x.flip(0))
+
+
+def probed_once(model, x, y):
+    with Probe(model) as probe:
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    return probe.latest
+
+
 WAYS = {
     "weight_norm": nn.utils.parametrizations.weight_norm,
     "spectral_norm": nn.utils.parametrizations.spectral_norm,
     "old weight_norm": lambda m: nn.utils.weight_norm(m),
+    "old spectral_norm": lambda m: nn.utils.spectral_norm(m).eval(),
+    "pruning": lambda m: prune.random_unstructured(m, "weight", amount=0.3),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("labels", ["data", "model"])
+@pytest.mark.parametrize("labels", ["data", "model", "probed"])
 def test_layers_whose_weight_is_computed_are_measured(kit, way, labels):
-    """As the same network with those weights as parameters, wherever the layers stand."""
-    plain, model = kit.build("mlp").eval(), kit.build("mlp").eval()
+    """As the same network with those weights as parameters, wherever the layers stand and however often called."""
+    plain, model = (Repeating(kit.build("mlp").eval()) for _ in range(2))
     for at in (1, 3):
-        WAYS[way](model[at])
-        plain[at].weight = nn.Parameter(model[at].weight.detach().clone())
-    expected, found = (measure(m, kit.images(), labels=labels) for m in (plain, model))
+        WAYS[way](model.inner[at])
+        model.inner.eval()(kit.images()[0])  # what a hook computes is computed in a forward pass
+        plain.inner[at].weight = nn.Parameter(model.inner[at].weight.detach().clone())
+    if labels == "probed":
+        plain.training = model.training = True
+        expected, found = (probed_once(m, *kit.images()) for m in (plain, model))
+        assert not any(m._forward_hooks for m in model.modules())
+    else:
+        expected, found = (measure(m, kit.images(), labels=labels) for m in (plain, model))
     assert list(found) == list(expected)
     assert not found.skipped
     for name, layer in expected.items():
         close(found[name].input, layer.input.eigenvalues)
         close(found[name].output_grad, layer.output_grad.eigenvalues)
-    assert found.loss == pytest.approx(expected.loss)
-    assert (found["1"].weight, found["1"].weight_grad) == (None, None)
-    assert found["5"].weight_grad == pytest.approx(expected["5"].weight_grad)
+    assert labels == "probed" or found.loss == pytest.approx(expected.loss)
+    for norm in ("weight", "weight_frobenius", "weight_grad", "weight_grad_frobenius"):
+        values = [getattr(layer, norm) for layer in found.values()]
+        assert values == pytest.approx([getattr(layer, norm) for layer in expected.values()], rel=1e-9)
 
 
 class Quantized(nn.Linear):

@@ -46,6 +46,8 @@ def by_hand(model, flat, linear):
         (nn.ReLU(inplace=True), lambda h: h <= 0, lambda h: h > 0),
         (nn.ReLU6(), lambda h: (h <= 0) | (h >= 6), lambda h: (h > 0) & (h < 6)),
         (nn.Threshold(0.5, 0.0), lambda h: h <= 0.5, lambda h: h > 0.5),
+        (nn.Threshold(0.0, 0.75), lambda h: h <= 0, lambda h: h > 0),
+        (nn.Threshold(-0.5, 20.0), lambda h: h <= -0.5, lambda h: h > -0.5),
     ],
 )
 def test_units_of_a_module_are_counted_by_where_it_is_flat_and_linear(relu, flat, linear):

@@ -7,13 +7,13 @@ Parameters, 10 classes:  20: 0.27M   56: 0.85M   110: 1.73M   1202: 19.4M
 Shapes: B images, C channels, H x W pixels, K classes.
 """
 
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from condzoo.models.cifar_resnet import WIDTHS, OptionAShortcut, blocks_per_stage, init_convolutions
-from condzoo.models.head import attach_head, check_sizes, forward_head, set_classifier
+from condzoo.models.head import attach_head, check_sizes
 from condzoo.models.initializers import init_weights
 from condzoo.models.registry import register_table
+from condzoo.models.staged import StagedNetwork
 
 
 class PreActBlock(nn.Module):
@@ -57,7 +57,7 @@ class PreActBlock(nn.Module):
         return h + residual
 
 
-class PreResNet(nn.Module):
+class PreResNet(StagedNetwork):
     """A pre-activation ResNet: stem, stages of `PreActBlock`s, final BN and ReLU, head.
 
     Args:
@@ -68,8 +68,6 @@ class PreResNet(nn.Module):
         final_norm: the BN after the last block; its ReLU stays in any case.
         last_bn, num_classes, in_chans, global_pool, drop_rate, init, last_bn_init: as for `CifarResNet`.
     """
-
-    fc: nn.Module
 
     def __init__(
         self,
@@ -89,7 +87,6 @@ class PreResNet(nn.Module):
         super().__init__()
         check_sizes(num_classes, in_chans)
         self.in_chans = in_chans
-        self.grad_checkpointing = False
         c_in = widths[0]
         if imagenet_stem:
             self.conv1 = nn.Conv2d(in_chans, c_in, 7, 2, padding=3, bias=False)
@@ -97,49 +94,34 @@ class PreResNet(nn.Module):
         else:
             self.conv1 = nn.Conv2d(in_chans, c_in, 3, padding=1, bias=False)
             self.maxpool = nn.Identity()
-        self.stage_names = tuple(f"layer{i + 1}" for i in range(len(widths)))
         self.feature_info = []
-        for i, (name, n, c) in enumerate(zip(self.stage_names, blocks, widths, strict=True)):
+        for i, (n, c) in enumerate(zip(blocks, widths, strict=True)):
             c_out, stage = 4 * c if bottleneck else c, []
             for block in range(n):
                 stride = 2 if i > 0 and block == 0 else 1
                 stage.append(PreActBlock(c_in, c, stride, block == 0, bottleneck, option_a=not imagenet_stem))
                 c_in = c_out
+            name, reduction = f"layer{i + 1}", (4 if imagenet_stem else 1) * 2**i
             self.add_module(name, nn.Sequential(*stage))
-            self.feature_info.append(dict(num_chs=c_in, reduction=(4 if imagenet_stem else 1) * 2**i, module=name))
+            self.feature_info.append(dict(num_chs=c_in, reduction=reduction, module=name))
         self.norm = nn.BatchNorm2d(c_in) if final_norm else nn.Identity()
-        self.relu = nn.ReLU()  # not in place: without final BN it would overwrite the last stage's features
+        self.relu: nn.Module = nn.ReLU()  # not in place: without final BN it would overwrite the last stage's features
         init_convolutions(self)
         attach_head(self, c_in, num_classes, global_pool, drop_rate, last_bn, last_bn_init)
         if init is not None:
             init_weights(self, init)
 
-    def forward_features(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, D, H', W']
-        """The body, with its final BN and ReLU."""
-        x = self.maxpool(self.conv1(x))
-        for name in self.stage_names:
-            stage = getattr(self, name)
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
+    def forward_stem(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 16, H, W], or [B, 64, H/4, W/4]
+        """Convolution and, for ImageNet, max-pooling."""
+        return self.maxpool(self.conv1(x))
+
+    def forward_tail(self, x: Tensor) -> Tensor:  # [B, D, H', W'] -> [B, D, H', W']
+        """The final BN and ReLU."""
         return self.relu(self.norm(x))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # [B, D, H', W'] -> [B, K]
-        """Pooling, last BN, dropout, classifier; `pre_logits` stops before the classifier."""
-        return forward_head(self, x, pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K]
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
-        """The last linear layer, or its name."""
-        return "fc" if name_only else self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier; the last BN stays."""
-        set_classifier(self, num_classes, global_pool)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in backward instead of storing its activations."""
-        self.grad_checkpointing = enable
+    def drop_tail(self) -> None:
+        """Leave out the final BN and ReLU."""
+        self.norm, self.relu = nn.Identity(), nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str | list]:
         """timm's parameter groups: the stem, then each stage (coarse) or block, the final BN with the last."""

@@ -7,13 +7,13 @@ Parameters, 10 classes:  20: 0.27M   56: 0.85M   110: 1.73M   1202: 19.4M
 Shapes: B images, C channels, H x W pixels, K classes.
 """
 
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from condzoo.models.head import attach_head, check_sizes, forward_head, set_classifier
+from condzoo.models.head import attach_head, check_sizes
 from condzoo.models.initializers import init_weights
 from condzoo.models.registry import register_table
+from condzoo.models.staged import StagedNetwork
 
 WIDTHS = (16, 32, 64)
 
@@ -84,7 +84,7 @@ class BasicBlock(nn.Module):
         return self.relu2(h if self.shortcut is None else h + self.shortcut(x))
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(StagedNetwork):
     """A CIFAR ResNet, or its VGG-style twin.
 
     Args:
@@ -103,8 +103,6 @@ class CifarResNet(nn.Module):
         ValueError: a depth that is not 6n + 2, `projection` without shortcuts, `num_classes` below 0,
             `in_chans` below 1, an unknown `init`.
     """
-
-    fc: nn.Module
 
     def __init__(
         self,
@@ -126,7 +124,6 @@ class CifarResNet(nn.Module):
             raise ValueError("projection=True is a kind of shortcut, and this network has none (shortcut=False)")
         n = blocks_per_stage(depth)
         self.in_chans = in_chans
-        self.grad_checkpointing = False
         self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0]) if norm else nn.Identity()
         self.relu1 = nn.ReLU(inplace=True)
@@ -142,32 +139,9 @@ class CifarResNet(nn.Module):
         if init is not None:
             init_weights(self, init)
 
-    def forward_features(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 64, H/4, W/4]
-        """The body: everything before pooling."""
-        x = self.relu1(self.bn1(self.conv1(x)))
-        for name in ("layer1", "layer2", "layer3"):
-            stage = self.get_submodule(name)
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # [B, 64, H, W] -> [B, K]
-        """Pooling, last BN, dropout, classifier; `pre_logits` stops before the classifier."""
-        return forward_head(self, x, pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K]
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
-        """The last linear layer, or its name."""
-        return "fc" if name_only else self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier; the last BN stays."""
-        set_classifier(self, num_classes, global_pool)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in backward instead of storing its activations."""
-        self.grad_checkpointing = enable
+    def forward_stem(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 16, H, W]
+        """Convolution, BN, ReLU."""
+        return self.relu1(self.bn1(self.conv1(x)))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """timm's parameter groups: the stem, then each stage (coarse) or block."""

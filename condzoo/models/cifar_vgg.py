@@ -11,9 +11,10 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from condzoo.models.cifar_resnet import CifarResNet, init_convolutions
-from condzoo.models.head import attach_head, check_sizes, forward_head, set_classifier
+from condzoo.models.head import attach_head, check_sizes
 from condzoo.models.initializers import init_weights
 from condzoo.models.registry import register_table
+from condzoo.models.staged import StagedNetwork
 
 GROUP_WIDTHS = (64, 128, 256, 512, 512)
 CONVS_PER_GROUP = 3
@@ -28,13 +29,11 @@ def conv_group(c_in: int, c: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.MaxPool2d(2))
 
 
-class CifarVgg16(nn.Module):
+class CifarVgg16(StagedNetwork):
     """Fifteen 3x3 convolutions in five groups, and one linear layer.
 
     Args: as for `CifarResNet`. Inputs smaller than 32 x 32 are pooled away: the five max-poolings need 32 pixels.
     """
-
-    fc: nn.Module
 
     def __init__(
         self,
@@ -49,7 +48,6 @@ class CifarVgg16(nn.Module):
         super().__init__()
         check_sizes(num_classes, in_chans)
         self.in_chans = in_chans
-        self.grad_checkpointing = False
         c_in = in_chans
         for i, c in enumerate(GROUP_WIDTHS, start=1):
             self.add_module(f"group{i}", conv_group(c_in, c))
@@ -62,31 +60,9 @@ class CifarVgg16(nn.Module):
         if init is not None:
             init_weights(self, init)
 
-    def forward_features(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 512, H/32, W/32]
-        """The five groups."""
-        for i in range(len(GROUP_WIDTHS)):
-            group = self.get_submodule(f"group{i + 1}")
-            x = checkpoint(group, x) if self.grad_checkpointing and self.training else group(x)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # [B, 512, H', W'] -> [B, K]
-        """Pooling, last BN, dropout, classifier; `pre_logits` stops before the classifier."""
-        return forward_head(self, x, pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K]
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
-        """The last linear layer, or its name."""
-        return "fc" if name_only else self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier; the last BN stays."""
-        set_classifier(self, num_classes, global_pool)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each group in backward instead of storing its activations."""
-        self.grad_checkpointing = enable
+    def forward_checkpointed(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """A group that is recomputed in backward as a whole."""
+        return checkpoint(stage, x)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """timm's parameter groups: the first convolution, then each group (coarse) or layer."""

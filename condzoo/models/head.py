@@ -79,6 +79,14 @@ def set_classifier(model: Any, num_classes: int, global_pool: str | None = None)
     match_placement(model)
 
 
+def drop_head(model: Any, num_features: int) -> None:
+    """Leave out last BN, pooling and classifier: what comes out then are maps of `num_features` channels."""
+    model.has_last_bn, model.num_features = False, num_features
+    if hasattr(model, "last_bn"):
+        del model.last_bn
+    set_classifier(model, 0, "")
+
+
 def match_placement(model: Any) -> None:
     """Put a new head where the body is: its device and dtype (not on the meta device), its train/eval mode."""
     body = next(model.parameters())

@@ -13,7 +13,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from condzoo.models.cifar_preresnet import PreResNet
-from condzoo.models.head import attach_head, check_sizes, forward_head, set_classifier
+from condzoo.models.head import attach_head, check_sizes, drop_head, forward_head, set_classifier
 from condzoo.models.initializers import init_weights
 from condzoo.models.registry import register_table
 
@@ -83,6 +83,16 @@ class ResNetLastBN(ResNet):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier; the last BN stays."""
         set_classifier(self, num_classes, global_pool)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's; the last BN goes with the classifier."""
+        classifier = self.fc
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if self.fc is not classifier:
+            drop_head(self, self.num_features)
+        return taken
 
 
 def build_imagenet_preresnet(depth: int, **kwargs: object) -> nn.Module:

@@ -11,12 +11,13 @@ import itertools
 import math
 from collections import OrderedDict
 
-from timm.models import checkpoint_seq
+from timm.models import checkpoint
 from torch import Tensor, nn
 
-from condzoo.models.head import attach_head, check_sizes, forward_head, set_classifier
+from condzoo.models.head import attach_head, check_sizes, set_classifier
 from condzoo.models.initializers import init_weights
 from condzoo.models.registry import register_table
+from condzoo.models.staged import StagedNetwork
 
 
 def hidden_layer(d_in: int, d_out: int, norm: bool, bias: bool) -> nn.Sequential:
@@ -28,7 +29,7 @@ def hidden_layer(d_in: int, d_out: int, norm: bool, bias: bool) -> nn.Sequential
     return nn.Sequential(parts)
 
 
-class MLP(nn.Module):
+class MLP(StagedNetwork):
     """A rectifier MLP on flattened images.
 
     Args:
@@ -43,7 +44,6 @@ class MLP(nn.Module):
         ValueError: fewer than 2 layers, a width or an input size below 1, a `global_pool` (there is nothing to pool).
     """
 
-    fc: nn.Module
     spatial = False  # the head's input is a vector, whatever the pooling
 
     def __init__(
@@ -68,7 +68,6 @@ class MLP(nn.Module):
         check_mlp(layers, width, input_size, global_pool)
         self.in_chans, self.bias = in_chans, bias
         self.input_size = (in_chans, height, pixels)
-        self.grad_checkpointing = False
         self.flatten = nn.Flatten()
         sizes = [math.prod(self.input_size)] + [width] * (layers - 1)
         self.layers = nn.Sequential(*(hidden_layer(i, o, norm, bias) for i, o in itertools.pairwise(sizes)))
@@ -83,23 +82,13 @@ class MLP(nn.Module):
         if not self.bias and isinstance(self.fc, nn.Linear):
             self.fc.register_parameter("bias", None)
 
-    def forward_features(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, D]
-        """The hidden layers."""
-        x = self.flatten(x)
-        if self.grad_checkpointing and self.training:
-            return checkpoint_seq(self.layers, x)
-        return self.layers(x)
+    def forward_stem(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C * H * W]
+        """The flattened images."""
+        return self.flatten(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # [B, D] -> [B, K]
-        """Last BN, dropout, classifier; `pre_logits` stops before the classifier."""
-        return forward_head(self, x, pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K]
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
-        """The last linear layer, or its name."""
-        return "fc" if name_only else self.fc
+    def forward_checkpointed(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """A hidden layer that is recomputed in backward."""
+        return checkpoint(stage, x)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier; the last BN stays. ValueError for a `global_pool`: an MLP has nothing to pool."""
@@ -107,10 +96,6 @@ class MLP(nn.Module):
             raise ValueError(f"an MLP has nothing to pool, got global_pool={global_pool!r}; leave it out")
         set_classifier(self, num_classes)
         self._match_bias()
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each hidden layer in backward instead of storing its activations."""
-        self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """timm's parameter groups: the first layer, then each hidden layer."""

@@ -176,3 +176,57 @@ def test_groups_of_vgg16_can_be_frozen_one_by_one(name: str, layer: str):
     model.train()(images(name)).sum().backward()
     assert all(p.grad is None for p in frozen.parameters())
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", MAPS + MLPS)
+@torch.no_grad()
+def test_intermediates_are_the_stages_outputs(name: str):
+    """As hooks see them, and as timm's hook-based features have them."""
+    model, x = timm.create_model(name).eval(), images(name)
+    final, found = model.forward_intermediates(x)
+    assert torch.equal(final, model.forward_features(x))
+    outputs = []
+    modules = [info["module"] for info in model.feature_info][-len(found) :]
+    for module in modules:
+        model.get_submodule(module).register_forward_hook(lambda _m, _x, h: outputs.append(h.clone()))
+    final, found = model.forward_intermediates(x, len(modules))
+    assert all(torch.equal(a, b) for a, b in zip(found, outputs, strict=True))
+    last = len(model.feature_info) - 1
+    outputs.clear()
+    only = model.forward_intermediates(x, [last - 1, -1], intermediates_only=True)
+    assert [h.shape for h in only] == [h.shape for h in found[-2:]]
+    outputs.clear()
+    stopped, [one] = model.forward_intermediates(x, [last - 1], stop_early=True)
+    assert torch.equal(stopped, one)
+    assert len(outputs) == len(modules) - 1  # the last stage did not run
+
+
+@pytest.mark.parametrize("name", MAPS + MLPS)
+@torch.no_grad()
+def test_features_by_getter_are_those_of_hooks(name: str):
+    """A pruned network: without head, and without the stages after the last one asked for."""
+    x = images(name)
+    for indices in ((0, -1), (0, 1)):
+        nets = []
+        for kind in ("hook", "getter"):
+            torch.manual_seed(0)
+            nets.append(timm.create_model(name, features_only=True, out_indices=indices, feature_cls=kind).eval())
+        maps = [net(x) for net in nets]
+        assert all(torch.equal(a, b) for a, b in zip(*maps, strict=True))
+        assert nets[0].feature_info.channels() == nets[1].feature_info.channels() == [h.shape[1] for h in maps[1]]
+        assert not any("last_bn" in key or key.startswith("fc.") for key in nets[1].model.state_dict())
+    pruned = timm.create_model(name).eval()
+    assert pruned.prune_intermediate_layers([0]) == [0]
+    assert pruned(x).shape[1] == pruned.num_features == pruned.feature_info[0]["num_chs"]
+
+
+def test_intermediates_of_a_preresnet_are_normalized_if_asked():
+    model, x = timm.create_model("cifar_preresnet8").eval(), images("cifar_preresnet8")
+    plain, normed = (model.forward_intermediates(x, norm=norm, intermediates_only=True) for norm in (False, True))
+    assert torch.equal(plain[0], normed[0])
+    assert torch.equal(model.relu(model.norm(plain[-1])), normed[-1])
+    assert not torch.equal(plain[-1], normed[-1])
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NHWC'"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+    with pytest.raises(AssertionError, match="feature index 3 is out of range"):
+        model.forward_intermediates(x, [3])

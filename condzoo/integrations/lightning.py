@@ -32,15 +32,34 @@ class ProbeCallback(pl.Callback):
         inspect.signature(Probe).bind(None, every, out=out, **settings)  # a wrong name fails here, not in training
         self.every, self.out, self.settings = every, out, settings
         self.probe: Probe | None = None
-        self._steps = 0
+        self._steps = 0  # the trainer's, which counts those of every optimizer
+        self._taken = 0  # as the records number them: one a batch, or so many accumulated ones
+        self._restored: int | None = None
         self._open = ExitStack()
+
+    @property
+    def state_key(self) -> str:
+        """Tells the callbacks of one Trainer apart in its checkpoints."""
+        plain = {
+            key: value for key, value in self.settings.items() if isinstance(value, (str, int, float, list, tuple))
+        }
+        return self._generate_state_key(every=self.every, out=str(self.out), **plain)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the Trainer's checkpoint: the steps taken."""
+        return {"steps": self._taken}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint; one without this callback's state goes on from the trainer's steps."""
+        self._restored = state_dict["steps"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ready for the first step, or the one where the run goes on."""
         out = self.out or trainer.log_dir or trainer.default_root_dir
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._steps = trainer.global_step
-        probe = Probe(pl_module, self.every, out=out, start_step=self._steps, scaler=scaler, **self.settings)
+        self._taken, self._restored = self._steps if self._restored is None else self._restored, None
+        probe = Probe(pl_module, self.every, out=out, start_step=self._taken, scaler=scaler, **self.settings)
         self.probe = self._open.enter_context(probe)
 
     def on_train_batch_start(
@@ -59,6 +78,7 @@ class ProbeCallback(pl.Callback):
             self._steps = trainer.global_step
             self.probe.loss_scale = 1 / trainer.accumulate_grad_batches
             self.probe.step()
+            self._taken += 1
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hooks off."""

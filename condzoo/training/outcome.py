@@ -41,12 +41,17 @@ def last_epoch(path: Path) -> dict[str, Any]:
 
 
 def record_divergence(training: Training, progress: Progress, path: Path, fault: Fault) -> dict[str, Any]:
-    """Write down where the run diverged; its weights are those before the step, which was not taken."""
+    """Write down where the run diverged; its weights are those before the step, which was not taken.
+
+    Where an epoch has just ended, the training loss is that of its line, as in `finish`.
+    """
     status = {
         "status": "diverged",
         "diverged": {"step": fault.step, "what": fault.what, "where": fault.where, "text": fault.text},
     }
-    record = record_epoch(training, progress, path, learning_rate_of(training, fault.step), kind="end")
+    before = training.ranks.first_does(lambda: last_epoch(path))
+    record = before if before.get("step") == progress.step else {}
+    record |= record_epoch(training, progress, path, learning_rate_of(training, fault.step), kind="end")
     return training.ranks.first_does(lambda: write_results(training, progress, path, record, status))
 
 

@@ -50,6 +50,7 @@ class TensorBoard:
         self.writer: Any = None
         self.path = Path()
         self.read: dict[str, int] = {}
+        self.first_step = 0
 
     def __enter__(self) -> "TensorBoard":
         return self
@@ -73,17 +74,16 @@ class TensorBoard:
     def open(self, event: Started) -> None:
         """The writer of a run; lines of metrics that an earlier process wrote are there already.
 
-        What an earlier try wrote that has begun again goes: TensorBoard would draw both.
+        What an earlier try wrote that has begun again goes: TensorBoard would draw both. The last step before is
+        written again, too: an evaluation after it may have been cut off, to be made again.
         """
         self.close()
-        self.path = event.path
-        goes_on = (event.path / FOLDER).is_dir() and event.start_step > 0
-        if not goes_on:
+        self.path, self.read = event.path, {METRICS: 0, CONDITIONING: 0}
+        self.first_step = max(0, event.start_step - 1) if (event.path / FOLDER).is_dir() else 0
+        if not self.first_step:
             for stale in (event.path / FOLDER).glob("events.out.tfevents.*"):
                 stale.unlink()
-        self.writer = open_writer(event.path / FOLDER, start_step=event.start_step if goes_on else 0)
-        sizes = {name: file_size(event.path / name) if goes_on else 0 for name in (METRICS, CONDITIONING)}
-        self.read = sizes
+        self.writer = open_writer(event.path / FOLDER, start_step=self.first_step)
 
     def write_new(self) -> None:
         """The lines that came since the last call, where who looks at them sees them at once."""
@@ -91,11 +91,14 @@ class TensorBoard:
         for record in self.new_records(METRICS):
             of_step = record["kind"] == "step"  # which says its own number; an epoch's line, how many were taken
             step = record["step"] if of_step else max(0, record["step"] - 1)
+            if step < self.first_step:
+                continue
             for key, tag in TAGS.items():
                 if record.get(key) is not None and tag.startswith("step/") == of_step:
                     self.writer.add_scalar(tag, record[key], step)
         for record in self.new_records(CONDITIONING):
-            write_tensorboard(from_record(record), self.writer)
+            if record["step"] >= self.first_step:
+                write_tensorboard(from_record(record), self.writer)
         if self.read != before:
             self.writer.flush()
 
@@ -116,7 +119,7 @@ class TensorBoard:
         if (run / FOLDER).is_dir():
             return
         self.close()
-        self.path, self.read = run, {METRICS: 0, CONDITIONING: 0}
+        self.path, self.read, self.first_step = run, {METRICS: 0, CONDITIONING: 0}, 0
         self.writer = open_writer(run / FOLDER)
         self.write_new()
         self.close()

@@ -139,6 +139,44 @@ def test_a_resumed_fit_goes_on_with_its_step_and_an_exception_takes_the_hooks_of
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
+class TwoOptimizers(Module):
+    """As a GAN has them: each moves in every batch, and the trainer counts both."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def validation_step(self, batch, index):
+        super().training_step(batch, index)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
+def test_with_two_optimizers_a_resumed_fit_goes_on_with_its_step(tmp_path):
+    from condzoo.integrations.lightning import ProbeCallback
+
+    def callbacks(folder):  # two, whose states are told apart
+        return [ProbeCallback(every=5, out=tmp_path / folder), ProbeCallback(every=7, out=tmp_path / folder / "7")]
+
+    _, trainer = fit(tmp_path, callbacks("run"), TwoOptimizers())
+    assert trainer.global_step == 20
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    last = {"ckpt_path": tmp_path / "last.ckpt", "max_epochs": 2}
+    fit(tmp_path, callbacks("run"), TwoOptimizers(), **last)
+    assert [r.step for r in read_records(tmp_path / "run")] == [0, 5, 10, 15]
+    assert [r.step for r in read_records(tmp_path / "run" / "7")] == [0, 7, 14]
+    fit(tmp_path, [ProbeCallback(every=5, out=tmp_path / "later")], TwoOptimizers(), **last)  # none in the checkpoint
+    assert [r.step for r in read_records(tmp_path / "later")] == [20, 25]
+
+
 def test_a_wrong_setting_fails_at_once():
     from condzoo.integrations.lightning import ProbeCallback
 

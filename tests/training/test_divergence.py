@@ -64,6 +64,20 @@ def test_the_last_checkpoint_before_divergence_is_kept_and_finite(tiny: Any, tmp
     assert all(bool(value.isfinite().all()) for value in load_file(newest).values())
 
 
+def test_a_run_that_diverges_right_after_an_epoch_keeps_the_training_loss_of_its_line(
+    tiny: Any, tmp_path: Path
+) -> None:
+    schedule = {"name": "step", "unit": "iteration", "milestones": [10], "gamma": 1e30}
+    with pytest.raises(Diverged) as caught:
+        train(tiny(schedule=schedule), out=tmp_path, device="cpu")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (epoch,) = [line for line in lines if line["kind"] == "epoch"]
+    assert caught.value.summary["diverged"]["step"] == epoch["step"] == 11
+    assert {name: caught.value.summary[name] for name in ("train_loss", "train_accuracy")} == {
+        name: epoch[name] for name in ("train_loss", "train_accuracy")
+    }
+
+
 def test_a_network_that_overflows_at_once_diverges_in_epoch_0(tiny: Any, tmp_path: Path) -> None:
     """Its every record is without a layer, of which no picture can be drawn."""
     recipe = tiny(**{"model.init": "scaled:1e30", "probe.every": 1}, on_divergence="record")

@@ -31,6 +31,7 @@ from condzoo.training import (
     train,
 )
 from condzoo.training.resume import Checkpoint, newest_checkpoint, save_checkpoint
+from condzoo.training.run_directory import claimed
 from tests.training.kill_runs import kill_and_compare
 
 TIMES = ("seconds", "test_seconds", "images_per_second", "finished")
@@ -284,6 +285,30 @@ def test_a_directory_in_use_is_refused(tiny: Any, tmp_path: Path) -> None:
         pytest.raises(RunDirectoryError, match="is in use by another run; wait for it, or use another --out"),
     ):
         train(tiny(), out=tmp_path, device="cpu")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_workers_of_a_killed_run_do_not_keep_its_directory(tiny: Any, tmp_path: Path) -> None:
+    """They outlive it by seconds, in which filelock before 3.30 lets them hold the lock."""
+    ended, end = os.pipe()
+    trainer = os.fork()
+    if not trainer:
+        try:
+            with claimed(tmp_path, tiny()):
+                os.close(end)
+                if not os.fork():
+                    os.read(ended, 1)  # the worker, until the test is over
+                os._exit(0)  # as by a kill: nothing is let go of
+        finally:
+            os._exit(1)
+    assert os.waitpid(trainer, 0)[1] == 0
+    try:
+        with claimed(tmp_path, tiny()):
+            pass
+    finally:
+        os.close(end)
+        os.close(ended)
 
 
 def test_a_directory_of_another_recipe_is_refused(tiny: Any, tmp_path: Path) -> None:

@@ -6,19 +6,24 @@ from typing import Any
 
 import pytest
 
-from condzoo.training import Finished, Started, StepDone, train
+from condzoo.training import EpochDone, Finished, Started, StepDone, train
 from condzoo.training.tensorboard import TensorBoard
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TensorBoard's own
 
 
+def events(path: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of every event of a tag, in the order of their steps."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(path / "tensorboard"))
+    found.Reload()
+    # two event files of one second are read in the order of their names' counters as text, 10 before 9
+    return sorted((event.step, event.value) for event in found.Scalars(tag))
+
+
 def scalars(path: Path, tag: str) -> dict[int, float]:
     """Step -> value of a tag."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(path / "tensorboard"))
-    events.Reload()
-    # two event files of one second are read in the order of their names' counters as text, 10 before 9
-    return {event.step: event.value for event in sorted(events.Scalars(tag), key=lambda event: event.step)}
+    return dict(events(path, tag))
 
 
 def lines(path: Path, kind: str) -> list[dict[str, Any]]:
@@ -82,6 +87,34 @@ def test_what_was_written_of_steps_that_are_lost_is_not_shown(tiny: Any, tmp_pat
     assert (tmp_path / "tensorboard/notes.txt").exists()
     steps = {line["step"]: line["loss"] for line in lines(tmp_path, "step")}
     assert scalars(tmp_path, "step/loss") == pytest.approx(steps)
+
+
+@pytest.mark.parametrize("kill", [EpochDone, StepDone])
+def test_a_line_that_is_written_again_after_a_kill_is_shown_once(kill: type, tiny: Any, tmp_path: Path) -> None:
+    """The checkpoint at the end of an epoch is older than the epoch's line, which a run that goes on writes again."""
+    pytest.importorskip("tensorboard")
+
+    def die(event: Any) -> None:
+        if isinstance(event, kill) and event.epoch == (1 if kill is StepDone else 0):
+            raise KeyboardInterrupt
+
+    recipe = tiny(**{"log_every": 1, "probe.every": 5})
+    with TensorBoard(then=die) as board, pytest.raises(KeyboardInterrupt):
+        train(recipe, out=tmp_path, device="cpu", on_event=board)
+    with TensorBoard() as board:
+        train(recipe, out=tmp_path, device="cpu", on_event=board)
+    assert [step for step, _ in events(tmp_path, "epoch/test_accuracy")] == [10, 21]
+    assert [step for step, _ in events(tmp_path, "step/loss")] == list(range(22))
+    assert [step for step, _ in events(tmp_path, "input_lambda_max/fc")] == [0, 5, 10, 15, 20]
+
+
+def test_the_evaluation_of_a_run_that_was_cut_short_goes_with_its_line(tiny: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with TensorBoard() as board:
+        for steps in (5, 11, None):
+            train(tiny(log_every=1), out=tmp_path, device="cpu", max_steps=steps, on_event=board)
+    assert [step for step, _ in events(tmp_path, "epoch/test_accuracy")] == [10, 21]
+    assert [step for step, _ in events(tmp_path, "step/loss")] == list(range(22))
 
 
 def test_validation_images_are_shown_too(tiny: Any, tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ import math
 from collections import OrderedDict
 
 from timm.models import checkpoint
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from condzoo.models.head import attach_head, check_sizes, set_classifier
 from condzoo.models.initializers import init_weights
 from condzoo.models.registry import register_table
 from condzoo.models.staged import StagedNetwork
+
+fx.wrap("check_images")  # a traced network calls it as it is
 
 
 def hidden_layer(d_in: int, d_out: int, norm: bool, bias: bool) -> nn.Sequential:
@@ -83,7 +85,12 @@ class MLP(StagedNetwork):
             self.fc.register_parameter("bias", None)
 
     def forward_stem(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C * H * W]
-        """The flattened images."""
+        """The flattened images.
+
+        Raises:
+            ValueError: images of another size.
+        """
+        check_images(x, self.input_size)
         return self.flatten(x)
 
     def forward_checkpointed(self, stage: nn.Module, x: Tensor) -> Tensor:
@@ -100,6 +107,16 @@ class MLP(StagedNetwork):
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """timm's parameter groups: the first layer, then each hidden layer."""
         return dict(stem=r"^layers\.0\.", blocks=r"^layers\.(\d+)")
+
+
+def check_images(x: Tensor, input_size: tuple[int, int, int]) -> None:
+    """Reject images that have not as many values as the first layer takes."""
+    if math.prod(x.shape[1:]) != math.prod(input_size):
+        size = " x ".join(map(str, input_size))
+        raise ValueError(
+            f"this MLP takes {math.prod(input_size)} values an image ({size}), got inputs of shape {list(x.shape)}; "
+            "create_model(..., input_size=(channels, height, width)) builds it for other images"
+        )
 
 
 def check_mlp(layers: int, width: int, input_size: tuple[int, int, int], global_pool: str) -> None:

@@ -202,3 +202,13 @@ def test_init_is_that_of_the_family_or_the_one_asked_for(name: str):
     for key, w in own.items():
         if w.ndim == 4:  # He-normal over fan-out
             assert abs(w.square().mean() * w.shape[0] * w[0, 0].numel() / 2 - 1) < 4 * (2 / w.numel()) ** 0.5, key
+
+
+def test_images_of_another_size_are_one_clear_error_of_an_mlp():
+    model = create_model("mlp4x24")
+    with pytest.raises(
+        ValueError, match=r"takes 144 values an image \(1 x 12 x 12\), got inputs of shape \[2, 1, 28, 28\]"
+    ):
+        model(torch.randn(2, 1, 28, 28))
+    assert create_model("mlp4x24", input_size=(1, 28, 28))(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+    assert model(torch.randn(2, 144)).shape == (2, 10)

@@ -83,7 +83,9 @@ class Passes:
     def _note_computed(self, name: str, weight: Tensor | None) -> None:
         if weight is None or not weight.is_floating_point():
             return
-        self.computed.setdefault(name, []).append(weight)
+        held = self.computed.setdefault(name, [])
+        if all(weight is not other for other in held):  # one that is computed once for several calls has one gradient
+            held.append(weight)
         if name not in self.computed_norms:
             with torch.no_grad():
                 self.computed_norms |= norms_of(self.capture.layers, {name: weight})

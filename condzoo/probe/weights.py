@@ -8,6 +8,7 @@ sigma_max(dL/dW) / sigma_max(W) small means that one step hardly changes the lay
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from condzoo.probe.arithmetic import plain_products
 from condzoo.probe.hooks import Hook
 
 EXACT = 1024  # smaller side up to which all singular values are computed
 STACKED = 1 << 22  # elements converted to float64 together: 32 MB
-BLOCK, ITERATIONS = 8, 24  # of the subspace iteration beyond it
+BLOCK, STEPS = 8, 24  # of the block Krylov subspace beyond it
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,15 @@ def norms_of(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> 
     """Norms of weights, or of their gradients, by layer name.
 
     Exact (from the smaller Gram side, in float64, all of one shape at once) up to 1,024; sigma_max beyond by
-    subspace iteration (`dominant`). A tensor with NaN or Inf has none and is left out.
+    a Krylov subspace (`dominant`). A tensor with NaN or Inf has none and is left out.
     """
+    if not tensors:
+        return {}
+    with plain_products(next(iter(tensors.values())).device.type):
+        return _norms_of(layers, tensors)
+
+
+def _norms_of(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Norms]:
     same_shape: dict[tuple[torch.Size, torch.dtype, torch.device], list[str]] = defaultdict(list)
     found: dict[str, Norms] = {}
     for name, tensor in tensors.items():
@@ -109,14 +118,26 @@ def _exact(stacked: Float[Tensor, "n g out in"]) -> list[Norms | None]:
 
 
 def dominant(blocks: Float[Tensor, "g m n"]) -> float:
-    """sigma_max by 24 steps of subspace iteration with 8 vectors: to about 1e-6, never above it."""
+    """sigma_max from a block Krylov subspace of 24 times 8 vectors.
+
+    Right to about 1e-5, also for random weights, whose largest singular values lie close together.
+    """
     scale = float(blocks.abs().max())
     if not scale:
         return 0.0
     blocks = (blocks if blocks.dtype == torch.float64 else blocks.float()) / scale  # its square would leave float32
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn((blocks.shape[2], BLOCK), generator=generator, dtype=torch.float64).to(blocks)
+    start = torch.randn((blocks.shape[1], BLOCK), generator=generator, dtype=torch.float64).to(blocks)
     basis = torch.linalg.qr(start).Q.expand(blocks.shape[0], -1, -1)
-    for _ in range(ITERATIONS):
-        basis = torch.linalg.qr(blocks.mT @ (blocks @ basis)).Q
-    return scale * float(torch.linalg.svdvals((blocks @ basis).double()).max())
+    image = blocks @ (blocks.mT @ basis)
+    images = image
+    for _ in range(STEPS - 1):
+        for _ in range(
+            3
+        ):  # of a weight of low rank round-off is all there is left: the first of them leaves most of it
+            image = torch.linalg.qr(image - basis @ (basis.mT @ image)).Q
+        basis = torch.cat([basis, image], dim=2)
+        image = blocks @ (blocks.mT @ image)
+        images = torch.cat([images, image], dim=2)
+    squares = torch.linalg.eigvalsh((basis.mT @ images).double())
+    return scale * math.sqrt(float(squares.max()))

@@ -66,6 +66,21 @@ def test_singular_values_of_large_weights_do_not_leave_float32(scale):
     assert found.frobenius == pytest.approx(np.sqrt((expected**2).sum()), rel=1e-6)
 
 
+def of_rank_3(shape):
+    return torch.randn(shape[0], 3) @ torch.randn(3, shape[1])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("make", [torch.randn, torch.ones, of_rank_3, lambda shape: torch.eye(*shape)])
+def test_singular_values_of_large_weights_are_right_where_many_are_nearly_as_large(make, autocast):
+    torch.manual_seed(0)
+    weight = make((1100, 1030))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = norms_of({"fc": nn.Linear(1030, 1100)}, {"fc": weight})["fc"]
+    exact = float(torch.linalg.svdvals(weight.double()).max())
+    assert found.sigma_max == pytest.approx(exact, rel=2e-5)
+
+
 def small_batch(dtype):
     generator = torch.Generator().manual_seed(0)
     return torch.randn((6, 5), generator=generator).to(dtype), torch.randint(3, (6,), generator=generator)

@@ -1,6 +1,6 @@
 """Kill a small training again and again, at random moments, until it is through; then compare.
 
-    python tests/training/kill_runs.py FOLDER --kills 200 --seed 1
+    python -m tests.training.kill_runs FOLDER --kills 200 --seed 1
 
 Prints one JSON object: how often the run was killed, how often with a file half written or a checkpoint
 of which only the tensors were there ("torn"), and which results differ from those of a run that was left
@@ -23,8 +23,8 @@ import torch
 
 from condzoo.training import reports, train
 from condzoo.training.recipe import parse_recipe
+from tests.training.timeless import timeless
 
-TIMES = ("seconds", "test_seconds", "images_per_second", "finished")
 VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {"optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}},
     "adam": {"optim": {"name": "adam", "lr": 0.002}, "schedule": {"name": "cosine", "warmup_epochs": 0.5}},
@@ -92,9 +92,7 @@ def results(folder: Path) -> dict[str, str]:
     stored["checkpoint"] = sorted((folder / "checkpoints").glob("*.safetensors"))[-1].read_bytes()
     stored["conditioning"] = (folder / "conditioning.jsonl").read_bytes()
     for name in ("metrics.jsonl", "summary.json"):
-        text = (folder / name).read_text()
-        lines = [json.loads(line) for line in (text.splitlines() if name.endswith("l") else [text])]
-        stored[name] = repr([{k: v for k, v in line.items() if k not in TIMES} for line in lines]).encode()
+        stored[name] = repr(timeless(folder / name)).encode()
     return {name: hashlib.sha256(content).hexdigest() for name, content in stored.items()}
 
 

@@ -15,12 +15,12 @@ from condzoo.probe import read_records
 from condzoo.training import distributed, reports
 from condzoo.training.distributed import ALONE, Ranks, said_elsewhere, synchronize_norms
 from tests.training import rank_runs
+from tests.training.timeless import timeless
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="forks"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
-TIMES = ("seconds", "test_seconds", "images_per_second")
 Report = dict[str, list[list[str]]]
 
 
@@ -47,8 +47,7 @@ def equal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    return timeless(run / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("world", [2, 4])

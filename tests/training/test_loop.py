@@ -29,9 +29,9 @@ from condzoo.training import (
 from condzoo.training.accelerators import GPUS
 from condzoo.training.planning import plan_training
 from condzoo.training.rehearsal import rehearse
+from tests.training.timeless import timeless
 
 CONV = {"model.name": "cifar_resnet8_lastbn", "data.augment": "standard", "epochs": 1}
-TIMES = ("seconds", "test_seconds", "images_per_second")
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -44,8 +44,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def metrics(path: Path) -> list[dict[str, Any]]:
     """Every line of metrics.jsonl without what the clock decides."""
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return timeless(path / "metrics.jsonl")
 
 
 def plain_loop(recipe: Recipe, steps: int) -> nn.Module:

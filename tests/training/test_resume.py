@@ -33,8 +33,8 @@ from condzoo.training import (
 from condzoo.training.resume import Checkpoint, newest_checkpoint, save_checkpoint
 from condzoo.training.run_directory import claimed
 from tests.training.kill_runs import kill_and_compare
+from tests.training.timeless import timeless
 
-TIMES = ("seconds", "test_seconds", "images_per_second", "finished")
 VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "adamw": {"optim": {"name": "adamw", "lr": 0.01, "weight_decay": 0.1, "decay_norm": False}},
@@ -66,11 +66,6 @@ def assert_same_results(a: Path, b: Path) -> None:
     assert last[0].read_bytes() == last[1].read_bytes()
     assert timeless(a / "metrics.jsonl") == timeless(b / "metrics.jsonl")
     assert (a / "conditioning.jsonl").read_bytes() == (b / "conditioning.jsonl").read_bytes()
-
-
-def timeless(path: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 @pytest.mark.parametrize("steps", [3, 6, 7])

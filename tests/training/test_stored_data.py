@@ -1,6 +1,5 @@
 """Training on class folders: the same promises as in memory, to the last image and the last bit."""
 
-import json
 import os
 import shutil
 import signal
@@ -27,6 +26,7 @@ from condzoo.training import (
 )
 from condzoo.training.rehearsal import rehearse
 from condzoo.training.resume import newest_checkpoint, save_checkpoint
+from tests.training.timeless import timeless
 
 STORED: dict[str, Any] = {
     "model.name": "cifar_resnet8_lastbn",
@@ -40,7 +40,6 @@ STORED: dict[str, Any] = {
     "save_every": 0.3,
 }
 RECORDS = ("metrics.jsonl", "conditioning.jsonl")
-TIMES = ("seconds", "test_seconds", "images_per_second")
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +49,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for name in RECORDS for line in (run / name).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [line for name in RECORDS for line in timeless(run / name)]
 
 
 def equal(a: Path, b: Path) -> bool:

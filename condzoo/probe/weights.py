@@ -131,10 +131,8 @@ def dominant(blocks: Float[Tensor, "g m n"]) -> float:
     basis = torch.linalg.qr(start).Q.expand(blocks.shape[0], -1, -1)
     image = blocks @ (blocks.mT @ basis)
     images = image
-    for _ in range(STEPS - 1):
-        for _ in range(
-            3
-        ):  # of a weight of low rank round-off is all there is left: the first of them leaves most of it
+    for _ in range(min(STEPS, blocks.shape[1] // BLOCK) - 1):
+        for _ in range(3):  # of a weight of low rank only round-off is left, and the first leaves much of it in place
             image = torch.linalg.qr(image - basis @ (basis.mT @ image)).Q
         basis = torch.cat([basis, image], dim=2)
         image = blocks @ (blocks.mT @ image)

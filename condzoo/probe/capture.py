@@ -19,16 +19,17 @@ from torch.utils.hooks import RemovableHandle
 from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import PRECISIONS, Precision, plain_products
 from condzoo.probe.attention import has_bias, stop, watch
-from condzoo.probe.calls import STRIDED, called_on, layout, unreadable
+from condzoo.probe.calls import called_on, unreadable
 from condzoo.probe.correlations import correlates, patch_gram, pieces, positions
 from condzoo.probe.functional_relus import FunctionalRelus
 from condzoo.probe.hooks import Hook, remove
-from condzoo.probe.layers import CHANNELS_FIRST, CONVS, MEASURED, Conv, input_columns, output_columns, with_constant
+from condzoo.probe.layers import CONVS, MEASURED, Conv, input_columns, output_columns, with_constant
 from condzoo.probe.moments import RunningMoment
-from condzoo.probe.neurons import RELUS, LinearRange, Neurons, RunningNeurons, UnitLayout, linear_range
+from condzoo.probe.neurons import RELUS, LinearRange, Neurons, RunningNeurons, linear_range
 from condzoo.probe.origins import Origin
 from condzoo.probe.patches import padded_inside
 from condzoo.probe.preserving import at_rest
+from condzoo.probe.relu_calls import ReluCalls
 from condzoo.probe.repetitions import Calls
 from condzoo.probe.views import watch_gradient
 from condzoo.probe.wrappers import named_modules
@@ -106,8 +107,7 @@ class Capture:
     _outer: list[RemovableHandle] = field(default_factory=list)
     _inner: list[RemovableHandle] = field(default_factory=list)
     _calls: Calls = field(default_factory=Calls)
-    _relu_calls: dict[str, int] = field(default_factory=dict)
-    _layout: UnitLayout = field(default_factory=UnitLayout)
+    _relu_calls: ReluCalls = field(default_factory=ReluCalls)
 
     def __post_init__(self) -> None:
         """The mode that sees functional ReLUs."""
@@ -152,15 +152,14 @@ class Capture:
         for name, module in side(self.modules):
             handles += self._functions.watch(name, module)
             if isinstance(module, MEASURED) and name not in self.layers:
-                handles.append(module.register_forward_hook(Hook(self._note_layout)))
+                handles.append(module.register_forward_hook(Hook(self._relu_calls.note_layout)))
         return handles
 
     def begin(self, samples: int, scale: float) -> None:
         """A forward pass over `samples` samples follows, its gradients to be multiplied by `scale`."""
         self.origin.next_pass()
         self.batch, self.scale = samples, scale
-        self._layout = UnitLayout()
-        self._relu_calls.clear()
+        self._relu_calls.begin()
 
     def detach(self) -> None:
         """Take the hooks off, and what they put on if they did not get to end it; graphs still alive do not record."""
@@ -197,7 +196,7 @@ class Capture:
             sums.hidden = f"{why}: its rows are not seen"
             return
         self.dtypes.add(h.dtype)
-        self._note_layout(module, args, h)
+        self._relu_calls.note_layout(module, args, h)
         if (seen := x if self.conv == "channels" else padded_inside(module, x, h)) is None:
             sums.hidden = f"{type(module).__name__} pads its input in a way of its own: its patches are not seen"
             return
@@ -208,11 +207,6 @@ class Capture:
         self.origin.passed(name, h)
         if h.requires_grad:
             watch_gradient(h, partial(self._on_gradient, module, sums.output_grad, self.scale))
-
-    def _note_layout(self, module: nn.Module, _: Any, h: Any) -> None:
-        """Remember where the units are in what follows this layer."""
-        if isinstance(h, Tensor):
-            self._layout = UnitLayout(isinstance(module, CHANNELS_FIRST), tuple(h.shape))
 
     def counts(self) -> tuple[dict[str, Neurons], dict[str, str]]:
         """Dying and full units by ReLU, and the reason by ReLU that cannot be counted."""
@@ -247,18 +241,8 @@ class Capture:
         self._count_units(name, output, linear_range(module, output.dtype))
 
     def _count_units(self, name: str, output: Tensor, linear: LinearRange) -> None:
-        if output.ndim < 2 or not self._reads(name, at_once=True):
-            return
-        call = self._relu_calls.get(name, 0)  # each call in a forward has units of its own
-        self._relu_calls[name] = call + 1
-        if not output.numel():
-            return
-        units = self.neurons.setdefault(f"{name}#{call}" if call else name, RunningNeurons())
-        if (got := layout(output)) != STRIDED:
-            units.hidden = f"a ReLU whose output is a {got}: its units are not seen"
-            return
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            units.add(output, channels_first=self._layout.units_second(tuple(output.shape)), linear=linear)
+        if output.ndim >= 2 and self._reads(name, at_once=True):
+            self._relu_calls.add(self.neurons, name, output, linear)
 
     def _reads(self, name: str, *, at_once: bool = False) -> bool:
         """Whether this call is to be recorded: in training, and not a repetition of one that was (checkpointing)."""

@@ -91,7 +91,7 @@ def convert(
             `std` alone, or of other than one finite number a channel.
         FileNotFoundError, FileExistsError: no such file; a checkpoint of that name.
     """
-    content, state = read_foreign(Path(source))
+    content, state, said = read_foreign(Path(source))
     target = check_free(root_of(out) / f"{model_info(model).name}.{check_tag(tag)}")
     classes = next((len(v) for k, v in state.items() if k in ("fc.weight", "linear.weight") and v.ndim), None)
     args: dict[str, Any] = (
@@ -101,7 +101,7 @@ def convert(
     state, note = translate(state, network, str(source))
     network.load_state_dict(state)
     fields = standardization(mean, std, network.pretrained_cfg["input_size"][0])
-    origin = Origin(Path(source).name, sha256(content), note, license, preprocessing_known=bool(fields))
+    origin = Origin(said, sha256(content), note, license, preprocessing_known=bool(fields))
     return write(target, network, tag, origin, fields, args=args)
 
 
@@ -182,13 +182,13 @@ def timm_network(name: str, weights: str | Path | None) -> tuple[Any, str, str |
     network: Any = create_timm_model(name, pretrained=weights is None)
     if weights is None:
         return network, f"timm/{name}", None
-    content, state = read_foreign(Path(weights))
+    content, state, said = read_foreign(Path(weights))
     classifier = state.get(f"{network.pretrained_cfg['classifier']}.weight")
     if classifier is not None and classifier.ndim and len(classifier) != network.num_classes:
         network.reset_classifier(len(classifier))
     state, _ = translate(state, network, str(weights))
     network.load_state_dict(state)
-    return network, f"{Path(weights).name} for timm/{name}", sha256(content)
+    return network, f"{said} for timm/{name}", sha256(content)
 
 
 def as_ours(theirs: Any, name: str) -> Any:

@@ -43,14 +43,17 @@ PLAIN: list[Any] = [argparse.Namespace]
 # option-B shortcuts' weights: chenyaofo's and torchvision's name, akamaster's and condzoo's
 PROJECTION = re.compile(r"^(layer\d+\.\d+)\.(?:downsample|shortcut)\.")
 
+COUNTER = "num_batches_tracked"  # BatchNorm's, which eval mode does without
+
 # how torch's weights-only unpickler names what a pickle asks for
 GLOBAL = re.compile(r"(?:GLOBAL|global|function|class)\s+`?([\w.]+\.[\w.]+)`?")
 
 
-def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor]]:
-    """A file's content, and the state dict in it, out of what it is nested in and without wrapper prefixes.
+def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor], str]:
+    """A file's content, the state dict in it, out of what it is nested in and without wrapper prefixes, and its name.
 
-    A link is followed: the file is the caller's own choice, and the Hub's cache is made of links.
+    The name says which of the file's entries was taken: `last.pth['model_ema']`. A link is followed: the file is the
+    caller's own choice, and the Hub's cache is made of links.
 
     Raises:
         FileNotFoundError: no such file.
@@ -59,24 +62,36 @@ def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor]]:
     content = read_plain_file(Path(os.path.realpath(path)))
     named_so = path.suffix == ".safetensors" and not content.startswith(PICKLE_STARTS)
     if named_so or begins_as_safetensors(content):
-        return content, strip_prefixes(parse_weights(content, str(path)))
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
-            warnings.simplefilter("ignore")  # pickle protocols that torch does not write itself
-            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle ends the unpickler in many ways, IndexError and struct.error too
-        raise ValueError(f"{path} is no state dict that can be read without running code: {refusal(error)}") from error
-    state = find_state(loaded)
-    if state is None:
-        raise ValueError(
-            f"{path} holds no state dict: it is a {type(loaded).__name__} of other things than tensors by name"
-        )
+        state, entry = parse_weights(content, str(path), finite=False), ""
+    else:
+        state, entry = read_pickle(content, path)
+    # a counter is no floating-point number but where all of a file was cast; in half precision it may be infinite
+    state = {k: v for k, v in state.items() if not (k.endswith(COUNTER) and v.is_floating_point())}
     for key, value in state.items():
         if value.is_meta or value.layout != torch.strided:
             raise ValueError(f"{path}: {key!r} is no tensor with all its values: {value.layout} on {value.device}")
         if value.is_floating_point() and not torch.isfinite(value.double()).all():  # not every type of 8 bits knows
             raise ValueError(f"{path}: {key!r} has values that are not finite; these weights cannot be used")
-    return content, strip_prefixes(state)
+    return content, strip_prefixes(state), path.name + entry
+
+
+def read_pickle(content: bytes, path: Path) -> tuple[dict[str, Tensor], str]:
+    """(the state dict in a file of torch.save's, which of its entries that is); ValueError as `read_foreign`."""
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
+            warnings.simplefilter("ignore")  # pickle protocols that torch does not write itself
+            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle ends the unpickler in many ways, IndexError and struct.error too
+        raise ValueError(
+            f"{path} is no state dict that can be read without running code: {refusal(error)}; "
+            "torch.save(model.state_dict(), FILE), where it was made, writes one"
+        ) from error
+    found = find_state(loaded)
+    if found is None:
+        raise ValueError(
+            f"{path} holds no state dict: it is a {type(loaded).__name__} of other things than tensors by name"
+        )
+    return found
 
 
 def begins_as_safetensors(content: bytes) -> bool:
@@ -84,14 +99,17 @@ def begins_as_safetensors(content: bytes) -> bool:
     return content[4:9] == b"\0\0\0\0{"
 
 
-def find_state(loaded: Any, deepest: int = DEEPEST) -> dict[str, Tensor] | None:
-    """The state dict that was loaded, or the first one in it under one of the names of `NESTED`; None without any."""
+def find_state(loaded: Any, deepest: int = DEEPEST) -> tuple[dict[str, Tensor], str] | None:
+    """The state dict that was loaded, or the first one in it under one of the names of `NESTED`; None without any.
+
+    With it comes where it stands, `['ema']['module']`.
+    """
     if not isinstance(loaded, dict) or not loaded:
         return None
     if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
-        return loaded
-    inner = (find_state(loaded.get(key), deepest - 1) for key in NESTED if deepest)
-    return next((state for state in inner if state is not None), None)
+        return loaded, ""
+    inner = ((name, find_state(loaded.get(name), deepest - 1)) for name in NESTED if deepest)
+    return next(((found[0], f"[{name!r}]{found[1]}") for name, found in inner if found is not None), None)
 
 
 def refusal(error: Exception) -> str:
@@ -142,7 +160,7 @@ def translate(state: Mapping[str, Tensor], network: nn.Module, source: str) -> t
         note, reordered = "Channels of the second and third stage put in condzoo's order.", True
     expected = network.state_dict()
     for key, value in expected.items():
-        if key.endswith("num_batches_tracked"):
+        if key.endswith(COUNTER):
             state.setdefault(key, torch.zeros_like(value))
         elif key in state and state[key].is_floating_point():
             state[key] = state[key].to(value.dtype)

@@ -28,6 +28,15 @@ def check_sizes(num_classes: int, in_chans: int) -> None:
         raise ValueError(f"in_chans must be an integer of at least 1, got {in_chans!r}")
 
 
+def check_input_size(input_size: Any) -> None:
+    """ValueError for what is no (channels, height, width) of images."""
+    whole = isinstance(input_size, tuple | list) and len(input_size) == 3
+    if not whole or not all(hasattr(n, "__index__") and not isinstance(n, bool) and n >= 1 for n in input_size):
+        raise ValueError(
+            f"input_size must be (channels, height, width), each an integer of at least 1, got {input_size!r}"
+        )
+
+
 def attach_head(
     model: Any,
     num_features: int,

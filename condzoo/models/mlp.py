@@ -14,7 +14,7 @@ from collections import OrderedDict
 from timm.models import checkpoint
 from torch import Tensor, fx, nn
 
-from condzoo.models.head import attach_head, check_sizes, set_classifier
+from condzoo.models.head import attach_head, check_input_size, check_sizes, set_classifier
 from condzoo.models.initializers import init_weights
 from condzoo.models.registry import register_table
 from condzoo.models.staged import StagedNetwork
@@ -64,10 +64,11 @@ class MLP(StagedNetwork):
         last_bn_init: str = "ones",
     ) -> None:
         super().__init__()
+        check_input_size(input_size)
         c, height, pixels = input_size
         in_chans = c if in_chans is None else in_chans
         check_sizes(num_classes, in_chans)
-        check_mlp(layers, width, input_size, global_pool)
+        check_mlp(layers, width, global_pool)
         self.in_chans, self.bias = in_chans, bias
         self.input_size = (in_chans, height, pixels)
         self.flatten = nn.Flatten()
@@ -119,14 +120,12 @@ def check_images(x: Tensor, input_size: tuple[int, int, int]) -> None:
         )
 
 
-def check_mlp(layers: int, width: int, input_size: tuple[int, int, int], global_pool: str) -> None:
+def check_mlp(layers: int, width: int, global_pool: str) -> None:
     """Reject sizes and options no MLP can have; each message says what is allowed."""
     if layers < 2:
         raise ValueError(f"layers counts linear layers, the classifier included, and must be at least 2, got {layers}")
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
-    if min(input_size) < 1:
-        raise ValueError(f"input_size must be (channels, height, width), each at least 1, got {tuple(input_size)}")
     if global_pool:
         raise ValueError(f"an MLP has nothing to pool, got global_pool={global_pool!r}; leave it out")
 

@@ -23,7 +23,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, m
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from condzoo.models.head import check_sizes
+from condzoo.models.head import check_input_size, check_sizes
 from condzoo.models.initializers import init_weights
 from condzoo.models.pretrained import chosen_release, fit_weights, released_config, tagged_configs
 
@@ -110,6 +110,7 @@ def build_network(
     """timm's entry point of one model: what timm.create_model calls."""
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     if "input_size" in kwargs:  # timm would fill in the table's in_chans
+        check_input_size(kwargs["input_size"])
         kwargs.setdefault("in_chans", kwargs["input_size"][0])
     release = chosen_release(name, pretrained, kwargs)
     if release is not None:  # what the index says, checked here, instead of a file that timm would read

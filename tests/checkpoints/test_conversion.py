@@ -106,7 +106,7 @@ def test_a_pickled_network_becomes_a_checkpoint(tmp_path):
     assert verification.ok, verification.rows
     card = (made / "README.md").read_text()
     assert "license: mit" in card
-    assert "Made from weights.pth (SHA-256 " in card
+    assert "Made from weights.pth['model'] (SHA-256 " in card
     assert "from weights.pth" in (made.parent / "README.md").read_text()
 
 

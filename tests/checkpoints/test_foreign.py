@@ -150,7 +150,7 @@ def test_wrapped_and_nested_state_dicts_are_unwrapped(tmp_path, prefix, nest):
     state = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
     wrapped = {prefix + key: value for key, value in state.items()}
     torch.save({nest: wrapped, "epoch": 3} if nest else wrapped, tmp_path / "w.pth")
-    _, read = read_foreign(tmp_path / "w.pth")
+    _, read, _ = read_foreign(tmp_path / "w.pth")
     assert read.keys() == state.keys()
     assert all(torch.equal(read[key], state[key]) for key in state)
 
@@ -166,6 +166,18 @@ def test_the_average_comes_first_and_what_only_looks_like_it_does_not_count(tmp_
     ):
         torch.save(around | content, tmp_path / "w.pth")
         assert torch.equal(read_foreign(tmp_path / "w.pth")[1]["fc.bias"], wanted["fc.bias"])
+
+
+@pytest.mark.parametrize(
+    ("nest", "said"),
+    [(("model",), "w.pth['model']"), (("ema", "module"), "w.pth['ema']['module']"), ((), "w.pth")],
+)
+def test_which_of_a_files_entries_was_taken_is_said(tmp_path, nest, said):
+    content = {"a": torch.ones(2)}
+    for name in reversed(nest):
+        content = {name: content, "epoch": 3}
+    torch.save(content, tmp_path / "w.pth")
+    assert read_foreign(tmp_path / "w.pth")[2] == said
 
 
 def test_a_file_is_what_it_holds_whatever_its_name(tmp_path):
@@ -236,7 +248,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, protocol):
         with pytest.raises(ValueError, match="no state dict that can be read without running code: ") as why:
             read_foreign(tmp_path / name)
         assert "arbitrary code" not in str(why.value), "torch's advice to run it is not passed on"
-    assert re.search(r"it asks for (_?io|builtins)\.open$", str(why.value))
+    assert re.search(r"it asks for (_?io|builtins)\.open; torch\.save\(model\.state_dict\(\), FILE\)", str(why.value))
     assert not (tmp_path / "run").exists()
 
 
@@ -244,13 +256,17 @@ def test_code_in_a_pickle_is_not_run(tmp_path, protocol):
 def test_a_damaged_pickle_is_one_clear_line(tmp_path, content):
     """The unpickler ends in an IndexError, a struct.error, ..."""
     (tmp_path / "w.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"running code: torch's weights-only reader does not take it \(\w+\)$"):
+    with pytest.raises(
+        ValueError, match=r"running code: torch's weights-only reader does not take it \(\w+\); torch\.save\("
+    ):
         read_foreign(tmp_path / "w.pth")
 
 
 def test_a_file_that_is_no_pickle_is_said(tmp_path):
     (tmp_path / "junk.pth").write_bytes(b"hello")
-    with pytest.raises(ValueError, match=r"running code: torch's weights-only reader does not take it \(\w+\)$"):
+    with pytest.raises(
+        ValueError, match=r"running code: torch's weights-only reader does not take it \(\w+\); torch\.save\("
+    ):
         read_foreign(tmp_path / "junk.pth")
 
 
@@ -310,6 +326,17 @@ def test_old_files_without_batch_counters_and_in_half_precision_load():
     translated, _ = translate(state, network, "file")
     assert {v.dtype for k, v in translated.items() if v.is_floating_point()} == {torch.float32}
     network.load_state_dict(translated)
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_a_file_in_half_precision_throughout_loads(tmp_path, save):
+    """Its batch counters too: beyond 65,504 they are infinite."""
+    network = create_model("cifar_resnet8")
+    network.bn1.num_batches_tracked.fill_(70_000)
+    save({key: value.half() for key, value in network.state_dict().items()}, tmp_path / "w.bin")
+    state, _ = translate(read_foreign(tmp_path / "w.bin")[1], network, "file")
+    network.load_state_dict(state)
+    assert network.bn1.num_batches_tracked == 0
 
 
 def test_other_networks_with_a_layer_called_linear_are_refused_by_their_first_key(tmp_path):

@@ -247,6 +247,10 @@ def test_any_other_mlp_is_built_by_its_name(name: str, layers: int):
         ("resnet18_lastbn", {"num_classes": -1}, r"num_classes must be an integer of at least 0 .*, got -1"),
         ("mlp4x24", {"num_classes": -3}, r"num_classes must be an integer of at least 0 .*, got -3"),
         ("mlp4x24", {"global_pool": "avg"}, r"an MLP has nothing to pool, got global_pool='avg'"),
+        ("mlp4x24", {"input_size": (12, 12)}, r"input_size must be \(channels, height, width\), .* got \(12, 12\)"),
+        ("mlp4x24", {"input_size": 12}, r"input_size must be .* an integer of at least 1, got 12"),
+        ("mlp4x24", {"input_size": (1, 12.0, 12)}, r"input_size must be .* got \(1, 12\.0, 12\)"),
+        ("mlp3x10", {"input_size": (1, 0, 12)}, r"input_size must be .* got \(1, 0, 12\)"),
     ],
 )
 def test_errors_name_what_came_and_what_is_allowed(name: str, options: dict, text: str):

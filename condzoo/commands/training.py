@@ -92,7 +92,7 @@ def train(
 
     In many processes: torchrun --nproc-per-node 8 -m condzoo train RECIPE (docs/training.md).
     """
-    from condzoo.training import load_recipe, parse_seeds
+    from condzoo.training import load_recipe, parse_seeds, plan_sweep
 
     if plan and dry_run:
         raise ValueError("train takes --plan or --dry-run, not both")
@@ -106,6 +106,8 @@ def train(
         typer.echo("note: --tensorboard is of a training; --plan and --dry-run write nothing", err=True)
     several = None if seeds is None else parse_seeds(seeds)
     loaded = load_recipe(recipe, [*(set_ or ()), *([] if seed is None else [f"seed={seed}"])])
+    if several is not None:
+        plan_sweep(loaded, {}, [max(several)])  # a seed that no recipe takes is an error of a plan, too
     if plan:
         print_plan(loaded, Aim(gpu, gpus, len(several or [0]), max_steps), data_root, as_json)
         return

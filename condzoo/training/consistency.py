@@ -15,7 +15,7 @@ from condzoo.training.networks import freeze, network_of
 from condzoo.training.schema import LARGEST, Constant, DataSection, FullBatch, ModelSection, Recipe, Sgd, Step
 
 FOLLOWS_DATA = ("num_classes", "in_chans", "input_size")
-OWN_FIELDS = ("init", "last_bn_init", "drop_rate")
+OWN_FIELDS = ("name", "init", "last_bn_init", "drop_rate")
 LOADING = ("checkpoint_path", "cache_dir")  # of timm.create_model, as is pretrained*
 PLACES = ("hf-hub:", "hf_hub:", "local-dir:")  # as timm names them
 IN_MEMORY = ("crop", "resize", "download")
@@ -175,5 +175,9 @@ def _forward_fault(model: nn.Module, image_shape: tuple[int, int, int], num_clas
     return f"gives {got} for 2 images of {images}, must be [2, {num_classes}]: one number a class"
 
 
-def _first_line(error: BaseException) -> Any:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _first_line(error: BaseException) -> str:
+    """An error in one line; a missing key says little without its kind."""
+    kind, lines = type(error).__name__, str(error).splitlines()
+    if not lines:
+        return kind
+    return f"{kind}: {lines[0]}" if isinstance(error, KeyError) else lines[0]

@@ -17,6 +17,7 @@ from condzoo.training.accelerators import Accelerator
 from condzoo.training.data_sets import STORED, class_count, image_shape, read_data
 from condzoo.training.networks import freeze, network_of
 from condzoo.training.optimizers import build_optimizer
+from condzoo.training.parts import check_parts
 from condzoo.training.precision import resolve_precision, usual_torch
 from condzoo.training.schema import FullBatch, Recipe
 
@@ -100,7 +101,8 @@ def plan_training(
         max_steps: as for `train`.
 
     Raises:
-        ValueError: fewer images in a batch than devices; no whole batch in an epoch; no image left by data.validation.
+        ValueError: fewer images in a batch than devices; no whole batch in an epoch; no image left by data.validation;
+            a single image for a BatchNorm.
     """
     batch = recipe.data.batch_size
     if count < 1 or batch < count:
@@ -114,6 +116,7 @@ def plan_training(
         per_epoch = batches_per_epoch(images, batch, recipe.data.drop_last)
         per_step, passes = min(batch, images), recipe.accumulate
         in_pass = math.ceil(per_step / count / recipe.accumulate)
+    check_parts(recipe, images, classes, count)
     traced = trace(recipe, classes, in_pass)
     steps = min(recipe.iterations or (recipe.epochs or 0) * per_epoch, max_steps or math.inf)
     half = resolve_precision(recipe, traced.convolutional, device.bf16) != "fp32"

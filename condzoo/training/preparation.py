@@ -15,6 +15,7 @@ from condzoo.training.divergence import Averaging, Guard
 from condzoo.training.host_memory import keep_freed_memory
 from condzoo.training.networks import freeze, network_of
 from condzoo.training.optimizers import build_optimizer
+from condzoo.training.parts import check_parts
 from condzoo.training.precision import Numerics, resolve_numerics
 from condzoo.training.schema import FullBatch, Recipe
 
@@ -68,7 +69,7 @@ def prepare(
         ranks: this process among those of the run.
 
     Raises:
-        ValueError, FileNotFoundError: see `load_data`, `network_of`, `build_optimizer`.
+        ValueError, FileNotFoundError: see `load_data`, `check_parts`, `network_of`, `build_optimizer`.
     """
     if ranks.world > recipe.data.batch_size:
         raise ValueError(
@@ -76,14 +77,15 @@ def prepare(
         )
     if device.type == "cpu":
         keep_freed_memory()
-    data = read_data(recipe, data_root).to(device)
+    data = read_data(recipe, data_root)
+    check_parts(recipe, data.size("train"), data.num_classes, ranks.world)
+    data = data.to(device)
     torch.manual_seed(recipe.seed)
     model = network_of(recipe.model, data.image_shape, data.num_classes)
     freeze(model, recipe.freeze)
     numerics = resolve_numerics(recipe, model, device)
     if recipe.sync_bn:
         model = synchronize_norms(model, ranks, device)
-    check_parts(recipe, model, data.size("train"), ranks.world)
     model = place(model, numerics).train()
     guard = Guard(model, device, deferred=checks_are_deferred(device))
     plan = BatchPlan(
@@ -113,32 +115,6 @@ def prepare(
         steps_per_epoch=steps,
         total_steps=recipe.iterations or (recipe.epochs or 0) * steps,
     )
-
-
-def check_parts(recipe: Recipe, model: nn.Module, images: int, processes: int) -> None:
-    """See that a BatchNorm over features gets no part of one image, which has no variance.
-
-    Parts are what a process sees at once: of a batch, of one that is accumulated, of the last one of an epoch.
-
-    Raises:
-        ValueError: one would.
-    """
-    norm = next((name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d)), None)
-    if norm is None:
-        return
-    size = recipe.data.batch_size
-    batches = {min(size, images)}
-    if isinstance(recipe.optim, FullBatch) or not recipe.data.drop_last:
-        batches.add(images % size or size)
-    for batch in batches:
-        for mine in {batch // processes, -(-batch // processes)} - {0}:
-            part = -(-mine // recipe.accumulate)
-            if 1 in (part, mine % part):
-                raise ValueError(
-                    f"data.batch_size: got {size}, with which one of {processes} process(es) sees a single image at a "
-                    f"time (of {images}, accumulate = {recipe.accumulate}), and {norm} has no variance of one; take "
-                    "another, drop_last = true, or less accumulation"
-                )
 
 
 def join_gradients(training: Training) -> Training:

@@ -96,8 +96,9 @@ def set_field(given: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _toml_value(text: str) -> Any:
-    """The TOML value of a text; what is none is a text itself (a bare word)."""
+    """The TOML value of a text; what is none, or more than one, is a text itself (a bare word)."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except (tomllib.TOMLDecodeError, RecursionError):
         return text.strip()
+    return found["value"] if len(found) == 1 else text.strip()

@@ -34,7 +34,7 @@ def describe_errors(error: ValidationError, given: Mapping[str, Any]) -> list[st
         path = _field_path(fault["loc"], given)
         if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
             path += ".name"
-        lines.append(f"{path}: {_in_words(fault, path)}")
+        lines.append(f"{path}: {_in_words(fault, path, given)}")
     return lines
 
 
@@ -83,22 +83,25 @@ def _field_path(loc: Iterable[str | int], given: Mapping[str, Any]) -> str:
     return path
 
 
-def _in_words(fault: ErrorDetails, path: str) -> str:
+def _in_words(fault: ErrorDetails, path: str, given: Mapping[str, Any]) -> str:
     kind, got, context = fault["type"], fault["input"], fault.get("ctx", {})
     if kind == "extra_forbidden":
-        return "unknown field" + _closest_field(path)
+        return "unknown field" + _closest_field(path, given)
     if kind == "missing":
         return "missing; it has no default"
     if kind == "union_tag_not_found":
         return f"missing; must be one of: {', '.join(kinds_of(path))}"
     if kind == "union_tag_invalid":
         allowed = context["expected_tags"].replace("'", "")
-        return _wrong_choice(context["tag"], allowed)
+        return _wrong_choice(got["name"], allowed)
     if kind == "literal_error":
         allowed = context["expected"].replace("'", "").replace(" or ", ", ").replace("True, False", "true, false")
         return _wrong_choice(got, allowed)
     if kind == "less_than_equal":  # pydantic writes 1e30 with every zero
         return f"got {_shown(got)}, must be less than or equal to {context['le']:g}"
+    if kind in ("too_short", "too_long"):
+        bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        return f"got {_shown(got)}, must be a list of {bound}"
     expected = _EXPECTED.get(kind)
     if expected:
         return f"got {_shown(got)}, must be {expected}"
@@ -107,26 +110,36 @@ def _in_words(fault: ErrorDetails, path: str) -> str:
 
 
 def _wrong_choice(got: Any, allowed: str) -> str:
-    close = difflib.get_close_matches(str(got), allowed.split(", "), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    close = _closest(str(got), allowed.split(", "))
+    hint = f"; did you mean {close!r}?" if close else ""
     return f"got {_shown(got)}, must be one of: {allowed}{hint}"
 
 
-def _closest_field(path: str) -> str:
-    """`; did you mean 'optim.lr'?`: the closest field of the same table, or of any."""
-    known = dict.fromkeys(known for known, _ in field_paths())
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that looks most like one, in capitals or not."""
+    lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    return lower[close[0]] if close else None
+
+
+def _closest_field(path: str, given: Mapping[str, Any]) -> str:
+    """`; did you mean 'optim.lr'?`: the closest field of the same table, as its name says it, or of any."""
     table, _, name = path.rpartition(".")
+    every = list(field_paths())
+    owners = [variant for known, variant in every if known == path and variant]
+    if owners:
+        return f" of this kind; it belongs to: {', '.join(owners)}"
+    kind = given[table]["name"] if any(kinds_of(f"{table}.name")) else ""
+    own = {known for known, variant in every if variant in ("", kind)}
+    known = dict.fromkeys(known for known, _ in every if known in own or known.rpartition(".")[0] != table)
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == table}
     if not table:
         siblings |= {k.partition(".")[0]: k.partition(".")[0] for k in known}
     anywhere = {k.rpartition(".")[2]: k for k in known}
-    owners = [variant for known_path, variant in field_paths() if known_path == path and variant]
-    if owners:
-        return f" of this kind; it belongs to: {', '.join(owners)}"
     for names in (siblings, anywhere):
-        close = difflib.get_close_matches(name, names, n=1)
+        close = _closest(name, names)
         if close:
-            return f"; did you mean {names[close[0]]!r}?"
+            return f"; did you mean {names[close]!r}?"
     return f"; {table or 'a recipe'} has: {', '.join(siblings)}" if siblings else ""
 
 

@@ -88,7 +88,8 @@ def _read_valid(path: Path) -> tuple[bytes, dict[str, Any]]:
         tensors = path.with_suffix(".safetensors").read_bytes()
         whole = _digest(stored) == expected and hashlib.sha256(tensors).hexdigest() == stored["tensors_sha256"]
     except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+        fault = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"checkpoint {path} is damaged: {fault}") from error
     if not whole:
         raise CheckpointError(f"checkpoint {path} is damaged: a SHA-256 in it does not match")
     return tensors, stored["numbers"]

@@ -138,6 +138,27 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("optim.momentum", 1, "optim.momentum: got 1, must be less than 1"),
     ("optim.nesterov", True, "optim.nesterov: got true, needs optim.momentum above 0"),
     ("optim.betas", [0.9, 0.99], "optim.betas: unknown field of this kind; it belongs to: adam, adamw"),
+    ("optim", {"name": "adam", "lr": 1.0, "betas": [0.9]}, "optim.betas: got [0.9], must be a list of at least 2"),
+    (
+        "optim",
+        {"name": "adam", "lr": 1.0, "betas": [0.9] * 3},
+        "optim.betas: got [0.9, 0.9, 0.9], must be a list of at",
+    ),
+    ("optim", {"name": ["sgd"], "lr": 1.0}, "optim.name: got ['sgd'], must be one of: sgd, gd, adam, adamw"),
+    ("optim.name", "SGD", "optim.name: got 'SGD', must be one of: sgd, gd, adam, adamw; did you mean 'sgd'?"),
+    (
+        "optim.dampening",
+        0.1,
+        "optim.dampening: unknown field; optim has: name, lr, momentum, nesterov, weight_decay, decay_norm",
+    ),
+    ("data", {"batch_size": 3}, "data.name: missing; it has no default"),
+    ("MODEL", {}, "MODEL: unknown field; did you mean 'model'?"),
+    ("model.args.name", "x", "model.args.name: has a field of its own; use model.name"),
+    (
+        "model",
+        {"name": "resnet18", "args": {"norm_layer": "nonorm"}},
+        "model: KeyError: 'nonorm'",
+    ),
     ("optim.weight_decay", -1e-4, "optim.weight_decay: got -0.0001, must be greater than or equal to 0"),
     ("lr", 0.1, "lr: unknown field; did you mean 'optim.lr'?"),
     ("modle", {}, "modle: unknown field; did you mean 'model'?"),
@@ -178,6 +199,12 @@ def test_a_malformed_recipe_says_what_is_wrong(field: str, value: Any, message: 
         parse_recipe(changed(field, value))
     assert str(caught.value).startswith(f"recipe: {message}")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_unknown_field_of_a_table_without_its_name_is_still_explained() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(changed("data", {"batchsize": 3}))
+    assert "data.batchsize: unknown field; did you mean 'data.batch_size'?" in str(caught.value).splitlines()[-1]
 
 
 def test_the_list_is_long_enough_and_the_good_recipe_is_good() -> None:

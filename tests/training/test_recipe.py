@@ -75,6 +75,12 @@ def test_overrides_are_toml_values(override: str, field: str, value: Any, file: 
     assert getattr(load_recipe(file, [override]).optim, field) == value
 
 
+def test_an_override_is_one_value(file: Path) -> None:
+    """What comes after a line break was left out in silence."""
+    with pytest.raises(RecipeError, match=r"optim\.lr: got '0\.1\\nseed=5', must be a number"):
+        load_recipe(file, ["optim.lr=0.1\nseed=5"])
+
+
 def test_overrides_may_be_bare_words_lists_and_none(file: Path) -> None:
     recipe = load_recipe(file, ["model.name=mlp5x256", "precision=fp32", "probe.layers=['fc']", "data.crop=6"])
     assert (recipe.model.name, recipe.precision, recipe.probe.layers) == ("mlp5x256", "fp32", ["fc"])

@@ -1,0 +1,81 @@
+"""What the processes of a run see of a batch at once, against the batches cut up; and what BatchNorm needs."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from condzoo.training.accelerators import accelerator
+from condzoo.training.parts import check_parts, norm_without_variance, sees_single_image
+from condzoo.training.planning import plan_training
+
+SINGLE = r"^data\.batch_size: got \d+, with which one of \d process\(es\) sees a single image at a time .* and {}"
+
+
+def cut(recipe: Any, images: int, processes: int) -> list[int]:
+    """Sizes of all that any process sees at once in the first epoch."""
+    size, found = recipe.data.batch_size, []
+    for number, start in enumerate(range(0, images, size)):
+        batch = torch.arange(start, min(start + size, images))
+        if recipe.optim.name != "gd" and (
+            (recipe.data.drop_last and len(batch) < size) or number >= (recipe.iterations or images)
+        ):
+            continue
+        for rank in range(processes):
+            found += [len(piece) for piece in batch[rank::processes].chunk(recipe.accumulate)]
+    return found
+
+
+@pytest.mark.parametrize("images", [7, 8, 13])
+def test_single_images_are_those_of_the_batches_cut_up(images: int, tiny: Any) -> None:
+    for size, parts, processes, drop in itertools.product((2, 3, 5, 6), (1, 2), (1, 2), (True, False)):
+        for changes in ({}, {"iterations": 1}, {"iterations": 9}, {"optim": {"name": "gd", "lr": 0.1}}):
+            accumulate = 1 if "optim" in changes else parts
+            batches = {"data.batch_size": size, "data.drop_last": drop, "accumulate": accumulate}
+            recipe = tiny(**{**batches, **changes})
+            assert sees_single_image(recipe, images, processes) == (1 in cut(recipe, images, processes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "norm"),
+    [
+        ({"model.name": "mlp4x24_bn"}, "layers.0.bn"),
+        ({"model.name": "cifar_resnet8_lastbn"}, "last_bn"),
+        ({"model.name": "cifar_resnet8"}, None),
+        ({"model.name": "cifar_resnet8", "data.crop": 4}, "layer3.0.bn1"),
+        ({"model.name": "resnet18"}, "layer2.0.bn1"),
+        ({"model.name": "mlp4x24"}, None),
+    ],
+    ids=str,
+)
+def test_the_norm_that_gets_one_value_of_an_image(changes: dict[str, Any], norm: str | None, tiny: Any) -> None:
+    """A norm over maps, too, where they are a pixel; in training on one image torch then has an error of its own."""
+    assert norm_without_variance(tiny(**changes), 10) == norm
+
+
+def test_the_plan_refuses_what_the_run_would(tiny: Any) -> None:
+    """Of 1,437 images of digits: an uneven batch of eight GPUs, an epoch's last one, what validation leaves."""
+    a100, network = accelerator("a100"), {"model.name": "mlp4x24_bn", "data.batch_size": 9}
+    with pytest.raises(ValueError, match=SINGLE.format(r"layers\.0\.bn has no variance")):
+        plan_training(tiny(**network), a100, 8)
+    assert plan_training(tiny(**network), a100).steps_per_epoch == 159
+    network |= {"data.batch_size": 4, "data.drop_last": False}
+    with pytest.raises(ValueError, match=SINGLE.format("layers")):
+        plan_training(tiny(**network), a100)
+    assert plan_training(tiny(**network, **{"data.validation": 37}), a100).steps_per_epoch == 350
+    with pytest.raises(ValueError, match=SINGLE.format("layers")):
+        plan_training(tiny(**network, **{"data.validation": 36}), a100)
+
+
+def test_images_that_sync_bn_averages_with_others_are_not_alone(tiny: Any) -> None:
+    recipe = tiny(**{"model.name": "mlp4x24_bn", "data.batch_size": 8, "sync_bn": True})
+    check_parts(recipe, 1437, 10, processes=8)
+    assert sees_single_image(tiny(**{"data.batch_size": 8}), 1437, processes=8)
+    with pytest.raises(ValueError, match=SINGLE.format(r"layers\.0\.bn")):  # an epoch's last image has no other
+        check_parts(
+            tiny(**{"model.name": "mlp4x24_bn", "data.batch_size": 4, "data.drop_last": False, "sync_bn": True}),
+            1437,
+            10,
+            processes=2,
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from condzoo.probe.kronecker import KroneckerSpectrum
 from condzoo.probe.neurons import Neurons
+from condzoo.probe.outliers import Outlier
 from condzoo.probe.spectra import Spectrum
 
 
@@ -121,6 +122,15 @@ class Conditioning(Mapping[str, LayerConditioning]):
     def last(self) -> LayerConditioning:
         """The last layer in forward order: a classifier's linear layer. A KeyError where none was measured."""
         return self[next(reversed(self.layers), "")]
+
+    def outliers(self, factor: float = 10.0, p: float = 0.5) -> list[Outlier]:
+        """The layers that have `factor` times the median layer's value or more, or its `factor`-th part or less.
+
+        See `condzoo.probe.outliers.outliers`; docs/probe.md says what each may mean and what helps.
+        """
+        from condzoo.probe.outliers import outliers
+
+        return outliers(self, factor, p)
 
     def table(self, p: float = 0.5) -> str:
         """The measurement as text: one line a layer, magnitudes and condition numbers.

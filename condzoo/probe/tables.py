@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.outliers import outlier_lines
 from condzoo.probe.spectra import Spectrum
 
 LEGEND = """\
@@ -38,7 +39,7 @@ def conditioning_table(conditioning: Conditioning, p: float = 0.5) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(map(_aligned, range(len(row)), row, widths)) for row in rows]
     legend = LEGEND.replace("k50", f"k{100 * p:g}").replace("half", f"{100 * p:g} %")
-    return "\n".join([_title(conditioning), *lines, *_below(conditioning), legend])
+    return "\n".join([_title(conditioning), *lines, *outlier_lines(conditioning, p), *_below(conditioning), legend])
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

@@ -1,0 +1,121 @@
+"""Which layers stand out: the ones whose numbers are far from those of the network's median layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from condzoo.probe.spectra import Spectrum
+
+if TYPE_CHECKING:
+    from condzoo.probe.conditioning import Conditioning, LayerConditioning
+
+SHOWN = 4  # layers a column, in the text
+FEWEST_LAYERS = 3  # of two layers neither is the odd one
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A layer that is far from the network's median layer in one quantity.
+
+    Attributes:
+        layer: its name.
+        quantity: the table's column: "lmax(x)", "lmax(g)", "k50(x)", "k50(g)" or "dW/W".
+        value: the layer's.
+        median: over the layers that it is compared with.
+    """
+
+    layer: str
+    quantity: str
+    value: float
+    median: float
+
+    @property
+    def ratio(self) -> float:
+        """Value over median: above 1 for a layer that has too much, below for one that has too little."""
+        return self.value / self.median
+
+
+def outliers(conditioning: Conditioning, factor: float = 10.0, p: float = 0.5) -> list[Outlier]:
+    """The layers that have `factor` times the median layer's value or more, or its `factor`-th part or less.
+
+    Magnitudes and `weight_domination` are held against the median in both directions, condition numbers upwards
+    alone. A condition number of which only a lower bound is known counts as that; one with a structural null or
+    fewer rows than dimensions does not count, nor does what is not finite or was not measured. The gradient at
+    each position of a feature map is the smaller the more positions there are, so lambda_max of the output
+    gradients is compared among layers with equally many.
+
+    Args:
+        conditioning: the measurement.
+        factor: above 1.
+        p: fraction of the spectrum of the condition numbers.
+
+    Returns:
+        By quantity, in the order of the table's columns, and within one the furthest from the median first. Empty
+        where no layer stands out; fewer than three layers are not compared.
+
+    Raises:
+        ValueError: a factor that is not above 1, a p outside (0, 1].
+    """
+    if not factor > 1:
+        raise ValueError(f"factor must be above 1: {factor!r}")
+    found = []
+    for quantity, value_of in _quantities(p).items():
+        values = {name: value for name, layer in conditioning.items() if math.isfinite(value := value_of(layer))}
+        compared = [list(values)]
+        if quantity == "lmax(g)":
+            positions = {conditioning[name].positions for name in values}
+            compared = [[name for name in values if conditioning[name].positions == n] for n in sorted(positions)]
+        far = [o for names in compared for o in _against_median(quantity, {name: values[name] for name in names})]
+        far = [o for o in far if o.ratio >= factor or (o.ratio <= 1 / factor and not quantity.startswith("k"))]
+        found += sorted(far, key=_distance, reverse=True)
+    return found
+
+
+def _against_median(quantity: str, values: dict[str, float]) -> list[Outlier]:
+    middle = median(values.values()) if len(values) >= FEWEST_LAYERS else 0.0
+    if middle <= 0:  # too few layers, or so many of them without a signal that there is nothing to compare with
+        return []
+    return [Outlier(name, quantity, value, middle) for name, value in values.items()]
+
+
+def outlier_lines(conditioning: Conditioning, p: float = 0.5, factor: float = 10.0) -> list[str]:
+    """The outliers as lines below the table, one a column; none where there are too few layers to compare."""
+    if len(conditioning) < FEWEST_LAYERS:
+        return []
+    found = outliers(conditioning, factor, p)
+    if not found:
+        return [f"no layer stands out: none has {factor:g} times the median layer's value, or a {factor:g}th of it"]
+    columns: dict[str, list[Outlier]] = {}
+    for outlier in found:
+        columns.setdefault(outlier.quantity, []).append(outlier)
+    head = f"stand out, having {factor:g} times the median layer's value or more, or a {factor:g}th or less:"
+    return [head, *(f"  {quantity}: {_listed(its)}" for quantity, its in columns.items())]
+
+
+def _quantities(p: float) -> dict[str, Callable[[LayerConditioning], float]]:
+    """What is compared, by the table's column; NaN for a layer that does not have it."""
+    return {
+        "lmax(x)": lambda layer: layer.input.lambda_max,
+        f"k{100 * p:g}(x)": lambda layer: _condition_number(layer.input, p),
+        "lmax(g)": lambda layer: layer.output_grad.lambda_max,
+        f"k{100 * p:g}(g)": lambda layer: _condition_number(layer.output_grad, p),
+        "dW/W": lambda layer: math.nan if layer.weight_domination is None else layer.weight_domination,
+    }
+
+
+def _condition_number(spectrum: Spectrum, p: float) -> float:
+    return spectrum.at_least(p) if spectrum.status(p) in ("ok", "bound") else math.nan
+
+
+def _distance(outlier: Outlier) -> float:
+    return abs(math.log(outlier.ratio)) if outlier.ratio > 0 else math.inf
+
+
+def _listed(found: list[Outlier]) -> str:
+    """ "fc 48x, conv1 0.09x and 3 more"."""
+    names = ", ".join(f"{o.layer or '(model)'} {o.ratio:.2g}x" for o in found[:SHOWN])
+    return names + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")

@@ -1,0 +1,140 @@
+"""The layers that stand out, against medians worked out by hand and by numpy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import condzoo
+from condzoo.probe.conditioning import Conditioning, LayerConditioning
+from condzoo.probe.outliers import Outlier
+from condzoo.probe.spectra import Spectrum
+
+
+def spectrum_of(*eigenvalues: float, **known: float) -> Spectrum:
+    return Spectrum(torch.tensor(eigenvalues, dtype=torch.float64), **known)
+
+
+def layer(
+    x: Spectrum | None = None,
+    g: Spectrum | None = None,
+    weight: float | None = 1.0,
+    weight_grad: float | None = 1.0,
+    positions: int = 1,
+) -> LayerConditioning:
+    flat = spectrum_of(1.0, 1.0)
+    return LayerConditioning("Linear", x or flat, g or flat, weight, weight_grad, samples=8, positions=positions)
+
+
+def found(layers: dict[str, LayerConditioning], *arguments: float) -> list[tuple[str, str, float]]:
+    return [(o.quantity, o.layer, o.ratio) for o in Conditioning(layers).outliers(*arguments)]
+
+
+def test_a_layer_far_from_the_median_is_named_with_its_ratio():
+    layers = {"a": layer(), "b": layer(), "c": layer(spectrum_of(40.0, 40.0)), "d": layer(spectrum_of(0.05, 0.05))}
+    assert Conditioning(layers).outliers() == [Outlier("c", "lmax(x)", 40.0, 1.0), Outlier("d", "lmax(x)", 0.05, 1.0)]
+    assert found(layers, 30.0) == [("lmax(x)", "c", 40.0)]
+    assert found(layers, 50.0) == []
+
+
+def test_columns_come_in_the_tables_order_and_the_furthest_first():
+    layers = {
+        "a": layer(weight_grad=0.01),
+        "b": layer(spectrum_of(20.0, 0.1), spectrum_of(30.0, 30.0)),
+        "c": layer(spectrum_of(1000.0, 1000.0), spectrum_of(1.0, 0.05)),
+        "d": layer(),
+        "e": layer(),
+    }
+    assert found(layers, 10.0, 1.0) == [
+        ("lmax(x)", "c", 1000.0),
+        ("lmax(x)", "b", 20.0),
+        ("k100(x)", "b", 200.0),
+        ("lmax(g)", "b", 30.0),
+        ("k100(g)", "c", 20.0),
+        ("dW/W", "a", 0.01),
+    ]
+
+
+def test_a_small_condition_number_is_no_fault():
+    wide = spectrum_of(50.0, 1.0)
+    layers = {"a": layer(wide), "b": layer(wide), "c": layer(spectrum_of(50.0, 50.0))}
+    assert found(layers, 10.0, 1.0) == []
+
+
+def test_output_gradients_are_compared_among_layers_with_as_many_positions():
+    small = spectrum_of(1e-4, 1e-4)
+    layers = {f"conv{i}": layer(g=small, positions=64) for i in range(3)}
+    layers |= {f"fc{i}": layer() for i in range(3)}
+    assert found(layers) == []
+    layers["conv9"] = layer(g=spectrum_of(1e-2, 1e-2), positions=64)
+    assert found(layers) == [("lmax(g)", "conv9", pytest.approx(100.0))]
+
+
+def test_unknown_condition_numbers_count_by_what_is_known():
+    usual = [layer(spectrum_of(1.0, 0.5)) for _ in range(3)]
+    bound = layer(spectrum_of(1.0, 0.0, noise_floor=1e-3))  # kappa is 1000 at least
+    null = layer(spectrum_of(1.0, 0.0, noise_floor=1e-3, nulls=1))
+    layers = dict(zip("abcde", [*usual, bound, null], strict=True))
+    assert layers["d"].input.status(1.0) == "bound"
+    assert layers["e"].input.status(1.0) == "structural null"
+    assert found(layers, 10.0, 1.0) == [("k100(x)", "d", pytest.approx(500.0))]
+
+
+def test_what_is_missing_or_not_finite_is_left_out():
+    layers = {"a": layer(), "b": layer(), "c": layer(), "d": layer(spectrum_of(math.nan, math.nan), weight=None)}
+    assert found(layers) == []
+
+
+def test_a_layer_without_a_signal_stands_out_and_a_dead_network_does_not_divide_by_zero():
+    dead = layer(g=spectrum_of(0.0, 0.0), weight_grad=0.0)
+    assert found({"a": layer(), "b": layer(), "c": dead}) == [("lmax(g)", "c", 0.0), ("dW/W", "c", 0.0)]
+    assert found({"a": layer(), "b": dead, "c": dead}) == []
+
+
+def test_two_layers_are_not_compared():
+    layers = {"a": layer(), "b": layer(spectrum_of(1e6, 1e6))}
+    assert found(layers) == []
+    assert "stand out" not in Conditioning(layers).table()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, -3.0, math.nan])
+def test_a_factor_that_is_not_above_one_is_refused(factor):
+    with pytest.raises(ValueError, match=r"factor must be above 1: "):
+        Conditioning({"a": layer()}).outliers(factor)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=3, max_size=12), st.floats(1.5, 100.0), st.floats(1e-3, 1e3))
+def test_outliers_are_numpys_and_do_not_change_with_the_unit(values, factor, unit):
+    def of(scale: float) -> set[str]:
+        layers = {str(i): layer(spectrum_of(v * scale, v * scale)) for i, v in enumerate(values)}
+        return {o.layer for o in Conditioning(layers).outliers(factor) if o.quantity == "lmax(x)"}
+
+    distance = np.abs(np.log(np.array(values) / np.median(values))) - math.log(factor)
+    clear = np.abs(distance) > 1e-9  # of a layer at the very factor rounding decides
+    expected = {str(i) for i in np.flatnonzero(clear & (distance > 0))}
+    tied = {str(i) for i in np.flatnonzero(~clear)}
+    assert of(1.0) - tied == of(unit) - tied == expected
+
+
+def test_the_table_names_them():
+    layers = {"a": layer(), "b": layer(), "c": layer(spectrum_of(40.0, 40.0))}
+    text = Conditioning(layers).table()
+    assert "stand out, having 10 times the median layer's value or more, or a 10th or less:\n  lmax(x): c 40x\n" in text
+    even = {name: layer() for name in "abc"}
+    assert "no layer stands out: none has 10 times the median layer's value, or a 10th of it" in (
+        Conditioning(even).table()
+    )
+    many = {f"l{i}": layer() for i in range(12)} | {f"big{i}": layer(spectrum_of(50.0, 50.0)) for i in range(6)}
+    assert "  lmax(x): big0 50x, big1 50x, big2 50x, big3 50x and 2 more" in Conditioning(many).table()
+
+
+def test_in_a_plain_resnet_it_is_the_last_layer_and_a_last_bn_mends_it():
+    torch.manual_seed(0)
+    batch = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    plain = condzoo.measure(condzoo.create_model("cifar_resnet14_nobn"), batch).outliers()
+    assert {"lmax(x)", "k50(x)"} <= {o.quantity for o in plain if o.layer == "fc" and o.ratio > 1}
+    mended = condzoo.measure(condzoo.create_model("cifar_resnet14_nobn_lastbn"), batch).outliers()
+    assert not [o for o in mended if o.layer == "fc"]

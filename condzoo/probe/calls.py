@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 STRIDED = "strided tensor"
 
 
 def layout(value: Any) -> str:
-    """What a value is: a strided, sparse or nested tensor, or the name of another class."""
+    """What a value is: a strided, sparse or nested tensor, one inside vmap or grad, or the name of another class."""
     if not isinstance(value, Tensor):
         return type(value).__name__
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return "tensor inside a transform of torch.func"
     return "nested tensor" if value.is_nested else str(value.layout).removeprefix("torch.") + " tensor"
 
 

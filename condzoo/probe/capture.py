@@ -30,11 +30,16 @@ from condzoo.probe.origins import Origin
 from condzoo.probe.patches import padded_inside
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.relu_calls import ReluCalls
-from condzoo.probe.repetitions import Calls
+from condzoo.probe.repetitions import Batch, Calls
 from condzoo.probe.views import watch_gradient
 from condzoo.probe.wrappers import named_modules
 
 Module = TypeVar("Module", bound=nn.Module)
+
+MIXED = (
+    "forward passes of several sizes waited together for their backward passes under checkpoints with use_reentrant="
+    "True, which do not say whose pass they repeat"
+)
 
 SEEN: dict[str, Callable[[], Any]] = {  # what a Capture records -> nothing recorded yet
     "sums": dict,
@@ -187,11 +192,14 @@ class Capture:
         return undo
 
     def _on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
-        if name in self.split or not self._reads(name):
+        mixed = self._calls.mixed(name)
+        if name in self.split or (batch := self._reads(name)) is None:
             return
         x = called_on(args, kwargs)
         sums = self.sums.setdefault(name, LayerSums())
-        sums.samples += self.batch
+        sums.samples += batch.samples
+        if mixed:
+            sums.hidden = MIXED
         if (why := unreadable(module, x, h)) is not None:
             sums.hidden = f"{why}: its rows are not seen"
             return
@@ -206,7 +214,7 @@ class Capture:
             self.origin.find(name)
         self.origin.passed(name, h)
         if h.requires_grad:
-            watch_gradient(h, partial(self._on_gradient, module, sums.output_grad, self.scale))
+            watch_gradient(h, partial(self._on_gradient, module, sums.output_grad, batch.scale))
 
     def counts(self) -> tuple[dict[str, Neurons], dict[str, str]]:
         """Dying and full units by ReLU, and the reason by ReLU that cannot be counted."""
@@ -241,17 +249,17 @@ class Capture:
         self._count_units(name, output, linear_range(module, output.dtype))
 
     def _count_units(self, name: str, output: Tensor, linear: LinearRange) -> None:
-        if output.ndim >= 2 and self._reads(name, at_once=True):
+        if output.ndim >= 2 and self._reads(name, at_once=True) is not None:
             self._relu_calls.add(self.neurons, name, output, linear)
 
-    def _reads(self, name: str, *, at_once: bool = False) -> bool:
-        """Whether this call is to be recorded: in training, and not a repetition of one that was (checkpointing)."""
+    def _reads(self, name: str, *, at_once: bool = False) -> Batch | None:
+        """The batch of this call if it is recorded: in training, and no repetition of one that was (checkpointing)."""
         if not self.recording or (self.trains and at_rest()):
-            return False
-        counts = self._calls.counts(name, at_once=at_once)
+            return None
+        batch = self._calls.counts(name, Batch(self.batch, self.scale), at_once=at_once)
         if self._calls.waiting[name]:
             self.sums.setdefault(name, LayerSums())  # its place in the order of the forward pass
-        return counts
+        return batch
 
 
 def refill(held: dict[str, Module], found: Mapping[str, Module]) -> None:

@@ -16,7 +16,6 @@ Shapes: N samples, K classes, P parameters, T positions of a layer.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size, call, in_float64, on_device
+from condzoo.probe.copying import copied
 from condzoo.probe.costs import announce, cost
 from condzoo.probe.gradient_rows import ELSEWHERE, LayerRows, Unfactored, gradient_rows, unavailable
 from condzoo.probe.label_models import checked_distribution, distribution_of
@@ -100,7 +100,7 @@ def in_float64_copies(
     if y is None and matrix in ("grad_moment", "hessian"):
         raise ValueError(f"matrix={matrix!r} needs targets y; 'fisher' does without")
     check_loss(matrix, loss)
-    model = copy.deepcopy(replica(model)).double()
+    model = copied(replica(model)).double()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batch = on_device(in_float64((x, y)), device)
     return model, *batch, loss_in_float64(loss)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from condzoo.probe.arguments import checked
 from condzoo.probe.batches import Adapter, as_pair, each, in_float64
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.copying import copied
 from condzoo.probe.layers import choose
 from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_in_float64
 from condzoo.probe.passes import Passes
@@ -85,7 +85,7 @@ def measure(
     refuse_threads(model)
     chosen, skipped = choose(model, layers)
     if device is not None and any(p.device != torch.device(device) for p in model.parameters()):
-        model = copy.deepcopy(model).to(device)
+        model = copied(model).to(device)
         chosen, skipped = choose(model, layers)
     capture = capture_of(model, chosen, conv=conv, precision=precision, bias=bias, kappa=kappa)
     if reduction is not None:
@@ -121,7 +121,7 @@ def certificate(model: nn.Module, batch: list[tuple[Any, Any]], options: dict[st
     own = measure(model, batch, precision="float64", **options)
     wide = [(in_float64(x), in_float64(y)) for x, y in batch]
     options["loss"] = loss_in_float64(options["loss"])
-    exact = measure(copy.deepcopy(model).double(), wide, precision="float64", **options)
+    exact = measure(copied(model).double(), wide, precision="float64", **options)
     found: dict[str, dict[str, float]] = {}
     for name in own.keys() & exact.keys():
         found[name] = {}

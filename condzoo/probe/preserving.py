@@ -58,5 +58,6 @@ def preserved(model: nn.Module, seed: int) -> Iterator[None]:
 def _restore(module: nn.Module, name: str, buffer: Tensor, values: Tensor) -> None:
     module._buffers[name] = buffer
     if not torch.equal(buffer, values):
-        with torch.no_grad():
+        # Not as a change: a backward pass of the caller's that is still to come may have saved the buffer.
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(buffer):
             buffer.copy_(values)

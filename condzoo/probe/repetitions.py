@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from condzoo.probe.wrappers import in_reentrant_checkpoint
+
+
+class Batch(NamedTuple):
+    """Of one forward pass: its samples, and what an output gradient is multiplied by."""
+
+    samples: int
+    scale: float
 
 
 @dataclass(eq=False)
@@ -16,18 +24,22 @@ class Calls:
 
     Attributes:
         seen: names that were called outside of a repetition.
-        waiting: calls by name that only their repetition shows, with its gradients.
+        waiting: by name, the batches of calls that only their repetition shows, with its gradients.
     """
 
     seen: set[str] = field(default_factory=set)
-    waiting: Counter[str] = field(default_factory=Counter)
+    waiting: defaultdict[str, list[Batch]] = field(default_factory=lambda: defaultdict(list))
 
     def __copy__(self) -> Calls:
         """Another one that counts on by itself."""
-        return Calls(set(self.seen), Counter(self.waiting))
+        return Calls(set(self.seen), defaultdict(list, {name: list(held) for name, held in self.waiting.items()}))
 
-    def counts(self, name: str, *, at_once: bool) -> bool:
-        """Whether this call is to be recorded, and not a repetition of one that was.
+    def mixed(self, name: str) -> bool:
+        """Whether a repetition of this layer may be of batches of several sizes; nothing says of which."""
+        return within_backward() and len(set(self.waiting[name])) > 1
+
+    def counts(self, name: str, batch: Batch, *, at_once: bool) -> Batch | None:
+        """The batch of this call, None if it is not to be recorded, or a repetition of one that was.
 
         With use_reentrant=True a checkpoint's first forward runs without gradients. What needs none is counted
         `at_once`; a layer waits for the repetition in the backward pass.
@@ -35,15 +47,18 @@ class Calls:
         repeated = within_backward()
         if not torch.is_grad_enabled():
             if repeated or not in_reentrant_checkpoint():
-                return False
-            (self.seen if at_once else self.waiting).update((name,))
-            return at_once
+                return None
+            if at_once:
+                self.seen.add(name)
+                return batch
+            self.waiting[name].append(batch)
+            return None
         if not repeated:
             self.seen.add(name)
-            return True
-        waited = self.waiting[name] > 0
-        self.waiting[name] -= waited
-        return waited or name not in self.seen
+            return batch
+        if self.waiting[name]:
+            return self.waiting[name].pop()
+        return None if name in self.seen else batch
 
 
 def within_backward() -> bool:

@@ -46,17 +46,19 @@ def pulled_back(
     outputs: Tensor, parameters: Sequence[Tensor], signals: Float[Tensor, m * shape]
 ) -> Float[Tensor, "m p"]:
     """Each signal's gradient of all parameters together, as a row."""
-    parts = []
-    for start in range(0, signals.shape[0], ROWS):
+
+    def rows(some: Tensor, batched: bool) -> Tensor:
         grads = torch.autograd.grad(
-            outputs,
-            parameters,
-            signals[start : start + ROWS],
-            retain_graph=True,
-            is_grads_batched=True,
-            allow_unused=True,
+            outputs, parameters, some, retain_graph=True, is_grads_batched=batched, allow_unused=True
         )
-        count = len(signals[start : start + ROWS])
+        count = len(some) if batched else 1
         filled = [p.new_zeros(count, p.numel()) if g is None else g for g, p in zip(grads, parameters, strict=True)]
-        parts.append(torch.cat([g.flatten(1) for g in filled], dim=1))
+        return torch.cat([g.reshape(count, -1) for g in filled], dim=1)
+
+    parts = []
+    for some in signals.split(ROWS):
+        try:
+            parts.append(rows(some, True))
+        except RuntimeError:  # vmap cannot run dropout that checkpointing repeats, or some backward of a user's
+            parts += [rows(signal, False) for signal in some]
     return torch.cat(parts)

@@ -16,7 +16,7 @@ from condzoo.probe.capture import Capture
 from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.step_weights import StepWeights
-from condzoo.probe.wrappers import refuse_replica
+from condzoo.probe.wrappers import in_transform, refuse_replica
 
 
 class StepPasses:
@@ -45,7 +45,8 @@ class StepPasses:
         capture.on_gradient = self._in_backward
         self.count = self.samples = 0
         self._told = False
-        self._running: list[Callable[[], None] | None] = []  # a call of the model each: what forgets it
+        # A call of the model each: what forgets it, and whether layers are read again once it is over.
+        self._running: list[tuple[Callable[[], None] | None, bool]] = []
         self._waiting: list[Callable[[], None]] = []  # what forgets each pass since a backward pass ended, oldest first
         self._backwards: set[int] = set()  # backward passes that have begun and not ended: they run, or raised
         self._ended = False
@@ -65,7 +66,7 @@ class StepPasses:
     def detach(self) -> None:
         """Take the hooks off; `count` and `samples` are then final."""
         remove(self._handles)
-        if (interrupted := next(filter(None, self._running), None)) is not None:
+        if (interrupted := next((forget for forget, _ in self._running if forget), None)) is not None:
             interrupted()
         self._settle()
         self._waiting.clear()  # what could still be undone keeps sums alive
@@ -85,22 +86,24 @@ class StepPasses:
             self._ended = False
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._running.append(None)
+        self._running.append((None, self.capture.recording))
         refuse_replica(module)
         if self._told or at_rest():
             return
-        self.capture.recording = module.training and torch.is_grad_enabled()
+        self.capture.recording = module.training and torch.is_grad_enabled() and not in_transform()
         repeated = self.count > 0 and torch._C._current_graph_task_id() != -1  # by checkpointing
         if self.capture.recording and not repeated:
-            self._running[-1] = self._start([args, kwargs])
+            self._running[-1] = self._start([args, kwargs]), True
 
     def _returned(self, *_: Any) -> None:
         if self._running:
-            self._running[-1] = None
+            self._running[-1] = None, self._running[-1][1]
 
     def _over(self, *_: Any) -> None:
         """After a pass that returned, and after one that raised."""
-        forget = self._running.pop() if self._running else None  # a hook before ours may raise
+        if not self._running:
+            return  # a hook before ours may raise
+        forget, self.capture.recording = self._running.pop()
         if forget is not None:
             forget()
             if forget in self._waiting:

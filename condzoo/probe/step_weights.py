@@ -20,6 +20,7 @@ from condzoo.probe.attention import packed_weights
 from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.weights import Norms, norms_of, own_weight, watch_computed, widened
+from condzoo.probe.wrappers import in_transform
 
 
 class StepWeights:
@@ -98,7 +99,7 @@ class StepWeights:
                 self._look(layer, weight)
 
     def _look(self, name: str, weight: Tensor | None) -> None:
-        if weight is None or weight is self._seen.get(name) or at_rest():
+        if weight is None or weight is self._seen.get(name) or at_rest() or in_transform():
             return
         if _is_split(weight):
             self.split.add(name)

@@ -109,6 +109,11 @@ def without_reentrant_checkpoints() -> Iterator[None]:
             CheckpointFunction.apply = before
 
 
+def in_transform() -> bool:
+    """Whether this runs inside `torch.func.grad`, `vmap`, ...: the tensors there hold no values to read."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def in_reentrant_checkpoint() -> bool:
     """Whether a checkpoint with use_reentrant=True runs its forward now, to repeat it in the backward pass."""
     frame: FrameType | None = sys._getframe()

@@ -85,3 +85,81 @@ def test_a_layer_that_is_called_twice_is_measured_once_a_call_under_checkpointin
         assert torch.allclose(a.input.eigenvalues, b.input.eigenvalues, rtol=1e-10, atol=1e-14)
         assert torch.allclose(a.output_grad.eigenvalues, b.output_grad.eigenvalues, rtol=1e-10, atol=1e-14)
         assert b.weight_grad == pytest.approx(a.weight_grad, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("between", ["no_grad", "eval"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_validation_pass_before_the_backward_pass_hides_no_repetition(between, reentrant):
+    torch.manual_seed(0)
+    stem, body, head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body, self.head = stem, body, head
+
+        def forward(self, x):
+            return self.head(checkpoint(self.body, self.stem(x), use_reentrant=reentrant))
+
+    model, x, y = Checkpointed().double(), torch.randn(9, 6).double(), torch.randint(3, (9,))
+    found = []
+    for validated in (False, True):
+        with Probe(model) as probe:
+            loss = F.cross_entropy(model(x), y)
+            if validated:
+                with torch.set_grad_enabled(between == "eval"):
+                    model.train(between == "no_grad")
+                    model(x[:4])
+                    model.train()
+            loss.backward()
+            probe.step()
+        found.append(probe.latest)
+    plain, validated = found
+    assert list(plain) == list(validated) == ["stem", "body", "head"]
+    for name in plain:
+        assert torch.equal(plain[name].output_grad.eigenvalues, validated[name].output_grad.eigenvalues)
+
+
+def test_a_pass_without_gradients_within_a_pass_hides_nothing_after_it():
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x, own=None):
+            h = self.first(x)
+            if own is None:
+                with torch.no_grad():
+                    own = self(x, own=torch.zeros_like(x))
+            return self.second(h + own)
+
+    torch.manual_seed(0)
+    model, x = Conditioned().double(), torch.randn(9, 6).double()
+    with Probe(model) as probe:
+        model(x).square().mean().backward()
+        probe.step()
+    assert list(probe.latest) == ["first", "second"]
+    assert probe.latest.samples == 9
+
+
+def test_passes_of_several_sizes_that_wait_together_under_reentrant_checkpoints_are_named():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(checkpoint(self.body, self.stem(x), use_reentrant=True))
+
+    torch.manual_seed(0)
+    model, x, y = Checkpointed().double(), torch.randn(9, 6).double(), torch.randint(3, (9,))
+    for sizes, skipped in (([2, 7], {"body"}), ([3, 3, 3], set())):
+        with Probe(model, loss_scale=1 / len(sizes)) as probe:
+            parts = zip(x.split(sizes), y.split(sizes), strict=True)
+            losses = [F.cross_entropy(model(a), b) / len(sizes) for a, b in parts]
+            for loss in losses:
+                loss.backward()
+            probe.step()
+        assert set(probe.latest.skipped) == skipped
+        assert all("use_reentrant=True" in why for why in probe.latest.skipped.values())

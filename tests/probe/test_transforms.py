@@ -1,0 +1,80 @@
+"""Passes inside torch.func's transforms, whose tensors hold no values, and backward passes that vmap cannot run."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, jacrev, vmap
+from torch.utils.checkpoint import checkpoint
+
+from condzoo.probe import Probe, curvature, measure
+
+
+def parts() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    return model, torch.randn(9, 6).double(), torch.randint(3, (9,))
+
+
+def test_passes_inside_transforms_are_no_training_steps():
+    model, x, y = parts()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights, x, y):
+        return F.cross_entropy(functional_call(model, weights, (x,)), y)
+
+    with Probe(model) as probe:
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    plain = probe.latest
+    with Probe(model) as probe:
+        grad(loss)(weights, x, y)
+        vmap(grad(loss), (None, 0, 0))(weights, x[:, None], y[:, None])
+        jacrev(model)(x)
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    assert (probe.latest.samples, probe.latest.skipped) == (9, {})
+    assert probe.latest.neurons == plain.neurons
+    for name in plain:
+        assert torch.equal(probe.latest[name].output_grad.eigenvalues, plain[name].output_grad.eigenvalues)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_layers_called_inside_a_transform_are_skipped_by_name(batched):
+    class Energy(nn.Module):
+        def __init__(self, potential, head):
+            super().__init__()
+            self.potential, self.head = potential, head
+
+        def forward(self, x):
+            force = grad(lambda z: self.potential(z).sum())
+            return self.head(vmap(force)(x) if batched else force(x))
+
+    model, x, y = parts()
+    found = measure(Energy(model, nn.Linear(6, 3).double()), (x, y))
+    assert list(found) == ["head"]
+    assert all("inside a transform of torch.func" in why for why in found.skipped.values())
+    assert {"potential.0", "potential.2"} <= set(found.skipped)
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+def test_curvature_where_vmap_cannot_run_the_backward_pass(matrix):
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.on = nn.Linear(6, 5), nn.Linear(5, 3), False
+            self.norm = nn.BatchNorm1d(5)
+
+        def inner(self, x):
+            return F.dropout(self.first(x).tanh(), 0.3)
+
+        def forward(self, x):
+            h = checkpoint(self.inner, x, use_reentrant=False) if self.on else self.inner(x)
+            return self.second(self.norm(h))
+
+    torch.manual_seed(0)
+    model, x, y = Dropped().double(), torch.randn(9, 6).double(), torch.randint(3, (9,))
+    plain = curvature(model, x, y, matrix)
+    model.on = True
+    found = curvature(model, x, y, matrix)
+    assert torch.allclose(found.eigenvalues, plain.eigenvalues, rtol=1e-9, atol=1e-12 * plain.lambda_max)

@@ -23,7 +23,7 @@ from condzoo.probe.exact import (
     spectrum_of_rows,
     whole_matrix,
 )
-from condzoo.probe.gradient_rows import LayerRows
+from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.losses import Loss
 from condzoo.probe.preserving import preserved
 from condzoo.probe.sample_gradients import DenseRows

@@ -30,8 +30,9 @@ from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size, call, in_float64, on_device
 from condzoo.probe.copying import copied
 from condzoo.probe.costs import announce, cost
-from condzoo.probe.gradient_rows import ELSEWHERE, LayerRows, Unfactored, gradient_rows, unavailable
+from condzoo.probe.gradient_rows import Unfactored, gradient_rows, unavailable
 from condzoo.probe.label_models import checked_distribution, distribution_of
+from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import choose, samples_interact
 from condzoo.probe.losses import Loss, logits_of, loss_in_float64, mean_loss, name_of
 from condzoo.probe.preserving import preserved
@@ -148,11 +149,11 @@ def called_rows(rows: dict[str, LayerRows]) -> list[LayerRows]:
 
     Raises:
         ValueError: none was called.
-        Unfactored: one's weight is used elsewhere, too.
+        Unfactored: one's weight is used elsewhere, too, or its rows are not in the samples' order.
     """
     for name, layer in rows.items():
-        if not layer.whole:
-            raise Unfactored(unavailable(name, ELSEWHERE))
+        if layer.fault:
+            raise Unfactored(unavailable(name, layer.fault))
     if not rows:
         raise ValueError("the forward pass calls none of the layers asked for: there is no gradient")
     return list(rows.values())

@@ -1,20 +1,15 @@
-"""Per-sample gradients of every layer as factors: rows x and g at each position, never a P-vector a sample.
-
-A layer's gradient for sample n is sum_t g_nt x_nt^T over its positions t (and sum_t g_nt for its bias).
-Shapes: N samples, K label draws a sample (1 with labels from the data), T positions, V = K * N vectors.
-"""
+"""Per-sample gradients of every layer as the factors of `LayerRows`, collected from a forward and backward passes."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from condzoo.probe.batches import batch_size, call
 from condzoo.probe.calls import called_on, unreadable
@@ -26,6 +21,7 @@ from condzoo.probe.label_models import (
     gradients_one_by_one,
     weighted_gradients,
 )
+from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import CONVOLUTIONS, samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.patches import padded_inside, unfolded
@@ -33,111 +29,12 @@ from condzoo.probe.repetitions import within_backward
 from condzoo.probe.views import shown
 
 ELSEWHERE = "a layer whose weight is used otherwise than by its own call"
+DISORDERED = "a layer whose rows are not in the order of the samples"
 SAME = 1e-6  # rounding between two ways to a gradient in float64, relative
-SAMPLES = 64  # samples whose gradients are formed at a time
 
 
 class Unfactored(ValueError):
     """A layer has no such rows; `sample_gradients` may have its gradients all the same."""
-
-
-@dataclass(eq=False)
-class LayerRows:
-    """One layer's factors.
-
-    Attributes:
-        name: the layer's.
-        bias: whether it has one.
-        width: d_out / groups.
-        inputs: a tensor [N, groups, T, d_in / groups] for each call of the layer.
-        grads: for each label draw, a tensor [N, groups, T, d_out / groups] a call.
-        samples: N.
-        whole: whether the weight's gradient is the sum of these rows; else another layer, or none, uses it, too.
-        edges: where in the graph each call's output is.
-    """
-
-    name: str
-    bias: bool
-    width: int
-    samples: int
-    whole: bool = True
-    inputs: list[Tensor] = field(default_factory=list)
-    grads: list[list[Tensor]] = field(default_factory=list)
-    edges: list[GradientEdge] = field(default_factory=list)
-
-    @property
-    def vectors(self) -> int:
-        """V, per-sample gradients in all."""
-        return len(self.grads) * self.samples
-
-    def dense(self, which: slice) -> Float[Tensor, "v p"]:
-        """The gradients themselves, of vectors `which` in the order draw by draw: weight, then bias."""
-        x = torch.cat(self.inputs, dim=2)
-        parts = []
-        for draw, indices in self._within(which):
-            g = torch.cat(self.grads[draw], dim=2)[indices]
-            weight = torch.einsum("ngto,ngti->ngoi", g, x[indices]).flatten(1)
-            parts.append(torch.cat([weight, g.sum(2).flatten(1)], dim=1) if self.bias else weight)
-        return torch.cat(parts)
-
-    @property
-    def single_position(self) -> bool:
-        """Whether every sample is one row: a linear layer on [N, d], called once."""
-        return len(self.inputs) == 1 and self.inputs[0].shape[1:3] == (1, 1)
-
-    @property
-    def parameters(self) -> int:
-        """P of this layer: weights and biases."""
-        x = self.inputs[0]
-        return x.shape[1] * self.width * (x.shape[3] + (1 if self.bias else 0))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the factors are."""
-        return self.inputs[0].device
-
-    def times(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " v"]:
-        """Inner products of all gradients with a vector, without forming them."""
-        x, shape = torch.cat(self.inputs, dim=2), (self.grads[0][0].shape[1], self.grads[0][0].shape[3], -1)
-        count = shape[0] * shape[1] * x.shape[3]
-        image = torch.einsum("ngti,goi->ngto", x, vector[:count].reshape(shape))
-        if self.bias:
-            image = image + vector[count:].reshape(shape[:2])[None, :, None]
-        return torch.cat([(torch.cat(g, dim=2) * image).sum((1, 2, 3)) for g in self.grads])
-
-    def transposed_times(self, inner: Float[Tensor, " v"]) -> Float[Tensor, " p"]:
-        """The sum of all gradients, each times its number."""
-        x = torch.cat(self.inputs, dim=2)
-        scaled = [
-            torch.cat(g, dim=2) * part[:, None, None, None]
-            for g, part in zip(self.grads, inner.split(self.samples), strict=True)
-        ]
-        total = torch.stack(scaled).sum(0)
-        weight = torch.einsum("ngto,ngti->goi", total, x).flatten()
-        return torch.cat([weight, total.sum((0, 2)).flatten()]) if self.bias else weight
-
-    def gram(self) -> Float[Tensor, "v v"]:
-        """All inner products of the gradients: with one position, (X X^T + 1) o (G G^T)."""
-        x = torch.cat(self.inputs, dim=2)
-        if x.shape[1] > 1 or x.shape[2] > 1:
-            return _product_in_parts(self)
-        g = torch.cat([torch.cat(grads, dim=2)[:, 0, 0] for grads in self.grads])
-        x = x[:, 0, 0]
-        inputs = x @ x.T + (1.0 if self.bias else 0.0)
-        return g @ g.T * inputs.repeat(len(self.grads), len(self.grads))
-
-    def _within(self, which: slice) -> Iterator[tuple[int, slice]]:
-        for draw in range(len(self.grads)):
-            start = max(which.start, draw * self.samples) - draw * self.samples
-            stop = min(which.stop, (draw + 1) * self.samples) - draw * self.samples
-            if start < stop:
-                yield draw, slice(start, stop)
-
-
-def _product_in_parts(layer: LayerRows) -> Float[Tensor, "v v"]:
-    total = layer.inputs[0].new_zeros((layer.vectors, layer.vectors))
-    dense = torch.cat([layer.dense(slice(i, i + SAMPLES)) for i in range(0, layer.vectors, SAMPLES)])
-    return total.addmm_(dense, dense.T)
 
 
 def gradient_rows(
@@ -161,7 +58,9 @@ def gradient_rows(
     try:
         output = call(model, x)
         if matrix == "grad_moment":
-            _backward(mean_loss(loss, output, y, count), layers, rows, None)
+            value = mean_loss(loss, output, y, count)
+            _backward(value, layers, rows, None)
+            _check_order(model, logits_of(output), value, layers, rows)
         else:
             _expect(model, layers, rows, logits_of(output), label_signals(model, loss, output, y, matrix))
     finally:
@@ -169,7 +68,7 @@ def gradient_rows(
             handle.remove()
     for layer in rows.values():
         layer.edges.clear()  # they hold the graph
-    return {name: layer for name, layer in rows.items() if layer.inputs or not layer.whole}
+    return {name: layer for name, layer in rows.items() if layer.inputs or layer.fault}
 
 
 def _expect(
@@ -185,7 +84,7 @@ def _expect(
         widths = [layer.width for layer in called]
         if called and all(layer.single_position for layer in called) and few_enough(len(logits), sum(widths)):
             first = next(signals)
-            _backward(logits, layers, rows, first)  # says whether the rows are whole
+            _backward(logits, layers, rows, first)  # says whether the rows are the weights' gradients
             alone = gradients_one_by_one(itertools.chain([first], signals))
             draws = equivalent_draws(logits, [edge for layer in called for edge in layer.edges], widths, alone)
             for layer, grads in zip(called, zip(*draws, strict=True), strict=True):
@@ -193,8 +92,10 @@ def _expect(
             return
         if logits.numel() <= ONE_BY_ONE:
             signals = gradients_one_by_one(signals)
-    for signal in signals:
+    for draw, signal in enumerate(signals):
         _backward(logits, layers, rows, signal)
+        if draw == 0:
+            _check_order(model, logits, (logits * signal).sum(), layers, rows)
 
 
 def label_signals(model: nn.Module, loss: Loss | None, output: Any, y: Any, matrix: str) -> Iterator[Tensor]:
@@ -231,15 +132,49 @@ def _backward(value: Tensor, layers: dict[str, nn.Module], rows: dict[str, Layer
     of_outputs = iter(found[len(weights) :])
     for module, layer, weight_grad in zip(layers.values(), rows.values(), found, strict=False):
         layer.grads.append([_positions_of_grad(module, layer, x, next(of_outputs)) for x in layer.inputs])
-        if len(layer.grads) == 1:
-            layer.whole = _is_sum(layer, weight_grad)
+        if len(layer.grads) == 1 and not _is_sum(layer, weight_grad, slice(None)):
+            layer.fault = ELSEWHERE
 
 
-def _is_sum(layer: LayerRows, weight_grad: Tensor | None) -> bool:
-    """Whether a weight's gradient is the mean of its rows."""
+def _check_order(
+    model: nn.Module, logits: Any, value: Tensor, layers: dict[str, nn.Module], rows: dict[str, LayerRows]
+) -> None:
+    """See that the first and the last rows are those of the first and the last sample.
+
+    A model that repeats or permutes its batch before a layer gives rows that add up, and are another sample's. The
+    gradient of one sample alone is what the value, a function of the logits [N, ...], gives through its logits.
+    """
+    layer = next(iter(rows.values()))
+    if samples_interact(model) or not isinstance(logits, Tensor) or len(logits) != layer.samples:
+        return
+    (signal,) = torch.autograd.grad(value, logits, retain_graph=True, allow_unused=True)
+    if signal is None or not all(_agree(logits, signal, layers, rows, slice(None)).values()):
+        return  # the loss sees more than the logits
+    for sample in {0, layer.samples - 1}:
+        alone = torch.zeros_like(signal)
+        alone[sample] = signal[sample]
+        for name, agrees in _agree(logits, alone, layers, rows, slice(sample, sample + 1)).items():
+            if not agrees:
+                rows[name].fault = DISORDERED
+
+
+def _agree(
+    logits: Tensor, signal: Tensor, layers: dict[str, nn.Module], rows: dict[str, LayerRows], which: slice
+) -> dict[str, bool]:
+    """Whether the rows of these samples make each weight's gradient of the logits times the signal."""
+    weights: list[Any] = [layers[name].weight for name, layer in rows.items() if not layer.fault]
+    named = [name for name, layer in rows.items() if not layer.fault]
+    if not named:
+        return {}
+    found = torch.autograd.grad(logits, weights, signal, retain_graph=True, allow_unused=True)
+    return {name: _is_sum(rows[name], grad, which) for name, grad in zip(named, found, strict=True)}
+
+
+def _is_sum(layer: LayerRows, weight_grad: Tensor | None, which: slice) -> bool:
+    """Whether a weight's gradient is the sum of these samples' rows over N, in the first draw."""
     if not layer.inputs:
         return weight_grad is None or not weight_grad.any()
-    x, g = torch.cat(layer.inputs, dim=2), torch.cat(layer.grads[0], dim=2)
+    x, g = torch.cat(layer.inputs, dim=2)[which], torch.cat(layer.grads[0], dim=2)[which]
     mean = torch.einsum("ngto,ngti->goi", g, x).flatten() / layer.samples
     expected = torch.zeros_like(mean) if weight_grad is None else weight_grad.flatten()
     # of the rows' size and not of their sum's, which may be nothing but rounding

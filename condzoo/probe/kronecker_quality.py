@@ -23,8 +23,9 @@ from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size
 from condzoo.probe.exact import in_float64_copies, spectrum_of_rows
 from condzoo.probe.finishing import NO_GRADIENT, NOT_CALLED
-from condzoo.probe.gradient_rows import ELSEWHERE, LayerRows, gradient_rows
+from condzoo.probe.gradient_rows import gradient_rows
 from condzoo.probe.kronecker import KroneckerSpectrum
+from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import CONVOLUTIONS, choose, kind
 from condzoo.probe.losses import Loss
 from condzoo.probe.preserving import preserved
@@ -165,8 +166,8 @@ def kronecker_report(
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
         rows = gradient_rows(model, blocks, x, y, loss, matrix)
     samples = batch_size(x)
-    skipped |= {n: f"the exact block of {ELSEWHERE} is not available" for n, layer in rows.items() if not layer.whole}
-    rows = {n: layer for n, layer in rows.items() if layer.whole}
+    skipped |= {n: f"the exact block of {layer.fault} is not available" for n, layer in rows.items() if layer.fault}
+    rows = {n: layer for n, layer in rows.items() if not layer.fault}
     reached = {n: layer for n, layer in rows.items() if any(bool(g.any()) for calls in layer.grads for g in calls)}
     found = {n: _quality(blocks[n], layer, samples) for n, layer in reached.items()}
     skipped |= {n: NO_GRADIENT if n in rows else NOT_CALLED for n in blocks if n not in reached and n not in skipped}

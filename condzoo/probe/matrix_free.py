@@ -22,9 +22,9 @@ from condzoo.probe.exact import (
     own_parameters,
     rows_of,
 )
-from condzoo.probe.gradient_rows import LayerRows
 from condzoo.probe.label_models import checked_distribution
 from condzoo.probe.lanczos import TopEigenvalues, largest_eigenvalues
+from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.preserving import preserved

@@ -480,10 +480,26 @@ class TimeFirst(nn.Module):
         return self.fc(x.transpose(0, 1)).mean(0)
 
 
+class Disordered(nn.Module):
+    """Layers that see the batch twice over, or from its end: their rows add up, and are other samples'."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.first, self.last = kind, nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = x[:, 0]
+        if self.kind == "flipped":
+            return self.last(self.first(x.flip(0)).tanh().flip(0))
+        return self.last(self.first(x.repeat(2, 1)).tanh()).unflatten(0, (2, -1)).mean(0)
+
+
 @pytest.mark.parametrize("matrix", ["grad_moment", "fisher", "ggn"])
 @pytest.mark.parametrize(
     ("build", "layer"),
     [
+        (lambda: Disordered("flipped"), "first"),
+        (lambda: Disordered("repeated"), "last"),
         (lambda: Tied("two layers"), "first"),
         (lambda: Tied("embedding"), "last"),
         (lambda: Tied("function"), "first"),

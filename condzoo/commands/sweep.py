@@ -29,9 +29,10 @@ def sweep(
         str, typer.Option(help="local: here, one run after the other. ray: on a Ray cluster, many at a time.")
     ] = "local",
     gpus_per_run: Annotated[
-        float | None, typer.Option(help="Ray: GPUs of a run; 0.5 lets two share one. Default: 1 if there are any.")
+        float | None,
+        typer.Option(min=0, help="Ray: GPUs of a run; 0.5 lets two share one. Default: 1 if there are any."),
     ] = None,
-    cpus_per_run: Annotated[float, typer.Option(help="Ray: CPU cores of a run.")] = 1,
+    cpus_per_run: Annotated[float, typer.Option(min=0, help="Ray: CPU cores of a run.")] = 1,
     shard: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="Only the I-th of N parts of the runs, for N machines without a cluster."),

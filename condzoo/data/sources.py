@@ -59,7 +59,7 @@ def data_info(name: str) -> DataInfo:
     """
     if name not in DATASETS:
         known = [*DATASETS, IMAGE_FOLDER, HUB]
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown data set {name!r}; {hint}one of: {', '.join(known)}")
     return DATASETS[name]

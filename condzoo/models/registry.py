@@ -244,7 +244,7 @@ def sibling(name: str) -> tuple[Family, dict[str, Any]]:
 
 def unknown_model(name: str) -> str:
     """The error text for a name nobody has, with the closest ones."""
-    score = {known: difflib.SequenceMatcher(None, name, known).ratio() for known in timm.list_models()}
+    score = {known: difflib.SequenceMatcher(None, name.lower(), known).ratio() for known in timm.list_models()}
     best = max(score.values())
     close = sorted((known for known in score if score[known] > best - 0.03), key=score.__getitem__, reverse=True)[:3]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if best > 0.6 else "condzoo.list_models() lists them all"

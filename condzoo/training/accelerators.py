@@ -76,7 +76,7 @@ def accelerator(name: str, threads: int | None = None) -> Accelerator:
     if name == "cpu":
         return this_cpu(threads or torch.get_num_threads())
     if name not in GPUS:
-        close = difflib.get_close_matches(name, [*GPUS, "cpu"], n=1)
+        close = difflib.get_close_matches(name.lower(), [*GPUS, "cpu"], n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"gpu: got {name!r}; {hint}must be one of: cpu, {', '.join(GPUS)}")
     return GPUS[name]

@@ -224,6 +224,7 @@ def test_any_other_mlp_is_built_by_its_name(name: str, layers: int):
     [
         ("resnet50_lastbm", {}, r"unknown model 'resnet50_lastbm'; did you mean 'resnet50_lastbn'"),
         ("cifar_resnet20_lastnb", {}, r"did you mean 'cifar_resnet20_lastbn'"),
+        ("CIFAR_ResNet20_LastBN", {}, r"did you mean 'cifar_resnet20_lastbn'"),
         ("no such thing at all", {}, r"unknown model 'no such thing at all'; condzoo.list_models\(\) lists them all"),
         ("mlp99999x9", {}, r"'mlp99999x9' has 99,999 layers; at most 10,000 are built by name"),
         ("cifar_resnet57", {}, r"depth must be 6n \+ 2, got 57; nearest are 56 and 62"),

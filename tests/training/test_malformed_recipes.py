@@ -103,6 +103,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("model.args.x", datetime.date(2026, 1, 2), "model.args.x: got 2026-01-02, must be a number, a text, true or"),
     ("model.name", "hf-hub:timm/resnet18", "model.name: got 'hf-hub:timm/resnet18', a place that would be asked for"),
     ("data", [], "data: got [], must be a table"),
+    ("data.name", "CIFAR10", "data.name: unknown data set 'CIFAR10'; did you mean 'cifar10'? one of: digits"),
     ("data.name", "cifar01", "data.name: unknown data set 'cifar01'; did you mean 'cifar10'? one of: digits"),
     ("data.batch_size", NONE, "data.batch_size: missing; it has no default"),
     ("data.batch_size", 0, "data.batch_size: got 0, must be greater than 0"),

@@ -133,6 +133,8 @@ def test_precision_auto_is_16_bit_for_convolutions_where_the_gpu_has_bf16() -> N
 
 
 def test_an_unknown_gpu_is_named_with_the_closest() -> None:
+    with pytest.raises(ValueError, match=r"gpu: got 'A100'; did you mean 'a100'."):
+        accelerator("A100")
     with pytest.raises(ValueError, match=r"gpu: got 'a10'; did you mean 'a100'. must be one of: cpu, t4, "):
         accelerator("a10")
     assert all(gpu.flops16 > gpu.flops > 1e12 for gpu in GPUS.values())

@@ -86,7 +86,10 @@ def test_info_prints_the_fields(capsys):
         (("eval", "no/such/run"), "no/such/run"),
         (("plot", "no/such/run"), "error: no conditioning records at no/such/run"),
         (("probe", "cifar_resnet20", "--data", "cifar"), "unknown data set 'cifar'; did you mean 'cifar10'?"),
-        (("sweep", "digits/resnet20_nobn", "--gpus-per-run", "-1"), "'--gpus-per-run': Input should be greater than or"),
+        (
+            ("sweep", "digits/resnet20_nobn", "--gpus-per-run", "-1"),
+            "'--gpus-per-run': Input should be greater than or",
+        ),
         (("probe", "resnet18_lastbn", "--data-root", "no/such"), "error: no class folders were found"),
         (("probe", "resnet18_lastbn", "--data", "hfds"), "error: data set 'hfds': which one is missing; a recipe says"),
         (("train", "digits/resnet20_nobn_lastbn", "--seed", "-1"), "resnet20_nobn_lastbn: seed: got -1, must be"),

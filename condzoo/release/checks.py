@@ -72,6 +72,8 @@ def checked_run(paths: Sequence[Path]) -> Run:
     check_same_recipe(recipes)
     run = load_run(min(recipes, key=lambda path: recipes[path].seed))
     check_model(run.recipe)
+    for path, recipe in recipes.items():
+        check_one_run(recipe, path)
     return run
 
 
@@ -121,6 +123,14 @@ def checked_parts(path: Path, summary: dict[str, Any]) -> list[Part]:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "all of it"
         raise ValueError(f"{path / name} is not what a training writes: {place}: {first['msg']}") from error
+
+
+def check_one_run(recipe: Recipe, path: Path) -> None:
+    """ValueError where the summary is of another run than the recipe beside it."""
+    summary = read_summary(path)
+    for field, own in (("seed", recipe.seed), ("model", recipe.model.name), ("data", recipe.data.name)):
+        if summary.get(field, own) != own:
+            raise ValueError(f"{path}: {SUMMARY} has {field} {summary[field]}, {RECIPE} {own}: they are not of one run")
 
 
 def check_same_recipe(recipes: dict[Path, Recipe]) -> None:

@@ -117,6 +117,12 @@ def test_cards_can_be_made_again(checkpoint):
             lambda s: s.update(test_correct=s["test_correct"] - 1),
             r"evaluating it again gives \d+ of 360",
         ),
+        (
+            "summary.json",
+            lambda s: s.update(seed=9),
+            r"seed2: summary\.json has seed 9, recipe\.toml 2: they are not of one",
+        ),
+        ("summary.json", lambda s: s.update(model="mlp4x36"), r"summary\.json has model mlp4x36, recipe\.toml "),
         ("summary.json", lambda s: s.update(test_error=0.001), r"a test error of 0\.001; its right answers make"),
         ("environment.json", lambda e: e[0]["source"].update(changed=True), "source with uncommitted changes"),
         (

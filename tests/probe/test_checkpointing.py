@@ -87,22 +87,24 @@ def test_a_layer_that_is_called_twice_is_measured_once_a_call_under_checkpointin
         assert b.weight_grad == pytest.approx(a.weight_grad, rel=1e-12)
 
 
+class Checkpointed(nn.Module):
+    """A layer inside a checkpoint, between two outside."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return self.head(checkpoint(self.body, self.stem(x), use_reentrant=self.reentrant))
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("between", ["no_grad", "eval"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_validation_pass_before_the_backward_pass_hides_no_repetition(between, reentrant):
     torch.manual_seed(0)
-    stem, body, head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.body, self.head = stem, body, head
-
-        def forward(self, x):
-            return self.head(checkpoint(self.body, self.stem(x), use_reentrant=reentrant))
-
-    model, x, y = Checkpointed().double(), torch.randn(9, 6).double(), torch.randint(3, (9,))
+    model, x, y = Checkpointed(reentrant).double(), torch.randn(9, 6).double(), torch.randint(3, (9,))
     found = []
     for validated in (False, True):
         with Probe(model) as probe:
@@ -144,16 +146,8 @@ def test_a_pass_without_gradients_within_a_pass_hides_nothing_after_it():
 
 
 def test_passes_of_several_sizes_that_wait_together_under_reentrant_checkpoints_are_named():
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-
-        def forward(self, x):
-            return self.head(checkpoint(self.body, self.stem(x), use_reentrant=True))
-
     torch.manual_seed(0)
-    model, x, y = Checkpointed().double(), torch.randn(9, 6).double(), torch.randint(3, (9,))
+    model, x, y = Checkpointed(reentrant=True).double(), torch.randn(9, 6).double(), torch.randint(3, (9,))
     for sizes, skipped in (([2, 7], {"body"}), ([3, 3, 3], set())):
         with Probe(model, loss_scale=1 / len(sizes)) as probe:
             parts = zip(x.split(sizes), y.split(sizes), strict=True)

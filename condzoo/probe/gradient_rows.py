@@ -162,10 +162,10 @@ def _agree(
     logits: Tensor, signal: Tensor, layers: dict[str, nn.Module], rows: dict[str, LayerRows], which: slice
 ) -> dict[str, bool]:
     """Whether the rows of these samples make each weight's gradient of the logits times the signal."""
-    weights: list[Any] = [layers[name].weight for name, layer in rows.items() if not layer.fault]
     named = [name for name, layer in rows.items() if not layer.fault]
     if not named:
         return {}
+    weights: list[Any] = [layers[name].weight for name in named]
     found = torch.autograd.grad(logits, weights, signal, retain_graph=True, allow_unused=True)
     return {name: _is_sum(rows[name], grad, which) for name, grad in zip(named, found, strict=True)}
 

@@ -31,7 +31,7 @@ def finish(training: Training, progress: Progress, path: Path) -> dict[str, Any]
     if record.get("step") != progress.step or not evaluated:
         lr = learning_rate_of(training, progress.step - 1)
         record |= record_epoch(training, progress, path, lr, kind="end")
-    return ranks.first_does(lambda: write_results(training, progress, path, record, {"status": "done"}))
+    return write_results(training, progress, path, record, {"status": "done"})
 
 
 def last_epoch(path: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def record_divergence(training: Training, progress: Progress, path: Path, fault:
     before = training.ranks.first_does(lambda: last_epoch(path))
     record = before if before.get("step") == progress.step else {}
     record |= record_epoch(training, progress, path, learning_rate_of(training, fault.step), kind="end")
-    return training.ranks.first_does(lambda: write_results(training, progress, path, record, status))
+    return write_results(training, progress, path, record, status)
 
 
 def end_diverged(path: Path, recipe: Recipe, summary: dict[str, Any]) -> Run:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import nn
 
 from condzoo.data import Split
 from condzoo.probe import Probe, plot_records, read_records
-from condzoo.training.distributed import share_buffers
 from condzoo.training.evaluation import evaluate
+from condzoo.training.norm_statistics import evaluated
 from condzoo.training.preparation import Training
 from condzoo.training.progress import Progress
 from condzoo.training.run_directory import (
@@ -52,8 +53,10 @@ def record_epoch(training: Training, progress: Progress, path: Path, lr: float, 
             "images_per_second": progress.images_per_second,
             "seconds": progress.epoch_seconds,
         }
-    for split in splits_due(training, progress.step, kind == "end"):
-        record |= measure_split(training, split)
+    if due := splits_due(training, progress.step, kind == "end"):
+        with evaluated(training) as network:
+            for split in due:
+                record |= measure_split(training, network, split)
     training.ranks.first_does(lambda: append_record(path / METRICS, record))
     return record
 
@@ -74,11 +77,10 @@ def splits_due(training: Training, step: int, ending: bool) -> list[Split]:
     return (held_out or ["test"]) if rest == 0 and epochs % every == 0 else []
 
 
-def measure_split(training: Training, split: Split) -> dict[str, Any]:
-    """Loss and error over every image of a split, by the network as it is, and what measuring took."""
+def measure_split(training: Training, network: nn.Module, split: Split) -> dict[str, Any]:
+    """Loss and error over every image of a split, and what measuring took."""
     began = time.perf_counter()
-    share_buffers(training.result, training.ranks)
-    found = evaluate(training.result, training.data, training.numerics, split, training.ranks)
+    found = evaluate(network, training.data, training.numerics, split, training.ranks)
     numbers = {
         "loss": found.loss,
         "error": found.error,
@@ -93,9 +95,23 @@ def measure_split(training: Training, split: Split) -> dict[str, Any]:
 def write_results(
     training: Training, progress: Progress, path: Path, record: dict[str, Any], status: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write model.safetensors, conditioning.png and, last, summary.json; returns the summary."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in training.result.state_dict().items()}
-    write_atomically(path / MODEL, save(tensors, metadata={"format": "pt"}))
+    """Write model.safetensors, conditioning.png and, last, summary.json; returns the summary in every process."""
+    ranks = training.ranks
+    with evaluated(training) as network:
+        ranks.first_does(lambda: write_weights(network, path / MODEL))
+    return ranks.first_does(lambda: write_summary(training, progress, path, record, status))
+
+
+def write_weights(network: nn.Module, path: Path) -> None:
+    """Every parameter and buffer, as safetensors."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    write_atomically(path, save(tensors, metadata={"format": "pt"}))
+
+
+def write_summary(
+    training: Training, progress: Progress, path: Path, record: dict[str, Any], status: dict[str, Any]
+) -> dict[str, Any]:
+    """Write conditioning.png and, last, summary.json; returns the summary."""
     if shows_layers(path):
         plot_records(path / CONDITIONING, path / PICTURE)
     summary = {

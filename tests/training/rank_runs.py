@@ -54,6 +54,7 @@ NORMS = {
     "optim": {"name": "adam", "lr": 0.002},
     "probe": {"every": 5},
 }
+AVERAGED = NORMS | {"iterations": 5, "precision": "fp32", "ema": 0.9}
 DIVERGING = NORMS | {"optim": {"name": "sgd", "lr": 1e30}}
 
 
@@ -223,4 +224,16 @@ def rehearsed(folder: Path) -> dict[str, Outcomes]:
     }
 
 
-CASES = {"equal": equal, "stopped": stopped, "failing": failing, "seeds": seeds, "rehearsed": rehearsed}
+def averaged(folder: Path) -> dict[str, Outcomes]:
+    """Two processes with BatchNorm and an average."""
+    return {"two": in_processes(2, trained(folder / "two", parse_recipe(AVERAGED)), folder)}
+
+
+CASES = {
+    "equal": equal,
+    "averaged": averaged,
+    "stopped": stopped,
+    "failing": failing,
+    "seeds": seeds,
+    "rehearsed": rehearsed,
+}

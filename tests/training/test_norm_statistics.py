@@ -1,0 +1,140 @@
+"""An average is evaluated and written with BatchNorm's statistics under its own weights."""
+
+import os
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from condzoo.training import Recipe, norm_statistics, train
+from condzoo.training.evaluation import evaluate
+from condzoo.training.preparation import Training, prepare, training_steps
+from condzoo.training.recipe import parse_recipe
+from condzoo.training.resume import newest_checkpoint
+from condzoo.training.steps import take_step
+from tests.training import rank_runs
+
+AVERAGED = {"model.name": "cifar_resnet8_lastbn", "ema": 0.95, "precision": "fp32"}
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@torch.no_grad()
+def statistics_under(weights: dict[str, Tensor], recipe: Recipe, batches: int, parts: int = 1) -> dict[str, Tensor]:
+    """Of every BatchNorm, from what it reads: the mean over batches and parts of the mean and unbiased variance."""
+    training = prepare(recipe, torch.device("cpu"))
+    model = training.model
+    model.load_state_dict(weights)
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+
+    def reader(name: str) -> Any:
+        def read(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            rows = args[0].double().movedim(1, -1).flatten(0, -2)
+            seen[f"{name}.running_mean"].append(rows.mean(0))
+            seen[f"{name}.running_var"].append(rows.var(0))
+
+        return read
+
+    for name, module in model.named_modules():
+        if isinstance(module, NORMS):
+            module.register_forward_hook(reader(name))
+    for part in range(parts):
+        plan = replace(training.plan, part=part, parts=parts)
+        for (x, _), _ in zip(training.data.train_batches(plan, 0), range(batches), strict=False):
+            model(x)
+    assert {len(found) for found in seen.values()} == {batches * parts}
+    return {key: torch.stack(found).mean(0) for key, found in seen.items()}
+
+
+def assert_statistics(written: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert {key for key in written if "running" in key} == set(expected)
+    for key, value in expected.items():
+        assert torch.allclose(written[key].double(), value, rtol=1e-4, atol=1e-5), key
+
+
+def test_the_written_average_has_statistics_of_its_own_weights(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm_statistics, "IMAGES", 700)  # five whole batches of 128
+    recipe = tiny(**AVERAGED)
+    run = train(recipe, out=tmp_path / "run", max_steps=9, device="cpu")
+    written = load_file(run.path / "model.safetensors")
+    assert_statistics(written, statistics_under(written, recipe, batches=5))
+    state = newest_checkpoint(run.path / "checkpoints", print)
+    assert state is not None
+    far = [key for key in written if "running_var" in key]
+    drift = [written[key] / state.tensors[f"average.module.{key}"] for key in far]
+    assert max(float((ratio - 1).abs().max()) for ratio in drift) > 0.1  # the average of the statistics is another
+
+
+def test_an_average_errs_less_by_statistics_of_its_own(tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny(**AVERAGED, **{"optim.lr": 0.3, "epochs": 4})
+    run = train(recipe, out=tmp_path / "run", device="cpu")
+    state = newest_checkpoint(run.path / "checkpoints", print)
+    assert state is not None
+    training = prepare(recipe, torch.device("cpu"))
+    prefix = "average.module."
+    tensors = {key.removeprefix(prefix): value for key, value in state.tensors.items() if key.startswith(prefix)}
+    training.model.load_state_dict(tensors)
+    averaged = evaluate(training.model, training.data, training.numerics)
+    assert run.test_error is not None
+    assert run.test_error < averaged.error
+
+
+def test_a_network_that_is_not_averaged_is_evaluated_as_it_is(tiny: Any) -> None:
+    training = prepare(tiny(**AVERAGED | {"ema": None}), torch.device("cpu"))
+    before = training.model.get_buffer("bn1.running_var").clone()
+    with norm_statistics.evaluated(training) as network:
+        assert network is training.model
+        assert torch.equal(network.get_buffer("bn1.running_var"), before)
+
+
+@pytest.mark.parametrize("changes", [{"drop_last": False, "batch_size": 1000}, {"batch_size": 1437}], ids=str)
+def test_only_whole_batches_are_measured(changes: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny(**AVERAGED, **{f"data.{key}": value for key, value in changes.items()}, epochs=1)
+    run = train(recipe, out=tmp_path / "run", device="cpu")
+    written = load_file(run.path / "model.safetensors")
+    assert_statistics(written, statistics_under(written, recipe, batches=1))
+
+
+def test_evaluating_is_no_part_of_the_training(tiny: Any, tmp_path: Path) -> None:
+    states = []
+    for every in (0, 1):
+        recipe = tiny(**AVERAGED, **{"model.drop_rate": 0.3}, eval_every=every)
+        run = train(recipe, out=tmp_path / str(every), device="cpu")
+        state = newest_checkpoint(run.path / "checkpoints", print)
+        assert state is not None
+        states.append(state.tensors)
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def fail_while_evaluating(training: Training) -> None:
+    before = training.result.get_buffer("bn1.running_var").clone()
+    with norm_statistics.evaluated(training) as network:
+        assert not torch.equal(network.get_buffer("bn1.running_var"), before)
+        raise OSError("full")
+
+
+def test_what_fails_while_evaluating_leaves_the_average_as_it_was(tiny: Any) -> None:
+    training = prepare(tiny(**AVERAGED), torch.device("cpu"))
+    for batch in training_steps(training, 0, 3):
+        take_step(training, batch)
+    before = {key: value.clone() for key, value in training.result.state_dict().items()}
+    with pytest.raises(OSError, match="full"):
+        fail_while_evaluating(training)
+    assert all(torch.equal(value, before[key]) for key, value in training.result.state_dict().items())
+    assert {module.momentum for module in training.result.modules() if isinstance(module, NORMS)} == {0.1}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_several_processes_measure_their_parts_and_share_the_mean(tmp_path: Path) -> None:
+    assert rank_runs.CASES["averaged"](tmp_path) == {"two": [["done"], ["done"]]}
+    recipe = parse_recipe(rank_runs.AVERAGED)
+    written = load_file(tmp_path / "two" / "model.safetensors")
+    assert_statistics(written, statistics_under(written, recipe, batches=11, parts=2))

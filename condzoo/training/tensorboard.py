@@ -11,7 +11,7 @@ from condzoo.probe import write_tensorboard
 from condzoo.probe.serialization import from_record
 from condzoo.probe.tensorboard import open_writer
 from condzoo.training.events import EpochDone, Event, Finished, OnEvent, Started, StepDone
-from condzoo.training.run_directory import CONDITIONING, METRICS
+from condzoo.training.run_directory import CONDITIONING, METRICS, read_metrics
 
 FOLDER = "tensorboard"  # in the run directory
 TAGS = {  # key of metrics.jsonl -> tag
@@ -34,7 +34,7 @@ class TensorBoard:
         with TensorBoard() as board:
             train(recipe, on_event=board)
 
-    A run that goes on goes on there, too; one that had none before is written from its first step.
+    A run that goes on goes on there, too; what it did without a board is filled in from its records.
 
     Args:
         then: another `on_event`, such as a progress bar.
@@ -50,6 +50,7 @@ class TensorBoard:
         self.writer: Any = None
         self.path = Path()
         self.read: dict[str, int] = {}
+        self.last: dict[str, int] = {}  # tag of metrics -> the step of its last point
         self.first_step = 0
 
     def __enter__(self) -> "TensorBoard":
@@ -63,7 +64,7 @@ class TensorBoard:
     def __call__(self, event: Event) -> None:
         """Write what is new, and pass the event on."""
         if isinstance(event, Started):
-            self.open(event)
+            self.open(event.path, event.start_step)
         elif isinstance(event, StepDone | EpochDone | Finished) and self.writer is not None:
             self.write_new()
         if isinstance(event, Finished):
@@ -71,19 +72,17 @@ class TensorBoard:
         if self.then is not None:
             self.then(event)
 
-    def open(self, event: Started) -> None:
-        """The writer of a run; lines of metrics that an earlier process wrote are there already.
+    def open(self, path: Path, start_step: int) -> None:
+        """The writer of a run that goes on at a step, from the first that its files lack or that is taken again.
 
-        What an earlier try wrote that has begun again goes: TensorBoard would draw both. The last step before is
-        written again, too: an evaluation after it may have been cut off, to be made again.
+        TensorBoard forgets what it has read from there on. The last step before is written again, too: an
+        evaluation after it may have been cut off, to be made again, and only a part of it may be there.
         """
         self.close()
-        self.path, self.read = event.path, {METRICS: 0, CONDITIONING: 0}
-        self.first_step = max(0, event.start_step - 1) if (event.path / FOLDER).is_dir() else 0
-        if not self.first_step:
-            for stale in (event.path / FOLDER).glob("events.out.tfevents.*"):
-                stale.unlink()
-        self.writer = open_writer(event.path / FOLDER, start_step=self.first_step)
+        self.path, self.read, self.last = path, {METRICS: 0, CONDITIONING: 0}, {}
+        self.first_step = max(0, min(start_step - 1, last_shown(path / FOLDER)))
+        self.writer = open_writer(path / FOLDER, start_step=self.first_step)
+        self.write_new()
 
     def write_new(self) -> None:
         """The lines that came since the last call, where who looks at them sees them at once."""
@@ -94,8 +93,10 @@ class TensorBoard:
             if step < self.first_step:
                 continue
             for key, tag in TAGS.items():
-                if record.get(key) is not None and tag.startswith("step/") == of_step:
-                    self.writer.add_scalar(tag, record[key], step)
+                if record.get(key) is None or tag.startswith("step/") != of_step or self.last.get(tag) == step:
+                    continue  # the line of a run's end may repeat what the line of its last epoch says
+                self.writer.add_scalar(tag, record[key], step)
+                self.last[tag] = step
         for record in self.new_records(CONDITIONING):
             if record["step"] >= self.first_step:
                 write_tensorboard(from_record(record), self.writer)
@@ -115,20 +116,28 @@ class TensorBoard:
                     yield json.loads(line)
 
     def complete(self, run: Path) -> None:
-        """Write the files of a finished run that has none, from its records."""
-        if (run / FOLDER).is_dir():
-            return
-        self.close()
-        self.path, self.read, self.first_step = run, {METRICS: 0, CONDITIONING: 0}, 0
-        self.writer = open_writer(run / FOLDER)
-        self.write_new()
-        self.close()
+        """Write what the files of a finished run lack, from its records."""
+        steps = read_metrics(run / METRICS)[-1]["step"]
+        if last_shown(run / FOLDER) < steps - 1:
+            self.open(run, steps)
+            self.close()
 
     def close(self) -> None:
         """Write everything out."""
         if self.writer is not None:
             self.writer.close()
             self.writer = None
+
+
+def last_shown(folder: Path) -> int:
+    """The last step in the newest event file that has one; -1 without files."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    for path in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
+        steps = [event.step for event in EventFileLoader(str(path)).Load() if event.HasField("summary")]
+        if steps:
+            return max(steps)
+    return -1
 
 
 def file_size(path: Path) -> int:

@@ -89,7 +89,7 @@ def is_path(path_or_name: str | Path) -> bool:
     if isinstance(path_or_name, Path) or any(c in path_or_name for c in "/\\"):
         return True
     names = {name for release in read_index().values() for name in (release.name, release.arch)}
-    return path_or_name not in names and Path(path_or_name).exists()
+    return path_or_name not in {"", *names} and Path(path_or_name).exists()  # "" would be the working directory
 
 
 def load_folder(folder: CheckpointFolder) -> nn.Module:

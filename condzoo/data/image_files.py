@@ -33,7 +33,7 @@ def read_image(file: str | os.PathLike[str] | BufferedIOBase, name: str | None =
     except ImageError:
         raise
     except Exception as error:  # a damaged file makes each of Pillow's decoders fail in its own way
-        fault = str(error).replace(path, "it").removeprefix("cannot identify image file ")
+        fault = str(error).replace(f": {path!r}", "")
         kind = "is no image" if isinstance(error, Image.UnidentifiedImageError) else "cannot be read"
         reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({fault or type(error).__name__})"
         raise ImageError(f"{path} {kind}{reason}; replace it, or remove it") from error

@@ -28,7 +28,7 @@ def open_writer(folder: str | Path, *, start_step: int = 0) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("TensorBoard is not installed; pip install 'condzoo[tensorboard]'") from error
-    return SummaryWriter(str(folder), purge_step=start_step)  # 0, too: of the marks in a folder the first only begins it
+    return SummaryWriter(str(folder), purge_step=start_step)  # 0, too: a folder's first mark only begins it
 
 
 def write_tensorboard(

@@ -130,6 +130,8 @@ def variant_faults(variants: dict[str, Any]) -> Iterator[str]:
             yield f"{name}.{ABOUT}: got {changes[ABOUT]!r}, must be a text in quotes"
         elif not set(changes) - {ABOUT}:
             yield f"{name}: changes nothing"
+        elif not name or ":" in name:
+            yield f"{name!r}: a variant is called by FILE:NAME, so its name must not be empty or have a colon"
 
 
 def find_recipe(path: str | Path) -> RecipeSource:

@@ -331,6 +331,7 @@ def test_an_unknown_tag_gets_the_closest(index):
     ("name", "message"),
     [
         ("mlp4x24_bm", "unknown model 'mlp4x24_bm'; did you mean"),
+        ("", "unknown model ''"),
         ("mlp12x64", "no weights are released for 'mlp12x64': it is not one of the registered models"),
     ],
 )

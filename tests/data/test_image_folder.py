@@ -168,7 +168,7 @@ def text(path: Path) -> str:
 
 def gone(path: Path) -> str:
     path.unlink()
-    return "cannot be read ([Errno 2] No such file"
+    return "cannot be read ([Errno 2] No such file or directory); replace it"
 
 
 @pytest.mark.parametrize("damage", [truncated, empty, text, gone])

@@ -199,6 +199,8 @@ def test_a_variant_changes_its_file_and_overrides_change_it(tmp_path: Path) -> N
         ("deep = 3", "deep", r"mine\.toml: variants\.deep: got 3, must be a table of changes, \{ \"optim\.lr\" = 0"),
         ('deep = { about = 3, "optim.lr" = 1 }', "deep", r"variants\.deep\.about: got 3, must be a text in quotes"),
         ('deep = { about = "same" }', "deep", r"mine\.toml: variants\.deep: changes nothing"),
+        ('"a:b" = { epochs = 3 }', "b", r"mine\.toml: variants\.'a:b': a variant is called by FILE:NAME"),
+        ('"" = { epochs = 3 }', "", r"mine\.toml: variants\.'': a variant is called by FILE:NAME"),
         ('deep = { "optim.lrr" = 1 }', "deep", r"mine\.toml:deep: optim\.lrr: unknown field; did you mean 'optim\.lr'"),
     ],
 )

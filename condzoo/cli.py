@@ -51,7 +51,9 @@ def list_command(
 
     infos = [(name, look_up(name)) for name in list_models(pattern, family=family, pretrained=pretrained)]
     if not infos:
-        raise ValueError(f"no model matches {pattern!r}" if pattern else "no model matches")
+        around = f"*{pattern.strip('*')}*"
+        hint = f"; {around!r} does" if pattern and list_models(around, family=family, pretrained=pretrained) else ""
+        raise ValueError(f"no model matches {pattern!r}{hint}" if pattern else "no model matches")
     display.print_models(infos, as_json)
 
 
@@ -71,7 +73,14 @@ app.command("eval")(training.eval_command)
 
 @app.command()
 def probe(
-    target: Annotated[str, typer.Argument(metavar="NAME_OR_RUN", help="A model's name or a run directory.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME_OR_RUN",
+            help="A model's name: measured at its initialization; a released MODEL.TAG, a checkpoint's folder or a run "
+            "directory: as trained.",
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option(

@@ -80,7 +80,8 @@ def test_info_prints_the_fields(capsys):
     [
         (("info", "resnet50_lastbm"), "error: unknown model 'resnet50_lastbm'; did you mean 'resnet50_lastbn'?"),
         (("info", "cifar_resnet57"), "error: depth must be 6n + 2, got 57; nearest are 56 and 62"),
-        (("list", "nothing*"), "error: no model matches 'nothing*'"),
+        (("list", "nothing*"), "error: no model matches 'nothing*'\n"),
+        (("list", "resnet20"), "error: no model matches 'resnet20'; '*resnet20*' does\n"),
         (("list", "--family", "vgg"), "error: unknown family 'vgg'; one of: "),
         (("train", "no/such.toml"), "error: no recipe 'no/such.toml'"),
         (("eval", "no/such/run"), "no/such/run"),

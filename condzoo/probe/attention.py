@@ -35,6 +35,13 @@ def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
     return {name: _layer(weight, parts[name]) for name, weight in separate.items() if weight is not None}
 
 
+def parts_of(name: str) -> list[str]:
+    """The layers that a packed `in_proj` of this name is, where queries, keys and values are not all the same."""
+    above, _, local = name.rpartition(".")
+    parts = [part for part in _PARTS.values() if part != "in_proj"] if local == "in_proj" else []
+    return [f"{above}.{part}".lstrip(".") for part in parts]
+
+
 def packed_weights(attention: nn.MultiheadAttention) -> dict[str, Tensor | None]:
     """The weights as they are now (sharded training puts others in their place), by the local names of layers."""
     separate = {f"{x}_proj": getattr(attention, f"{x}_proj_weight") for x in "qkv"}

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from condzoo.probe.arithmetic import SAFETY, data_noise, float64_noise
+from condzoo.probe.attention import parts_of
 from condzoo.probe.capture import Capture, LayerSums
 from condzoo.probe.conditioning import LayerConditioning
 from condzoo.probe.eigenvalues import symmetric_eigenvalues
@@ -41,7 +42,7 @@ def finish(
         Layers in forward order, the skipped with their reasons, and the first layer with NaN or Inf
         by direction ("forward", "backward").
     """
-    skipped = {name: NOT_CALLED for name in capture.layers if name not in capture.sums}
+    skipped = {name: _not_called(name, capture) for name in capture.layers if name not in capture.sums}
     good: dict[str, LayerSums] = {}
     for name, sums in capture.sums.items():
         why = _unusable(sums)
@@ -66,6 +67,11 @@ def finish(
         for i, (name, sums) in enumerate(good.items())
     }
     return layers, skipped, _first_nonfinite(capture)
+
+
+def _not_called(name: str, capture: Capture) -> str:
+    parts = [part for part in parts_of(name) if part in capture.sums]
+    return f"its parts are layers of their own: {', '.join(parts)}" if parts else NOT_CALLED
 
 
 def _has_the_last(capture: Capture, good: list[str]) -> bool:

@@ -190,7 +190,8 @@ def _listener(name: str, rows: LayerRows) -> Any:
         if (why := unreadable(module, called_on(args, kwargs), h)) is not None:
             raise Unfactored(unavailable(name, why))
         x = called_on(args, kwargs).detach()
-        if x.shape[0] % rows.samples or (x.ndim > 2 and x.shape[0] != rows.samples == x.shape[1]):
+        alone = x.ndim < module.weight.ndim  # one row, or one image: there is no first dimension
+        if alone or x.shape[0] % rows.samples or (x.ndim > 2 and x.shape[0] != rows.samples == x.shape[1]):
             raise Unfactored(
                 f"layer {name!r} reads an input {list(x.shape)}, whose rows cannot be told apart by sample: the first "
                 f"dimension must be the {rows.samples} samples; pass block='<layer>' for one that does"

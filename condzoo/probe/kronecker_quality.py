@@ -164,7 +164,7 @@ def kronecker_report(
     }
     skipped |= {n: f"the exact block of {_what(m)} is not available" for n, m in chosen.items() if n not in blocks}
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
-        rows = gradient_rows(model, blocks, x, y, loss, matrix)
+        rows = gradient_rows(model, blocks, x, y, loss, matrix) if blocks else {}
     samples = batch_size(x)
     skipped |= {n: f"the exact block of {layer.fault} is not available" for n, layer in rows.items() if layer.fault}
     rows = {n: layer for n, layer in rows.items() if not layer.fault}

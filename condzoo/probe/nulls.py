@@ -2,7 +2,7 @@
 
 Looked for: coordinates that are 0 on every row (dying units, padding), coordinates that are multiples of
 each other (constant pixels, copies), and rows that sum to zero (the gradient of a softmax cross-entropy
-with respect to its logits).
+with respect to its logits, and that of all that only a LayerNorm reads).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def structural_nulls(moment: Float[Tensor, "g d d"], *, sums_to_zero: bool) -> t
     copies = sum(_parallel(m, a) for m, a in zip(moment, alive, strict=True))
     found.append((copies, "coordinates that copy another"))
     if sums_to_zero and int(alive.sum()) - copies > 1:  # of two coordinates one copies the other
-        found.append((1, "rows sum to 0 (softmax)"))
+        found.append((1, "rows sum to 0 (softmax, LayerNorm)"))
     present = [(count, why) for count, why in found if count]
     return sum(count for count, _ in present), ", ".join(f"{count}: {why}" for count, why in present)
 

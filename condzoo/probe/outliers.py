@@ -46,7 +46,7 @@ def outliers(conditioning: Conditioning, factor: float = 10.0, p: float = 0.5) -
     alone. A condition number of which only a lower bound is known counts as that; one with a structural null or
     fewer rows than dimensions does not count, nor does what is not finite or was not measured. The gradient at
     each position of a feature map is the smaller the more positions there are, so lambda_max of the output
-    gradients is compared among layers with equally many.
+    gradients is compared among layers with equally many in their output.
 
     Args:
         conditioning: the measurement.
@@ -67,8 +67,8 @@ def outliers(conditioning: Conditioning, factor: float = 10.0, p: float = 0.5) -
         values = {name: value for name, layer in conditioning.items() if math.isfinite(value := value_of(layer))}
         compared = [list(values)]
         if quantity == "lmax(g)":
-            positions = {conditioning[name].positions for name in values}
-            compared = [[name for name in values if conditioning[name].positions == n] for n in sorted(positions)]
+            places = {name: _places(conditioning[name]) for name in values}
+            compared = [[name for name in values if places[name] == n] for n in sorted(set(places.values()))]
         far = [o for names in compared for o in _against_median(quantity, {name: values[name] for name in names})]
         far = [o for o in far if o.ratio >= factor or (o.ratio <= 1 / factor and not quantity.startswith("k"))]
         found += sorted(far, key=_distance, reverse=True)
@@ -105,6 +105,12 @@ def _quantities(p: float) -> dict[str, Callable[[LayerConditioning], float]]:
         f"k{100 * p:g}(g)": lambda layer: _condition_number(layer.output_grad, p),
         "dW/W": lambda layer: math.nan if layer.weight_domination is None else layer.weight_domination,
     }
+
+
+def _places(layer: LayerConditioning) -> int:
+    """Positions of the layer's output an example: of a strided convolution fewer than of its input."""
+    rows = layer.output_grad.rows  # with labels="model" as many times more in every layer
+    return layer.positions if rows is None else rows // max(1, layer.samples)
 
 
 def _condition_number(spectrum: Spectrum, p: float) -> float:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from condzoo.probe.wrappers import uncompiled, without_reentrant_checkpoints
 
@@ -28,7 +29,13 @@ def preserved(model: nn.Module, seed: int) -> Iterator[None]:
     Afterwards, also after an exception: buffers (BatchNorm's statistics and counters), requires_grad and
     the CPU's and the model's devices' random streams are as before. Parameters, .grad and modes are for
     the caller to leave alone.
+
+    Raises:
+        ValueError: a lazy layer, which its first batch would change for good.
     """
+    for name, module in model.named_modules():
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            raise ValueError(f"layer {name!r} is not initialized yet (lazy); run one batch through the model first")
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
     buffers = [

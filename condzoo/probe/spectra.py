@@ -98,10 +98,10 @@ class Spectrum:
         return self.lambda_max / float(self.eigenvalues[j - 1]) if j <= self.rank else math.inf
 
     def at_least(self, p: float = 1.0) -> float:
-        """What kappa_p is at least: kappa_p itself where it is known, else lambda_max / noise_floor."""
+        """What kappa_p is at least: kappa_p itself where it is known, else lambda_max / noise_floor, or 1."""
         if kept(p, self.dim) <= self.rank or kept(p, self.dim) > self.computed:
             return self.condition_number(p)
-        return self.lambda_max / self.noise_floor if self.noise_floor > 0 else math.inf
+        return max(1.0, self.lambda_max / self.noise_floor) if self.noise_floor > 0 else math.inf
 
     def complement_condition_number(self, p: float = 1.0) -> float:
         """kappa_p on the complement of the known null space: of the `reachable` eigenvalues alone."""

@@ -146,3 +146,18 @@ def test_a_bias_is_one_more_input_of_every_projection(kind):
         rows = torch.cat([x, torch.ones_like(x[..., :1])], dim=2).flatten(0, 1)
         expected = torch.linalg.svdvals(rows).square() / len(rows)
         assert torch.allclose(found["attention.q_proj"].input.eigenvalues, expected, rtol=1e-10)
+
+
+def test_a_packed_projection_in_parts_is_not_said_to_be_uncalled():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.attention(x[:, :2], x, x)[0].mean(1))
+
+    found = measure(Cross(), (torch.randn(6, 5, 4), torch.arange(6) % 3))
+    assert (
+        found.skipped["attention.in_proj"] == "its parts are layers of their own: attention.q_proj, attention.kv_proj"
+    )

@@ -148,3 +148,11 @@ def test_functional_relus_are_counted_once_and_watched_no_longer_than_the_call(k
     assert list(probe.latest.neurons) == ["relu()", "head.relu()"]
     same(probe.latest, expected)
     assert _get_current_function_mode_stack() == []
+
+
+@pytest.mark.parametrize("layers", [[nn.LazyLinear(4)], [nn.LazyLinear(4), nn.LazyBatchNorm1d()]])
+def test_a_lazy_model_is_refused_with_what_to_do(layers):
+    model = nn.Sequential(*layers, nn.ReLU(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"layer '0' is not initialized yet \(lazy\); run one batch through"):
+        measure(model, (torch.randn(6, 5), torch.arange(6) % 3))
+    assert isinstance(model[0], nn.LazyLinear)

@@ -620,3 +620,23 @@ def test_a_gradient_that_sums_to_zero_is_not_taken_for_another_layers_part():
     x, y = torch.randn(1, 3).repeat(6, 1), torch.tensor([0, 1, 1, 0, 1, 1])
     found = curvature(model, x, y, "grad_moment", block="0")
     assert found.lambda_max > 1e-4
+
+
+class OneByOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return torch.stack([self.b(torch.tanh(self.a(row))) for row in x])
+
+
+def test_layers_called_on_a_row_at_a_time_have_their_gradients_themselves():
+    torch.manual_seed(0)
+    model, x, y = OneByOne().double(), torch.randn(2, 4).double(), torch.tensor([0, 2])  # 4 is a multiple of 2
+    grads = [
+        torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), [*model.parameters()]) for i in (0, 1)
+    ]
+    rows = torch.stack([torch.cat([g.flatten() for g in own]) for own in grads])
+    expected = torch.linalg.eigvalsh(rows @ rows.T / 2).flip(0)
+    assert torch.allclose(curvature(model, x, y, "grad_moment").eigenvalues[:2], expected, rtol=1e-10)

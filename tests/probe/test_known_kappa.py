@@ -92,7 +92,14 @@ def test_the_softmax_null_is_never_a_condition_number(dtype, confidence, classes
     assert found.condition_number() == math.inf
     assert found.status() in ("structural null", "bound")
     if confidence == 0 and classes > 2:
-        assert found.null_reason == "1: rows sum to 0 (softmax)"
+        assert found.null_reason == "1: rows sum to 0 (softmax, LayerNorm)"
         assert found.complement_condition_number() < 100
     if classes == 2:
         assert found.nulls == 1
+
+
+def test_the_null_before_a_layernorm_is_not_called_a_softmax():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    found = measure(model, (torch.randn(64, 5), torch.arange(64) % 3))["0"].output_grad
+    assert (found.nulls, found.null_reason) == (1, "1: rows sum to 0 (softmax, LayerNorm)")

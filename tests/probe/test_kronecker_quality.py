@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from condzoo.probe import curvature, kronecker_report, measure
 
@@ -142,3 +143,12 @@ def test_a_layer_that_sees_zeros_alone_has_a_row():
     assert math.isnan(report["0"].lambda_ratio)
     assert math.isnan(report["0"].log_distance)
     assert "nan" in report.table()
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment"])
+def test_a_report_of_no_layer_names_why(matrix):
+    model = nn.Sequential(weight_norm(nn.Linear(5, 3)))
+    report = kronecker_report(model, torch.randn(4, 5), torch.arange(4) % 3, matrix)
+    assert len(report) == 0
+    assert report.skipped == {"0": "the exact block of a layer whose weight is computed is not available"}
+    assert "skipped 0" in report.table()

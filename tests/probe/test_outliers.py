@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import condzoo
 from condzoo.probe.conditioning import Conditioning, LayerConditioning
@@ -138,3 +139,22 @@ def test_in_a_plain_resnet_it_is_the_last_layer_and_a_last_bn_mends_it():
     assert {"lmax(x)", "k50(x)"} <= {o.quantity for o in plain if o.layer == "fc" and o.ratio > 1}
     mended = condzoo.measure(condzoo.create_model("cifar_resnet14_nobn_lastbn"), batch).outliers()
     assert not [o for o in mended if o.layer == "fc"]
+
+
+def layer_of(size, positions, rows):
+    g = Spectrum(torch.full((2,), size, dtype=torch.float64), rows=rows)
+    return LayerConditioning("Conv2d", Spectrum(torch.ones(2).double()), g, 1.0, 1.0, samples=8, positions=positions)
+
+
+def test_a_strided_convolution_is_compared_with_maps_of_its_outputs_size():
+    layers = {f"before{i}": layer_of(1e-4, 64, 8 * 64) for i in range(3)}
+    layers |= {"down": layer_of(1e-2, 64, 8 * 16)}  # it reads 64 positions and makes 16
+    layers |= {f"after{i}": layer_of(1e-2, 16, 8 * 16) for i in range(2)}
+    assert Conditioning(layers).outliers() == []
+
+
+def test_measured_strided_convolutions_are_grouped_by_their_output():
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(64, 3)]
+    found = condzoo.measure(nn.Sequential(*body), (torch.randn(6, 3, 8, 8), torch.arange(6) % 3))
+    assert [c.output_grad.rows // c.samples for c in found.values()] == [64, 16, 1]

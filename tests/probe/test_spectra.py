@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from condzoo.probe import KroneckerSpectrum, condition_number, kronecker, spectrum
-from condzoo.probe.spectra import from_blocks
+from condzoo.probe.spectra import Spectrum, from_blocks
 
 
 @given(st.integers(1, 60), st.integers(1, 100))
@@ -156,3 +156,8 @@ def test_the_condition_number_of_a_kronecker_product_is_its_own():
     fisher = KroneckerSpectrum(*factors)
     assert condition_number(fisher) == 18.0
     assert condition_number(fisher, p=0.5) == fisher.condition_number(0.5) == 36 / 12
+
+
+def test_a_lower_bound_of_a_condition_number_is_never_under_one():
+    noise = Spectrum(torch.tensor([1e-5, 0.0]).double(), noise_floor=1e-3, rows=4)  # lambda_max is noise, too
+    assert (noise.status(0.5), noise.at_least(0.5)) == ("bound", 1.0)

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from condzoo.probe import Probe
 from condzoo.training.diagnosis import diagnose
 from condzoo.training.distributed import Ranks, join, launched
 from condzoo.training.divergence import NonFinite
-from condzoo.training.events import EpochDone, Event, Finished, OnEvent, Started, StepDone
+from condzoo.training.events import EpochDone, Event, Finished, Notice, OnEvent, Started, StepDone
 from condzoo.training.outcome import earlier_summary, end_diverged, finish, last_epoch, record_divergence
 from condzoo.training.precision import usual_torch
 from condzoo.training.preparation import Training, first_unreadable, join_gradients, prepare, training_steps
@@ -25,6 +26,7 @@ from condzoo.training.schema import Recipe
 from condzoo.training.signals import Stopped, StopRequest, stop_signals
 from condzoo.training.steps import StepResult, learning_rate_of, take_step
 
+FIRST_WEIGHTS = 0.1  # share of an average that the first step's weights may have
 CHECK_STEPS = 10  # between looks at what stays on a GPU: whether a step was bad, whether a process was asked to stop
 
 
@@ -87,6 +89,8 @@ def train(
             return Run(path, recipe, earlier)
         progress = go_on(training, path, notify)
         notify(started(training, progress, path, last))
+        for text in doubts(recipe, last):
+            notify(Notice(text))
         try:
             fit(training, progress, path, last, request, notify)
         except NonFinite as bad:
@@ -124,6 +128,16 @@ def started(training: Training, progress: Progress, path: Path, last: int) -> St
         total_steps=training.total_steps,
         parameters=sum(p.numel() for p in training.model.parameters()),
     )
+
+
+def doubts(recipe: Recipe, last: int) -> Iterator[str]:
+    """What makes the numbers of a run of `last` steps say something else than they seem to."""
+    first = 0.0 if recipe.ema is None else recipe.ema ** (last - 1)
+    if first > FIRST_WEIGHTS:
+        yield (
+            f"ema = {recipe.ema:g}: after {last} steps {first:.0%} of the average, which is what is evaluated, are the "
+            "weights of the first step; a smaller ema or more steps make it an average of the last ones"
+        )
 
 
 def fit(training: Training, progress: Progress, path: Path, last: int, request: StopRequest, notify: OnEvent) -> None:

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from condzoo.training.distributed import share_buffers
+from condzoo.training.distributed import Ranks, share_buffers
 from condzoo.training.preparation import Training
+from condzoo.training.steps import seed_step
 
 IMAGES = 10_000  # of the first epoch, shuffled and augmented as in training
 
@@ -37,6 +38,7 @@ def evaluated(training: Training) -> Iterator[nn.Module]:
     before = [buffer.clone() for buffer in network.buffers()]
     try:
         ranks.all_do(lambda: measure_statistics(training, network))
+        share_mean(network, ranks)
         yield network
     finally:
         for buffer, kept in zip(network.buffers(), before, strict=True):
@@ -44,13 +46,21 @@ def evaluated(training: Training) -> Iterator[nn.Module]:
 
 
 def measure_statistics(training: Training, network: nn.Module) -> None:
-    """BatchNorm's statistics anew, the mean over batches; of several processes each takes its part of every batch."""
+    """BatchNorm's statistics anew, the mean over batches; of several processes each takes its part of every batch.
+
+    Stochastic depth and dropout draw as in the first step: what is written has the statistics that were evaluated.
+    """
     size = min(training.plan.batch_size, training.data.size("train"))
     plan = replace(training.plan, batch_size=size, drop_last=True)
     batches = itertools.islice(training.data.train_batches(plan, 0), max(1, IMAGES // size))
+    seed_step(training, 0)
     with training.numerics.autocast():
         update_bn(batches, network)
+
+
+def share_mean(network: nn.Module, ranks: Ranks) -> None:
+    """Give every process the mean of all processes' statistics; none may be missing."""
     for module in network.modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
             for statistic in (module.running_mean, module.running_var):
-                training.ranks.sum_(statistic).div_(training.ranks.world)
+                ranks.sum_(statistic).div_(ranks.world)

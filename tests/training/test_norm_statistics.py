@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from condzoo.training import Recipe, norm_statistics, train
+from condzoo.training import Notice, Recipe, evaluate_run, norm_statistics, train
+from condzoo.training.distributed import Ranks
 from condzoo.training.evaluation import evaluate
 from condzoo.training.preparation import Training, prepare, training_steps
 from condzoo.training.recipe import parse_recipe
@@ -111,6 +112,55 @@ def test_evaluating_is_no_part_of_the_training(tiny: Any, tmp_path: Path) -> Non
         states.append(state.tensors)
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_what_is_written_was_evaluated_where_layers_draw_before_a_norm(tiny: Any, tmp_path: Path) -> None:
+    """Stochastic depth draws in train mode, in which statistics are measured: once evaluated, once written."""
+    dropped = {"model.name": "test_resnet", "model.args": {"drop_path_rate": 0.5}, "data.resize": 16, "epochs": 1}
+    run = train(tiny(**AVERAGED | dropped), out=tmp_path / "run", device="cpu")
+    again = evaluate_run(run.path, device="cpu")
+    assert (again.correct, again.loss) == (run.summary["test_correct"], run.summary["test_loss"])
+
+
+class Meeting(Ranks):
+    """Refuses that processes meet in what one of them may fail to do: the others would wait for it."""
+
+    apart = False
+
+    def all_do(self, action: Any) -> Any:
+        Meeting.apart = True
+        try:
+            return action()
+        finally:
+            Meeting.apart = False
+
+    def sum_(self, values: Tensor) -> Tensor:
+        assert not Meeting.apart
+        return values
+
+
+def test_processes_share_statistics_once_all_have_read_their_images(tiny: Any) -> None:
+    training = replace(prepare(tiny(**AVERAGED), torch.device("cpu")), ranks=Meeting())
+    with norm_statistics.evaluated(training) as network:
+        assert network is training.result
+
+
+@pytest.mark.parametrize(("decay", "steps", "share"), [(0.99, 22, "81%"), (0.9, 22, "11%"), (0.9, 8, "48%")])
+def test_a_run_too_short_for_its_average_says_so(
+    decay: float, steps: int, share: str, tiny: Any, tmp_path: Path
+) -> None:
+    events: list[Any] = []
+    train(tiny(ema=decay), out=tmp_path / "run", device="cpu", max_steps=steps, on_event=events.append)
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert len(notices) == 1
+    assert notices[0].startswith(f"ema = {decay}: after {steps} steps {share} of the average")
+
+
+def test_a_run_long_enough_for_its_average_says_nothing(tiny: Any, tmp_path: Path) -> None:
+    events: list[Any] = []
+    train(tiny(ema=0.85), out=tmp_path, device="cpu", on_event=events.append)
+    train(tiny(), out=tmp_path / "none", device="cpu", on_event=events.append)
+    assert not [event for event in events if isinstance(event, Notice)]
 
 
 def fail_while_evaluating(training: Training) -> None:

@@ -136,6 +136,7 @@ def print_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:
         if len(group["seeds"]) == 1:
             continue
         lost = [f"{group[outcome]} {outcome}" for outcome in ("diverged", "failed") if group[outcome]]
+        lost += [f"{group['shorter']} cut short, not in the mean"] if group["shorter"] else []
         parts = [f"{group['done']} of {len(group['seeds'])} seeds" + (f" ({', '.join(lost)})" if lost else "")]
         for key, label, scale, unit in MEANS:
             if key in group:

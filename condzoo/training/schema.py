@@ -162,7 +162,12 @@ class OneCycle(Section):
 class LossSection(Section):
     """Cross-entropy, computed in float32."""
 
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the target spread over all classes; train_loss has it, val_loss and test_loss do not",
+    )
 
 
 class ProbeSection(Section):

@@ -24,8 +24,9 @@ def summarize(runs: Mapping[str, Run]) -> dict[str, Any]:
 
     Returns:
         `runs`: folder -> its summary in short; `settings`: what is the same but for the seed ("" where there
-        is nothing else) -> how many runs are done, diverged and failed, and of each number {"mean", "std",
-        "n"} over those that are done. std is the sample's, with n - 1 below; None for one run.
+        is nothing else) -> how many runs are done, diverged and failed, how many of those done are shorter
+        than the longest, and of each number {"mean", "std", "n"} over the others that are done. std is the
+        sample's, with n - 1 below; None for one run.
     """
     return summary_of(in_short(runs))
 
@@ -136,13 +137,19 @@ def setting_of(folder: str) -> str:
 
 
 def spread(group: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of outcomes, and mean and sample standard deviation of each number over the runs that are done."""
+    """Counts of outcomes, and mean and sample standard deviation of each number over the whole runs.
+
+    Those are the runs that are done and no shorter than another: an earlier call may have cut some short (max_steps).
+    """
+    done = [summary for summary in group if summary["status"] == "done"]
+    whole = [summary for summary in done if summary["steps"] == max(other["steps"] for other in done)]
     result: dict[str, Any] = {
         "seeds": [summary["seed"] for summary in group],
         **{outcome: sum(summary["status"] == outcome for summary in group) for outcome in OUTCOMES},
+        "shorter": len(done) - len(whole),
     }
     for key in SUMMARIZED:
-        values = [summary[key] for summary in group if summary["status"] == "done" and summary.get(key) is not None]
+        values = [summary[key] for summary in whole if summary.get(key) is not None]
         if values:
             std = statistics.stdev(values) if len(values) > 1 else None
             result[key] = {"mean": statistics.fmean(values), "std": std, "n": len(values)}

@@ -124,6 +124,17 @@ def test_the_summary_has_mean_and_sample_deviation_of_the_seeds_that_are_done(ti
     assert written["runs"]["optim.lr=1e+30-seed2"]["diverged"]["step"] == 1
 
 
+def test_runs_that_were_cut_short_are_in_no_mean(tiny: Any, tmp_path: Path) -> None:
+    train_seeds(tiny(), [1, 2], tmp_path, max_steps=3, device="cpu")
+    (whole,) = train_seeds(tiny(), [3], tmp_path, device="cpu")
+    found = json.loads((tmp_path / "summary.json").read_text())["settings"][""]
+    assert (found["seeds"], found["done"], found["shorter"]) == ([1, 2, 3], 3, 2)
+    assert found["test_error"] == {"mean": whole.test_error, "std": None, "n": 1}
+    train_seeds(tiny(), [1, 2], tmp_path, device="cpu")
+    found = json.loads((tmp_path / "summary.json").read_text())["settings"][""]
+    assert (found["shorter"], found["test_error"]["n"]) == (0, 3)
+
+
 def test_seeds_of_one_recipe_train_once_each(tiny: Any, tmp_path: Path) -> None:
     first = train_seeds(tiny(), [1, 2], tmp_path, max_steps=3, device="cpu")
     events: list[Any] = []

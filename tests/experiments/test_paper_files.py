@@ -69,6 +69,18 @@ def test_table_b_at_full_length_is_the_recipes_whose_runs_are_released():
         assert run.recipe == load_recipe(recipes_by_model()[run.recipe.model.name]), run.label
 
 
+@pytest.mark.parametrize("name", ["fig10", "table_a"])
+def test_imagenet_at_full_length_is_seen_and_trained_as_its_recipes_have_it(name):
+    """ResNet-18 and its twin, ResNet-50 and its twin; the standard column, and fig. X's BN."""
+    for run in planned_runs(load_experiment(name), "paper", [1]):
+        if run.label.endswith("standard") or run.label.startswith("BN"):
+            recipe = load_recipe(f"imagenet/{run.recipe.model.name}")
+            for part in ("epochs", "model", "optim", "schedule", "loss"):
+                assert getattr(run.recipe, part) == getattr(recipe, part), (run.label, part)
+            unlike = {"num_classes", "image_size", "eval_resize"}  # said in the recipe, the same by default
+            assert run.recipe.data.model_dump(exclude=unlike) == recipe.data.model_dump(exclude=unlike), run.label
+
+
 @pytest.mark.parametrize("name", ["fig14", "table_a", "table_b"])
 def test_gamma_of_every_last_bn_is_drawn_as_the_authors_have_it(name):
     experiment = load_experiment(name)

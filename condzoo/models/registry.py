@@ -126,7 +126,10 @@ def build_network(
             pretrained_filter_fn=fit_weights,
             **{**args, **kwargs},
         )
-    model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
+    config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    config.pop("state_dict", None)
+    if "input_size" in kwargs:  # an MLP takes these images alone: timm's transforms are made by what is said here
+        config["input_size"] = (kwargs["in_chans"], *kwargs["input_size"][1:])
     return model if dtype is None else model.to(dtype)
 
 

@@ -162,6 +162,17 @@ def test_the_input_description_fits_the_network(name: str):
     assert config["crop_pct"] <= 1
 
 
+@pytest.mark.parametrize("name", ["mlp4x24_bn", "mlp3x10"])
+@pytest.mark.parametrize("options", [{"input_size": (3, 20, 24)}, {"input_size": [1, 20, 24], "in_chans": 3}])
+@torch.no_grad()
+def test_the_input_description_of_an_mlp_for_other_images(name: str, options: dict):
+    model = create_model(name, **options).eval()
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (3, 20, 24)
+    assert model(torch.zeros(2, *config["input_size"])).shape == (2, 10)
+    assert timm.data.resolve_model_data_config(create_model(name))["input_size"] != (3, 20, 24)
+
+
 def config_family(name: str) -> str:
     """The table a model stands in."""
     return next(family.name for family in FAMILIES.values() if name in family.rows)

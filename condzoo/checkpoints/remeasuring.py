@@ -94,7 +94,7 @@ def initial_network(recipe: dict[str, Any], data: DataSet) -> nn.Module:
     arguments: dict[str, Any] = {"input_size": shape} if mlp else {"in_chans": shape[0]}
     arguments |= {key: section[key] for key in ("drop_rate", "last_bn_init") if key in section}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe["seed"])
+        torch.default_generator.manual_seed(recipe["seed"])  # of the CPU alone: torch.manual_seed seeds GPUs, too
         return create_model(section["name"], num_classes=data.num_classes, init=section.get("init"), **arguments)
 
 

@@ -84,8 +84,9 @@ def measure(
     model = replica(model)
     refuse_threads(model)
     chosen, skipped = choose(model, layers)
-    if device is not None and any(p.device != torch.device(device) for p in model.parameters()):
-        model = copied(model).to(device)
+    where = None if device is None else torch.empty(0, device=device).device  # "cuda" is "cuda:0", say
+    if where is not None and any(p.device != where for p in model.parameters()):
+        model = copied(model).to(where)
         chosen, skipped = choose(model, layers)
     capture = capture_of(model, chosen, conv=conv, precision=precision, bias=bias, kappa=kappa)
     if reduction is not None:

@@ -58,8 +58,10 @@ def _find(training: Training, step: int) -> tuple[str, str] | None:
             with training.numerics.autocast():
                 logits = training.model(x)
             loss = mean_loss(training.recipe, logits, y)
-            if not torch.isfinite(loss):
-                return "loss", _first_layer(training, x)
+            bad = not torch.isfinite(loss)
+            if _bad_for_all(training, bad):
+                where = _first_layer(training, x)
+                return ("loss", where) if bad else None
             (loss * (len(y) / batch.images)).backward()
         return ("gradient", met[0]) if met else None
     finally:
@@ -67,6 +69,11 @@ def _find(training: Training, step: int) -> tuple[str, str] | None:
             handle.remove()
         training.guard.restore()
         training.optimizer.zero_grad()
+
+
+def _bad_for_all(training: Training, bad: bool) -> bool:
+    """Whether this pass is looked at again: with SyncBatchNorm, which waits for all processes, by all of them alike."""
+    return bool(training.ranks.largest(int(bad))) if training.recipe.sync_bn else bad
 
 
 @torch.no_grad()

@@ -173,12 +173,15 @@ def said_elsewhere(error: BaseException) -> bool:
 
 def _own_device(device: str | torch.device | None) -> torch.device:
     """The device asked for; of a machine's GPUs the one with this process's number there."""
+    here = torch.cuda.device_count()
+    if str(device) == "cuda" and here and _local_rank() < here:
+        torch.cuda.set_device(_local_rank())  # trying it out takes memory of the current GPU, in all the first one's
     resolved = resolve_device(device)
     if resolved.type != "cuda":
         return resolved
-    local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if resolved.index is not None:
         raise ValueError(f"device: each process takes a GPU of its own, got {resolved}; use --device cuda")
+    local = _local_rank()
     if local >= here:
         raise ValueError(
             f"device: process {local} of this machine has no GPU, there are {here}; "
@@ -186,6 +189,12 @@ def _own_device(device: str | torch.device | None) -> torch.device:
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def _local_rank() -> int:
+    """This process's number on its machine, as its launcher says; else of the GPU that who started it has set."""
+    said = os.environ.get("LOCAL_RANK")
+    return torch.cuda.current_device() if said is None else int(said)
 
 
 def _outcome(action: Callable[[], T]) -> tuple[Any, BaseException | None]:

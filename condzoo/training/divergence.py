@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 ALIGNMENT = 16  # elements: kernels may want more than an element's own
@@ -95,6 +96,29 @@ class Averaging:
             torch._foreach_add_(means, steps)
         else:
             torch._foreach_lerp_(means, new, 1 - self.decay)
+
+
+@torch.no_grad()
+def update_average(average: AveragedModel, model: nn.Module) -> None:
+    """`average.update_parameters(model)`, without its copy of the number of steps to the device, which waits for a GPU.
+
+    Args:
+        average: with an `Averaging` as its multi_avg_fn, and use_buffers.
+        model: what is averaged.
+    """
+    kept, now = ((*network.parameters(), *network.buffers()) for network in (average.module, model))
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for mean, new in zip(kept, now, strict=True):
+        means, news = by_dtype.setdefault(mean.dtype, ([], []))
+        means.append(mean)
+        news.append(new)
+    taken = int(average.n_averaged)  # it is on the CPU
+    for means, news in by_dtype.values():
+        if taken:
+            average.multi_avg_fn(means, news, taken)  # type: ignore[misc]
+        else:
+            torch._foreach_copy_(means, news)
+    average.n_averaged += 1
 
 
 def _in_one_piece(model: nn.Module) -> Iterator[Tensor]:

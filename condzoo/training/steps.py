@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from condzoo.data import derived_seed
 from condzoo.probe import Probe
-from condzoo.training.divergence import NonFinite
+from condzoo.training.divergence import NonFinite, update_average
 from condzoo.training.optimizers import forget, set_learning_rate
 from condzoo.training.preparation import StepBatch, Training
 from condzoo.training.schedules import learning_rate, resets_momentum
@@ -67,7 +67,7 @@ def take_step(training: Training, batch: StepBatch, probe: Probe | None = None) 
     elif probe is not None:
         probe.step()
     if training.average is not None:
-        training.average.update_parameters(training.model)
+        update_average(training.average, training.model)
     if training.guard.deferred:
         loss_sum, correct = (torch.where(training.guard.sound > 0, value, 0) for value in (loss_sum, correct))
     return StepResult(loss_sum, correct, batch.images, lr, grad_norm)

@@ -12,10 +12,10 @@ from condzoo import verify_checkpoint
 from condzoo.checkpoints import verify_released
 from condzoo.checkpoints.folder import read_folder, write_sums
 from condzoo.checkpoints.model_card import model_card
-from condzoo.checkpoints.remeasuring import count_correct, fixed_input
+from condzoo.checkpoints.remeasuring import count_correct, fixed_input, initial_network
 from condzoo.cli import main
 from condzoo.data import BatchPlan, load_data
-from condzoo.models import released
+from condzoo.models import create_model, released
 from condzoo.models.weight_files import sha256
 from condzoo.release import release
 from condzoo.training import train
@@ -287,3 +287,15 @@ def test_large_images_are_counted_a_few_at_a_time():
         assert sum(seen) == data.size("test") == 360
     assert sizes[28] == [360]
     assert max(sizes[256]) == 15
+
+
+def test_the_network_before_training_is_drawn_without_seeding_gpus(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    network = initial_network({"model": {"name": "mlp4x24"}, "seed": 3}, load_data("digits"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
+    torch.manual_seed(3)
+    again = create_model("mlp4x24", num_classes=10, input_size=(1, 8, 8))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))

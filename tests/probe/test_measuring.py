@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from condzoo.probe import Probe, label_models, measure, weights
+from condzoo.probe import Probe, label_models, measure, measuring, weights
 
 NAMES = ["mlp", "bn_mlp", "conv", "odd_conv", "residual", "other_dimensions", "tokens"]
 
@@ -560,3 +560,9 @@ def test_large_batches_under_batch_statistics_say_that_their_expectation_is_over
     assert (small.random_signs, large.random_signs) == (False, True)
     assert "labels from the model (random signs)" in large.table()
     assert not measure(model.eval(), (x, y), labels="model").random_signs
+
+
+def test_a_model_that_is_on_the_device_asked_for_is_not_copied(kit, monkeypatch):
+    """ "cuda" is "cuda:0" of the parameters; "cpu:0" is "cpu"."""
+    monkeypatch.setattr(measuring, "copied", lambda model: pytest.fail("copied"))
+    assert measure(kit.build("mlp"), kit.images(), device="cpu:0").layers

@@ -10,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from condzoo.training import Diverged, loop, preparation, reports, train
-from condzoo.training.divergence import Guard, NonFinite
+from condzoo.training.divergence import Averaging, Guard, NonFinite, update_average
 from condzoo.training.preparation import Training, prepare, training_steps
 from condzoo.training.progress import capture, start_of
 from condzoo.training.steps import take_step
@@ -137,3 +140,25 @@ def test_from_the_bad_step_on_none_changes_anything(
     assert [(float(r.loss_sum), int(r.correct)) for r in results] == [(0.0, 0)] * 3
     with pytest.raises(NonFinite, match=f"of step {taken} is not finite"):
         training.guard.check()
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operations that read tensors of one device and write to another."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += len({t.device for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)}) > 1
+        return result
+
+
+def test_averaging_copies_nothing_to_the_device() -> None:
+    """A copy of a number would wait for all that a GPU was given to do; the meta device stands for it."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to("meta")
+    guard = Guard(model, torch.device("meta"), deferred=True)
+    average = AveragedModel(model, multi_avg_fn=Averaging(guard, 0.9), use_buffers=True)
+    with Copies() as copies:
+        for _ in range(3):
+            update_average(average, model)
+    assert (copies.count, int(average.n_averaged)) == (0, 3)

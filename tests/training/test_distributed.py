@@ -191,3 +191,22 @@ def test_before_processes_meet_each_machine_says_an_error_once(monkeypatch: pyte
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local)
         assert said_elsewhere(ValueError("no such recipe")) is elsewhere
+
+
+def test_a_process_tries_out_no_gpu_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying out "cuda" takes memory of the current GPU; without a launcher that is the one that the caller has set."""
+    current, tried = [1], []
+
+    def try_out(device: str) -> torch.device:
+        tried.append(current[0])
+        return torch.device(device)
+
+    monkeypatch.setattr(distributed, "resolve_device", try_out)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert distributed._own_device("cuda") == torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert distributed._own_device("cuda") == torch.device("cuda:3")
+    assert tried == [1, 3]

@@ -1,6 +1,7 @@
 """A loss or gradient that is not finite ends the run before the step, and is said or recorded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from condzoo.training import Diverged, train
 from condzoo.training.diagnosis import diagnose
+from condzoo.training.distributed import Ranks
 from condzoo.training.divergence import NonFinite
 from condzoo.training.preparation import prepare, training_steps
 from condzoo.training.steps import take_step
@@ -101,3 +103,18 @@ def test_a_gradient_that_a_layer_spoils_on_the_way_down_is_named_where_it_is_fir
     assert diagnose(training, 0).where.startswith("layers.1.linear."), "all of layers.0 is NaN, too"
     spoil.remove()
     assert diagnose(training, 0).where == "the norm of all parameters together", "nothing is left hooked"
+
+
+def test_with_sync_bn_a_loss_that_is_bad_in_one_process_is_looked_at_by_all(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SyncBatchNorm waits for all of them: this one, whose own loss is finite, makes the other's passes, too."""
+    training = replace(prepare(tiny(), torch.device("cpu")), recipe=tiny(sync_bn=True), ranks=Ranks(0, 2))
+    monkeypatch.setattr(Ranks, "largest", lambda ranks, number: 1)
+    monkeypatch.setattr(Ranks, "gather", lambda ranks, mine: [mine, ("loss", "fc")])
+    passes: list[bool] = []
+    training.model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    backwards: list[str] = []
+    training.model.get_parameter("layers.0.linear.weight").register_hook(lambda g: backwards.append("one"))
+    assert diagnose(training, 0).text == "the loss of step 0 is not finite, first in fc"
+    assert (passes, backwards) == ([True, False], [])

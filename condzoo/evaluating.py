@@ -10,7 +10,7 @@ from condzoo.checkpoints.records import Config, Conversion, InputConfig, Metrics
 from condzoo.checkpoints.remeasuring import read_images
 from condzoo.data import IMAGE_FOLDER, DataSet, ImageData, StoredData, load_data
 from condzoo.training import Evaluation, evaluate, evaluate_run, load_run
-from condzoo.training.precision import Numerics, resolve_device
+from condzoo.training.precision import Numerics, resolve_device, usual_torch
 from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY
 
 
@@ -31,6 +31,7 @@ class Evaluated:
         return None if self.recorded is None else self.recorded == (self.evaluation.correct, self.evaluation.total)
 
 
+@usual_torch()
 def evaluate_again(
     target: str | Path, data: str | None = None, data_root: str | Path | None = None, device: str | None = None
 ) -> Evaluated:

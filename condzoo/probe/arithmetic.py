@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -67,6 +67,23 @@ def _in_full_precision(device_type: str) -> Iterator[None]:
 def plain_convolutions(device_type: str) -> AbstractContextManager[None]:
     """Convolutions of float32 in float32: cuDNN takes TF32 unless told otherwise."""
     return _plain("conv", device_type)
+
+
+@contextmanager
+def full_float32(device_type: str) -> Iterator[None]:
+    """Passes through a network with float32 in float32: no TF32, which cuDNN takes unless told otherwise, and no bf16.
+
+    Unlike in `plain_products`, autocast and torch-function modes stay.
+    """
+    with ExitStack() as held:
+        for op in ("matmul", "conv", "rnn"):
+            held.enter_context(_plain(op, device_type))
+        yield
+
+
+def in_tf32(device: torch.device, *, convolution: bool) -> bool:
+    """Whether torch multiplies float32 there in TF32, as cuDNN's convolutions do unless told otherwise."""
+    return device.type == "cuda" and _precision("cuda", "conv" if convolution else "matmul") not in PLAIN
 
 
 def _plain(op: str, device_type: str) -> AbstractContextManager[None]:

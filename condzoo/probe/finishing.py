@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from condzoo.probe.arithmetic import SAFETY, data_noise, float64_noise
+from condzoo.probe.arithmetic import SAFETY, data_noise, float64_noise, in_tf32
 from condzoo.probe.attention import parts_of
 from condzoo.probe.capture import Capture, LayerSums
 from condzoo.probe.conditioning import LayerConditioning
@@ -21,6 +22,7 @@ from condzoo.probe.nulls import structural_nulls, zero_coordinates, zero_sum_rem
 from condzoo.probe.spectra import Spectrum, from_blocks
 from condzoo.probe.weights import Norms
 
+TF32 = torch.float16  # has as many digits
 DECOMPOSED = 256  # side up to which one eigenvalue costs no less than all
 LANCZOS = 1e-8  # residual over lambda_max
 
@@ -51,6 +53,9 @@ def finish(
         else:
             skipped[name] = why
     moments = [m for sums in good.values() for m in (sums.input, sums.output_grad)]
+    if capture.trains and any(_in_tf32(capture.layers[name], sums.input) for name, sums in good.items()):
+        for moment in moments:
+            moment.coarsen(TF32)
     spectra = spectra_of(moments, kappa=capture.kappa, to_the_last=_has_the_last(capture, list(good)))
     layers = {
         name: LayerConditioning(
@@ -67,6 +72,11 @@ def finish(
         for i, (name, sums) in enumerate(good.items())
     }
     return layers, skipped, _first_nonfinite(capture)
+
+
+def _in_tf32(layer: nn.Module, read: RunningMoment) -> bool:
+    """Whether a layer of a training multiplies in TF32, by what torch is set to now; in `measure` none does."""
+    return read.dtype == torch.float32 and in_tf32(read.device, convolution=isinstance(layer, _ConvNd))
 
 
 def _not_called(name: str, capture: Capture) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from condzoo.probe.arguments import checked
+from condzoo.probe.arithmetic import full_float32
 from condzoo.probe.batches import Adapter, as_pair, each, in_float64
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
@@ -93,7 +94,8 @@ def measure(
         checked("reduction", reduction, REDUCTIONS)
     run = Passes(model, capture, whose, loss, seed, reduction)
     first: list[tuple[Any, Any]] = []
-    with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), full_float32(kind):
         capture.attach()
         try:
             for batch in each(batches, adapted=adapter is not None):

@@ -174,11 +174,15 @@ class RunningMoment:
             f"the limit of {limit:.3g} GB: measure fewer rows, or leave the layer out by `layers`"
         )
 
+    def coarsen(self, dtype: torch.dtype) -> None:
+        """Note that the data has no more digits than this dtype."""
+        self.dtype = max((self.dtype, dtype), key=lambda d: torch.finfo(d).eps)
+
     def _count(self, rows: int, dtype: torch.dtype, new_rows: bool) -> None:
         self.rows += rows if new_rows else 0
         self.vectors += rows
         if dtype != self.dtype:
-            self.dtype = max((self.dtype, dtype), key=lambda d: torch.finfo(d).eps)
+            self.coarsen(dtype)
 
     def spill(self) -> None:
         """Turn the vectors kept so far into their sum."""

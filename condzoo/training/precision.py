@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from condzoo.probe.arithmetic import full_float32
 from condzoo.training.schema import Recipe
 
 DEVICES = ("cpu", "cuda")  # that compute in float64, too: torch has others, on which a tensor can be made
@@ -33,7 +34,8 @@ class Numerics:
 def usual_torch() -> Iterator[None]:
     """Inside, torch has its own defaults, which recipes count on, whatever a notebook has set.
 
-    They are float32 and the CPU for new tensors, and gradients are kept. Also a decorator.
+    They are float32 and the CPU for new tensors, and gradients are kept. One is not: float32 is multiplied and
+    convolved in float32 on GPUs, too, where torch convolves in TF32. Also a decorator.
     """
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as held:
@@ -41,6 +43,8 @@ def usual_torch() -> Iterator[None]:
         held.enter_context(torch.enable_grad())
         if torch.get_default_device().type != "cpu":  # a context of a device slows every operation
             held.enter_context(torch.device("cpu"))
+        for kind in DEVICES:
+            held.enter_context(full_float32(kind))
         held.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
         yield

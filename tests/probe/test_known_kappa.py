@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from condzoo.probe import measure
+from condzoo.probe import Probe, finishing, measure
+from condzoo.probe.arithmetic import in_tf32
 
 TOLERANCE = {torch.float64: 0.01, torch.float32: 0.05, torch.bfloat16: 0.05}
 
@@ -103,3 +104,38 @@ def test_the_null_before_a_layernorm_is_not_called_a_softmax():
     model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     found = measure(model, (torch.randn(64, 5), torch.arange(64) % 3))["0"].output_grad
     assert (found.nulls, found.null_reason) == (1, "1: rows sum to 0 (softmax, LayerNorm)")
+
+
+def probed(x):
+    torch.manual_seed(0)
+    model = nn.Linear(x.shape[1], 3)
+    with Probe(model, every=1) as probe:
+        nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
+        probe.step()
+    return probe.latest[""].input
+
+
+def test_data_of_a_training_in_tf32_has_float16s_digits(monkeypatch):
+    """cuDNN's default for float32 on GPUs, whose setting alone is played here."""
+    x = inputs(1e8, 16, 2048, torch.float32)
+    assert probed(x).status() == "ok"
+    monkeypatch.setattr(finishing, "in_tf32", lambda device, convolution: convolution)
+    assert probed(x).status() == "ok", "no convolution in it"
+    monkeypatch.setattr(finishing, "in_tf32", lambda device, convolution: not convolution)
+    found = probed(x)
+    assert (found.status(), found.arithmetic) == ("bound", "float64 products of float16 data")
+    assert found.noise_floor == pytest.approx(
+        20 * (2 * 2**-11) ** 2 / 3 * float(x.double().square().mean(0).max()), 0.01
+    )
+    assert measured(x, "auto").status() == "ok", "measure multiplies in float32"
+
+
+@pytest.mark.parametrize(("setting", "convolution"), [("conv", True), ("matmul", False)])
+def test_tf32_is_what_torch_is_set_to(setting, convolution, monkeypatch):
+    asked = []
+    monkeypatch.setattr("condzoo.probe.arithmetic._precision", lambda *names: asked.append(names) or "tf32")
+    assert in_tf32(torch.device("cuda", 1), convolution=convolution)
+    assert asked == [("cuda", setting)]
+    assert not in_tf32(torch.device("cpu"), convolution=convolution)
+    monkeypatch.setattr("condzoo.probe.arithmetic._precision", lambda *names: "ieee")
+    assert not in_tf32(torch.device("cuda"), convolution=convolution)

@@ -98,3 +98,19 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
     assert [old.numbers.pop(name) for name in ("precision", "channels_last", "device")] == ["fp32", True, "cpu"]
     save_checkpoint(tmp_path / "checkpoints", old)
     assert notices(units=True, steps=4) == [], "a checkpoint of an older version does not say it"
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="set by operation since 2.9")
+def test_float32_is_float32_whatever_a_notebook_has_set() -> None:
+    """No GPU here: what cuBLAS, cuDNN and oneDNN are told, and that it is as before after it."""
+    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    settings += [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+    own = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        before = [setting.fp32_precision for setting in settings]
+        with precision.usual_torch():
+            assert all(setting.fp32_precision in ("none", "ieee") for setting in settings)
+        assert [setting.fp32_precision for setting in settings] == before
+    finally:
+        torch.set_float32_matmul_precision(own)

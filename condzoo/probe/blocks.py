@@ -37,7 +37,7 @@ def curvature_blocks(
 
     The passes, and the Hessian, are made once for all: of a network of L layers it takes about the time of the whole
     matrix, where `curvature` block by block takes up to L + 1 times as long. Layers that the forward pass does
-    not call have no block of M and F.
+    not call have no block of M, F and G; of H, and of G under batch statistics, theirs is 0.
 
     Raises:
         ValueError: as `curvature`.
@@ -74,5 +74,5 @@ def _columns(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def _of_layer(rows: LayerRows | DenseRows, name: str, own: Tensor) -> LayerRows | DenseRows | None:
     """What of these rows is the layer's."""
     if isinstance(rows, DenseRows):
-        return DenseRows(rows.gradients[:, own])
+        return DenseRows(rows.gradients[:, own], rows.used[own]) if rows.used[own].any() else None
     return rows if rows.name == name else None

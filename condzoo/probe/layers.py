@@ -80,21 +80,29 @@ def choose(
             found |= {f"{name}.{local}" if name else local: p for local, p in projections(module).items()}
     if names is None:
         return found, skipped
-    chosen = {n: m for n, m in found.items() if any(fnmatchcase(n, pattern) for pattern in names)}
-    named = {n: why for n, why in skipped.items() if any(fnmatchcase(n, p) for p in names)}
+    chosen = {n: m for n, m in found.items() if any(_matches(n, pattern) for pattern in names)}
+    named = {n: why for n, why in skipped.items() if any(_matches(n, p) for p in names)}
     for pattern in names:
-        if any(fnmatchcase(n, pattern) for n in found):
+        if any(_matches(n, pattern) for n in found):
             continue
         if not known:
-            raise ValueError(_no_layer(pattern, list(found), skipped))
+            raise ValueError(_no_layer(pattern, model, found, skipped))
         named.setdefault(pattern, "the model no longer has a layer of this name")
     return chosen, named
 
 
-def _no_layer(pattern: str, names: list[str], skipped: dict[str, str]) -> str:
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)  # a name may have brackets itself
+
+
+def _no_layer(pattern: str, model: nn.Module, found: dict[str, nn.Module], skipped: dict[str, str]) -> str:
     if pattern in skipped:
         return f"layer {pattern!r} cannot be measured: {skipped[pattern]}"
-    close = get_close_matches(pattern, names, n=1, cutoff=0.0)
+    meant = dict(model.named_modules(remove_duplicate=False)).get(pattern)
+    for name, module in found.items():
+        if module is meant:
+            return f"layer {pattern!r} is {name!r} under another name; it is measured under that one"
+    close = get_close_matches(pattern, found, n=1, cutoff=0.0)
     hint = f"did you mean {close[0]!r}?" if close else "the model has no linear or convolution layer"
     return f"no layer matches {pattern!r}; {hint}"
 

@@ -83,15 +83,31 @@ def read_records(path: str | Path) -> list[Conditioning]:
     return records
 
 
-def record_columns(records: Iterable[Conditioning], p: tuple[float, ...] = (0.5, 1.0)) -> dict[str, Column]:
+def record_columns(
+    records: str | Path | Conditioning | Iterable[Conditioning], p: tuple[float, ...] = (0.5, 1.0)
+) -> dict[str, Column]:
     """Measurements as columns: one entry a step and layer, ready for numpy or `pandas.DataFrame`.
 
     Columns: step, layer, depth (the layer's place in the forward pass), kind, samples; for `input` and
     `output_grad` {..}_lambda_max, {..}_rank, {..}_dim, and for each p {..}_kappa{100 p} with
     {..}_status{100 p}; weight, weight_grad and their {..}_frobenius (NaN where there is none).
+
+    Args:
+        records: a `conditioning.jsonl`, its run directory, one measurement, or several.
+        p: fractions of the spectrum for which kappa_p gets a column.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_records`.
+        TypeError: what is no measurement.
     """
+    if isinstance(records, (str, Path)):
+        records = read_records(records)
+    elif isinstance(records, Conditioning):
+        records = [records]
     rows: list[dict[str, object]] = []
     for record in records:
+        if not isinstance(record, Conditioning):
+            raise TypeError(f"records must be a conditioning.jsonl or measurements, got a {type(record).__name__}")
         for depth, (name, layer) in enumerate(record.items()):
             row: dict[str, object] = {"step": -1 if record.step is None else record.step, "layer": name}
             row |= {"depth": depth, "kind": layer.kind, "samples": layer.samples}
@@ -111,11 +127,7 @@ def record_columns(records: Iterable[Conditioning], p: tuple[float, ...] = (0.5,
 def to_pandas(
     records: str | Path | Conditioning | Iterable[Conditioning], p: tuple[float, ...] = (0.5, 1.0)
 ) -> pandas.DataFrame:
-    """`record_columns` as a DataFrame, one row a step and layer.
-
-    Args:
-        records: a `conditioning.jsonl`, its run directory, one measurement, or several.
-        p: fractions of the spectrum for which kappa_p gets a column.
+    """`record_columns` as a DataFrame, one row a step and layer; arguments as there.
 
     Raises:
         ImportError: pandas is not installed.
@@ -124,8 +136,4 @@ def to_pandas(
         from pandas import DataFrame
     except ImportError:
         raise ImportError("to_pandas needs pandas (pip install pandas); record_columns does without") from None
-    if isinstance(records, (str, Path)):
-        records = read_records(records)
-    elif isinstance(records, Conditioning):
-        records = [records]
     return DataFrame(record_columns(records, p))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from condzoo.probe.batches import batch_size, call
@@ -30,9 +30,11 @@ class DenseRows:
 
     Attributes:
         gradients: of the parameters together, a vector a row.
+        used: which of the parameters the logits depend on.
     """
 
     gradients: Float[Tensor, "v p"]
+    used: Bool[Tensor, " p"]
     single_position = False
 
     @property
@@ -92,6 +94,8 @@ def sample_gradients(
             f"{vectors:,} gradients of {count:,} parameters are {vectors * count * 8 / 1e9:.1f} GB, at most "
             f"{MOST * 8 / 1e9:.0f} are possible; pass fewer samples, or block='<layer>' for one layer's block"
         )
+    reached = torch.autograd.grad(predicted.sum(), parameters, retain_graph=True, allow_unused=True)
+    used = torch.cat([torch.full((p.numel(),), g is not None) for p, g in zip(parameters, reached, strict=True)])
     rows = [pulled_back(predicted, parameters, alone[None]) for alone in gradients_one_by_one(draws)]
     gradients = samples * torch.cat(rows)
     if value is not None:
@@ -99,4 +103,4 @@ def sample_gradients(
         mean = torch.cat([g.flatten() for g in whole])
         if float((gradients.mean(0) - mean).norm()) > SAME * float(gradients.norm()) / samples**0.5:
             return None  # the loss sees more than the logits
-    return DenseRows(gradients)
+    return DenseRows(gradients, used)

@@ -197,7 +197,8 @@ def condition_number(eigenvalues: Any, p: float = 1.0) -> float:
         p: fraction of the spectrum kept, in (0, 1]; 1.0 is the usual condition number.
 
     Returns:
-        kappa_p, without unit; inf where lambda_j is zero, negative or under d * eps * lambda_max.
+        kappa_p, without unit; inf where lambda_j is zero, negative or at most d * (eps / 2) * lambda_max, with
+        eps of the eigenvalues' dtype.
 
     Raises:
         ValueError: p outside (0, 1], no eigenvalues, or not finite.

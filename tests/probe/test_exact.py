@@ -106,6 +106,28 @@ def test_blocks_equal_the_dense_ones(kit, name, block, matrix):
     assert float((found - expected).abs().max()) < 1e-12 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "ggn"])
+def test_a_layer_that_is_not_called_has_no_block_whatever_the_others_are(kit, matrix):
+    class RowByRow(nn.Sequential):
+        def forward(self, x):
+            return torch.stack([super(RowByRow, self).forward(row.flatten()) for row in x])
+
+    x, y = kit.images(12)
+    found = []
+    for kind in (nn.Sequential, RowByRow):
+        torch.manual_seed(0)
+        model = kind(nn.Flatten(-1), nn.Linear(48, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+        if kind is nn.Sequential:
+            model[0] = nn.Flatten()
+        model[1].spare = nn.Linear(3, 3).double()
+        found.append(curvature_blocks(model, x, y, matrix))
+    factored, alone = found
+    assert list(alone) == list(factored) == [None, "1", "3"]
+    for block in alone:
+        assert alone[block].dim == factored[block].dim
+        assert float((alone[block].eigenvalues - factored[block].eigenvalues).abs().max()) < 1e-12
+
+
 class Unused(nn.Linear):
     """A layer whose own call is none, and changes nothing."""
 

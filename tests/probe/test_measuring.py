@@ -320,6 +320,15 @@ def test_layers_are_chosen_by_name_or_pattern(kit):
         measure(model, kit.images(), layers=["3.conv9"])
 
 
+def test_a_layer_is_chosen_by_a_name_with_brackets_and_a_shared_one_by_its_first_name(kit):
+    first = nn.Linear(48, 48)
+    model = nn.Sequential(OrderedDict({"flat": nn.Flatten(), "a": first, "k[0]": nn.Linear(48, 48), "b": first}))
+    model = model.double()
+    assert list(measure(model, kit.images(), layers=["k[0]"])) == ["k[0]"]
+    with pytest.raises(ValueError, match=r"layer 'b' is 'a' under another name; it is measured under that one"):
+        measure(model, kit.images(), layers=["b"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

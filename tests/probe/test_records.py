@@ -124,6 +124,11 @@ def test_columns_hold_one_entry_a_step_and_layer(log, measured):
     assert columns["depth"][one] == 1
     assert columns["kind"][one] == "grouped Conv2d"
     assert columns["input_lambda_max"].dtype == np.float64
+    for path in (log, str(log.parent)):
+        np.testing.assert_equal(record_columns(path), columns)
+    np.testing.assert_equal(record_columns(measured), record_columns([measured]))
+    with pytest.raises(TypeError, match=r"records must be a conditioning.jsonl or measurements, got a str"):
+        record_columns(iter(["runs/x"]))
 
 
 def test_columns_become_a_data_frame_where_pandas_is_installed(log, measured, monkeypatch):

@@ -128,6 +128,12 @@ def look_up(name: str) -> ModelInfo:
     return info
 
 
+def released_names(name: str) -> list[str]:
+    """The released weights of a model as "arch.tag", the one that its bare name stands for first."""
+    arch, rows = name.partition(".")[0], tomllib.loads(RELEASED.read_text(encoding="utf-8"))
+    return sorted((r for r in rows if r.split(".", 1)[0] == arch), key=lambda r: not rows[r].get("default", False))
+
+
 def markdown_table() -> str:
     """The README's table of models: a row a depth or size, the variants beside it."""
     lines = ["| model | variants | data | parameters | multiply-adds |", "|---|---|---|---|---|"]

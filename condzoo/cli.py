@@ -59,11 +59,11 @@ def list_command(
 
 @app.command()
 def info(name: Name, as_json: AsJson = False) -> None:
-    """Show what a model is: family, depth, input, parameters, multiply-adds, source."""
-    from condzoo.catalog import look_up
+    """Show what a model is: family, depth, input, parameters, multiply-adds, source, released weights."""
+    from condzoo.catalog import look_up, released_names
     from condzoo.commands import display
 
-    display.print_info(look_up(name), as_json)
+    display.print_info(look_up(name), released_names(name), as_json)
 
 
 for command in (training.recipes, training.train, sweep.sweep):

@@ -76,6 +76,27 @@ def test_info_prints_the_fields(capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "weights", "released"),
+    [
+        (
+            "cifar_resnet20_lastbn",
+            "cifar_resnet20_lastbn.authors (default), cifar_resnet20_lastbn.modern",
+            ["cifar_resnet20_lastbn.authors", "cifar_resnet20_lastbn.modern"],
+        ),
+        ("cifar_vgg16.modern", "cifar_vgg16.modern", ["cifar_vgg16.modern"]),
+        ("cifar_resnet14", "none released", []),
+        ("mlp12x64_bn", "none released", []),
+        ("resnet18", "timm's: timm.list_pretrained('resnet18.*')", []),
+    ],
+)
+def test_info_says_which_weights_are_released(capsys, name: str, weights: str, released: list[str]):
+    _, out, _ = run(capsys, "info", name)
+    assert f"weights      {weights}" in out.splitlines()
+    _, out, _ = run(capsys, "info", name, "--json")
+    assert json.loads(out)["released"] == released
+
+
+@pytest.mark.parametrize(
     ("args", "text"),
     [
         (("info", "resnet50_lastbm"), "error: unknown model 'resnet50_lastbm'; did you mean 'resnet50_lastbn'?"),

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from condzoo.catalog import ModelInfo
+from condzoo.catalog import ModelInfo, read_catalog
 
 if TYPE_CHECKING:  # these import torch, and listing models does not need it
     from condzoo.evaluating import Evaluated
@@ -62,17 +62,24 @@ def print_models(infos: Sequence[tuple[str, ModelInfo]], as_json: bool) -> None:
     console.print(table)
 
 
-def print_info(info: ModelInfo, as_json: bool) -> None:
-    """One line a field."""
+def print_info(info: ModelInfo, released: Sequence[str], as_json: bool) -> None:
+    """One line a field, and the released weights, the default first."""
     if as_json:
-        print_json(asdict(info))
+        print_json({**asdict(info), "released": list(released)})
         return
+    weights = ", ".join(released)
+    if len(released) > 1:
+        weights = weights.replace(",", " (default),", 1)
+    elif not released:
+        own = info.family == "timm" or info.name in read_catalog()[1]
+        weights = f"timm's: timm.list_pretrained({info.name + '.*'!r})" if own else "none released"
     texts: dict[str, str] = {
         **{key: str(value) for key, value in asdict(info).items()},
         "input_size": " x ".join(map(str, info.input_size)),
         "last_bn": "yes" if info.last_bn else "no",
         "params": f"{info.params:,}",
         "macs": f"{info.macs:,} multiply-adds an image",
+        "weights": weights,
     }
     for key, text in texts.items():
         console.print(f"{key:12} {text}", soft_wrap=True)

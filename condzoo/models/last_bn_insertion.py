@@ -28,6 +28,12 @@ def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = No
     `get_classifier` and `reset_classifier` go on working (the last BN stays), and so
     does loading the network's plain weights. A head put in by hand (`model.fc = ...`) does not get the last BN.
 
+    Copies, pickles, `torch.export`, `torch.compile`, DDP and `torch.func` take it along, each with its own. What does
+    not know hooks does not: torch.jit.script refuses the model, nn.DataParallel on several devices stops at an
+    error, and a graph of torch.fx (torchvision's create_feature_extractor) has the function, but the original model's
+    last BN behind it, which is none of the graph's own layers and parameters. In the zoo's `_lastbn` networks it is a
+    layer like others.
+
     Args:
         model: a classifier of timm or torchvision, or any other module whose last layer is an nn.Linear.
         batches: calibration data: one tensor, or an iterable of x or (x, y). None makes the last BN the identity.
@@ -143,7 +149,16 @@ def normalize_input(model: Any, linear_head: bool, module: nn.Module, args: tupl
     """The hook: last BN over the last dimension of a layer's input [B, ..., D], or over D of a pooled [B, D, 1, 1].
 
     Without a linear head (`num_classes=0`) an unpooled map passes it by.
+
+    Raises:
+        RuntimeError: in a copy of the model by nn.DataParallel.
+        ValueError: one example in training mode.
     """
+    if getattr(module, "_is_replica", False):  # its hook is the original's, and so would be its last BN
+        raise RuntimeError(
+            "a last BN put in by insert_last_bn does not work under nn.DataParallel, whose copies of the model would all "
+            "use the first device's; use DistributedDataParallel, or a network that is built with it (resnet50_lastbn)"
+        )
     last_bn, (x, *rest) = model.last_bn, args
     pooled = x.ndim > 2 and x.shape[1] == x[0].numel() == last_bn.num_features  # flattened after this dropout
     if not linear_head and x.ndim != 2 and not pooled:

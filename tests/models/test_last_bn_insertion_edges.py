@@ -208,3 +208,26 @@ def test_one_example_in_training_mode_is_one_clear_error():
     net = insert_last_bn(Net()).train()
     with pytest.raises(ValueError, match="needs at least 2 examples in training mode, got a batch of 1"):
         net(data(1))
+
+
+def data_parallel_copy(model: nn.Module) -> nn.Module:
+    """As nn.DataParallel makes one a device, whose own function for it needs several."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copied in copies.items():
+        for name, child in module.named_children():
+            setattr(copied, name, copies[child])
+        for name in module._parameters:
+            value = getattr(module, name)
+            setattr(copied, name, None if value is None else value.detach().clone())
+        for name, value in module.named_buffers(recurse=False):
+            setattr(copied, name, value.clone())
+    return copies[model]
+
+
+def test_a_copy_by_data_parallel_says_what_to_use():
+    """Its hook would take the original's last BN, on another device."""
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel, or a network that is built with it"):
+        data_parallel_copy(insert_last_bn(Net().eval()))(data())
+    built = create_model("cifar_resnet8_lastbn").eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(data_parallel_copy(built)(images), built(images), rtol=0, atol=0)

@@ -156,7 +156,7 @@ def normalize_input(model: Any, linear_head: bool, module: nn.Module, args: tupl
     """
     if getattr(module, "_is_replica", False):  # its hook is the original's, and so would be its last BN
         raise RuntimeError(
-            "a last BN put in by insert_last_bn does not work under nn.DataParallel, whose copies of the model would all "
+            "a last BN put in by insert_last_bn does not work under nn.DataParallel, whose copies of the model all "
             "use the first device's; use DistributedDataParallel, or a network that is built with it (resnet50_lastbn)"
         )
     last_bn, (x, *rest) = model.last_bn, args

@@ -47,7 +47,7 @@ def random_below(words: Int64[Tensor, "n"], limit: int, field: int) -> Int64[Ten
 
 def derived_seed(seed: int, *counters: int) -> int:
     """A seed for a torch.Generator, a function of (seed, counters): non-negative, under 2^63."""
-    word = _mix(torch.tensor([seed]))
+    word = _mix(torch.tensor([seed], device="cpu"))
     for counter in counters:
         word = _mix(word + counter)
     return int(_shift_right(word, 1))

@@ -26,10 +26,12 @@ from condzoo.data.counter_random import derived_seed
 
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 JITTER, LIGHTING = 0.4, 0.1
-GREY = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+GREY = torch.tensor([0.299, 0.587, 0.114], device="cpu").view(3, 1, 1)
 # Of ImageNet's colours in [0, 1], from fb.resnet.torch.
-EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045])
-EIGENVECTORS = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045], device="cpu")
+EIGENVECTORS = torch.tensor(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]], device="cpu"
+)
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 

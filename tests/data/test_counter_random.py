@@ -74,3 +74,9 @@ def test_derived_seeds_fit_a_generator_and_differ(seed: int, counter: int) -> No
     assert len(derived) == 3
     for each in derived:
         torch.Generator().manual_seed(each)
+
+
+def test_a_derived_seed_is_made_on_the_cpu_whatever_the_default_device() -> None:
+    seed = derived_seed(3, 14)
+    with torch.device("meta"):
+        assert derived_seed(3, 14) == seed

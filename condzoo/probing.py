@@ -82,6 +82,8 @@ def network_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
         if question.data not in (None, run.recipe.data.name):
             raise ValueError(f"the run was trained on {run.recipe.data.name}, got --data {question.data}; leave it out")
         return run.load_model(), read_data(run.recipe, question.data_root)
+    if "/" in question.target:
+        raise FileNotFoundError(f"{question.target} is neither a run directory nor a checkpoint's folder")
     info = model_info(question.target)
     name = question.data or (IMAGE_FOLDER if info.dataset == "imagenet" else info.dataset)
     size = info.input_size[1]

@@ -107,6 +107,10 @@ def test_info_says_which_weights_are_released(capsys, name: str, weights: str, r
         (("train", "no/such.toml"), "error: no recipe 'no/such.toml'"),
         (("eval", "no/such/run"), "no/such/run"),
         (("plot", "no/such/run"), "error: no conditioning records at no/such/run"),
+        (
+            ("probe", "no/such/mlp8x24.mine"),
+            "error: no/such/mlp8x24.mine is neither a run directory nor a checkpoint's",
+        ),
         (("probe", "cifar_resnet20", "--data", "cifar"), "unknown data set 'cifar'; did you mean 'cifar10'?"),
         (
             ("sweep", "digits/resnet20_nobn", "--gpus-per-run", "-1"),

@@ -51,6 +51,33 @@ def test_several_seeds_end_in_mean_and_deviation(capsys, tmp_path):
     ]
 
 
+def test_runs_cut_short_say_so_and_one_measurement_is_no_course(capsys, tmp_path):
+    words = ["train", *TINY, "--set", "probe.every=4", "--set", "epochs=1", "--device", "cpu", "--seeds", "1,2"]
+    words += ["--out", tmp_path]
+    out = run(capsys, *words, "--max-steps", "3")[1]
+    assert "\nseed1, seed2: stopped after 3 steps, of 1 epochs; the same command without --max-steps goes on\n" in out
+    assert re.search(r"\n +seed1( +[\d.%e+]+){5} *\n", out), "one value of lambda_max and kappa each"
+    out = run(capsys, "train", *words[1:-3], "1", "--out", tmp_path)[1]  # seed 2 is of the earlier call
+    assert "\nseed2: stopped after 3 steps, of 1 epochs; " in out
+    assert re.search(r"\n +seed1 .* -> .* -> ", out)
+    assert "stopped" not in run(capsys, *words)[1]
+
+
+@pytest.mark.parametrize("command", [["plot"], ["release", "--tag", "mine"], ["eval"]])
+def test_a_folder_of_several_runs_is_answered_by_their_names(capsys, tmp_path, command):
+    run(capsys, "train", *SHORT, "--set", "probe.every=2", "--seeds", "1,2", "--out", tmp_path)
+    code, _, err = run(capsys, *command, tmp_path)
+    assert code == 2
+    assert err.startswith(f"error: {tmp_path} is a folder of several runs; name ")
+    assert "seed1" in err and "seed2" in err
+
+
+def test_a_loss_beyond_measure_keeps_the_table_narrow(capsys, tmp_path):
+    wild = ["--set", "optim.lr=1e6", "--set", 'on_divergence="record"', "--out", tmp_path]
+    out = run(capsys, "train", *TINY, "--device", "cpu", *wild)[1]
+    assert re.search(r" \d\.\d+e\+\d+ ", out)
+
+
 def test_a_seed_that_diverges_is_recorded_and_the_exit_code_says_so(capsys, tmp_path):
     wild = ["--set", "optim.lr=1e30", "--seeds", "1,2", "--out", tmp_path]
     code, out, _ = run(capsys, "train", *SHORT, *wild)

@@ -108,6 +108,8 @@ def print_runs(runs: "Sequence[Run]", picture: Path) -> None:
     for label, run in run_labels(runs).items():
         if run.summary["status"] != "done":
             console.print(f"{label} {ending_text(run.summary)}", soft_wrap=True)
+    for text in cut_short_texts(runs):
+        console.print(text, soft_wrap=True)
     if picture.exists():
         console.print(
             "lambda_max and kappa are of the last linear layer's input, first -> last measurement: how large its "
@@ -123,7 +125,8 @@ def result_texts(run: "Run", held_out: bool) -> list[str]:
     if summary["status"] == "failed":
         return [*([""] if held_out else []), "failed"]
     error, loss = summary.get("test_error"), summary.get("train_loss")
-    row = [summary["status"] if error is None else f"{error:.2%}", "" if loss is None else f"{loss:.4f}"]
+    loss_text = "" if loss is None else f"{loss:.4f}" if loss < 1e6 else f"{loss:.4g}"
+    row = [summary["status"] if error is None else f"{error:.2%}", loss_text]
     if held_out:
         validation = summary.get("val_error")
         row.insert(0, "" if validation is None else f"{validation:.2%}")
@@ -135,6 +138,24 @@ def ending_text(summary: Mapping[str, Any]) -> str:
     if summary["status"] == "failed":
         return f"failed: {summary['error']}"
     return f"diverged: {summary['diverged']['text']}"
+
+
+def cut_short_texts(runs: "Sequence[Run]") -> list[str]:
+    """A line for the runs that --max-steps ended before their recipe does, by how many steps they took."""
+    from condzoo.training.runs import is_complete
+
+    by_length: dict[tuple[int, str], list[str]] = {}
+    for label, run in run_labels(runs).items():
+        summary, recipe = run.summary, run.recipe
+        # of runs by an earlier version a summary of many does not say how many epochs they took
+        known = recipe.iterations is not None or "epochs" in summary
+        if summary["status"] == "done" and known and not is_complete(recipe, summary):
+            whole = f"{recipe.iterations:,} steps" if recipe.iterations else f"{recipe.epochs:,} epochs"
+            by_length.setdefault((summary["steps"], whole), []).append(label)
+    return [
+        f"{', '.join(labels)}: stopped after {steps:,} steps, of {whole}; the same command without --max-steps goes on"
+        for (steps, whole), labels in by_length.items()
+    ]
 
 
 def print_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:
@@ -173,7 +194,7 @@ def folder_labels(folders: "Sequence[Path]") -> list[str]:
 
 
 def last_layer_texts(run: "Run") -> tuple[str, str]:
-    """lambda_max and kappa at p = 0.5 of the last layer's input, first and last measurement."""
+    """lambda_max and kappa at p = 0.5 of the last layer's input, first and last measurement where there are two."""
     if not (run.path / "conditioning.jsonl").exists():
         return "", ""
     from condzoo.probe import read_records
@@ -181,7 +202,8 @@ def last_layer_texts(run: "Run") -> tuple[str, str]:
     records = [record for record in read_records(run.path) if len(record)]
     if not records:  # every layer was skipped in every measurement
         return "", ""
-    spectra = [record.last.input for record in (records[0], records[-1])]
+    # one measurement is no course
+    spectra = [record.last.input for record in (records[:1] if len(records) == 1 else (records[0], records[-1]))]
     kappas = [spectrum.condition_number(0.5) for spectrum in spectra]
     return (
         " -> ".join(f"{spectrum.lambda_max:.3g}" for spectrum in spectra),

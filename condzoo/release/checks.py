@@ -14,7 +14,7 @@ from condzoo.release.records import RULE
 from condzoo.training import Recipe, Run, evaluate_run, load_recipe, load_run
 from condzoo.training.environment import device_name, processor
 from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json, read_summary
-from condzoo.training.runs import is_complete
+from condzoo.training.runs import is_complete, runs_within
 
 OTHER_DEVICE = 0.002  # share of the images that the arithmetic of another device or CPU may decide otherwise
 
@@ -84,6 +84,9 @@ def read_finished(path: Path) -> Recipe:
         FileNotFoundError: no finished run.
         ValueError: stopped early, or the source had uncommitted changes.
     """
+    if runs := runs_within(path):
+        named = " ".join(str(path / run) for run in runs)
+        raise FileNotFoundError(f"{path} is a folder of several runs; name each of them: {named}")
     for name in (RECIPE, SUMMARY, ENVIRONMENT):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} holds no finished run: it has no {name}; finish it by `condzoo train`")

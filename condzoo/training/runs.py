@@ -69,12 +69,17 @@ def load_run(path: str | Path) -> Run:
         FileNotFoundError: no finished run there, or a folder of several.
     """
     folder = Path(path).parent if Path(path).is_file() else Path(path)
-    if runs := sorted(each.parent.name for each in folder.glob(f"*/{SUMMARY}") if not (folder / RECIPE).is_file()):
+    if runs := runs_within(folder):
         raise FileNotFoundError(f"{folder} is a folder of several runs; name one of them: {', '.join(runs)}")
     missing = [name for name in (RECIPE, SUMMARY, MODEL) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no finished run: it has no {missing[0]}; finish it by `condzoo train`")
     return Run(folder, load_recipe(folder / RECIPE), read_summary(folder))
+
+
+def runs_within(folder: Path) -> list[str]:
+    """The names of the finished runs in a folder that is none itself."""
+    return sorted(each.parent.name for each in folder.glob(f"*/{SUMMARY}") if not (folder / RECIPE).is_file())
 
 
 @usual_torch()

@@ -16,7 +16,7 @@ from condzoo.training.schema import Recipe
 MEASURES = tuple(f"{split}_{what}" for split in ("test", "val", "train") for what in ("error", "accuracy", "loss"))
 SUMMARIZED = (*MEASURES, "seconds")
 OUTCOMES = ("done", "diverged", "failed")
-KEPT = ("status", "seed", "steps", *SUMMARIZED, "diverged", "error")
+KEPT = ("status", "seed", "steps", "epochs", *SUMMARIZED, "diverged", "error")
 
 
 def summarize(runs: Mapping[str, Run]) -> dict[str, Any]:

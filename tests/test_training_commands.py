@@ -69,7 +69,8 @@ def test_a_folder_of_several_runs_is_answered_by_their_names(capsys, tmp_path, c
     code, _, err = run(capsys, *command, tmp_path)
     assert code == 2
     assert err.startswith(f"error: {tmp_path} is a folder of several runs; name ")
-    assert "seed1" in err and "seed2" in err
+    assert "seed1" in err
+    assert "seed2" in err
 
 
 def test_a_loss_beyond_measure_keeps_the_table_narrow(capsys, tmp_path):

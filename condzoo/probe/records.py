@@ -66,11 +66,9 @@ def read_records(path: str | Path) -> list[Conditioning]:
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.exists():
-        within = sorted(str(each.parent) for each in path.parent.glob(f"*/{FILE_NAME}"))
+        within = sorted(str(each.parent) for each in path.parent.glob(f"*/{FILE_NAME}") if path.name == FILE_NAME)
         if within:
-            raise FileNotFoundError(
-                f"{path.parent} is a folder of several runs; name those of them: {' '.join(within)}"
-            )
+            raise FileNotFoundError(f"{path.parent} is a folder of several runs; name some: {' '.join(within)}")
         raise FileNotFoundError(f"no conditioning records at {path}; was the run probed (probe.every > 0)?")
     records: list[Conditioning] = []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

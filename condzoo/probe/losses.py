@@ -5,14 +5,16 @@ samples do not interact.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condzoo.probe.batches import in_float64
+from condzoo.probe.batches import in_float64, on_device
 from condzoo.probe.label_models import SOFTMAX, classes_second, distribution_of
 
 Labels = Literal["data", "model", "sample"]
@@ -61,6 +63,16 @@ def loss_in_float64(loss: Any) -> Any:
         return copy.deepcopy(loss).double()
     if isinstance(loss, partial):
         return partial(loss_in_float64(loss.func), *in_float64(loss.args), **in_float64(loss.keywords))
+    return loss
+
+
+def loss_on(loss: Any, device: torch.device) -> Any:
+    """The loss with its own tensors, such as class weights, on a device; a copy where they are elsewhere."""
+    if isinstance(loss, nn.Module):
+        held = itertools.chain(loss.parameters(), loss.buffers())
+        return copy.deepcopy(loss).to(device) if any(t.device != device for t in held) else loss
+    if isinstance(loss, partial):
+        return partial(loss_on(loss.func, device), *on_device(loss.args, device), **on_device(loss.keywords, device))
     return loss
 
 

@@ -17,7 +17,7 @@ from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.copying import copied
 from condzoo.probe.layers import choose
-from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_in_float64
+from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_in_float64, loss_on
 from condzoo.probe.passes import Passes
 from condzoo.probe.preserving import preserved
 from condzoo.probe.wrappers import refuse_threads, replica
@@ -61,7 +61,7 @@ def measure(
             that the model returns in its output, else cross-entropy.
         layers: names or shell patterns ("layer4.*"); None measures all.
         conv: "channels": every position of a feature map is a row; "patches": every patch is (K-FAC).
-        device: where to measure; None: where the model is. Elsewhere a copy of the model is used.
+        device: where to measure; None: where the model is. Elsewhere copies of the model and the loss are used.
         precision: of products: "float64", "fast" (float32, summed in float64), or "auto": fast, and
             float64 at once for a layer whose spectrum reaches under fast's noise floor.
         seed: of dropout and of label draws.
@@ -89,6 +89,7 @@ def measure(
     if where is not None and any(p.device != where for p in model.parameters()):
         model = copied(model).to(where)
         chosen, skipped = choose(model, layers)
+    loss = loss if where is None else loss_on(loss, where)
     capture = capture_of(model, chosen, conv=conv, precision=precision, bias=bias, kappa=kappa)
     if reduction is not None:
         checked("reduction", reduction, REDUCTIONS)

@@ -53,13 +53,15 @@ class Passes:
     def one(self, x: Any, y: Any) -> None:
         """One batch: a forward pass and the backward passes that the labels ask for."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        x, y = on_device(x, device), on_device(y, device)
+        x = on_device(x, device)
         count = batch_size(x)
         self.capture.begin(count, scale=float(count))
         self.samples, self.batches = self.samples + count, self.batches + 1
         if not count:
             return  # the end of a set that a sampler or filter left empty
         output = self._forward(x)
+        logits = losses.logits_of(output)
+        y = on_device(y, logits.device if isinstance(logits, Tensor) else device)  # of a split model, its last part's
         if self.loss is None and losses.own_loss_of(output) is not None:
             self.loss_name = "output.loss"
         self.capture.gradients = self.labels == "data"

@@ -575,3 +575,43 @@ def test_a_model_that_is_on_the_device_asked_for_is_not_copied(kit, monkeypatch)
     """ "cuda" is "cuda:0" of the parameters; "cpu:0" is "cpu"."""
     monkeypatch.setattr(measuring, "copied", lambda model: pytest.fail("copied"))
     assert measure(kit.build("mlp"), kit.images(), device="cpu:0").layers
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_losss_own_tensors_go_to_the_device_asked_for(kit, monkeypatch, wrapped):
+    held = torch.ones(4).double()
+    loss = partial(F.cross_entropy, weight=held) if wrapped else nn.CrossEntropyLoss(weight=held)
+    seen = []
+    monkeypatch.setattr(measuring, "Passes", lambda *arguments: seen.append(arguments[3]) or pytest.fail("far enough"))
+    for device in ("meta", "cpu"):
+        with pytest.raises(pytest.fail.Exception, match="far enough"):
+            measure(kit.build("mlp"), kit.images(), loss=loss, device=device)
+    weights = [found.keywords["weight"] if wrapped else found.weight for found in seen]
+    assert [weight.device.type for weight in weights] == ["meta", "cpu"]
+    assert weights[1] is held
+
+
+class Elsewhere(nn.Module):
+    """Its first parameter is on another device than its output, as of a model that is split over devices."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(1, device="meta"))
+        self.x, self.layer = x, nn.Linear(5, 3)
+
+    def forward(self, x):
+        assert x.is_meta
+        return self.layer(self.x)
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels"),
+    [(None, "data"), (None, "model"), (nn.CrossEntropyLoss(), "sample"), (lambda h, y: F.cross_entropy(h, y), "data")],
+)
+def test_targets_go_where_the_output_is(loss, labels):
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 5), torch.arange(8) % 3
+    model = Elsewhere(x)
+    found = measure(model, (x, y), loss=loss, labels=labels)["layer"]
+    expected = measure(nn.Sequential(OrderedDict(layer=model.layer)), (x, y), labels=labels)["layer"]
+    assert torch.equal(found.output_grad.eigenvalues, expected.output_grad.eigenvalues)

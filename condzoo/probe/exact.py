@@ -96,13 +96,20 @@ def in_float64_copies(
     """The model, a batch on its device and the loss, in float64; the model is a copy.
 
     Raises:
-        ValueError: the matrix needs targets, or another loss.
+        ValueError: the matrix needs targets, or another loss; the model is split over devices.
     """
     if y is None and matrix in ("grad_moment", "hessian"):
         raise ValueError(f"matrix={matrix!r} needs targets y; 'fisher' does without")
     check_loss(matrix, loss)
-    model = copied(replica(model)).double()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    model = replica(model)
+    devices = list(dict.fromkeys(p.device for p in model.parameters())) or [torch.device("cpu")]
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model is split over {', '.join(map(str, devices))}; exact curvature takes one that is on one device "
+            "(condzoo.measure takes both)"
+        )
+    model = copied(model).double()
+    device = devices[0]
     batch = on_device(in_float64((x, y)), device)
     return model, *batch, loss_in_float64(loss)
 

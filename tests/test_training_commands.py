@@ -73,6 +73,23 @@ def test_a_folder_of_several_runs_is_answered_by_their_names(capsys, tmp_path, c
     assert "seed2" in err
 
 
+def test_what_a_new_user_gives_in_place_of_a_file_is_said(capsys, tmp_path):
+    finished, picture = tmp_path / "run", tmp_path / "picture"
+    run(capsys, "train", *SHORT, "--set", "probe.every=2", "--out", finished)
+    code, out, _ = run(capsys, "plot", finished, "--out", picture)
+    assert (code, out) == (0, f"wrote {picture}\n")
+    assert picture.read_bytes().startswith(b"\x89PNG"), "and not picture.png"
+    code, out, _ = run(capsys, "probe", "mlp4x24", "--data", "digits", "--batches", "1", "--plot", picture / "x")
+    assert code == 2, "a file is no folder"
+    assert run(capsys, "plot", finished, "--out", tmp_path)[0] == 2
+    err = run(capsys, "plot", picture)[2]
+    assert err.startswith(f"error: {picture} is no file of conditioning records: ")
+    err = run(capsys, "train", finished)[2]
+    goes_on = f"condzoo train {finished / 'recipe.toml'} --out {finished}"
+    assert err == f"error: {finished} is a run directory, no recipe; `{goes_on}` goes on\n"
+    assert "going on from step 3" in run(capsys, *goes_on.split()[1:], "--max-steps", "4")[1]
+
+
 def test_a_loss_beyond_measure_keeps_the_table_narrow(capsys, tmp_path):
     wild = ["--set", "optim.lr=1e6", "--set", 'on_divergence="record"', "--out", tmp_path]
     out = run(capsys, "train", *TINY, "--device", "cpu", *wild)[1]

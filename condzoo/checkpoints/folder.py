@@ -122,7 +122,8 @@ def read_sums(folder: Path) -> dict[str, str]:
         ValueError: no such file, or a line that is not a sum and a plain name (no `/`, no `..`).
     """
     if not (folder / SUMS).exists():
-        raise ValueError(f"{folder} has no {SUMS}; it is no checkpoint")
+        within = ", ".join(sorted(each.parent.name for each in folder.glob(f"*/{SUMS}")))
+        raise ValueError(f"{folder} has no {SUMS}; it is no checkpoint{within and ', but holds '}{within}")
     try:
         # not splitlines: to it a vertical tab, one bit from a newline, ends a line, too
         lines = read_plain_file(folder / SUMS).decode("ascii").removesuffix("\n").split("\n")

@@ -59,12 +59,12 @@ def draw(experiment: Experiment, data: dict[str, Any], png: str | Path) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write the picture; a PNG without the transparency that it does not use, a tenth smaller for it."""
-    if path.suffix.lower() != ".png":
+    if path.suffix.lower() not in (".png", ""):
         figure.savefig(path)
         return
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DPI, format="png")
-    Image.open(drawn).convert("RGB").save(path, optimize=True)
+    Image.open(drawn).convert("RGB").save(path, format="png", optimize=True)
 
 
 def small_print(data: dict[str, Any], experiment: Experiment) -> str:

@@ -46,7 +46,7 @@ def plot_conditioning(conditioning: Conditioning, path: Path) -> None:
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format=path.suffix[1:] or "png")
 
 
 def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:

@@ -84,7 +84,7 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
     below[2].spines[["top", "right"]].set_visible(False)
     png.parent.mkdir(parents=True, exist_ok=True)
     try:
-        figure.savefig(png, dpi=130)
+        figure.savefig(png, dpi=130, format=png.suffix[1:] or "png")  # without it "a" would become a.png
     except OSError as error:  # of a full disk the system does not say which file was written
         raise OSError(error.errno, error.strerror, str(png)) from error
 

@@ -71,7 +71,10 @@ def read_records(path: str | Path) -> list[Conditioning]:
             raise FileNotFoundError(f"{path.parent} is a folder of several runs; name some: {' '.join(within)}")
         raise FileNotFoundError(f"no conditioning records at {path}; was the run probed (probe.every > 0)?")
     records: list[Conditioning] = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no file of conditioning records: {error}") from None
     for number, line in enumerate(lines, start=1):
         try:
             record = from_record(json.loads(line))

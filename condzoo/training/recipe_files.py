@@ -152,6 +152,8 @@ def find_recipe(path: str | Path) -> RecipeSource:
     known = recipe_sources()
     if name in known:
         return known[name]
+    if (within := Path(path) / "recipe.toml").is_file():
+        raise FileNotFoundError(f"{path} is a run directory, no recipe; `condzoo train {within} --out {path}` goes on")
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`condzoo recipes` lists them"
     raise FileNotFoundError(f"no recipe {str(path)!r}: it is neither a file nor the name of a recipe; {hint}")

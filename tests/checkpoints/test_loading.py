@@ -202,8 +202,13 @@ def test_a_name_is_the_release_whatever_lies_in_the_working_directory(index, tmp
     monkeypatch.chdir(tmp_path / "here")
     for name in (NAME, "mlp4x24_bn"):
         load_checkpoint(name)
-        with pytest.raises(ValueError, match="has no SHA256SUMS"):
+        with pytest.raises(ValueError, match=r"has no SHA256SUMS; it is no checkpoint$"):
             load_checkpoint(f"./{name}")
+
+
+def test_a_folder_of_checkpoints_is_answered_by_their_names(checkpoint):
+    with pytest.raises(ValueError, match=f"it is no checkpoint, but holds {checkpoint.name}$"):
+        load_checkpoint(checkpoint.parent)
 
 
 def test_weights_load_whatever_the_default_dtype_is(index, checkpoint, images):

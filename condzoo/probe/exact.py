@@ -96,20 +96,13 @@ def in_float64_copies(
     """The model, a batch on its device and the loss, in float64; the model is a copy.
 
     Raises:
-        ValueError: the matrix needs targets, or another loss; the model is split over devices.
+        ValueError: the matrix needs targets, or another loss.
     """
     if y is None and matrix in ("grad_moment", "hessian"):
         raise ValueError(f"matrix={matrix!r} needs targets y; 'fisher' does without")
     check_loss(matrix, loss)
-    model = replica(model)
-    devices = list(dict.fromkeys(p.device for p in model.parameters())) or [torch.device("cpu")]
-    if len(devices) > 1:
-        raise ValueError(
-            f"the model is split over {', '.join(map(str, devices))}; exact curvature takes one that is on one device "
-            "(condzoo.measure takes both)"
-        )
-    model = copied(model).double()
-    device = devices[0]
+    model = copied(replica(model)).double()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batch = on_device(in_float64((x, y)), device)
     return model, *batch, loss_in_float64(loss)
 
@@ -123,7 +116,8 @@ def exact_layers(model: nn.Module, block: str | None) -> dict[str, nn.Module]:
     """The layers whose parameters an exact matrix is over: one block's, or all.
 
     Raises:
-        ValueError: an unknown block, no layer at all, or a weight that is computed: no parameter holds it.
+        ValueError: an unknown block, no layer at all, a weight that is computed (no parameter holds it), or layers
+            on several devices.
     """
     layers, _ = choose(model, None if block is None else [block])
     if not layers:
@@ -131,6 +125,12 @@ def exact_layers(model: nn.Module, block: str | None) -> dict[str, nn.Module]:
     for name, module in layers.items():
         if own_weight(module) is None:
             raise ValueError(unavailable(name, "a layer whose weight is computed (by a parametrization or a hook)"))
+    devices = dict.fromkeys(str(p.device) for p in own_parameters(layers))
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model is split over {', '.join(devices)}; exact curvature takes layers that are on one device "
+            "(condzoo.measure takes all)"
+        )
     return layers
 
 

@@ -414,7 +414,7 @@ def test_a_network_without_layers_is_one_error(kit, ask, matrix):
 @pytest.mark.parametrize("ask", [curvature, curvature_blocks, top_curvature])
 def test_a_model_that_is_split_over_devices_is_one_error(kit, ask):
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.Linear(4, 4, device="meta"))
-    with pytest.raises(ValueError, match=r"split over cpu, meta; exact curvature takes one that is on one device"):
+    with pytest.raises(ValueError, match=r"split over cpu, meta; exact curvature takes layers that are on one device"):
         ask(model, *kit.images(4))
 
 

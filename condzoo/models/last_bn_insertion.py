@@ -48,10 +48,12 @@ def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = No
         ValueError: the model already has a last BN, has no single linear head, applies a functional dropout
             before it, or is an nn.Sequential; fewer than 2 examples or features that are not finite; with batches,
             a head whose weight or bias is no parameter.
-        TypeError: a batch that is not a floating-point tensor.
+        TypeError: a model that is no module; a batch that is not a floating-point tensor.
 
     Source: arXiv:2002.10801, sec. 5.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {str(model)[:40]!r}")
     if isinstance(getattr(model, "last_bn", None), nn.Module):
         raise ValueError(f"this {type(model).__name__} already has a last BN, model.last_bn; it takes only one")
     if isinstance(model, nn.Sequential | nn.ModuleList):

@@ -210,6 +210,11 @@ def test_one_example_in_training_mode_is_one_clear_error():
         net(data(1))
 
 
+def test_a_name_is_no_model():
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str 'resnet18'"):
+        insert_last_bn("resnet18")
+
+
 def data_parallel_copy(model: nn.Module) -> nn.Module:
     """As nn.DataParallel makes one a device, whose own function for it needs several."""
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}

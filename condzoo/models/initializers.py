@@ -98,7 +98,10 @@ def init_weights(
     Raises:
         ValueError: an unknown scheme, factors that are missing, not allowed, not positive, or of another number
             than there are layers, a weight that is computed by a parametrization.
+        TypeError: a model that is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {str(model)[:40]!r}")
     name, _, written = str(scheme).partition(":")
     if name not in SCHEMES:
         raise ValueError(unknown_scheme(name))

@@ -197,6 +197,11 @@ def test_errors_say_what_came_and_what_is_allowed(scheme, factors, text):
     assert torch.equal(net[0].weight, before)
 
 
+def test_a_name_is_no_model():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str 'resnet18'"):
+        init_weights("resnet18", "he")
+
+
 def test_a_parametrized_weight_is_an_error():
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match=r"the weight of layer '0' is computed by a parametrization"):

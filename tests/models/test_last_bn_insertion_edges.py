@@ -211,7 +211,7 @@ def test_one_example_in_training_mode_is_one_clear_error():
 
 
 def test_a_name_is_no_model():
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str 'resnet18'"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str 'resnet18'"):
         insert_last_bn("resnet18")
 
 

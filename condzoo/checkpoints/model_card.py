@@ -58,13 +58,14 @@ def opening(config: Config, parameters: int, dataset: str) -> str:
 
 
 def usage(name: str, config: Config, trained: bool) -> str:
-    """How to load it: a trained one by its name, a converted one from its folder."""
-    place = name if trained else f"FOLDER/{name}"
-    lines = ["import condzoo", "", f'model = condzoo.load_checkpoint("{place}")  # in eval mode']
-    lines += [f'model = condzoo.load_checkpoint("FOLDER/{name}")  # a copy of this folder'] if trained else []
+    """How to load it from a folder; and a trained one by its name, which may be one of condzoo's own releases."""
+    own = "  # one of condzoo's own releases"
+    lines = ["import condzoo", "", f'model = condzoo.load_checkpoint("FOLDER/{name}")  # this folder, in eval mode']
+    lines += [f'model = condzoo.load_checkpoint("{name}"){own}'] if trained else []
     if is_model(config.architecture) and not config.insert_last_bn:  # of other sizes timm has no entry
         lines += ["", "import timm, condzoo.models", ""]
-        lines += [f'model = timm.create_model("{name if trained else "local-dir:" + place}", pretrained=True)']
+        lines += [f'model = timm.create_model("local-dir:FOLDER/{name}", pretrained=True)']
+        lines += [f'model = timm.create_model("{name}", pretrained=True){own}'] if trained else []
     return "\n".join(["## Use", "```python", *lines, "```"])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 import condzoo
 from condzoo.checkpoints import load_checkpoint, verify_checkpoint
@@ -53,6 +54,20 @@ def test_state_dict_keys_are_public_and_stay(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_card_is_up_to_date(name):
     assert (ROOT / name / "README.md").read_text() == model_card(read_folder(ROOT / name))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet56_lastbn.modern", "mlp8x24_bn.mnist"])
+def test_every_line_of_a_cards_code_loads_these_weights(name):
+    code = (ROOT / name / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    weights, scope, loaded = load_checkpoint(name).state_dict(), dict[str, object](), 0
+    for line in code.replace("FOLDER", ROOT.as_posix()).splitlines():
+        exec(line, scope)
+        if line.startswith("model = "):
+            found = scope["model"].state_dict()
+            assert found.keys() == weights.keys()
+            assert all(torch.equal(value, weights[key]) for key, value in found.items()), line
+            loaded += 1
+    assert loaded == 4
 
 
 def test_the_table_of_all_is_up_to_date():

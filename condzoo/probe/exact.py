@@ -33,7 +33,7 @@ from condzoo.probe.costs import announce, cost
 from condzoo.probe.gradient_rows import Unfactored, gradient_rows, unavailable
 from condzoo.probe.label_models import checked_distribution, distribution_of
 from condzoo.probe.layer_rows import LayerRows
-from condzoo.probe.layers import choose, samples_interact
+from condzoo.probe.layers import check_module, choose, samples_interact
 from condzoo.probe.losses import Loss, logits_of, loss_in_float64, mean_loss, name_of
 from condzoo.probe.preserving import preserved
 from condzoo.probe.sample_gradients import DenseRows, sample_gradients
@@ -100,6 +100,7 @@ def in_float64_copies(
     """
     if y is None and matrix in ("grad_moment", "hessian"):
         raise ValueError(f"matrix={matrix!r} needs targets y; 'fisher' does without")
+    check_module(model)
     check_loss(matrix, loss)
     model = copied(replica(model)).double()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

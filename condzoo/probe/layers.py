@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,12 @@ def kind(module: nn.Module) -> str:
     return ("depthwise " if groups == module.in_channels else "grouped ") + name
 
 
+def check_module(model: Any) -> None:
+    """TypeError where a model's name, say, is given in place of a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {model!r:.40}")
+
+
 def choose(
     model: nn.Module, names: Sequence[str] | None, *, known: bool = False
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -63,8 +69,7 @@ def choose(
         TypeError: not a module, or not a list of names.
         ValueError: a name that matches no layer; says the closest.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {model!r:.40}")
+    check_module(model)
     if isinstance(names, str):
         raise TypeError(f"layers must be a list of names, got a string; write layers=[{names!r}]")
     if names is not None and not all(isinstance(name, str) for name in names):

@@ -178,7 +178,7 @@ def test_arguments_of_a_wrong_kind_are_explained():
     """In a process of its own: the tests' type checks would be first."""
     script = """
 import torch
-from condzoo.probe import Probe, measure, spectrum
+from condzoo.probe import Probe, curvature, kronecker_report, measure, spectrum
 model, batch = torch.nn.Linear(4, 3), (torch.randn(9, 4), torch.randint(3, (9,)))
 for call in (
     lambda: measure(model, batch, loss="mse"),
@@ -193,6 +193,8 @@ for call in (
     lambda: Probe(model, every=True),
     lambda: Probe(model, start_step=None),
     lambda: Probe(model, loss_scale=None),
+    lambda: curvature("mlp4x24", *batch),
+    lambda: kronecker_report("mlp4x24", *batch),
 ):
     try:
         call()
@@ -215,6 +217,8 @@ print(spectrum([[2, 0], [0, 1]]).eigenvalues.tolist())
         "every must be a whole number of steps, got True",
         "start_step must be a whole number of steps, got None",
         "loss_scale must be a number above 0, got None",
+        "model must be a torch.nn.Module, got str 'mlp4x24'",
+        "model must be a torch.nn.Module, got str 'mlp4x24'",
         "10",
         "[2.0, 1.0]",
     ]

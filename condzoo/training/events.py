@@ -53,7 +53,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Message:
-    """How a set of runs gets on, e.g. which one is next."""
+    """How a set of runs gets on, e.g. which one is next; or that nothing is left to do."""
 
     text: str
 

@@ -12,7 +12,7 @@ from condzoo.probe import Probe
 from condzoo.training.diagnosis import diagnose
 from condzoo.training.distributed import Ranks, join, launched
 from condzoo.training.divergence import NonFinite
-from condzoo.training.events import EpochDone, Event, Finished, Notice, OnEvent, Started, StepDone
+from condzoo.training.events import EpochDone, Event, Finished, Message, Notice, OnEvent, Started, StepDone
 from condzoo.training.outcome import earlier_summary, end_diverged, finish, last_epoch, record_divergence
 from condzoo.training.precision import usual_torch
 from condzoo.training.preparation import Training, first_unreadable, join_gradients, prepare, training_steps
@@ -86,6 +86,7 @@ def train(
         training = join_gradients(ranks.all_do(lambda: prepare(recipe, own_device, data_root, ranks)))
         last = min(training.total_steps, max_steps or training.total_steps)
         if earlier is not None and earlier["steps"] >= last:  # going on would cut off the line of its end
+            notify(Message(f"{path} was trained to step {earlier['steps']:,} before; nothing is left to train"))
             return Run(path, recipe, earlier)
         progress = go_on(training, path, notify)
         notify(started(training, progress, path, last))

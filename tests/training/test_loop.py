@@ -17,6 +17,7 @@ from condzoo.probe import read_records
 from condzoo.training import (
     EpochDone,
     Finished,
+    Message,
     Recipe,
     RecipeError,
     Started,
@@ -235,7 +236,8 @@ def test_a_finished_run_is_not_trained_again(tiny: Any, tmp_path: Path) -> None:
     run = train(tiny(), out=tmp_path / "run", device="cpu")
     events: list[Any] = []
     assert train(tiny(), out=tmp_path / "run", device="cpu", on_event=events.append) == run
-    assert events == []
+    text = f"{tmp_path / 'run'} was trained to step 22 before; nothing is left to train"
+    assert events == [Message(text)]
 
 
 def test_iterations_in_place_of_epochs(tiny: Any, tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ to zero the two agree.
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from condzoo.data import Batch
 from condzoo.training.distributed import Ranks, share_buffers
 from condzoo.training.preparation import Training
 from condzoo.training.steps import seed_step
@@ -37,7 +38,10 @@ def evaluated(training: Training) -> Iterator[nn.Module]:
         return
     before = [buffer.clone() for buffer in network.buffers()]
     try:
-        ranks.all_do(lambda: measure_statistics(training, network))
+        batches = statistics_batches(training)
+        if training.recipe.sync_bn:  # each forward pass waits for all processes: none may fail on the way
+            batches = ranks.all_do(lambda: list(batches))
+        ranks.all_do(lambda: measure_statistics(training, network, batches))
         share_mean(network, ranks)
         yield network
     finally:
@@ -45,14 +49,18 @@ def evaluated(training: Training) -> Iterator[nn.Module]:
             buffer.copy_(kept)
 
 
-def measure_statistics(training: Training, network: nn.Module) -> None:
-    """BatchNorm's statistics anew, the mean over batches; of several processes each takes its part of every batch.
+def statistics_batches(training: Training) -> Iterable[Batch]:
+    """The batches that statistics are measured on; of several processes each takes its part of every one."""
+    size = min(training.plan.batch_size, training.data.size("train"))
+    plan = replace(training.plan, batch_size=size, drop_last=True)
+    return itertools.islice(training.data.train_batches(plan, 0), max(1, IMAGES // size))
+
+
+def measure_statistics(training: Training, network: nn.Module, batches: Iterable[Batch]) -> None:
+    """BatchNorm's statistics anew, the mean over batches.
 
     Stochastic depth and dropout draw as in the first step: what is written has the statistics that were evaluated.
     """
-    size = min(training.plan.batch_size, training.data.size("train"))
-    plan = replace(training.plan, batch_size=size, drop_last=True)
-    batches = itertools.islice(training.data.train_batches(plan, 0), max(1, IMAGES // size))
     seed_step(training, 0)
     with training.numerics.autocast():
         update_bn(batches, network)

@@ -2,6 +2,7 @@
 
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,26 @@ def test_a_run_long_enough_for_its_average_says_nothing(tiny: Any, tmp_path: Pat
     train(tiny(ema=0.85), out=tmp_path, device="cpu", on_event=events.append)
     train(tiny(), out=tmp_path / "none", device="cpu", on_event=events.append)
     assert not [event for event in events if isinstance(event, Notice)]
+
+
+@pytest.mark.parametrize(("sync_bn", "passes"), [(True, 0), (False, 1)])
+def test_sync_bn_begins_once_all_have_read_their_images(
+    sync_bn: bool, passes: int, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its forward passes wait for each other: a process that fails between two of them would leave the others there."""
+    training = prepare(tiny(**AVERAGED), torch.device("cpu"))
+    training = replace(training, recipe=tiny(**AVERAGED, sync_bn=sync_bn))
+    whole, seen = training.data.train_batches, list[Tensor]()
+
+    def damaged(plan: Any, epoch: int) -> Iterator[Any]:
+        yield next(whole(plan, epoch))
+        raise OSError("damaged image")
+
+    monkeypatch.setattr(type(training.data), "train_batches", lambda data, plan, epoch: damaged(plan, epoch))
+    training.result.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with pytest.raises(OSError, match="damaged image"), norm_statistics.evaluated(training):
+        pytest.fail("evaluated")
+    assert len(seen) == passes
 
 
 def fail_while_evaluating(training: Training) -> None:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from condzoo.models.last_bn import check_module
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Weighted = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Factors = float | int | Sequence[float | int]
@@ -100,8 +102,7 @@ def init_weights(
             than there are layers, a weight that is computed by a parametrization.
         TypeError: a model that is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {str(model)[:40]!r}")
+    check_module(model)
     name, _, written = str(scheme).partition(":")
     if name not in SCHEMES:
         raise ValueError(unknown_scheme(name))

@@ -14,6 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 GAMMA_INITS = ("ones", "uniform")
 
 
+def check_module(model: object) -> None:
+    """TypeError where a model's name, say, is given in place of a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {str(model)[:40]!r}")
+
+
 def build_last_bn(num_features: int, init: str = "ones") -> nn.BatchNorm1d:
     """The layer, with beta zero and gamma by name.
 

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condzoo.models.last_bn import accept_plain_weights, build_last_bn, check_batch, reset_to_identity_
+from condzoo.models.last_bn import (
+    accept_plain_weights,
+    build_last_bn,
+    check_batch,
+    check_module,
+    reset_to_identity_,
+)
 
 # where torchvision's models, and most others without timm's get_classifier, keep their head
 HEAD_NAMES = ("fc", "classifier", "heads", "head", "last_linear")
@@ -52,8 +58,7 @@ def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = No
 
     Source: arXiv:2002.10801, sec. 5.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {str(model)[:40]!r}")
+    check_module(model)
     if isinstance(getattr(model, "last_bn", None), nn.Module):
         raise ValueError(f"this {type(model).__name__} already has a last BN, model.last_bn; it takes only one")
     if isinstance(model, nn.Sequential | nn.ModuleList):

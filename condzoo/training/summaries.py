@@ -142,7 +142,8 @@ def spread(group: list[dict[str, Any]]) -> dict[str, Any]:
     Those are the runs that are done and no shorter than another: an earlier call may have cut some short (max_steps).
     """
     done = [summary for summary in group if summary["status"] == "done"]
-    whole = [summary for summary in done if summary["steps"] == max(other["steps"] for other in done)]
+    longest = max((summary["steps"] for summary in done), default=0)
+    whole = [summary for summary in done if summary["steps"] == longest]
     result: dict[str, Any] = {
         "seeds": [summary["seed"] for summary in group],
         **{outcome: sum(summary["status"] == outcome for summary in group) for outcome in OUTCOMES},

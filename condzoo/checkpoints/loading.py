@@ -205,7 +205,7 @@ def check_training(folder: CheckpointFolder, config: Config, metrics: Metrics) -
     disagree(folder, RECIPE, METRICS, "the model", recipe["model"]["name"], metrics.model)
     disagree(folder, RECIPE, METRICS, "the seed", seed, metrics.released_seed)
     check_results(metrics, folder.source(METRICS))
-    for field in ("name", "crop", "resize", "augment"):
+    for field in ("name", "crop", "resize", "augment", "cutout"):
         disagree(folder, RECIPE, METRICS, f"data.{field}", data.get(field), metrics.data.get(field))
     if config.model_args.keys() - {"in_chans"}:
         raise ValueError(

@@ -25,6 +25,7 @@ class BatchPlan:
     Attributes:
         batch_size: images in a global batch, over all processes.
         augment: one of `condzoo.data.AUGMENTATIONS`.
+        cutout: pixels a side of the square that is cut out of each training image; None: nothing is. See `cut_out`.
         seed: of the order and the augmentation.
         drop_last: leave the last, incomplete batch of an epoch out.
         channels_last: memory format of the images.
@@ -38,6 +39,7 @@ class BatchPlan:
     channels_last: bool = False
     part: int = 0
     parts: int = 1
+    cutout: int | None = None
 
 
 @runtime_checkable

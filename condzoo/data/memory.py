@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condzoo.data.arrays import LabelledImages
-from condzoo.data.augment import apply_moves, draw_moves
+from condzoo.data.augment import apply_moves, cut_out, draw_moves
 from condzoo.data.batches import Batch, BatchPlan, Split, batches_per_epoch, epoch_order, normalizer, ordered_parts
 
 
@@ -57,7 +57,10 @@ class ImageData:
             images = self.train.images[index[mine]]
             if moves is not None:
                 images = apply_moves(images, moves[mine])
-            yield normalize(images), self.train.labels[index[mine]]
+            images = normalize(images)
+            if plan.cutout is not None:
+                images = cut_out(images, index[mine], plan.cutout, seed=plan.seed, epoch=epoch)
+            yield images, self.train.labels[index[mine]]
 
     def ordered_batches(self, split: Split, plan: BatchPlan) -> Iterator[Batch]:
         """Every image of a split once, in order, not augmented; see `DataSet`."""

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from condzoo.data.augment import alternating_flips, cut_out
 from condzoo.data.batches import Batch, BatchPlan, Split, batches_per_epoch, epoch_order, normalizer, ordered_parts
 from condzoo.data.holding_out import held_out
 from condzoo.data.image_files import ImageError
@@ -116,7 +117,15 @@ class StoredData:
             order[batch * plan.batch_size : (batch + 1) * plan.batch_size][plan.part :: plan.parts].tolist()
             for batch in range(start, count)
         ]
-        return self._loaded(Views(self.train, self.view, plan.augment, plan.seed, epoch), batches, plan)
+        loaded = self._loaded(Views(self.train, self.view, plan.augment, plan.seed, epoch), batches, plan)
+        side = plan.cutout
+        if side is None:
+            return loaded
+        numbers = (torch.tensor(batch, dtype=torch.int64, device=self.device) for batch in batches)
+        return (
+            (cut_out(images, index, side, seed=plan.seed, epoch=epoch), labels)
+            for index, (images, labels) in zip(numbers, loaded, strict=True)
+        )
 
     def ordered_batches(self, split: Split, plan: BatchPlan) -> Iterator[Batch]:
         """Every image of a split once, in order, not augmented; see `DataSet`."""
@@ -172,8 +181,10 @@ class Views(Dataset[Any]):
             return error
         if self.augment is None:
             return centre_view(image, self.view), label
+        alternates = self.augment == "alternating"
+        flip = bool(alternating_flips(torch.tensor([index]), self.seed, self.epoch)) if alternates else None
         with seeded(self.seed, self.epoch, index):
-            return random_view(image, self.view, self.augment), label
+            return random_view(image, self.view, self.augment, flip), label
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """What the network sees of an image of any size: a crop, scaled, in training drawn at random.
 
-`none`      the shorter side scaled to `resize`, then the centre: the view of evaluation.
-`standard`  a box of 8 to 100 % of the image and 3/4 to 4/3 as wide as high, scaled, flipped with probability 1/2:
-            torchvision's RandomResizedCrop and RandomHorizontalFlip.
-`paper`     the same as fb.resnet.torch draws it, which the code of arXiv:2002.10801 trains ImageNet with: aspect
-            ratio uniform (torchvision: log-uniform), brightness, contrast and saturation by up to 0.4 in random
-            order, PCA lighting by 0.1. As there, colours are not clipped to [0, 255].
+`none`         the shorter side scaled to `resize`, then the centre: the view of evaluation.
+`standard`     a box of 8 to 100 % of the image and 3/4 to 4/3 as wide as high, scaled, flipped with probability 1/2:
+               torchvision's RandomResizedCrop and RandomHorizontalFlip.
+`alternating`  the same boxes, flipped in every second epoch; see `condzoo.data.augment`.
+`paper`        the same as fb.resnet.torch draws it, which the code of arXiv:2002.10801 trains ImageNet with: aspect
+               ratio uniform (torchvision: log-uniform), brightness, contrast and saturation by up to 0.4 in random
+               order, PCA lighting by 0.1. As there, colours are not clipped to [0, 255].
 Shapes: s pixels a side of a view.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
+from condzoo.data.augment import AUGMENTATIONS
 from condzoo.data.counter_random import derived_seed
 
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -64,25 +66,26 @@ def centre_view(image: Image.Image, view: View) -> Shaped[Tensor, "3 s s"]:
     return F.pil_to_tensor(F.center_crop(scaled, [view.size]))
 
 
-def random_view(image: Image.Image, view: View, augment: str) -> Shaped[Tensor, "3 s s"]:
+def random_view(image: Image.Image, view: View, augment: str, flip: bool | None = None) -> Shaped[Tensor, "3 s s"]:
     """A view drawn from torch's generator: bytes, or float32 in units of a byte where colours are drawn.
 
     Args:
         image: RGB.
         view: its size.
-        augment: `none`, `standard` or `paper`; see above.
+        augment: one of `condzoo.data.AUGMENTATIONS`; see above.
+        flip: whether the view is flipped; None: drawn.
 
     Raises:
         ValueError: another augmentation.
     """
     if augment == "none":
         return centre_view(image, view)
-    if augment == "standard":
+    if augment in ("standard", "alternating"):
         box: Box | None = tuple(RandomResizedCrop.get_params(image, list(AREA), list(ASPECT)))  # type: ignore[assignment]
     elif augment == "paper":
         box = uniform_box(image.width, image.height)
     else:
-        raise ValueError(f"unknown augmentation {augment!r}; one of: none, paper, standard")
+        raise ValueError(f"unknown augmentation {augment!r}; one of: {', '.join(AUGMENTATIONS)}")
     if box is None:  # as fb.resnet.torch does after ten attempts
         scaled = F.resize(image, [view.size], interpolation=view.mode)
         pixels = F.pil_to_tensor(F.center_crop(scaled, [view.size]))
@@ -90,7 +93,8 @@ def random_view(image: Image.Image, view: View, augment: str) -> Shaped[Tensor, 
         pixels = F.pil_to_tensor(F.resized_crop(image, *box, [view.size, view.size], interpolation=view.mode))
     if augment == "paper":
         pixels = lit(jittered(pixels.float()))
-    return pixels.flip(-1) if torch.rand(()) < 0.5 else pixels
+    drawn = bool(torch.rand(()) < 0.5)
+    return pixels.flip(-1) if (drawn if flip is None else flip) else pixels
 
 
 def uniform_box(width: int, height: int) -> Box | None:

@@ -78,6 +78,8 @@ def described_data(section: DataSection) -> dict[str, str | int | None]:
         "resize": section.resize,
         "augment": section.augment,
     }
+    if section.cutout is not None:
+        fields["cutout"] = section.cutout
     if section.name in STORED:
         view = folder_view(section.image_size, section.eval_resize, section.interpolation)
         fields |= {"image_size": view.size, "eval_resize": view.resize, "interpolation": view.interpolation}

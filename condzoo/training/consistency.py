@@ -61,6 +61,8 @@ def _optimizer(recipe: Recipe) -> Iterator[str]:
         yield "accumulate: got a value with optim.name = 'gd', which works in chunks of data.batch_size already"
     if isinstance(optim, FullBatch) and recipe.data.augment != "none":
         yield f"data.augment: got {recipe.data.augment!r}, must be 'none' with optim.name = 'gd'"
+    if isinstance(optim, FullBatch) and recipe.data.cutout is not None:
+        yield "data.cutout: got a value with optim.name = 'gd', which takes the images as they are"
 
 
 def _arguments(model: ModelSection) -> Iterator[str]:
@@ -117,6 +119,9 @@ def _images(data: DataSection) -> Iterator[str]:
         yield f"data.eval_resize: got {view.resize}, must be at least data.image_size ({view.size})"
     if largest is not None and data.crop is not None and data.crop > largest:
         yield f"data.crop: got {data.crop}, must be at most {largest}, the size of {data.name}"
+    side = view.size if stored else data.resize or data.crop or largest
+    if side is not None and data.cutout is not None and data.cutout >= side:
+        yield f"data.cutout: got {data.cutout}, must be under {side}, the side of an image"
 
 
 def _network(recipe: Recipe) -> Iterator[str]:

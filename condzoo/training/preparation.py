@@ -96,6 +96,7 @@ def prepare(
         numerics.channels_last,
         ranks.rank,
         ranks.world,
+        recipe.data.cutout,
     )
     full_batch = isinstance(recipe.optim, FullBatch)
     steps = 1 if full_batch else batches_per_epoch(data.size("train"), plan.batch_size, plan.drop_last)

@@ -47,8 +47,11 @@ class DataSection(Section):
 
     name: str = Field(description="digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder or hfds")
     batch_size: int = Field(gt=0, description="images in a batch, over all processes")
-    augment: Literal["none", "paper", "standard"] = Field(
+    augment: Literal["none", "paper", "standard", "alternating"] = Field(
         "none", description="see condzoo.data.augment, and condzoo.data.views for imagefolder and hfds"
+    )
+    cutout: int | None = Field(
+        None, gt=0, description="pixels a side of the square cut out of each training image: condzoo.data.augment"
     )
     validation: float | None = Field(
         None,

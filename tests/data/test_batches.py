@@ -13,6 +13,7 @@ from condzoo.data import (
     batches_per_epoch,
     epoch_order,
 )
+from condzoo.data.augment import cut_out
 
 
 def numbered_images(count: int) -> LabelledImages:
@@ -45,10 +46,10 @@ def test_order_is_seeded_by_epoch_and_seed() -> None:
     assert epoch_order(50, 3, 0).tolist()[:8] == labels(PLAN, 0)[0]
 
 
-@pytest.mark.parametrize("augment", ["none", "standard", "paper"])
+@pytest.mark.parametrize(("augment", "cutout"), [("none", None), ("standard", 3), ("alternating", None), ("paper", 2)])
 @pytest.mark.parametrize("start", [0, 1, 5])
-def test_an_epoch_goes_on_from_any_batch(augment: str, start: int) -> None:
-    plan = replace(PLAN, augment=augment)
+def test_an_epoch_goes_on_from_any_batch(augment: str, cutout: int | None, start: int) -> None:
+    plan = replace(PLAN, augment=augment, cutout=cutout)
     whole = list(DATA.train_batches(plan, 2))
     rest = list(DATA.train_batches(plan, 2, start))
     assert len(rest) == 6 - start
@@ -57,16 +58,28 @@ def test_an_epoch_goes_on_from_any_batch(augment: str, start: int) -> None:
         assert torch.equal(y, y_rest)
 
 
-@pytest.mark.parametrize("augment", ["none", "standard", "paper"])
+@pytest.mark.parametrize(("augment", "cutout"), [("none", None), ("standard", 3), ("alternating", None), ("paper", 2)])
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_parts_split_each_global_batch_without_overlap_or_omission(augment: str, parts: int) -> None:
-    plan = replace(PLAN, augment=augment, drop_last=False)
+def test_parts_split_each_global_batch_without_overlap_or_omission(
+    augment: str, cutout: int | None, parts: int
+) -> None:
+    plan = replace(PLAN, augment=augment, cutout=cutout, drop_last=False)
     split = [list(DATA.train_batches(replace(plan, part=k, parts=parts), 1)) for k in range(parts)]
     for number, (x, y) in enumerate(DATA.train_batches(plan, 1)):
         for k in range(parts):
             x_part, y_part = split[k][number]
             assert torch.equal(y_part, y[k::parts])
             assert torch.equal(x_part, x[k::parts])
+
+
+def test_squares_are_cut_out_of_training_images_alone_after_they_are_normalized() -> None:
+    data, plan = replace(DATA, mean=(-9.0, -9.0)), replace(PLAN, cutout=4)
+    for (x, y), (cut, y_cut) in zip(data.train_batches(PLAN, 1), data.train_batches(plan, 1), strict=True):
+        assert torch.equal(y, y_cut)
+        assert x.min() > 0
+        assert torch.equal(cut, cut_out(x, y, 4, seed=PLAN.seed, epoch=1))
+        assert (cut == 0).flatten(1).any(1).all()
+    assert all(bool((x > 0).all()) for x, _ in data.ordered_batches("train", plan))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])

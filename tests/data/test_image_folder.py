@@ -19,10 +19,12 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from condzoo.data import BatchPlan, StoredData, check_images, data_info, load_data
+from condzoo.data import BatchPlan, StoredData, check_images, data_info, epoch_order, load_data
+from condzoo.data.augment import cut_out, draw_moves
 from condzoo.data.image_files import ImageError, read_image
 from condzoo.data.image_folder import MEAN, STD
-from condzoo.data.stored import outlive_signals, signals_held
+from condzoo.data.stored import Views, outlive_signals, signals_held
+from condzoo.data.views import random_view, seeded
 
 PLAN = BatchPlan(batch_size=4, seed=3)
 Folders = Callable[..., Path]
@@ -61,9 +63,13 @@ def test_evaluation_sees_what_torchvision_does(folders: Folders) -> None:
     assert not torch.allclose(bicubic, x[:4], atol=0.02)
 
 
-@pytest.mark.parametrize("augment", ["none", "standard", "paper"])
-def test_views_depend_on_neither_workers_nor_parts_nor_start(augment: str, folders: Folders) -> None:
-    root, plan = folders(), replace(PLAN, augment=augment)
+@pytest.mark.parametrize(
+    ("augment", "cutout"), [("none", None), ("standard", 6), ("alternating", None), ("paper", None)]
+)
+def test_views_depend_on_neither_workers_nor_parts_nor_start(
+    augment: str, cutout: int | None, folders: Folders
+) -> None:
+    root, plan = folders(), replace(PLAN, augment=augment, cutout=cutout)
     whole = list(load(root).train_batches(plan, 1))
     state = torch.get_rng_state()
     again = list(load(root, workers=2).train_batches(plan, 1))
@@ -106,6 +112,35 @@ def test_a_worker_can_be_ended_where_the_system_does_not_say_who_sent_a_signal(m
     with signals_held():  # as a worker that is spawned begins
         outlive_signals(os.getppid(), 0)
         assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_alternating_views_are_the_standard_boxes_flipped_in_every_second_epoch(folders: Folders) -> None:
+    data = load(folders())
+    for epoch in range(3):
+        moves = draw_moves("alternating", torch.arange(12), seed=3, epoch=epoch, batch=0)
+        first = draw_moves("alternating", torch.arange(12), seed=3, epoch=0, batch=0)
+        assert moves is not None
+        assert first is not None
+        assert torch.equal(moves.flip, first.flip ^ bool(epoch % 2))
+        assert 0 < int(moves.flip.sum()) < 12
+        views = Views(data.train, data.view, "alternating", 3, epoch)
+        for index, flip in enumerate(moves.flip.tolist()):
+            with seeded(3, epoch, index):
+                unflipped = random_view(data.train.read(index)[0], data.view, "standard", flip=False)
+            view = views[index]
+            assert isinstance(view, tuple)
+            assert torch.equal(view[0], unflipped.flip(-1) if flip else unflipped)
+
+
+def test_a_square_is_cut_out_of_each_view(folders: Folders) -> None:
+    data, plan = load(folders()), replace(PLAN, cutout=6, drop_last=False)
+    batches = zip(data.train_batches(PLAN, 1), data.train_batches(plan, 1), strict=False)
+    order = epoch_order(12, PLAN.seed, 1)
+    for number, ((x, _), (cut, _)) in enumerate(batches):
+        index = order[4 * number : 4 * number + 4]
+        assert torch.equal(cut, cut_out(x, index, 6, seed=PLAN.seed, epoch=1))
+        assert not torch.equal(cut, x)
+    assert all(bool((x != 0).any(1).all()) for x, _ in data.ordered_batches("train", plan))
 
 
 @pytest.mark.parametrize("augment", ["standard", "paper"])

@@ -117,5 +117,7 @@ def test_the_papers_view_is_not_clipped_and_flipped_half_of_the_time() -> None:
 
 
 def test_an_unknown_augmentation_is_told() -> None:
-    with pytest.raises(ValueError, match=r"unknown augmentation 'randaugment'; one of: none, paper, standard"):
+    with pytest.raises(
+        ValueError, match=r"unknown augmentation 'randaugment'; one of: none, paper, standard, alternating"
+    ):
         random_view(image(), VIEW, "randaugment")

@@ -152,6 +152,8 @@ def test_one_of_each_family_takes_two_steps_on_digits(name: str, tmp_path: Path)
     tables = recipe_tables(load_recipe(name))
     tables["model"] |= {"name": SMALL[name]}
     tables["data"] |= {"name": "digits", "batch_size": 32}
+    if "cutout" in tables["data"]:
+        tables["data"]["cutout"] = 2  # of images 8 pixels wide
     run = train(parse_recipe(tables), out=tmp_path / "run", max_steps=2, device="cpu")
     assert (run.summary["status"], run.summary["steps"]) == ("done", 2)
 

@@ -1,7 +1,8 @@
 """Image classification sets of Hugging Face `datasets`, read by timm's reader (the extra `condzoo[datasets]`)."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,11 @@ def load_hub_data(
         download: a name on the Hub may be asked for there.
 
     Raises:
-        ValueError: not a folder, and no download allowed; no such splits; damaged files; labels that are no classes.
+        ValueError: not a folder, and no download allowed; no such splits or columns; damaged files; labels that are
+            no classes.
         ModuleNotFoundError: `datasets` is not installed.
     """
+    name = os.path.expanduser(name)
     if not Path(name).is_dir() and not download:
         raise ValueError(f"data.dataset: {name!r} is no folder here; data.download = true asks the Hub for it")
     try:
@@ -63,21 +66,44 @@ def load_hub_data(
         from timm.data.readers.reader_hfds import ReaderHfds
     except ImportError as error:
         raise ModuleNotFoundError("data.name = 'hfds' needs the extra: pip install 'condzoo[datasets]'") from error
-    with causes_told(name, (ValueError, datasets.exceptions.DatasetsError)):
-        splits = datasets.get_dataset_split_names(name)
+    root = None if cache is None else str(cache)
+    with causes_told(name):
+        splits = datasets.get_dataset_split_names(name, cache_dir=root)
     test = next((split for split in TEST_SPLITS if split in splits), None)
     if test is None or "train" not in splits:
         raise ValueError(
             f"data.dataset: {name!r} has the splits {', '.join(splits)}; it needs train and validation or test"
         )
-    root = None if cache is None else str(cache)
-    with causes_told(name, (ValueError, datasets.exceptions.DatasetsError)):
+    with causes_told(name):
+        features = datasets.load_dataset(name, split="train", cache_dir=root).features
+    check_columns(name, features)
+    with causes_told(name):
         readers = [ReaderHfds(name, root=root, split=split) for split in ("train", test)]
-    classes = tuple(str(key) for key, _ in sorted(readers[0].class_to_idx.items(), key=lambda item: item[1]))
-    if not classes:
-        raise ValueError(f"data.dataset: the column 'label' of {name!r} has no class names; it must be a ClassLabel")
+    classes = tuple(features["label"].names)
     train, held = (HubImages(reader, class_numbers(reader, len(classes))) for reader in readers)
     return StoredData("hfds", classes, train, held, MEAN, STD, view, workers)
+
+
+def check_columns(name: str, features: Mapping[str, Any]) -> None:
+    """See that a set has what timm's reader takes: it makes a column that is not there of nulls.
+
+    Raises:
+        ValueError: no column `image` of images, or no column `label` of classes; says which columns there are.
+    """
+    import datasets
+
+    for column, kind in (("image", datasets.Image), ("label", datasets.ClassLabel)):
+        if column not in features:
+            raise ValueError(
+                f"data.dataset: {name!r} has no column {column!r}; it has {', '.join(features)}: rename the one meant "
+                "(Dataset.rename_column), and keep the set as a folder of parquet files (Dataset.to_parquet)"
+            )
+        if not isinstance(features[column], kind):
+            found = type(features[column]).__name__
+            raise ValueError(
+                f"data.dataset: the column {column!r} of {name!r} is of kind {found}; it must be of {kind.__name__} "
+                "(Dataset.cast_column)"
+            )
 
 
 def class_numbers(reader: Any, classes: int) -> np.ndarray:
@@ -98,17 +124,21 @@ def class_numbers(reader: Any, classes: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def causes_told(name: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Make of an error of `datasets` one line with its innermost cause: the error itself says that there was one.
+def causes_told(name: str) -> Iterator[None]:
+    """Make of an error of `datasets` one line: what it says, or where it says only that something failed, the cause.
 
     Raises:
-        ValueError: inside, one of `kinds` was raised.
+        ValueError: `datasets` could not read the set.
     """
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+    from datasets.inspect import SplitsNotFoundError
+
     try:
         yield
-    except kinds as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None or cause.__context__ is not None:
-            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]  # one of them is there
-        why = (str(cause) or type(cause).__name__).splitlines()[0]
+    except (ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a set with a loading script
+        said: BaseException = error
+        if isinstance(error, DatasetGenerationError | SplitsNotFoundError):
+            while (inner := said.__cause__ or (None if said.__suppress_context__ else said.__context__)) is not None:
+                said = inner
+        why = (str(said) or type(said).__name__).splitlines()[0]
         raise ValueError(f"data.dataset: {name!r} cannot be read: {why}") from error

@@ -113,7 +113,7 @@ def load_data(
     if name in (IMAGE_FOLDER, HUB):
         view = folder_view(image_size, eval_resize, interpolation)
         if name == HUB:
-            cache = None if root is None else Path(root)
+            cache = None if root is None else Path(root).expanduser()
             if not dataset:
                 raise ValueError(
                     "data set 'hfds': which one is missing; a recipe says it in data.dataset, as a folder or a name on "

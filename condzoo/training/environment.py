@@ -13,7 +13,7 @@ import torch
 
 from condzoo.training.precision import Numerics
 
-PACKAGES = ("condzoo", "torch", "torchvision", "timm", "numpy", "safetensors", "pydantic")
+PACKAGES = ("condzoo", "torch", "torchvision", "timm", "numpy", "pillow", "datasets", "safetensors", "pydantic")
 
 
 def describe_environment(numerics: Numerics) -> dict[str, Any]:

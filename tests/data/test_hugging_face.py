@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 Written = Callable[..., Path]
+CLASSES = datasets.ClassLabel(names=["red", "green"])
 COLOURS = {0: (250, 10, 10), 1: (10, 250, 10)}
 
 
@@ -29,14 +31,22 @@ def encoded(colour: tuple[int, int, int], size: int = 20) -> bytes:
 def written(tmp_path: Path) -> Written:
     """written(): a folder of parquet files, red images of class `red`, green ones of `green`."""
 
-    def write(splits: tuple[str, ...] = ("train", "test"), damaged: bool = False) -> Path:
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "green"])})
+    def write(
+        splits: tuple[str, ...] = ("train", "test"),
+        damaged: bool = False,
+        columns: tuple[str, str] = ("image", "label"),
+        kind: Any = CLASSES,
+        several: bool = False,
+    ) -> Path:
+        image, label_column = columns
+        features = datasets.Features({image: datasets.Image(), label_column: kind})
         for split in splits:
             labels = [0, 1] * (4 if split == "train" else 2)
             images = [{"bytes": encoded(COLOURS[label]), "path": None} for label in labels]
             if damaged:
                 images[0]["bytes"] = images[0]["bytes"][:40]
-            table = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+            given = [[label] for label in labels] if several else labels
+            table = datasets.Dataset.from_dict({image: images, label_column: given}, features=features)
             table.to_parquet(tmp_path / "set" / f"{split}-00000-of-00001.parquet")
         return tmp_path / "set"
 
@@ -119,3 +129,77 @@ def test_a_truncated_file_is_one_line_with_its_cause(split: str, written: Writte
     with pytest.raises(ValueError, match=rf"data\.dataset: '{folder}' cannot be read: .*[Pp]arquet") as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": ("img", "label")}, r"'\S+' has no column 'image'; it has img, label: rename the one meant \("),
+        ({"columns": ("image", "labels")}, r"'\S+' has no column 'label'; it has image, labels: rename the one meant"),
+        ({"kind": datasets.Value("int64")}, r"the column 'label' of '\S+' is of kind Value; it must be of ClassLabel"),
+        (
+            {"kind": datasets.Sequence(CLASSES), "several": True},
+            r"the column 'label' of \S+ is of kind \w+; it must be",
+        ),
+    ],
+    ids=["img", "labels", "numbers", "several labels"],
+)
+def test_other_columns_are_told_before_anything_is_read(changes: Any, message: str, written: Written) -> None:
+    with pytest.raises(ValueError, match=r"data\.dataset: " + message):
+        load(written(**changes))
+
+
+def gated(*_: Any, **__: Any) -> None:
+    """As the Hub's library is told of a set that needs permission."""
+    try:
+        raise FileNotFoundError("Dataset a/b is not cached in None")
+    except FileNotFoundError:
+        text = "Dataset 'a/b' is a gated dataset on the Hub. Visit the dataset page at https://... to ask for access."
+        raise datasets.exceptions.DatasetNotFoundError(text) from None
+
+
+def failed(*_: Any, **__: Any) -> None:
+    """An error that says only that there was one."""
+    raise datasets.exceptions.DatasetGenerationError("An error occurred") from ValueError("no such codec")
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [(gated, r"Dataset 'a/b' is a gated dataset .* to ask for access\.$"), (failed, r"no such codec$")],
+)
+def test_what_datasets_says_of_a_set_is_told(
+    ends: Callable[..., None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "get_dataset_split_names", ends)
+    with pytest.raises(ValueError, match=r"data\.dataset: 'a/b' cannot be read: " + message):
+        load_data("hfds", tmp_path, dataset="a/b", download=True)
+
+
+def test_a_set_with_a_loading_script_is_one_line(written: Written) -> None:
+    folder = written()
+    (folder / "set.py").write_text("")
+    with pytest.raises(ValueError, match=r"data\.dataset: '\S+set' cannot be read: .*scripts? "):
+        load(folder)
+
+
+def test_splits_are_asked_of_the_cache_that_images_are_read_from(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default cache may be empty, and no network there to ask."""
+    asked, split_names = [], datasets.get_dataset_split_names
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        asked.append(options.get("cache_dir"))
+        return split_names(*arguments, **options)
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", noted)
+    folder = written()
+    load(folder)
+    assert asked == [str(folder.parent / "cache")]
+
+
+def test_places_may_begin_with_the_users_home(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = written().parent
+    monkeypatch.setenv("HOME", str(home))
+    assert load_data("hfds", "~/cache", dataset="~/set", image_size=16, workers=0).size("train") == 8
+    assert (home / "cache").is_dir()

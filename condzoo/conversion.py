@@ -5,6 +5,7 @@ Pickles are read by torch's weights-only unpickler, which runs no code.
 
 import difflib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def convert(
             `std` alone, or of other than one finite number a channel.
         FileNotFoundError, FileExistsError: no such file; a checkpoint of that name.
     """
-    content, state, said = read_foreign(Path(source))
+    content, state, said = read_foreign(Path(os.path.expanduser(source)))
     target = check_free(root_of(out) / f"{model_info(model).name}.{check_tag(tag)}")
     classes = next((len(v) for k, v in state.items() if k in ("fc.weight", "linear.weight") and v.ndim), None)
     args: dict[str, Any] = (
@@ -147,7 +148,7 @@ def convert_last_bn(
     fields = {key: cfg[key] for key in PREPROCESSING if cfg.get(key) is not None}
     given = standardization(mean, std, cfg["input_size"][0])
     network.pretrained_cfg = {**cfg, **given}  # the images of calibration are prepared alike
-    batches = [] if calibrate is None else calibration_images(network, Path(calibrate), images)
+    batches = [] if calibrate is None else calibration_images(network, Path(os.path.expanduser(calibrate)), images)
     args = {"drop_rate": 0.0} if drops_by_call(network, find_head(network)) else {}
     if args:
         network.drop_rate = 0.0
@@ -182,7 +183,7 @@ def timm_network(name: str, weights: str | Path | None) -> tuple[Any, str, str |
     network: Any = create_timm_model(name, pretrained=weights is None)
     if weights is None:
         return network, f"timm/{name}", None
-    content, state, said = read_foreign(Path(weights))
+    content, state, said = read_foreign(Path(os.path.expanduser(weights)))
     classifier = state.get(f"{network.pretrained_cfg['classifier']}.weight")
     if classifier is not None and classifier.ndim and len(classifier) != network.num_classes:
         network.reset_classifier(len(classifier))
@@ -220,7 +221,7 @@ def standardization(
 
 def root_of(out: str | Path | None) -> Path:
     """The folder that takes the checkpoint's; of its own: the repository's checkpoints/ holds what is released."""
-    return Path(out) if out is not None else Path("converted")
+    return Path(os.path.expanduser(out)) if out is not None else Path("converted")
 
 
 def write(

@@ -203,6 +203,8 @@ def from_akamaster(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stage, _, rest = key.removeprefix("layer").partition(".")
         if key == "fc.weight":
             renumbered[key] = value[:, orders[2]]
+        elif key.startswith("last_bn.") and value.ndim:
+            renumbered[key] = value[orders[2]]
         elif not key.startswith("layer"):
             renumbered[key] = value
         else:

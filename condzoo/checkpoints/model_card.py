@@ -1,6 +1,9 @@
 """README.md of a checkpoint: made from its own files, never written by hand."""
 
 import functools
+import json
+import math
+import re
 import statistics
 import tomllib
 from pathlib import Path
@@ -9,7 +12,7 @@ from timm.models import is_model
 
 from condzoo.checkpoints.folder import CONFIG, CONVERSION, METRICS, CheckpointFolder
 from condzoo.checkpoints.loading import read_recipe
-from condzoo.checkpoints.records import Config, Conversion, Metrics, read_conditioning, read_record
+from condzoo.checkpoints.records import Config, Conversion, InputConfig, Metrics, read_conditioning, read_record
 from condzoo.probe import Spectrum
 
 STORED = ("imagefolder", "hfds")  # data sets that are whatever lies in the folder
@@ -40,7 +43,9 @@ def model_card(folder: CheckpointFolder) -> str:
 
 def front_matter(license: str, dataset: str) -> str:
     """What the Hub reads of a model card."""
-    lines = ["library_name: timm", f"license: {license}", "pipeline_tag: image-classification"]
+    plain = re.fullmatch(r"[a-z][a-z0-9.-]*", license)  # as the Hub's own names; others need quotes to be YAML
+    licensed = f"license: {license if plain else json.dumps(license)}"
+    lines = ["library_name: timm", licensed, "pipeline_tag: image-classification"]
     lines += [f"datasets:\n- {dataset}"] if dataset not in ("", *STORED) else []
     return "\n".join(["---", *lines, "tags:\n- condzoo\n- timm", "---"])
 
@@ -79,12 +84,28 @@ def preprocessing(config: Config, record: Metrics | Conversion) -> str:
         if size := record.data.get("image_size"):
             steps += [f"scale the shorter side to {record.data['eval_resize']} pixels ({cfg.interpolation})"]
             steps += [f"centre crop to {size}"]
+    else:
+        steps += converted_views(cfg)
     mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (cfg.mean, cfg.std))
     steps.append(f"scale to [0, 1], subtract {mean}, divide by {std}")
     text = "; ".join(steps).capitalize() + "."
     if isinstance(record, Conversion) and not record.preprocessing_known:
         text = f"Not known: nothing in the source says it. What is usual for this network: {text}"
     return f"## Preprocessing\n{text}"
+
+
+def converted_views(cfg: InputConfig) -> list[str]:
+    """The steps before standardization of a network that timm's config describes, as timm's transforms take them."""
+    size = cfg.input_size[1:]
+    mode = (cfg.model_extra or {}).get("crop_mode") or "center"
+    scaled = [math.floor(pixels / cfg.crop_pct) for pixels in size]
+    if mode == "squash":
+        resize = f"scale to {scaled[0]} x {scaled[1]} pixels, whatever the image's shape ({cfg.interpolation})"
+    elif mode == "border":
+        resize = f"scale the longer side to {max(scaled)} pixels and pad the shorter one ({cfg.interpolation})"
+    else:
+        resize = f"scale the shorter side to {scaled[0]} pixels ({cfg.interpolation})"
+    return [resize, f"centre crop to {size[0]} x {size[1]}"]
 
 
 def percent(share: float) -> str:

@@ -38,8 +38,8 @@ def release(
 
     if not push and (dry_run or owner is not None):
         raise ValueError("--dry-run and --owner say how to --push; give that too, or leave them out")
-    made = released_before(runs, tag, out=out) if push and not default else None
-    folder = made or make_release(runs, tag, out=out, data_root=data_root, default=default)
+    made = released_before(runs, tag, out=out) if push else None
+    folder = make_release(runs, tag, out=out, data_root=data_root, default=default) if default or not made else made
     typer.echo(f"{'released before: ' if made else 'released '}{folder}")
     if push:
         uploaded = upload(folder, owner=owner or HUB_OWNER, dry_run=dry_run)

@@ -2,15 +2,14 @@
 
 The layer is `model.last_bn`, applied to the head's input by a forward pre-hook; the network's own modules and
 state-dict keys stay as they are.
-Shapes: B examples, D features, K classes, R rows.
+Shapes: B examples, D features, K classes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from condzoo.models.last_bn import (
@@ -20,17 +19,20 @@ from condzoo.models.last_bn import (
     check_module,
     reset_to_identity_,
 )
+from condzoo.models.last_bn_calibration import standardize_, watch_head
 
 # where torchvision's models, and most others without timm's get_classifier, keep their head
 HEAD_NAMES = ("fc", "classifier", "heads", "head", "last_linear")
 DROPOUT_NAMES = ("head_drop", "head_dropout", "drop", "dropout")
+LIBRARIES = ("timm", "torchvision")  # whose classifiers run their dropout and head in the order they are registered
 
 
 def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = None) -> nn.Module:
     """Put a BatchNorm1d before the last linear layer, in place, without changing the function in eval mode.
 
     The head's input [B, ..., D] is normalized over its last dimension, before a dropout module that directly
-    feeds the head (so timm's `forward_head(pre_logits=True)` still returns what comes before it). timm's
+    feeds the head (so timm's `forward_head(pre_logits=True)` still returns what comes before it); in a network of
+    no library only batches show that it does, and without them the last BN stands after it. timm's
     `get_classifier` and `reset_classifier` go on working (the last BN stays), and so
     does loading the network's plain weights. A head put in by hand (`model.fc = ...`) does not get the last BN.
 
@@ -52,8 +54,8 @@ def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = No
 
     Raises:
         ValueError: the model already has a last BN, has no single linear head, applies a functional dropout
-            before it, or is an nn.Sequential; fewer than 2 examples or features that are not finite; with batches,
-            a head whose weight or bias is no parameter.
+            before it, is an nn.Sequential, or is compiled or wrapped (DDP); fewer than 2 examples or features that are
+            not finite; with batches, a head whose weight or bias is no parameter.
         TypeError: a model that is no module; a batch that is not a floating-point tensor.
 
     Source: arXiv:2002.10801, sec. 5.
@@ -63,27 +65,55 @@ def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = No
         raise ValueError(f"this {type(model).__name__} already has a last BN, model.last_bn; it takes only one")
     if isinstance(model, nn.Sequential | nn.ModuleList):
         raise ValueError("an nn.Sequential would run model.last_bn as its last layer; wrap it in a module of its own")
+    refuse_wrapped(model)
     head = find_head(model)
     refuse_functional_dropout(model, head)
     last_bn = reset_to_identity_(build_last_bn(head.in_features).to(head.weight))
+    dropout = feeding_dropout(model, head)
     if batches is not None:
-        mean, variance = input_statistics(model, head, batches)
-        standardize_(last_bn, head, mean, variance)
+        candidate = dropout_before(model, head)
+        seen = watch_head(model, head, candidate, batches)
+        standardize_(last_bn, head, seen)
+        dropout = candidate if seen.from_dropout else None
     model.last_bn = last_bn.train(model.training)
-    attach(model, head)
+    attach(model, head, dropout)
     accept_plain_weights(model)
     if hasattr(model, "reset_classifier"):
         model.reset_classifier = partial(reset_classifier, model)  # type: ignore[assignment]
     return model
 
 
+def refuse_wrapped(model: nn.Module) -> None:
+    """ValueError for a model that runs, or reduces the gradients of, what was in it when it was wrapped or compiled."""
+    name = type(model).__name__
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"{name} would not know the last BN; insert it into model.module first, then wrap that")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(f"a compiled {name} would not run the last BN; insert it first, then compile the model")
+
+
 def find_head(model: nn.Module) -> nn.Linear:
     """The last linear layer of a classifier: by timm's get_classifier, torchvision's names, or as the last layer.
 
     Raises:
-        ValueError: no head, more than one, or one that ends in another layer.
+        ValueError: no head, more than one, one that ends in another layer, or none that is plainly the last.
     """
-    name, classifier = type(model).__name__, find_classifier(model)
+    heads = {id(head): head for head in map(partial(head_in, model), find_classifiers(model))}
+    if len(heads) > 1:  # a layer of a head's name, and another layer after it
+        classes = getattr(model, "num_classes", None)
+        heads = {key: head for key, head in heads.items() if head.out_features == classes} or heads
+    if len(heads) > 1:
+        names = [name for name, module in model.named_modules() if id(module) in heads]
+        raise ValueError(
+            f"the head of {type(model).__name__} may be {' or '.join(names)}; "
+            "set model.num_classes, or give only the head one of the names " + ", ".join(HEAD_NAMES)
+        )
+    return next(iter(heads.values()))
+
+
+def head_in(model: nn.Module, classifier: Any) -> nn.Linear:
+    """The last linear layer of the part that may hold the head; errors as `find_head`."""
+    name = type(model).__name__
     if isinstance(classifier, tuple | list | nn.ModuleList):
         raise ValueError(f"{name} has {len(classifier)} heads; a last BN needs one linear head")
     layers = [m for m in classifier.modules() if any(True for _ in m.parameters(recurse=False))]
@@ -98,30 +128,48 @@ def find_head(model: nn.Module) -> nn.Linear:
     return layers[-1]
 
 
-def find_classifier(model: Any) -> Any:
-    """The module that holds the head, or timm's tuple of them; the model itself where nothing names it."""
+def find_classifiers(model: Any) -> list[Any]:
+    """The modules that may hold the head (timm's tuple of heads is one); the model itself where nothing names them.
+
+    A module with a name that is common for a head may be a hidden layer of a network of no library: where another
+    linear layer is registered after it, that one may be the head, too.
+    """
     if hasattr(model, "get_classifier"):
-        return model.get_classifier()
-    named = [getattr(model, name, None) for name in HEAD_NAMES]
-    return next((m for m in named if isinstance(m, nn.Module)), model)
+        return [model.get_classifier()]
+    named = [m for m in (getattr(model, name, None) for name in HEAD_NAMES) if isinstance(m, nn.Module)]
+    last = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))][-1:]
+    after = [m for m in last if isinstance(m, nn.Linear) and all(m is not part for n in named for part in n.modules())]
+    return named + after or [model]
 
 
 def feeding_dropout(model: nn.Module, head: nn.Module) -> nn.Module | None:
-    """The nn.Dropout whose output `head` takes.
+    """The nn.Dropout whose output `head` takes, where a library or an nn.Sequential says so."""
+    parent = parent_of(model, head)
+    known = hasattr(model, "get_classifier") or isinstance(parent, nn.Sequential)
+    known = known or type(parent).__module__.partition(".")[0] in LIBRARIES
+    return dropout_before(model, head) if known else None
+
+
+def dropout_before(model: nn.Module, head: nn.Module) -> nn.Module | None:
+    """The nn.Dropout that may feed `head`.
 
     That is the module right before it among its siblings, or, in a timm model, the sibling with one of timm's
-    names for it; none where a second head (`aux_head`, timm's volo) reads its output, too.
+    names for it; none where it stands in another place, too, or a second head (`aux_head`, timm's volo) reads its
+    output.
     """
-    if isinstance(getattr(model, "aux_head", None), nn.Module):
+    parent = parent_of(model, head)
+    if parent is None or isinstance(getattr(model, "aux_head", None), nn.Module):
         return None
-    for parent in model.modules():
-        siblings = list(parent.children())
-        if not any(child is head for child in siblings):
-            continue
-        before = next((a for a, b in pairwise(siblings) if b is head), None)
-        named = [getattr(parent, name, None) for name in DROPOUT_NAMES if hasattr(model, "get_classifier")]
-        return next((m for m in (before, *named) if isinstance(m, nn.Dropout)), None)
-    return None
+    before = next((a for a, b in pairwise(parent.children()) if b is head), None)
+    named = [getattr(parent, name, None) for name in DROPOUT_NAMES if hasattr(model, "get_classifier")]
+    dropout = next((m for m in (before, *named) if isinstance(m, nn.Dropout)), None)
+    places = [m for _, m in model.named_modules(remove_duplicate=False) if m is dropout]
+    return dropout if len(places) == 1 else None
+
+
+def parent_of(model: nn.Module, head: nn.Module) -> nn.Module | None:
+    """The module that `head` is a direct part of; none where it is the model itself."""
+    return next((m for m in model.modules() if any(child is head for child in m.children())), None)
 
 
 def drops_by_call(model: Any, head: nn.Linear) -> bool:
@@ -143,9 +191,9 @@ def refuse_functional_dropout(model: nn.Module, head: nn.Linear) -> None:
         )
 
 
-def attach(model: Any, head: nn.Module) -> None:
+def attach(model: Any, head: nn.Module, dropout: nn.Module | None) -> None:
     """Hook `model.last_bn` before the head, or before the dropout that feeds it; `model.last_bn_hook` removes it."""
-    site = feeding_dropout(model, head) or head
+    site = dropout or head
     # partial of a module-level function: copy and pickle carry it along with the copy. It looks for model.last_bn
     # when it runs: another may stand there by then (convert_sync_batchnorm).
     hook = partial(normalize_input, model, isinstance(head, nn.Linear))
@@ -167,7 +215,7 @@ def normalize_input(model: Any, linear_head: bool, module: nn.Module, args: tupl
             "use the first device's; use DistributedDataParallel, or a network that is built with it (resnet50_lastbn)"
         )
     last_bn, (x, *rest) = model.last_bn, args
-    pooled = x.ndim > 2 and x.shape[1] == x[0].numel() == last_bn.num_features  # flattened after this dropout
+    pooled = x.ndim > 2 and x.shape[1] == x.shape[1:].numel() == last_bn.num_features  # flattened after this dropout
     if not linear_head and x.ndim != 2 and not pooled:
         return None
     rows = x.flatten(1) if pooled else x.reshape(-1, x.shape[-1])
@@ -182,92 +230,4 @@ def reset_classifier(model: Any, num_classes: int, *args: Any, **kwargs: Any) ->
     if isinstance(head, nn.Linear) and head.in_features != model.last_bn.num_features:
         model.last_bn = reset_to_identity_(build_last_bn(head.in_features).to(head.weight)).train(model.training)
     model.last_bn_hook.remove()
-    attach(model, head)
-
-
-def inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:
-    """x of every batch.
-
-    Raises:
-        TypeError: a batch that is not a floating-point tensor.
-    """
-    for i, batch in enumerate([batches] if isinstance(batches, Tensor) or is_pair(batches) else batches):
-        x = batch[0] if isinstance(batch, tuple | list) else batch
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            came = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise TypeError(f"batch {i} is {came}; batches are one tensor, or an iterable of x or (x, y)")
-        yield x
-
-
-def is_pair(batches: Any) -> bool:
-    """Whether these are x and its labels, one batch, and not two batches."""
-    if not isinstance(batches, tuple | list) or len(batches) != 2:
-        return False
-    x, y = batches
-    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point() and not y.is_floating_point()
-
-
-@torch.no_grad()
-def input_statistics(model: nn.Module, layer: nn.Linear, batches: Tensor | Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of a layer's input over all rows of all batches, in eval mode.
-
-    Returns:
-        two float64 [D], accumulated batch by batch around the running mean, so that no digits cancel.
-
-    Raises:
-        ValueError: fewer than 2 rows, or features that are not finite.
-    """
-    count, mean, squares = 0, torch.zeros(1), torch.zeros(1)
-
-    def accumulate(module: nn.Module, args: tuple) -> None:
-        nonlocal count, mean, squares
-        rows = args[0].reshape(-1, args[0].shape[-1]).double()  # [R, D]
-        mean, squares = mean.to(rows), squares.to(rows)
-        shift, share = rows.mean(0) - mean, rows.shape[0] / (count + rows.shape[0])
-        squares = squares + (rows - rows.mean(0)).square().sum(0) + shift.square() * count * share
-        mean, count = mean + shift * share, count + rows.shape[0]
-
-    device = layer.weight.device
-    modes = {module: module.training for module in model.modules()}
-    handle = layer.register_forward_pre_hook(accumulate)
-    # a shuffling loader draws from the global generator
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            model.eval()
-            for x in inputs(batches):
-                model(x.to(device))
-        finally:
-            handle.remove()
-            for module, training in modes.items():
-                module.training = training
-    if count < 2:
-        raise ValueError(f"calibration needs at least 2 examples, got {count}; pass more batches, or None")
-    if not (mean.isfinite().all() and squares.isfinite().all()):
-        raise ValueError("the input of the head is not finite on these batches; check the data and the weights")
-    return mean, squares / count
-
-
-@torch.no_grad()
-def standardize_(last_bn: nn.BatchNorm1d, head: nn.Linear, mean: Tensor, variance: Tensor) -> None:
-    """Give the last BN these statistics and let the head absorb them: W x + b = (W sigma) y + (b + W mu).
-
-    Raises:
-        ValueError: weight or bias is made anew from other parameters in each forward pass.
-    """
-    computed = [name for name in ("weight", "bias") if getattr(head, name) is not None and name not in head._parameters]
-    if computed:
-        raise ValueError(
-            f"the head's {computed[0]} is computed from other parameters (pruning, weight norm ...), so it cannot "
-            "absorb the statistics; make it plain first (prune.remove, remove_weight_norm), or leave out the batches"
-        )
-    last_bn.running_mean.copy_(mean)  # type: ignore[union-attr]
-    last_bn.running_var.copy_(variance)  # type: ignore[union-attr]
-    # from the rounded statistics: those are what the BN will divide by
-    mu, sigma = last_bn.running_mean.double(), (last_bn.running_var.double() + last_bn.eps).sqrt()  # type: ignore[union-attr]
-    weight = head.weight.double()
-    shift = weight @ mu
-    if head.bias is None:
-        head.bias = nn.Parameter(shift.to(head.weight))
-    else:
-        head.bias.copy_(head.bias.double() + shift)
-    head.weight.copy_(weight * sigma)
+    attach(model, head, feeding_dropout(model, head))

@@ -1,5 +1,6 @@
 """Released weights as timm's models take them: configs by tag, and state dicts checked before timm sees them."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,9 +91,13 @@ def fit_first_linear(state: dict[str, Tensor], model: nn.Module) -> dict[str, Te
         return state
     channels, height, width = model.input_size  # type: ignore[misc]
     values = state[key].shape[1]
-    if values % (height * width):
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    described = tuple(config.get("input_size") or ())  # the weights' own, where it is theirs at all
+    other = math.prod(described) == values and described[1:] != (height, width)
+    if other or values % (height * width):
+        of = " x ".join(map(str, described)) if other else f"{values} values"
         raise ValueError(
-            f"these weights take images of {values} values, got input_size={(channels, height, width)}; "
+            f"these weights take images of {of}, got input_size={(channels, height, width)}; "
             "an MLP's weights fit one height and width"
         )
     weight = state[key].unflatten(1, (-1, height * width))  # [D, C, H * W]

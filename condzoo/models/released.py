@@ -100,8 +100,8 @@ def how_to_get(arch: str) -> str:
     plain = arch.removesuffix("_lastbn")
     if plain != arch and plain.startswith("resnet"):
         ways.append(
-            f"`condzoo convert --last-bn timm/{plain} --calibrate FOLDER` makes a "
-            f"checkpoint of timm's {plain}, which `condzoo.load_checkpoint(FOLDER)` loads"
+            f"`condzoo convert --last-bn timm/{plain} --calibrate IMAGES` makes a checkpoint of timm's {plain}, "
+            f"which `condzoo.load_checkpoint('converted/{arch}.converted')` loads"
         )
     return ", ".join(ways) if ways else "condzoo.list_models(pretrained=True) lists what is released"
 
@@ -126,9 +126,10 @@ def checkpoint_folders() -> list[Path]:
 
 def cache_folder() -> Path:
     """CONDZOO_CACHE/checkpoints, else condzoo/checkpoints in the user's cache (XDG_CACHE_HOME, ~/.cache)."""
+    # os.path's, which leaves the ~ of a user without a home in place, where Path's raises
     if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE]).expanduser() / "checkpoints"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "condzoo" / "checkpoints"
+        return Path(os.path.expanduser(os.environ[CACHE_VARIABLE])) / "checkpoints"
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "condzoo" / "checkpoints"
 
 
 def find_folder(release: Release) -> Path | None:

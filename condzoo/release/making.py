@@ -1,5 +1,6 @@
 """`release`: a checkpoint's folder from finished runs, as `condzoo.release.checks` lets pass."""
 
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def release(
 
     The lowest seed's weights are released; all seeds are listed. In the repository's own checkpoints/ the package's
     index and the table of all are brought up to date too; a call that was stopped before that is finished by the same
-    call again.
+    call again, and `default=True` of a release that is there makes it the default.
 
     Args:
         runs: run directories.
@@ -60,10 +61,10 @@ def release(
     check_tag(tag)
     run = checked_run(paths)
     check_every_seed(run.recipe, paths)
-    root = Path(out) if out is not None else default_root()
+    root = root_of(out)
     target = root / f"{run.recipe.model.name}.{tag}"
-    if not is_listed(target) and released_before(paths, tag, out=root) == target:
-        return enlist(target, default)  # stopped after the folder was there
+    if (default or not is_listed(target)) and released_before(paths, tag, out=root) == target:
+        return enlist(target, default)  # stopped after the folder was there, or to be the default from now on
     check_free(target)
     check_evaluations(run, paths, data_root)
     data, recipe = read_data(run.recipe, data_root), dump_recipe(run.recipe)
@@ -78,6 +79,11 @@ def release(
     }
     write_checkpoint(target, model, weights, config, records)
     return enlist(target, default)
+
+
+def root_of(out: str | Path | None) -> Path:
+    """The folder that takes the checkpoint's."""
+    return Path(os.path.expanduser(out)) if out is not None else default_root()
 
 
 def is_listed(target: Path) -> bool:
@@ -106,7 +112,7 @@ def released_before(runs: str | Path | Sequence[str | Path], tag: str, *, out: s
     """The folder that `release` made of these runs before, as it is; None where there is none, or another's."""
     paths = paths_of(runs)
     run = checked_run(paths)
-    root = Path(out) if out is not None else default_root()
+    root = root_of(out)
     target = root / f"{run.recipe.model.name}.{check_tag(tag)}"
     if not target.is_dir():
         return None
@@ -118,4 +124,4 @@ def released_before(runs: str | Path | Sequence[str | Path], tag: str, *, out: s
 
 def paths_of(runs: str | Path | Sequence[str | Path]) -> list[Path]:
     """One run directory or several, as paths."""
-    return [Path(runs)] if isinstance(runs, str | Path) else [Path(path) for path in runs]
+    return [Path(os.path.expanduser(path)) for path in ([runs] if isinstance(runs, str | Path) else runs)]

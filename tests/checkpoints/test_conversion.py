@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -16,6 +17,7 @@ from torchvision.datasets import ImageFolder
 import condzoo
 from condzoo.checkpoints import load_checkpoint, verify_checkpoint
 from condzoo.checkpoints.folder import read_folder, write_sums
+from condzoo.checkpoints.model_card import model_card
 from condzoo.cli import main
 from condzoo.commands.checkpoints import numbers
 from condzoo.conversion import calibration_images, convert, convert_last_bn
@@ -91,6 +93,26 @@ def test_what_is_converted_lands_in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(create_model("cifar_resnet8").state_dict(), "weights.pth")
     assert convert("weights.pth", "cifar_resnet8") == Path("converted/cifar_resnet8.converted")
+
+
+def test_a_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    torch.save(create_model("cifar_resnet8").state_dict(), "weights.pth")
+    assert convert("~/weights.pth", "cifar_resnet8", out="~/mine") == tmp_path / "mine" / "cifar_resnet8.converted"
+    made_up("test_vit", tmp_path / "vit.pth")
+    assert convert_last_bn("timm/test_vit", weights="~/vit.pth", out="~/mine") == tmp_path / "mine/test_vit.converted"
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("license", "line"), [("cc-by-nc-4.0", "license: cc-by-nc-4.0"), ("other: mine", 'license: "other: mine"')]
+)
+def test_a_cards_front_matter_is_yaml_whatever_the_license(license, line, tmp_path):
+    torch.save(create_model("cifar_resnet8").state_dict(), tmp_path / "w.pth")
+    _, card = config_and_card(convert(tmp_path / "w.pth", "cifar_resnet8", out=tmp_path / "out", license=license))
+    assert line in card.split("\n")
+    assert huggingface_hub.ModelCard(card).data.license == license
 
 
 def test_a_pickled_network_becomes_a_checkpoint(tmp_path):
@@ -225,10 +247,13 @@ def test_what_is_given_of_a_files_origin_stands_in_config_and_card(tmp_path):
     given = {"license": "mit", "mean": (0.25, 0.5, 0.75), "std": (0.5, 0.5, 1.0)}
     config, card = config_and_card(convert(tmp_path / "w.pth", "cifar_resnet8", out=tmp_path, tag="given", **given))
     assert (config["license"], config["mean"], config["std"]) == ("mit", [0.25, 0.5, 0.75], [0.5, 0.5, 1.0])
-    assert "Scale to [0, 1], subtract 0.2500, 0.5000, 0.7500, divide by 0.5000, 0.5000, 1.0000." in card
+    assert (
+        "centre crop to 32 x 32; scale to [0, 1], subtract 0.2500, 0.5000, 0.7500, divide by 0.5000, 0.5000, 1.0000."
+        in card
+    )
     config, card = config_and_card(convert(tmp_path / "w.pth", "cifar_resnet8", out=tmp_path, tag="bare"))
     assert config["license"] == "unknown"
-    assert "Not known: nothing in the source says it. What is usual for this network: Scale to [0, 1], " in card
+    assert "Not known: nothing in the source says it. What is usual for this network: Scale the shorter side" in card
 
 
 @pytest.mark.parametrize(
@@ -267,7 +292,27 @@ def test_a_twin_keeps_timms_license_and_preprocessing(tmp_path, monkeypatch):
     assert "license: cc-by-nc-4.0" in card
     for field in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
         assert config[field] == (list(value) if isinstance(value := getattr(theirs, field), tuple) else value)
-    assert "Not known" not in card
+    assert (
+        "## Preprocessing\nScale the shorter side to 256 pixels (bilinear); centre crop to 224 x 224; scale to" in card
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("squash", "Scale to 180 x 180 pixels, whatever the image's shape (bicubic)"),
+        ("border", "Scale the longer side to 180 pixels and pad the shorter one (bicubic)"),
+    ],
+)
+def test_a_card_says_how_timm_crops(mode, words, tmp_path):
+    made_up("test_vit", tmp_path / "weights.pth")
+    made = convert_last_bn("timm/test_vit", weights=tmp_path / "weights.pth", out=tmp_path)
+    config = json.loads((made / "config.json").read_text())
+    config["pretrained_cfg"] |= {"crop_mode": mode, "crop_pct": 0.8888, "interpolation": "bicubic"}
+    config["pretrained_cfg"]["input_size"] = [3, 160, 160]
+    (made / "config.json").write_text(json.dumps(config))
+    write_sums(made)
+    assert f"{words}; centre crop to 160 x 160; scale to [0, 1]" in model_card(read_folder(made))
 
 
 def test_of_weights_in_a_file_timms_license_says_nothing(tmp_path):

@@ -62,6 +62,28 @@ def test_akamasters_network_is_the_same_function(depth):
     assert "order" in note
 
 
+def test_a_last_bn_put_into_akamasters_network_is_renumbered_too():
+    theirs = akamaster_state(8)
+    d = theirs["linear.weight"].shape[1]
+    drawn = {
+        name: torch.rand(d, generator=torch.Generator().manual_seed(9)) + 0.5 for name in ("weight", "running_var")
+    }
+    drawn |= {name: torch.randn(d, generator=torch.Generator().manual_seed(9)) for name in ("bias", "running_mean")}
+    last = {f"last_bn.{name}": value for name, value in drawn.items()}
+    network = create_model("cifar_resnet8_lastbn").eval().double()
+    state, _ = translate(theirs | last | {"last_bn.num_batches_tracked": torch.tensor(3)}, network, "file")
+    network.load_state_dict(state)
+    # the same in the linear layer: W (scale h + shift) + b
+    drawn = {name: value.double() for name, value in drawn.items()}
+    scale = drawn["weight"] / (drawn["running_var"] + 1e-5).sqrt()
+    shift = drawn["bias"] - drawn["running_mean"] * scale
+    absorbed = {key: value.double() for key, value in theirs.items()}
+    absorbed["linear.bias"] = absorbed["linear.bias"] + absorbed["linear.weight"] @ shift
+    absorbed["linear.weight"] = absorbed["linear.weight"] * scale
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(network(x), akamaster_forward(absorbed, x), rtol=1e-9, atol=1e-9)
+
+
 def test_without_the_new_order_of_channels_the_function_is_another():
     theirs = akamaster_state(8)
     network = create_model("cifar_resnet8").eval()

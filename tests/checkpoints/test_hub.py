@@ -171,5 +171,29 @@ def test_a_push_that_failed_is_repeated_with_the_same_command(hub, runs, tmp_pat
     assert len(hub.files["someone/mlp4x24_bn.digits"]) == 9
 
 
+def test_a_release_becomes_the_default_and_is_pushed_again(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(released, "INDEX", tmp_path / "released.toml")
+    (tmp_path / "released.toml").touch()
+    monkeypatch.setattr("condzoo.release.making.in_repository", lambda target: True)
+    out = tmp_path / "out"
+
+    def say(tag, *options):
+        with pytest.raises(SystemExit) as stop:
+            main(["release", *map(str, runs), "--tag", tag, "--out", str(out), *options])
+        return stop.value.code or 0, capsys.readouterr().out
+
+    def default():
+        return [name for name, made in released.read_index().items() if made.default]
+
+    assert say("first")[0] == say("second")[0] == 0
+    assert default() == ["mlp4x24_bn.first"]
+    for _ in range(2):
+        code, said = say("second", "--default", "--push", "--dry-run")
+        assert code == 0
+        assert "would upload 9 files to condzoo/mlp4x24_bn.second" in said
+        assert default() == ["mlp4x24_bn.second"]
+    assert said.startswith("released before: ")
+
+
 def fail():
     raise ConnectionAbortedError("no route to host")

@@ -98,3 +98,26 @@ def test_timm_knows_how_images_are_prepared(name):
     assert list(known.mean) == config["mean"]
     assert list(known.std) == config["std"]
     assert known.crop_pct == config["crop_pct"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "of"),
+    [
+        ("mlp20x256_bn", (1, 14, 14), "1 x 28 x 28"),
+        ("mlp20x256_bn", (1, 16, 49), "1 x 28 x 28"),
+        ("mlp8x24", (4, 6, 6), "1 x 12 x 12"),
+        ("mlp8x24", (1, 5, 5), "1 x 12 x 12"),
+    ],
+)
+def test_an_mlps_weights_fit_one_height_and_width(name, size, of):
+    with pytest.raises(ValueError, match=f"these weights take images of {of}, got input_size="):
+        condzoo.create_model(name, pretrained=True, input_size=size)
+    with pytest.raises(ValueError, match="an MLP's weights fit one height and width"):
+        condzoo.create_model(name, pretrained=True, input_size=size)
+
+
+def test_an_mlps_weights_take_other_channels_of_their_size():
+    own = condzoo.create_model("mlp8x24", pretrained=True).eval()
+    three = condzoo.create_model("mlp8x24", pretrained=True, input_size=(3, 12, 12)).eval()
+    x = torch.randn(5, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(three(x.expand(-1, 3, -1, -1)), own(x), rtol=1e-5, atol=1e-5)

@@ -1,6 +1,7 @@
 """insert_last_bn: what it leaves as it was, where the layer goes, and what it refuses."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
@@ -236,3 +237,142 @@ def test_a_copy_by_data_parallel_says_what_to_use():
     built = create_model("cifar_resnet8_lastbn").eval()
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(data_parallel_copy(built)(images), built(images), rtol=0, atol=0)
+
+
+class DropsTwice(nn.Module):
+    """One dropout module for every layer, registered right before the head."""
+
+    def __init__(self, hidden: int = 8) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, hidden), nn.Linear(hidden, 8)
+        self.dropout, self.out = nn.Dropout(0.2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.dropout(self.second(self.dropout(self.first(x).relu())).relu()))
+
+
+class DropsEarly(DropsTwice):
+    """Dropout on the first layer alone; its place among the modules says otherwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.second(self.dropout(self.first(x).relu())).relu())
+
+
+@pytest.mark.parametrize("net", [DropsTwice(), DropsTwice(12), DropsEarly(), DropsEarly(12)])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_dropout_that_runs_elsewhere_is_no_place_for_it(net: nn.Module, calibrated: bool) -> None:
+    plain = net.eval()
+    model = insert_last_bn(copy.deepcopy(plain), data() if calibrated else None)
+    torch.testing.assert_close(model(data()), plain(data()), rtol=1e-5, atol=1e-5)
+    seen: list[Tensor] = []
+    model.last_bn.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    model.train()(data())
+    assert len(seen) == 1
+    assert seen[0].shape == (40, 8)
+    hidden: list[Tensor] = []
+    model.out.register_forward_hook(lambda module, args, out: hidden.append(args[0]))
+    model.eval()(data())
+    assert torch.equal(hidden[0], model.last_bn(seen[1]))
+
+
+def test_without_batches_a_dropout_of_no_library_is_not_taken_to_feed_the_head() -> None:
+    model = insert_last_bn(Net())
+    seen: list[Tensor] = []
+    model.last_bn.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    model.train()(data())
+    assert (seen[0] == 0).double().mean() > 0.6  # relu's and the dropout's zeros: it stands after both
+
+
+def test_a_dropout_module_in_two_places_is_not_taken() -> None:
+    drop = nn.Dropout(0.3)
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), drop)
+            self.classifier = nn.Sequential(drop, nn.Linear(8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(self.features(x))
+
+    for batches in (None, data()):
+        plain = Shared().eval()
+        model = insert_last_bn(copy.deepcopy(plain), batches)
+        torch.testing.assert_close(model(data()), plain(data()), rtol=1e-5, atol=1e-5)
+
+
+class TwoLinear(nn.Module):
+    def __init__(self, hidden: str, last: str, classes: int | None = None) -> None:
+        super().__init__()
+        setattr(self, hidden, nn.Linear(6, 8))
+        setattr(self, last, nn.Linear(8, 3))
+        self.names = hidden, last
+        if classes is not None:
+            self.num_classes = classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, last = (getattr(self, name) for name in self.names)
+        return last(hidden(x).relu())
+
+
+@pytest.mark.parametrize(("hidden", "last"), [("fc", "out"), ("fc", "classifier"), ("classifier", "head")])
+def test_a_hidden_layer_with_a_heads_name(hidden: str, last: str) -> None:
+    with pytest.raises(ValueError, match=f"the head of TwoLinear may be {hidden} or {last}; set model.num_classes, or"):
+        insert_last_bn(TwoLinear(hidden, last))
+    model = insert_last_bn(TwoLinear(hidden, last, classes=3), data())
+    assert model.last_bn.num_features == 8
+    with pytest.raises(ValueError, match="may be"):
+        insert_last_bn(TwoLinear(hidden, last, classes=5))
+
+
+def test_a_head_that_is_registered_before_another_kind_of_layer_keeps_its_name() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.body = nn.Linear(8, 3), nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.body(x))
+
+    assert insert_last_bn(Net(), data()).last_bn.num_features == 8
+
+
+def test_wrapped_and_compiled_models_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"DataParallel would not know the last BN; insert it into model\.module first"
+    ):
+        insert_last_bn(nn.DataParallel(Net()))
+    compiled = torch.compile(Net(), backend="eager")
+    assert isinstance(compiled, nn.Module)
+    in_place = Net()
+    in_place.compile(backend="eager")
+    for model in (compiled, in_place):
+        with pytest.raises(ValueError, match="would not run the last BN; insert it first, then compile the model"):
+            insert_last_bn(model, data())
+
+
+def test_ddp_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(Net())
+        with pytest.raises(ValueError, match="DistributedDataParallel would not know the last BN"):
+            insert_last_bn(parallel)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_empty_batches_count_for_nothing() -> None:
+    plain = Net().eval()
+    expected = insert_last_bn(copy.deepcopy(plain), data()).last_bn
+    for batches in ([data()[:0], data()], [data()[:7], data()[:0], data()[7:]], [data(), data()[:0]]):
+        found = insert_last_bn(copy.deepcopy(plain), batches).last_bn
+        torch.testing.assert_close(found.running_mean, expected.running_mean)
+        torch.testing.assert_close(found.running_var, expected.running_var)
+    with pytest.raises(ValueError, match="calibration needs at least 2 examples, got 0"):
+        insert_last_bn(Net(), data()[:0])
+    assert insert_last_bn(Net().eval())(data()[:0]).shape == (0, 3)
+
+
+def test_an_empty_pooled_map_passes() -> None:
+    model = insert_last_bn(torchvision.models.GoogLeNet(num_classes=3, aux_logits=False, init_weights=False)).eval()
+    assert model.dropout(torch.randn(0, 1024, 1, 1)).shape == (0, 1024, 1, 1)

@@ -34,8 +34,8 @@ class Numerics:
 def usual_torch() -> Iterator[None]:
     """Inside, torch has its own defaults, which recipes count on, whatever a notebook has set.
 
-    They are float32 and the CPU for new tensors, and gradients are kept. One is not: float32 is multiplied and
-    convolved in float32 on GPUs, too, where torch convolves in TF32. Also a decorator.
+    They are float32 and the CPU for new tensors, no autocast, and gradients are kept. One is not: float32 is multiplied
+    and convolved in float32 on GPUs, too, where torch convolves in TF32. Also a decorator.
     """
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as held:
@@ -43,11 +43,24 @@ def usual_torch() -> Iterator[None]:
         held.enter_context(torch.enable_grad())
         if torch.get_default_device().type != "cpu":  # a context of a device slows every operation
             held.enter_context(torch.device("cpu"))
+        if (
+            within_autocast()
+        ):  # until that ends torch keeps the weights that it has cast, through steps that change them
+            held.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+            torch.set_autocast_cache_enabled(False)
         for kind in DEVICES:
             held.enter_context(full_float32(kind))
+            if torch.is_autocast_enabled(kind):
+                held.enter_context(torch.autocast(kind, enabled=False))
         held.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
         yield
+
+
+def within_autocast() -> bool:
+    """Whether the caller is inside a torch.autocast, of any device, enabled or not."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting() > 0
 
 
 def resolve_numerics(recipe: Recipe, model: nn.Module, device: torch.device) -> Numerics:

@@ -48,18 +48,22 @@ def stop_signals(patient: bool = False) -> Iterator[StopRequest]:
 
     `patient`: it does not. A launcher passes on a signal that each of its processes may have had already.
     Within another `stop_signals` (a run among many) the request is the same: a signal stops both.
-    Outside the main thread, where Python delivers no signals, nothing is changed.
+    Outside the main thread, where Python delivers no signals, nothing is changed; nor is a handler that was not set
+    from Python, which could not be put back.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if isinstance(handler, _Note):
-        yield handler.request
-        return
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for handler in found.values():
+        if isinstance(handler, _Note):
+            yield handler.request
+            return
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
-    before = {number: signal.signal(number, _Note(request, patient)) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in found.items() if handler is not None}
+    for number in before:
+        signal.signal(number, _Note(request, patient))
     try:
         yield request
     finally:

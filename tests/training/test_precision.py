@@ -68,6 +68,23 @@ def test_bf16_trains_with_float32_weights_and_evaluates_the_same_again(tiny: Any
     assert evaluate_run(run.path, device="cpu").correct == run.summary["test_correct"]
 
 
+@pytest.mark.parametrize("outer", [True, False], ids=["on", "off"])
+@pytest.mark.parametrize("own", ["fp32", "bf16"])
+def test_a_callers_autocast_changes_nothing(own: str, outer: bool, tiny: Any, tmp_path: Path) -> None:
+    """Neither the recipe's precision nor, where a bf16 run would go on with weights cast once, the steps."""
+    recipe = tiny(precision=own, ema=0.9, epochs=1)
+    plain = train(recipe, out=tmp_path / "plain", device="cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer):
+        inside = train(recipe, out=tmp_path / "inside", device="cpu")
+        again = evaluate_run(inside.path, device="cpu")
+        assert torch.is_autocast_enabled("cpu") == outer
+        assert torch.is_autocast_cache_enabled()
+    assert plain.summary["precision"] == inside.summary["precision"] == own
+    names = ("train_loss", "test_loss", "test_correct")
+    assert [inside.summary[name] for name in names] == [plain.summary[name] for name in names]
+    assert again.loss == inside.summary["test_loss"]
+
+
 @pytest.mark.parametrize("units", [False, True], ids=["fp32", "bf16"])
 def test_a_run_is_evaluated_in_its_own_precision_where_auto_is_another(
     units: bool, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from condzoo.checkpoints.folder import (
     CARD,
@@ -26,6 +25,7 @@ from condzoo.checkpoints.model_card import model_card
 from condzoo.checkpoints.overview import TITLE, checkpoints_table
 from condzoo.checkpoints.remeasuring import EXPECTED_IMAGES, logits_of
 from condzoo.models import released
+from condzoo.models.weight_files import as_safetensors
 
 TAG = re.compile(r"[a-z0-9][a-z0-9_]*")
 KEPT_INPUT = ("input_size", "interpolation", "crop_pct", "mean", "std", "num_classes", "pool_size", "first_conv")
@@ -81,8 +81,7 @@ def check_table(root: Path) -> None:
 
 def serialize(model: nn.Module) -> bytes:
     """The network's state dict as a safetensors file, which timm reads too."""
-    state: dict[str, Tensor] = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    return save(state, metadata={"format": "pt"})
+    return as_safetensors(model.state_dict())
 
 
 def timm_config(model: Any, tag: str, input_fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reading weights from files that may be damaged or hostile: nothing is executed, nothing else is opened.
+"""Weights in files. Those that are read may be damaged or hostile: nothing is executed, nothing else is opened.
 
 A file is read once, as bytes; what is hashed, parsed and loaded are the same bytes.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # torch.save's zip, and its older plain pickle
@@ -47,6 +47,21 @@ def read_plain_file(path: Path) -> bytes:
 def sha256(content: bytes) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+def as_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors by name as a safetensors file, which timm reads too; of several in one memory each is written whole.
+
+    safetensors refuses those, and a network has them where a module or a weight has two names.
+    """
+    written: dict[str, Tensor] = {}
+    memories = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()  # which copies nothing of what is so already
+        memory = own.untyped_storage().data_ptr()
+        written[name] = own.clone() if memory in memories else own
+        memories.add(memory)
+    return save(written, metadata={"format": "pt"})
 
 
 def parse_weights(content: bytes, source: str, *, finite: bool = True) -> dict[str, Tensor]:

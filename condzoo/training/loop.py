@@ -17,7 +17,7 @@ from condzoo.training.outcome import earlier_summary, end_diverged, finish, last
 from condzoo.training.precision import usual_torch
 from condzoo.training.preparation import Training, first_unreadable, join_gradients, prepare, training_steps
 from condzoo.training.progress import Progress, capture, go_on
-from condzoo.training.recipe import check_recipe, load_recipe, parse_recipe, recipe_tables
+from condzoo.training.recipe import as_int, check_recipe, load_recipe, parse_recipe, recipe_tables
 from condzoo.training.reports import last_layer, opened_probe, record_epoch, record_step
 from condzoo.training.resume import save_checkpoint
 from condzoo.training.run_directory import CHECKPOINTS, claimed
@@ -69,7 +69,7 @@ def train(
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     if seed is not None:
-        recipe = parse_recipe({**recipe_tables(recipe), "seed": seed})
+        recipe = parse_recipe({**recipe_tables(recipe), "seed": as_int(seed)})
     check_recipe(recipe)
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
@@ -97,10 +97,10 @@ def train(
         except NonFinite as bad:
             ranks.all_do(lambda: first_unreadable(training))
             progress.rewind(bad.step)
-            summary = record_divergence(training, progress, path, diagnose(training, bad.step))
+            summary = record_divergence(training, progress, path, diagnose(training, bad.step), notify)
             notify(Finished(summary))
             return end_diverged(path, recipe, summary)
-        summary = finish(training, progress, path)
+        summary = finish(training, progress, path, notify)
         notify(Finished(summary))
         return Run(path, recipe, summary)
 

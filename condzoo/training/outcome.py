@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from condzoo.training.diagnosis import Fault
+from condzoo.training.events import OnEvent
 from condzoo.training.preparation import Training
 from condzoo.training.progress import Progress
 from condzoo.training.reports import record_epoch, write_results
@@ -18,7 +19,7 @@ def earlier_summary(path: Path) -> dict[str, Any] | None:
     return read_summary(path) if all((path / name).is_file() for name in (SUMMARY, MODEL)) else None
 
 
-def finish(training: Training, progress: Progress, path: Path) -> dict[str, Any]:
+def finish(training: Training, progress: Progress, path: Path, notify: OnEvent) -> dict[str, Any]:
     """Evaluate where the last step has not been (unless the recipe says never), and write the results.
 
     A run cut short by max_steps gets its evaluation as a line of kind "end", after its last
@@ -31,7 +32,7 @@ def finish(training: Training, progress: Progress, path: Path) -> dict[str, Any]
     if record.get("step") != progress.step or not evaluated:
         lr = learning_rate_of(training, progress.step - 1)
         record |= record_epoch(training, progress, path, lr, kind="end")
-    return write_results(training, progress, path, record, {"status": "done"})
+    return write_results(training, progress, path, record, {"status": "done"}, notify)
 
 
 def last_epoch(path: Path) -> dict[str, Any]:
@@ -40,7 +41,9 @@ def last_epoch(path: Path) -> dict[str, Any]:
     return next(lines, {})
 
 
-def record_divergence(training: Training, progress: Progress, path: Path, fault: Fault) -> dict[str, Any]:
+def record_divergence(
+    training: Training, progress: Progress, path: Path, fault: Fault, notify: OnEvent
+) -> dict[str, Any]:
     """Write down where the run diverged; its weights are those before the step, which was not taken.
 
     Where an epoch has just ended, the training loss is that of its line, as in `finish`.
@@ -52,7 +55,7 @@ def record_divergence(training: Training, progress: Progress, path: Path, fault:
     before = training.ranks.first_does(lambda: last_epoch(path))
     record = before if before.get("step") == progress.step else {}
     record |= record_epoch(training, progress, path, learning_rate_of(training, fault.step), kind="end")
-    return write_results(training, progress, path, record, status)
+    return write_results(training, progress, path, record, status, notify)
 
 
 def end_diverged(path: Path, recipe: Recipe, summary: dict[str, Any]) -> Run:

@@ -18,9 +18,11 @@ from condzoo.training.run_directory import (
     CONDITIONING,
     ENVIRONMENT,
     METRICS,
+    SUMMARY,
     RunDirectoryError,
     durable_size,
     read_json,
+    read_summary,
     truncate,
     write_json,
 )
@@ -145,11 +147,13 @@ def take_up(training: Training, path: Path, notify: OnEvent) -> Checkpoint | Non
     environment.json gets a line for every time that the run was taken up.
 
     Raises:
-        RunDirectoryError: the run was trained on other images.
+        RunDirectoryError: the run was trained on other images, or to an end whose checkpoints are lost.
     """
     checkpoint = newest_checkpoint(path / CHECKPOINTS, lambda text: notify(Notice(text)))
     sizes, step = {METRICS: 0, CONDITIONING: 0}, 0
-    if checkpoint is not None:
+    if checkpoint is None:
+        check_nothing_ended(path)
+    else:
         check_data(training, checkpoint, path)
         sizes, step = checkpoint.numbers["bytes"], checkpoint.numbers["step"]
         for difference in differences(training, checkpoint):
@@ -177,6 +181,19 @@ def arithmetic(training: Training) -> dict[str, Any]:
 def data_seen(training: Training) -> dict[str, int]:
     """What tells one data set from another under the same recipe, which names only its folder or not even that."""
     return {"classes": training.data.num_classes, "training_images": training.data.size("train")}
+
+
+def check_nothing_ended(path: Path) -> None:
+    """RunDirectoryError where a run has ended and left no checkpoint: going on would cut off all of its records.
+
+    A run that was copied without its large files is one.
+    """
+    steps = read_summary(path)["steps"] if (path / SUMMARY).is_file() else 0
+    if steps:
+        raise RunDirectoryError(
+            f"{path} was trained to step {steps:,} and holds no checkpoint to go on from: training again would cut off "
+            f"its records; use another --out, or delete its {SUMMARY} to start again"
+        )
 
 
 def check_data(training: Training, checkpoint: Checkpoint, path: Path) -> None:

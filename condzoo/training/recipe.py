@@ -1,5 +1,6 @@
 """Reading a recipe: a TOML file, changed by overrides, checked, and written back as resolved."""
 
+import operator
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from condzoo.training.consistency import problems
 from condzoo.training.recipe_errors import RecipeError, describe_errors
-from condzoo.training.recipe_files import read_recipe
+from condzoo.training.recipe_files import ARGUMENTS, read_recipe
 from condzoo.training.schema import Recipe
 
 
@@ -21,7 +22,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         path: a TOML file, the name of a recipe that comes with condzoo ("cifar10/resnet20_lastbn"), or one of a
             file's variants ("mine.toml:deep"; see `condzoo.training.recipe_files`).
         overrides: changes like "optim.lr=0.05": a field's path and a TOML value; a bare word is a text,
-            `none` takes the field out. Setting `epochs` takes `iterations` out, and the other way round.
+            `none` takes the field out ('"none"' is the text). Setting `epochs` takes `iterations` out, and the other
+            way round.
 
     Raises:
         FileNotFoundError: no such file or recipe; the closest names are given.
@@ -31,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     for field, value in changes.items():
         set_field(given, field, value)
     for override in overrides:
-        set_field(given, *parse_override(override))
+        override_field(given, *parse_override(override))
     return parse_recipe(given, source=str(path))
 
 
@@ -74,8 +76,27 @@ def parse_override(override: str) -> tuple[str, Any]:
     return path.strip(), None if text.strip() == "none" else _toml_value(text)
 
 
+def override_field(given: dict[str, Any], path: str, value: Any) -> None:
+    """As `set_field`, but an argument of the network that is taken out must be there: some networks take "none".
+
+    Raises:
+        RecipeError: it is not, or the path goes through a value.
+    """
+    table: Any = given
+    for name in path.split("."):
+        table = table.get(name.strip()) if isinstance(table, dict) else None
+    if value is None and table is None and path.startswith(f"{ARGUMENTS}."):
+        raise RecipeError(
+            f"override {path}=none: none takes a field out, and {path} is not in the recipe; leave it out, "
+            f"or for the text none write {path}='\"none\"'"
+        )
+    set_field(given, path, value)
+
+
 def set_field(given: dict[str, Any], path: str, value: Any) -> None:
     """Change one field of nested tables; None takes it out. Of epochs and iterations the new one stays.
+
+    A whole number may be numpy's, which no strict field takes.
 
     Raises:
         RecipeError: the path goes through a value.
@@ -92,7 +113,15 @@ def set_field(given: dict[str, Any], path: str, value: Any) -> None:
     if value is None:
         table.pop(field, None)
     else:
-        table[field] = value
+        table[field] = as_int(value)
+
+
+def as_int(value: Any) -> Any:
+    """A whole number of numpy or torch as Python's own; anything else as it is."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
 
 
 def _toml_value(text: str) -> Any:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import nn
 
 from condzoo.data import Split
+from condzoo.models.weight_files import as_safetensors
 from condzoo.probe import Probe, plot_records, read_records
 from condzoo.training.evaluation import evaluate
+from condzoo.training.events import Notice, OnEvent
 from condzoo.training.norm_statistics import evaluated
 from condzoo.training.preparation import Training
 from condzoo.training.progress import Progress
@@ -93,27 +94,35 @@ def measure_split(training: Training, network: nn.Module, split: Split) -> dict[
 
 
 def write_results(
-    training: Training, progress: Progress, path: Path, record: dict[str, Any], status: dict[str, Any]
+    training: Training, progress: Progress, path: Path, record: dict[str, Any], status: dict[str, Any], notify: OnEvent
 ) -> dict[str, Any]:
     """Write model.safetensors, conditioning.png and, last, summary.json; returns the summary in every process."""
     ranks = training.ranks
     with evaluated(training) as network:
         ranks.first_does(lambda: write_weights(network, path / MODEL))
+    ranks.first_does(lambda: draw_picture(path, notify))
     return ranks.first_does(lambda: write_summary(training, progress, path, record, status))
 
 
 def write_weights(network: nn.Module, path: Path) -> None:
     """Every parameter and buffer, as safetensors."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    write_atomically(path, save(tensors, metadata={"format": "pt"}))
+    write_atomically(path, as_safetensors(network.state_dict()))
+
+
+def draw_picture(path: Path, notify: OnEvent) -> None:
+    """Write conditioning.png, where there is something to draw; where that fails, say so: the results stand without."""
+    try:
+        if shows_layers(path):
+            plot_records(path / CONDITIONING, path / PICTURE)
+    except Exception as error:  # of matplotlib, fonts, a disk: none may cost the result of a training
+        why = f"{type(error).__name__}: {error}"
+        notify(Notice(f"{path / PICTURE} was not drawn, {why}; `condzoo plot {path}` draws it again"))
 
 
 def write_summary(
     training: Training, progress: Progress, path: Path, record: dict[str, Any], status: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write conditioning.png and, last, summary.json; returns the summary."""
-    if shows_layers(path):
-        plot_records(path / CONDITIONING, path / PICTURE)
+    """Write summary.json; returns it."""
     summary = {
         **status,
         "model": training.recipe.model.name,

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
-from condzoo.training.run_directory import TEMPORARY, write_atomically
+from condzoo.models.weight_files import as_safetensors
+from condzoo.training.run_directory import SUMMARY, TEMPORARY, write_atomically
 
 KEPT = 2
 DAMAGED = ".damaged"
@@ -42,7 +43,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """
     folder.mkdir(exist_ok=True)
     stem = f"step_{checkpoint.numbers['step']:010d}"
-    content = save({key: t.detach().cpu().contiguous() for key, t in checkpoint.tensors.items()})
+    content = as_safetensors(checkpoint.tensors)
     write_atomically(folder / f"{stem}.safetensors", content)
     numbers = {"numbers": checkpoint.numbers, "tensors_sha256": hashlib.sha256(content).hexdigest()}
     write_atomically(folder / f"{stem}.json", json.dumps(numbers | {"sha256": _digest(numbers)}).encode())
@@ -59,6 +60,7 @@ def newest_checkpoint(folder: Path, notify: Callable[[str], None]) -> Checkpoint
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
+        OSError: one cannot be read at the moment, which is no reason to go on from an older one.
     """
     damaged = []
     for path in sorted(folder.glob("step_*.json"), reverse=True):
@@ -75,21 +77,32 @@ def newest_checkpoint(folder: Path, notify: Callable[[str], None]) -> Checkpoint
         return Checkpoint(load(content), numbers)
     if damaged:
         raise CheckpointError(
-            f"{'; '.join(damaged)}; no checkpoint is left to go on from: delete {folder} to start again"
+            f"{'; '.join(damaged)}; no checkpoint is left to go on from: delete {folder}, and a {SUMMARY} "
+            "beside it, to start again"
         )
     return None
 
 
 def _read_valid(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """(the tensors' bytes, the numbers) of a checkpoint whose checksums hold."""
+    """(the tensors' bytes, the numbers) of a checkpoint whose checksums hold.
+
+    Raises:
+        CheckpointError: they do not, or a file is missing.
+        OSError: a file is there and cannot be read: a network's file system, or rights to it, may come back.
+    """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         expected = stored.pop("sha256")
         tensors = path.with_suffix(".safetensors").read_bytes()
         whole = _digest(stored) == expected and hashlib.sha256(tensors).hexdigest() == stored["tensors_sha256"]
-    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
+    except (FileNotFoundError, ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         fault = f"it has no {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(f"checkpoint {path} is damaged: {fault}") from error
+    except OSError as error:
+        reason = (
+            f"{error.strerror}: the checkpoint cannot be read; try again, or delete it to go on from the one before"
+        )
+        raise OSError(error.errno, reason, str(path)) from error
     if not whole:
         raise CheckpointError(f"checkpoint {path} is damaged: a SHA-256 in it does not match")
     return tensors, stored["numbers"]

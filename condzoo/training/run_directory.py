@@ -1,6 +1,7 @@
 """The files of a run: who may write to the folder, what goes into it, and how it gets there safely."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ RECIPE, METRICS, SUMMARY = "recipe.toml", "metrics.jsonl", "summary.json"
 ENVIRONMENT, MODEL, CHECKPOINTS = "environment.json", "model.safetensors", "checkpoints"
 CONDITIONING, PICTURE = "conditioning.jsonl", "conditioning.png"
 TEMPORARY = ".tmp"  # at the end of the name of a file that is being written
+UNSYNCED = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # of a file system that syncs no folders: AFS, 9p, vboxsf
 
 
 class RunDirectoryError(ValueError):
@@ -41,7 +43,10 @@ def claimed(path: Path, recipe: Recipe) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise RunDirectoryError(f"{path} is in use by another run; wait for it, or use another --out") from error
+        raise RunDirectoryError(
+            f"{path} is in use by another run; wait for it, or use another --out; if none runs there any more (it was "
+            f"killed on another machine), delete {path / '.lock'}"
+        ) from error
     except OSError as error:
         reason = f"{error.strerror}: no run can be written here; use another --out"
         raise OSError(error.errno, reason, str(path)) from error
@@ -122,11 +127,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can (not on Windows)."""
+    """Make renames in a folder durable, where the system and the file system can (not on Windows)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in UNSYNCED:
+                raise
         finally:
             os.close(handle)
 

@@ -9,7 +9,7 @@ from typing import Any
 from condzoo.training.attempts import RunOptions, train_to_any_end
 from condzoo.training.events import OnEvent
 from condzoo.training.many_runs import run_all, run_all_here, unclaimed
-from condzoo.training.recipe import RecipeError, parse_override, parse_recipe, set_field
+from condzoo.training.recipe import RecipeError, override_field, parse_override, parse_recipe
 from condzoo.training.runs import Run, default_seeds_directory
 from condzoo.training.schema import Recipe
 from condzoo.training.summaries import check_folder, write_summary
@@ -85,17 +85,18 @@ def plan_sweep(
     Raises:
         RecipeError: a combination that is no valid recipe; two that would be in one folder.
     """
-    if "seed" in grid and seeds:
+    given = [] if seeds is None else list(seeds)  # numpy's arrays are neither true nor false
+    if "seed" in grid and given:
         raise RecipeError("grid: seed: got both this and seeds, give one")
     fields = {field: values for field, values in grid.items() if field != "seed"}
     planned: dict[str, Recipe] = {}
     for values in itertools.product(*fields.values()):
         chosen = dict(zip(fields, values, strict=True))
-        for seed in seeds or grid.get("seed") or [recipe.seed]:
+        for seed in given or list(grid.get("seed", ())) or [recipe.seed]:
             # as given, not as resolved: defaults of one optimizer or schedule are no fields of another
             tables = recipe.model_dump(exclude_unset=True, exclude_none=True)
             for field, value in [*chosen.items(), ("seed", seed)]:
-                set_field(tables, field, value)
+                override_field(tables, field, value)
             name = "-".join([*(f"{field}={value}" for field, value in chosen.items()), f"seed{seed}"])
             folder, made = re.sub(r"[^\w.=+-]+", "_", name), parse_recipe(tables, source=name)
             if planned.setdefault(folder, made) != made:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import condzoo
 from condzoo.checkpoints import load_checkpoint
 from condzoo.checkpoints.folder import write_sums
+from condzoo.checkpoints.writing import serialize
 from condzoo.data import BatchPlan, load_data
 from condzoo.evaluating import evaluate_again
 from condzoo.models import create_model, released
@@ -30,6 +31,22 @@ def stored(checkpoint):
 def equal_states(model, state):
     own = model.state_dict()
     return own.keys() == state.keys() and all(torch.equal(own[key], state[key]) for key in state)
+
+
+def test_tensors_in_one_memory_are_written_whole():
+    """Modules and weights with two names, views that overlap and that do not, what is not contiguous."""
+    model = create_model("mlp4x24", num_classes=10, input_size=(1, 8, 8))
+    model.layers[2] = model.layers[1]
+    whole = torch.arange(24.0).reshape(4, 6)
+    for name, view in {
+        "all": whole,
+        "rows": whole[1:3],
+        "next": whole[2:],
+        "turned": whole.t(),
+        "none": whole[:0],
+    }.items():
+        model.register_buffer(name, view)
+    assert equal_states(model, parse_weights(serialize(model), "file"))
 
 
 @pytest.mark.parametrize("form", [lambda p: p, str, lambda p: p / "model.safetensors", lambda p: f"{p}/"])

@@ -18,6 +18,7 @@ from condzoo.training import (
     EpochDone,
     Finished,
     Message,
+    Notice,
     Recipe,
     RecipeError,
     Started,
@@ -25,6 +26,7 @@ from condzoo.training import (
     evaluate_run,
     load_recipe,
     load_run,
+    reports,
     train,
 )
 from condzoo.training.accelerators import GPUS
@@ -102,6 +104,23 @@ def test_the_run_directory_is_complete_and_strict_json(tiny: Any, tmp_path: Path
         10,
         20,
     ]
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_result(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("Failed to process string with tex because latex could not be found")
+
+    monkeypatch.setattr(reports, "plot_records", fail)
+    events: list[Any] = []
+    run = train(tiny(**{"probe.every": 5}), out=tmp_path, max_steps=2, device="cpu", on_event=events.append)
+    assert load_run(tmp_path) == run
+    (notice,) = [event.text for event in events if isinstance(event, Notice)]
+    assert notice == (
+        f"{tmp_path / 'conditioning.png'} was not drawn, RuntimeError: Failed to process string with tex because latex "
+        f"could not be found; `condzoo plot {tmp_path}` draws it again"
+    )
 
 
 def test_metrics_hold_steps_and_epochs(tiny: Any, tmp_path: Path) -> None:

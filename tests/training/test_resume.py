@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shutil
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
+from torch import nn
 
 from condzoo.training import (
     CheckpointError,
@@ -25,8 +28,11 @@ from condzoo.training import (
     dump_recipe,
     load_run,
     loop,
+    networks,
     outcome,
+    preparation,
     reports,
+    runs,
     state_of,
     train,
 )
@@ -262,6 +268,76 @@ def raise_no_space(handle: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP])
+def test_a_file_system_that_syncs_no_folders_holds_runs(
+    number: int, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def sync_files_alone(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync_files_alone)
+    assert train(tiny(), out=tmp_path / "run", max_steps=2, device="cpu").summary["steps"] == 2
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_a_damaged_one(
+    number: int, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(2):
+        save_checkpoint(tmp_path, Checkpoint({"x": torch.full((3,), float(step))}, {"step": step}))
+    read_bytes, read_text = Path.read_bytes, Path.read_text
+
+    def fail(path: Path) -> None:
+        if path.name == f"step_0000000001{suffix}":
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", lambda path: fail(path) or read_bytes(path))
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: fail(path) or read_text(path, **options))
+    said = r"the checkpoint cannot be read; try again, or delete it to go on from the one before: '.*0001\.json'"
+    with pytest.raises(OSError, match=said) as caught:
+        newest_checkpoint(tmp_path, notify=lambda text: None)
+    assert caught.value.errno == number
+    monkeypatch.undo()
+    newest = newest_checkpoint(tmp_path, notify=lambda text: None)
+    assert newest is not None
+    assert newest.numbers == {"step": 1}
+    (tmp_path / f"step_0000000001{suffix}").unlink()
+    before = newest_checkpoint(tmp_path, notify=lambda text: None)
+    assert before is not None
+    assert before.numbers == {"step": 0}, "as the error says"
+
+
+def test_a_network_with_one_module_under_two_names_is_saved_under_both(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors refuses tensors that share memory; on a GPU they are copied apart."""
+
+    def shared(*arguments: Any) -> nn.Module:
+        network: Any = networks.network_of(*arguments)
+        network.layers[2] = network.layers[1]
+        return network
+
+    monkeypatch.setattr(preparation, "network_of", shared)
+    monkeypatch.setattr(runs, "network_of", shared)
+    recipe = tiny(**{"model.name": "mlp4x24_bn", "ema": 0.9, "probe.every": 5})
+    whole = train(recipe, out=tmp_path / "whole", device="cpu")
+    train(recipe, out=tmp_path / "run", max_steps=6, device="cpu")
+    run = train(recipe, out=tmp_path / "run", device="cpu")
+    assert_same_results(whole.path, run.path)
+    network: Any = run.load_model()
+    assert network.layers[1] is network.layers[2]
+    stored = load_file(run.path / "model.safetensors")
+    assert stored.keys() == network.state_dict().keys()
+    for key, value in network.layers[1].state_dict().items():
+        assert torch.equal(stored[f"layers.1.{key}"], value)
+        assert torch.equal(stored[f"layers.2.{key}"], value)
+
+
 def test_old_checkpoints_go_only_when_two_newer_ones_stand(tmp_path: Path) -> None:
     for step in range(4):
         save_checkpoint(tmp_path, Checkpoint({"x": torch.full((3,), float(step))}, {"step": step}))
@@ -277,7 +353,11 @@ def test_old_checkpoints_go_only_when_two_newer_ones_stand(tmp_path: Path) -> No
 def test_a_directory_in_use_is_refused(tiny: Any, tmp_path: Path) -> None:
     with (
         FileLock(tmp_path / ".lock"),
-        pytest.raises(RunDirectoryError, match="is in use by another run; wait for it, or use another --out"),
+        pytest.raises(
+            RunDirectoryError,
+            match=r"is in use by another run; wait for it, or use another --out; if none runs there any more \(it was "
+            r"killed on another machine\), delete .*/\.lock$",
+        ),
     ):
         train(tiny(), out=tmp_path, device="cpu")
 
@@ -433,3 +513,38 @@ def test_lost_weights_are_written_again_from_the_checkpoint(steps: int | None, t
     assert (run.path / "model.safetensors").read_bytes() == before
     assert not [event for event in events if isinstance(event, StepDone)], "nothing is trained again"
     assert again.summary["test_correct"] == run.summary["test_correct"]
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["no weights", "weights"])
+@pytest.mark.parametrize("steps", [3, None], ids=["cut short", "whole"])
+def test_the_records_of_a_run_whose_checkpoints_are_lost_are_not_cut_off(
+    steps: int | None, weights: bool, tiny: Any, tmp_path: Path
+) -> None:
+    """A copy without its large files: the same command would begin anew with empty records."""
+    recipe, run = tiny(**{"epochs": 1, "log_every": 1, "probe.every": 5}), tmp_path / "run"
+    first = train(recipe, out=run, max_steps=steps, device="cpu")
+    shutil.rmtree(run / "checkpoints")
+    if not weights:
+        (run / "model.safetensors").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    if weights and steps is None:
+        assert train(recipe, out=run, device="cpu").summary == first.summary, "nothing is left to train"
+        return
+    said = (
+        rf"run was trained to step {steps or 11} and holds no checkpoint to go on from: .* or delete its summary\.json"
+    )
+    with pytest.raises(RunDirectoryError, match=said):
+        train(recipe, out=run, device="cpu")
+    assert {path: path.read_bytes() for path in before} == before
+    (run / "summary.json").unlink()
+    assert train(recipe, out=run, device="cpu").summary["steps"] == 11
+
+
+def test_a_run_that_diverged_in_its_first_epoch_has_no_checkpoint_and_ends_the_same_again(
+    tiny: Any, tmp_path: Path
+) -> None:
+    wild = {"optim.lr": 1e30, "optim.momentum": 0.0, "optim.nesterov": False, "on_divergence": "record"}
+    run = train(tiny(**wild), out=tmp_path / "run", device="cpu")
+    assert run.summary["steps"] > 0
+    assert not (run.path / "checkpoints").exists()
+    assert train(tiny(**wild), out=run.path, device="cpu").summary == run.summary

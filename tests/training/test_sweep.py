@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,21 @@ def test_every_combination_is_a_run_of_its_own(tiny: Any, tmp_path: Path) -> Non
     assert len(runs) == 8
     assert runs[-1].recipe == tiny(**{"optim.lr": 0.01, "model.name": "mlp4x24_bn", "seed": 2})
     assert len({run.summary["test_loss"] for run in runs}) == 8
+
+
+def test_seeds_and_grids_may_be_numpys(tiny: Any, tmp_path: Path) -> None:
+    plain = plan_sweep(tiny(), {"optim.lr": [0.01, 0.1], "data.batch_size": [64]}, [0, 1])
+    grid: Any = {"optim.lr": np.array([0.01, 0.1]), "data.batch_size": np.array([64])}
+    seeds: Any = np.arange(2)
+    assert plan_sweep(tiny(), grid, seeds) == plain
+    assert plan_sweep(tiny(), {**grid, "seed": seeds}) == plain
+    runs = train_seeds(tiny(), seeds, tmp_path, max_steps=1, device="cpu")
+    assert [run.summary["seed"] for run in runs] == [0, 1]
+    one: Any = np.int64(1)
+    assert train(tiny(), out=tmp_path / "seed1", seed=one, max_steps=1, device="cpu").summary == runs[1].summary
+    for wrong in (True, 1.5, np.array([1, 2]), "1"):
+        with pytest.raises(RecipeError, match=r"seed: got .*, must be a whole number"):
+            train(tiny(), out=tmp_path / "seed1", seed=wrong, max_steps=1, device="cpu")  # type: ignore[arg-type]
 
 
 def test_a_second_call_trains_only_what_is_missing(tiny: Any, tmp_path: Path) -> None:

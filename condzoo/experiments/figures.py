@@ -13,6 +13,7 @@ from PIL import Image
 from condzoo.experiments import matrix_figures, training_figures
 from condzoo.experiments.reductions import NOT_IMAGENET, reductions_of
 from condzoo.experiments.schema import Experiment
+from condzoo.probe.picture_style import usual_style
 
 DPI = 104
 SMALL_PRINT = 150  # characters a line, at 10 inches
@@ -31,6 +32,7 @@ DRAWERS: dict[str, Callable[[Any, dict[str, Any], Experiment], None]] = {
 }
 
 
+@usual_style()
 def draw(experiment: Experiment, data: dict[str, Any], png: str | Path) -> None:
     """Draw an experiment's figure.
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.heatmaps import OKABE_ITO
 from condzoo.probe.neurons import Neurons
+from condzoo.probe.picture_style import usual_style
 from condzoo.probe.spectra import Spectrum
 
 SIDES = (("input", OKABE_ITO[0], "o", "inputs x"), ("output_grad", OKABE_ITO[1], "s", "output gradients g"))
@@ -26,6 +27,7 @@ LAST = OKABE_ITO[3]
 MARKS = 20  # markers a line, about
 
 
+@usual_style()
 def plot_conditioning(conditioning: Conditioning, path: Path) -> None:
     """One measurement: magnitude, condition, spectra and units by depth, and the last layer's spectra.
 

@@ -1,8 +1,9 @@
 """Pictures of conditioning records: what to look at instead of numbers.
 
 Drawn through matplotlib's object interface on an Agg canvas, so that a user's own backend and figures
-are left alone. Colours are viridis and Okabe-Ito's, which print and colour-blind readers can tell apart;
-a value that is not known (under the noise floor) is grey, never a colour.
+are left alone, and in matplotlib's default style, whatever the user's is. Colours are viridis and Okabe-Ito's,
+which print and colour-blind readers can tell apart; a value that is not known (under the noise floor) is grey,
+never a colour.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.depth_plots import draw_units, widened
 from condzoo.probe.heatmaps import OKABE_ITO, draw_heatmap, panels, places, value_range
+from condzoo.probe.picture_style import usual_style
 from condzoo.probe.records import read_records
 
 Records = str | Path | Sequence[Conditioning]
@@ -55,6 +57,7 @@ def plot_comparison(runs: Mapping[str, Records], png: str | Path, title: str | N
     _comparison({label: _loaded(records) for label, records in runs.items()}, Path(png), title)
 
 
+@usual_style()
 def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | None) -> None:
     columns = len(runs)
     figure = Figure(figsize=(max(10.0, 1.2 + 4.6 * columns), 11.5), layout="constrained")

@@ -4,11 +4,13 @@ import json
 import sys
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from condzoo.probe import (
     Conditioning,
@@ -171,6 +173,25 @@ def test_pictures_are_drawn_without_pyplot(log, measured, tmp_path):
     for name in ("one/run.png", "two.png", "single.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_pictures_do_not_depend_on_the_users_style(log, measured, monkeypatch, tmp_path):
+    """Of which LaTeX need not even be here; the style is looked up as the figure is made and as it is saved."""
+    style = {"text.usetex": True, "axes.facecolor": "black", "lines.linewidth": 9.0, "savefig.bbox": "tight"}
+    defaults = {name: matplotlib.rcParamsDefault[name] for name in style}
+    drawn = []
+
+    def look(figure, *args, **kwargs):
+        assert {name: matplotlib.rcParams[name] for name in style} == defaults
+        drawn.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    with matplotlib.rc_context(style):
+        plot_records(log, tmp_path / "run.png", title="a_run")
+        measured.plot(tmp_path / "one.png")
+        assert {name: matplotlib.rcParams[name] for name in style} == style
+    assert len(drawn) == 2
+    assert not any(text.get_usetex() for figure in drawn for text in figure.findobj(Text))
 
 
 def test_units_and_the_last_layer_are_in_the_pictures(measured, monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ from condzoo.training.recipe_errors import RecipeError
 PACKAGE = Path(__file__).parents[1]
 EXPERIMENTS = "paper"
 VARIANTS, ABOUT = "variants", "about"
+ARGUMENTS = "model.args"  # of the network: what they are called and hold is its own
 
 
 @dataclass(frozen=True)

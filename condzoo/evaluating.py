@@ -13,6 +13,8 @@ from condzoo.training import Evaluation, evaluate, evaluate_run, load_run
 from condzoo.training.precision import Numerics, resolve_device, usual_torch
 from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY
 
+CROP_MODES = ("center", "squash")  # of timm's
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -60,7 +62,7 @@ def evaluate_again(
     where = resolve_device(device)
     images = checkpoint_images(checkpoint, data, data_root).to(where)
     found = evaluate(model.to(where), images, Numerics("fp32", channels_last=False, device=where))
-    return Evaluated(found, recorded_of(checkpoint), doubt_of(checkpoint))
+    return Evaluated(found, recorded_of(checkpoint), doubt_of(checkpoint, data))
 
 
 def run_again(folder: Path, data: str | None, data_root: str | Path | None, device: str | None) -> Evaluated:
@@ -78,31 +80,44 @@ def checkpoint_images(folder: CheckpointFolder, data: str | None, data_root: str
     Raises:
         ValueError: a converted one and no data set, or one of other images or classes.
     """
+    config = read_record(folder, CONFIG, Config)
     if folder.trained:
         recipe = read_recipe(folder)
         check_same(data, recipe["data"]["name"])
-        return read_images(recipe, data_root)
-    if data is None:
+        images = read_images(recipe, data_root)
+    elif data is None:
         raise ValueError(f"{folder.path} was converted and knows no data set; name one by --data, e.g. --data cifar10")
-    config = read_record(folder, CONFIG, Config)
-    cfg = config.pretrained_cfg
-    size = cfg.input_size
+    else:
+        images = prepared_images(config.pretrained_cfg, data, data_root)
+    check_fit(images, config.pretrained_cfg.input_size, config.num_classes, str(folder.path))
+    return images
+
+
+def prepared_images(cfg: InputConfig, data: str, data_root: str | Path | None) -> DataSet:
+    """A data set as timm's config of a network wants it: constants, and of class folders scale, crop, interpolation.
+
+    Raises:
+        ValueError: class folders, and a crop_mode that is not known here; as `load_data`.
+    """
     if data == IMAGE_FOLDER:
-        resize = math.floor(size[1] / cfg.crop_pct)  # as timm's evaluation does it
+        mode = crop_mode_of(cfg)
+        if mode not in CROP_MODES:
+            known = " and ".join(CROP_MODES)
+            raise ValueError(f"crop_mode: the network's config says {mode!r}; images are prepared by {known} only")
+        resize = math.floor(cfg.input_size[1] / cfg.crop_pct)  # as timm's evaluation does it
         images = load_data(
-            data,
-            data_root,
-            num_classes=config.num_classes,
-            image_size=size[1],
-            eval_resize=resize,
-            interpolation=cfg.interpolation,
+            data, data_root, image_size=cfg.input_size[1], eval_resize=resize, interpolation=cfg.interpolation
         )
+        assert isinstance(images, StoredData), "what class folders are"
+        images = replace(images, view=replace(images.view, squash=mode == "squash"))
     else:
         images = load_data(data, data_root)
-    if images.image_shape != size or images.num_classes != config.num_classes:
-        theirs = f"{images.image_shape} and {images.num_classes} classes"
-        raise ValueError(f"data: {data} has images of {theirs}, {folder.path} takes {size} and {config.num_classes}")
     return standardized(images, cfg)
+
+
+def crop_mode_of(cfg: InputConfig) -> str:
+    """How evaluation crops; "center" where nothing is said, as for timm."""
+    return (cfg.model_extra or {}).get("crop_mode") or "center"
 
 
 def standardized(images: DataSet, cfg: InputConfig) -> DataSet:
@@ -112,11 +127,32 @@ def standardized(images: DataSet, cfg: InputConfig) -> DataSet:
     return replace(images, mean=mean, std=std)
 
 
-def doubt_of(folder: CheckpointFolder) -> str:
-    """What may make a checkpoint's evaluation wrong though nothing is."""
-    if folder.trained or read_record(folder, CONVERSION, Conversion).preprocessing_known:
+def check_fit(images: DataSet, size: tuple[int, int, int], classes: int, network: str) -> None:
+    """See that a network takes a data set's images and tells its classes apart."""
+    if images.image_shape != size:
+        raise ValueError(f"data: {images.name} has images of {images.image_shape}, {network} takes {size}")
+    if images.num_classes != classes:
+        raise ValueError(f"data: {images.name} has {images.num_classes} classes, {network} tells {classes} apart")
+
+
+def doubt_of(folder: CheckpointFolder, data: str | None) -> str:
+    """What may make a checkpoint's evaluation wrong, or another one than expected, though nothing is."""
+    if folder.trained:
         return ""
-    return "how its images were standardized is not known: what is usual was taken (`condzoo convert --mean --std`)"
+    cfg = read_record(folder, CONFIG, Config).pretrained_cfg
+    said = []
+    if not read_record(folder, CONVERSION, Conversion).preprocessing_known:
+        said.append(
+            "how its images were standardized is not known: what is usual was taken (`condzoo convert --mean --std`)"
+        )
+    extra = cfg.model_extra or {}
+    seen = {"input_size": list(cfg.input_size), "crop_pct": cfg.crop_pct}
+    test = {key: extra[f"test_{key}"] for key in seen if extra.get(f"test_{key}")}
+    if data == IMAGE_FOLDER and seen | test != seen:
+        ours = ", ".join(f"{key} {value}" for key, value in seen.items())
+        theirs = ", ".join(f"test_{key} {value}" for key, value in test.items())
+        said.append(f"images are seen by {ours}; timm's own evaluation takes {theirs}, where accuracies differ")
+    return "; ".join(said)
 
 
 def check_same(data: str | None, own: str) -> None:

@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import timm
 import torch
+from timm.data import resolve_data_config
 
 from condzoo.catalog import list_models, model_info
 from condzoo.checkpoints.folder import SUMS
 from condzoo.checkpoints.loading import load_folder, read_checkpoint
+from condzoo.checkpoints.records import InputConfig
 from condzoo.data import IMAGE_FOLDER, BatchPlan, DataSet, load_data
-from condzoo.evaluating import checkpoint_images
+from condzoo.evaluating import check_fit, checkpoint_images, prepared_images
 from condzoo.models import create_model
 from condzoo.probe import Conditioning, measure
 from condzoo.training import load_run, read_data
@@ -86,6 +89,8 @@ def network_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
         raise FileNotFoundError(f"{question.target} is neither a run directory nor a checkpoint's folder")
     info = model_info(question.target)
     name = question.data or (IMAGE_FOLDER if info.dataset == "imagenet" else info.dataset)
+    if tag:
+        return timms_and_data(question, name)
     size = info.input_size[1]
     images = load_data(
         name,
@@ -94,24 +99,30 @@ def network_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
         resize=size,
         image_size=size,
     )
-    channels = images.image_shape[0]
-    arguments = dict(input_size=images.image_shape) if info.family == "mlp" else dict(in_chans=channels)
-    if tag:  # of timm's own
-        if question.init is not None:
-            raise ValueError(f"--init is for new weights; {question.target} names trained ones")
-        model = create_model(question.target, pretrained=True, **arguments)
-        if model.num_classes != images.num_classes:
-            raise ValueError(
-                f"{question.target} tells {model.num_classes} classes apart, {name} has {images.num_classes}"
-            )
-        return model, images
+    arguments = dict(input_size=images.image_shape) if info.family == "mlp" else dict(in_chans=images.image_shape[0])
     torch.manual_seed(question.seed)
     return create_model(info.name, num_classes=images.num_classes, init=question.init, **arguments), images
 
 
+def timms_and_data(question: Question, data: str) -> tuple[torch.nn.Module, DataSet]:
+    """A trained network of timm's own, and images prepared as its weights were trained for."""
+    check_no_init(question)
+    known = timm.get_pretrained_cfg(question.target).to_dict()
+    described = resolve_data_config(pretrained_cfg=known)  # where it says nothing, what is usual for timm
+    cfg = InputConfig(tag=known["tag"], num_classes=known["num_classes"], **described)
+    images = prepared_images(cfg, data, question.data_root)
+    check_fit(images, cfg.input_size, cfg.num_classes, question.target)
+    return create_model(question.target, pretrained=True), images
+
+
 def checkpoint_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
     """A checkpoint's network, by its folder or released name, and the images it was trained on."""
-    if question.init is not None:
-        raise ValueError(f"--init is for new weights; {question.target} names trained ones")
+    check_no_init(question)
     checkpoint = read_checkpoint(question.target)
     return load_folder(checkpoint), checkpoint_images(checkpoint, question.data, question.data_root)
+
+
+def check_no_init(question: Question) -> None:
+    """See that no initializer is asked for where the weights are trained ones."""
+    if question.init is not None:
+        raise ValueError(f"--init is for new weights; {question.target} names trained ones")

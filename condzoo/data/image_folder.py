@@ -118,8 +118,8 @@ def check_classes(root: Path, train: tuple[str, ...], test: tuple[str, ...], num
             )
     if num_classes is not None and len(train) != num_classes:
         raise ValueError(
-            f"{here} holds {len(train)} classes, data.num_classes is {num_classes}; "
-            f"set it to {len(train)}, or leave it out (--set data.num_classes=none)"
+            f"{here} holds {len(train)} classes, the recipe's data.num_classes is {num_classes}; name the folder that "
+            f"holds those (--data-root), or train with {len(train)} or without it (--set data.num_classes=none)"
         )
 
 

@@ -1,6 +1,6 @@
 """What the network sees of an image of any size: a crop, scaled, in training drawn at random.
 
-`none`         the shorter side scaled to `resize`, then the centre: the view of evaluation.
+`none`         scaled to `resize`, then the centre: the view of evaluation.
 `standard`     a box of 8 to 100 % of the image and 3/4 to 4/3 as wide as high, scaled, flipped with probability 1/2:
                torchvision's RandomResizedCrop and RandomHorizontalFlip.
 `alternating`  the same boxes, flipped in every second epoch; see `condzoo.data.augment`.
@@ -40,11 +40,15 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 @dataclass(frozen=True)
 class View:
-    """`size` pixels a side; evaluation scales the shorter side to `resize` before it takes the centre."""
+    """`size` pixels a side; evaluation scales the shorter side to `resize` before it takes the centre.
+
+    `squash`: it scales both sides to `resize`, as timm's crop_mode of that name does.
+    """
 
     size: int
     resize: int
     interpolation: str = "bilinear"
+    squash: bool = False
 
     @property
     def mode(self) -> InterpolationMode:
@@ -62,7 +66,7 @@ def seeded(*counters: int) -> Iterator[None]:
 
 def centre_view(image: Image.Image, view: View) -> Shaped[Tensor, "3 s s"]:
     """The view of evaluation, as bytes."""
-    scaled = F.resize(image, [view.resize], interpolation=view.mode)
+    scaled = F.resize(image, [view.resize] * (2 if view.squash else 1), interpolation=view.mode)
     return F.pil_to_tensor(F.center_crop(scaled, [view.size]))
 
 

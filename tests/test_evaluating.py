@@ -1,0 +1,117 @@
+"""What a checkpoint or a trained network of timm's is shown: its own preprocessing, held against timm's transforms."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torchvision.datasets import ImageFolder
+
+from condzoo import probing
+from condzoo.checkpoints.folder import CheckpointFolder
+from condzoo.data import BatchPlan, DataSet
+from condzoo.evaluating import checkpoint_images, doubt_of
+from condzoo.probing import Question, network_and_data
+
+CONVERSION = {
+    "model": "resnet50_lastbn",
+    "tag": "t",
+    "sha256": "",
+    "parameters": 1,
+    "origin": "",
+    "origin_sha256": None,
+    "note": "",
+    "license": "unknown",
+}
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """Class folders of noisy images that are much wider than high, or higher than wide."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, shape in (("a", (20, 60)), ("b", (50, 30))):
+            (tmp_path / "wide" / split / name).mkdir(parents=True)
+            image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+            image.save(tmp_path / "wide" / split / name / "x.png")
+    return tmp_path / "wide"
+
+
+def converted(path: Path, classes: int = 2, **fields: Any) -> CheckpointFolder:
+    """A folder as `convert` writes it, but for its weights."""
+    usual = {
+        "input_size": [3, 32, 32],
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+    }
+    cfg = {"tag": "t", "num_classes": classes, **usual, **fields}
+    config = {"architecture": "resnet50_lastbn", "num_classes": classes, "pretrained_cfg": cfg}
+    contents = {"config.json": config, "conversion.json": CONVERSION}
+    return CheckpointFolder(path, {name: json.dumps(content).encode() for name, content in contents.items()})
+
+
+def seen(images: DataSet) -> torch.Tensor:
+    return torch.cat([x for x, _ in images.ordered_batches("test", BatchPlan(8))])
+
+
+def shown_by_timm(cfg: dict[str, Any], root: Path) -> torch.Tensor:
+    transform = create_transform(**resolve_data_config(pretrained_cfg=cfg), is_training=False)
+    return torch.stack([transform(image) for image, _ in ImageFolder(str(root / "val"))])
+
+
+@pytest.mark.parametrize("mode", [{"crop_mode": "squash"}, {"crop_mode": "center"}, {}])
+def test_class_folders_are_scaled_and_cropped_as_timm_does(mode: dict[str, str], wide: Path) -> None:
+    folder = converted(wide, **mode)
+    cfg = json.loads(folder.files["config.json"])["pretrained_cfg"]
+    images = checkpoint_images(folder, "imagefolder", wide)
+    torch.testing.assert_close(seen(images), shown_by_timm(cfg, wide), atol=1e-5, rtol=0)
+
+
+def test_a_crop_mode_that_is_not_known_is_refused(wide: Path) -> None:
+    with pytest.raises(ValueError, match=r"crop_mode: the network's config says 'border'; images are prepared by cent"):
+        checkpoint_images(converted(wide, crop_mode="border"), "imagefolder", wide)
+
+
+def test_images_of_other_classes_are_told_by_what_eval_has(wide: Path) -> None:
+    with pytest.raises(ValueError, match=r"^data: imagefolder has 2 classes, \S+ tells 1000 apart$"):
+        checkpoint_images(converted(wide, classes=1000), "imagefolder", wide)
+    trained = converted(wide, classes=3)
+    trained.files["metrics.json"] = b"{}"
+    recipe = 'model.name = "resnet50_lastbn"\n[data]\nname = "imagefolder"\nbatch_size = 4\nimage_size = 32\n'
+    trained.files["recipe.toml"] = recipe.encode()
+    with pytest.raises(ValueError, match=r"^data: imagefolder has 2 classes, \S+ tells 3 apart$"):
+        checkpoint_images(trained, None, wide)
+
+
+def test_timms_other_size_for_tests_is_told(tmp_path: Path) -> None:
+    other = converted(tmp_path, test_input_size=[3, 48, 48], test_crop_pct=1.0)
+    assert doubt_of(other, "imagefolder").startswith(
+        "images are seen by input_size [3, 32, 32], crop_pct 0.9; timm's own evaluation takes "
+        "test_input_size [3, 48, 48], test_crop_pct 1.0"
+    )
+    assert doubt_of(other, "cifar10") == ""
+    assert doubt_of(converted(tmp_path, test_input_size=[3, 32, 32]), "imagefolder") == ""
+
+
+def test_a_trained_network_of_timms_is_probed_on_images_as_its_weights_saw_them(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    cfg = timm.get_pretrained_cfg(name).to_dict() | {"num_classes": 2, "crop_mode": "squash"}
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _: SimpleNamespace(to_dict=lambda: cfg))
+    monkeypatch.setattr(
+        probing, "create_model", lambda *_, **__: SimpleNamespace(num_classes=2)
+    )  # in place of the download
+    _, images = network_and_data(Question(name, data_root=wide))
+    torch.testing.assert_close(seen(images), shown_by_timm(cfg, wide), atol=1e-5, rtol=0)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=rf"^data: imagefolder has 2 classes, {name} tells 1000 apart$"):
+        network_and_data(Question(name, data_root=wide))

@@ -9,7 +9,7 @@ from condzoo.training.distributed import in_step
 from condzoo.training.events import Notice, OnEvent
 from condzoo.training.loop import train
 from condzoo.training.recipe import RecipeError, load_recipe
-from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY, RunDirectoryError, begun, read_summary
+from condzoo.training.run_directory import CHECKPOINTS, MODEL, RECIPE, SUMMARY, RunDirectoryError, begun, read_summary
 from condzoo.training.runs import Diverged, Run, is_complete
 from condzoo.training.schema import Recipe
 from condzoo.training.signals import Stopped
@@ -83,7 +83,9 @@ def state_of(recipe: Recipe, path: Path, max_steps: int | None = None) -> str:
 def finished_run(recipe: Recipe, path: Path, max_steps: int | None = None) -> Run | None:
     """The run in `path` where nothing of it is left to do, without reading any data; else None.
 
-    A run of another recipe is no such run: `train` says what is wrong with it.
+    A run of another recipe is no such run: `train` says what is wrong with it. Weights that are lost are to be written
+    again from a checkpoint; where that is lost, too (a copy without large files), the numbers stand, and training
+    again would cut off its records.
     """
     if not all((path / name).is_file() for name in (RECIPE, SUMMARY)):
         return None
@@ -96,6 +98,7 @@ def finished_run(recipe: Recipe, path: Path, max_steps: int | None = None) -> Ru
     if summary["status"] == "diverged":
         return Run(path, recipe, summary)
     reached = max_steps is not None and summary["steps"] >= max_steps
-    if not (path / MODEL).is_file() or not (reached or is_complete(recipe, summary)):
+    lost = not (path / MODEL).is_file() and any((path / CHECKPOINTS).glob("step_*.json"))
+    if lost or not (reached or is_complete(recipe, summary)):
         return None
     return Run(path, recipe, summary)

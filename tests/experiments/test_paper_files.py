@@ -3,6 +3,7 @@
 import inspect
 import json
 
+import matplotlib
 import pytest
 
 from condzoo.experiments import collect, draw, experiment_ids, judge, load_experiment
@@ -52,7 +53,8 @@ def test_it_runs_and_is_drawn(name, tiny, tmp_path):
         assert run["status"] in ("done", "diverged"), run
     verdicts = judge(experiment, data)
     assert all(isinstance(verdict, Verdict) for verdict in verdicts)
-    draw(experiment, data, tmp_path / "figure.png")
+    with matplotlib.rc_context({"text.usetex": True}):  # a user's style; there need be no LaTeX here
+        draw(experiment, data, tmp_path / "figure.png")
     size = (tmp_path / "figure.png").stat().st_size
     assert 5_000 < size < 300_000
     with pytest.raises(ValueError, match=f"these are the data of {name}, not of other"):

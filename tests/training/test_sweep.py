@@ -242,7 +242,19 @@ def test_a_run_counts_as_finished_only_as_far_as_it_is_asked_to_go(tiny: Any, tm
     run_all({"run": tiny()}, tmp_path, device="cpu")
     assert finished_among({"run": tiny()}, tmp_path)
     (tmp_path / "run" / "model.safetensors").unlink()
-    assert not finished_among({"run": tiny()}, tmp_path)
+    assert not finished_among({"run": tiny()}, tmp_path), "its weights are to be written again"
+
+
+def test_the_results_of_a_sweep_that_was_copied_without_large_files_stand(tiny: Any, tmp_path: Path) -> None:
+    runs = sweep(tiny(), {}, [1, 2], tmp_path / "there", max_steps=3, device="cpu")
+    large = shutil.ignore_patterns("*.safetensors", "checkpoints")
+    shutil.copytree(tmp_path / "there", tmp_path / "here", ignore=large)
+    before = {path: path.read_bytes() for path in (tmp_path / "here").rglob("*.json*")}
+    again = sweep(tiny(), {}, [1, 2], tmp_path / "here", max_steps=3, device="cpu")
+    assert [run.summary for run in again] == [run.summary for run in runs]
+    assert {path: path.read_bytes() for path in before} == before
+    longer = sweep(tiny(), {}, [1], tmp_path / "here", max_steps=4, device="cpu")
+    assert "holds no checkpoint to go on from" in longer[0].summary["error"]
 
 
 def test_the_state_of_a_run_is_known_before_it_is_trained(tiny: Any, tmp_path: Path) -> None:

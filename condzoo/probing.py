@@ -107,9 +107,10 @@ def network_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
 def timms_and_data(question: Question, data: str) -> tuple[torch.nn.Module, DataSet]:
     """A trained network of timm's own, and images prepared as its weights were trained for."""
     check_no_init(question)
-    known = timm.get_pretrained_cfg(question.target).to_dict()
-    described = resolve_data_config(pretrained_cfg=known)  # where it says nothing, what is usual for timm
-    cfg = InputConfig(tag=known["tag"], num_classes=known["num_classes"], **described)
+    known = timm.get_pretrained_cfg(question.target)
+    assert known is not None, "`model_info` has found it"
+    described = resolve_data_config(pretrained_cfg=known.to_dict())  # where it says nothing, what is usual for timm
+    cfg = InputConfig(tag=str(known.tag), num_classes=known.num_classes, **described)
     images = prepared_images(cfg, data, question.data_root)
     check_fit(images, cfg.input_size, cfg.num_classes, question.target)
     return create_model(question.target, pretrained=True), images

@@ -1,6 +1,7 @@
 """What a checkpoint or a trained network of timm's is shown: its own preprocessing, held against timm's transforms."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,13 +106,13 @@ def test_a_trained_network_of_timms_is_probed_on_images_as_its_weights_saw_them(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-    cfg = timm.get_pretrained_cfg(name).to_dict() | {"num_classes": 2, "crop_mode": "squash"}
-    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _: SimpleNamespace(to_dict=lambda: cfg))
+    known = replace(timm.get_pretrained_cfg(name), num_classes=2, crop_mode="squash")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _: known)
     monkeypatch.setattr(
         probing, "create_model", lambda *_, **__: SimpleNamespace(num_classes=2)
     )  # in place of the download
     _, images = network_and_data(Question(name, data_root=wide))
-    torch.testing.assert_close(seen(images), shown_by_timm(cfg, wide), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen(images), shown_by_timm(known.to_dict(), wide), atol=1e-5, rtol=0)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=rf"^data: imagefolder has 2 classes, {name} tells 1000 apart$"):
         network_and_data(Question(name, data_root=wide))

@@ -18,9 +18,9 @@ from condzoo.probe.eigenvalues import symmetric_eigenvalues
 from condzoo.probe.lanczos import largest_eigenvalues
 from condzoo.probe.layers import MEASURED, kind
 from condzoo.probe.moments import RunningMoment
-from condzoo.probe.nulls import structural_nulls, zero_coordinates, zero_sum_remainder
+from condzoo.probe.nulls import Head, structural_nulls, zero_coordinates, zero_sum_remainder
 from condzoo.probe.spectra import Spectrum, from_blocks
-from condzoo.probe.weights import Norms
+from condzoo.probe.weights import Norms, own_weight
 
 TF32 = torch.float16  # has as many digits
 DECOMPOSED = 256  # side up to which one eigenvalue costs no less than all
@@ -32,13 +32,20 @@ NO_GRADIENT = "no gradient reaches its output: the loss does not depend on it, o
 
 
 def finish(
-    capture: Capture, weights: Mapping[str, Norms], weight_grads: Mapping[str, Norms]
+    capture: Capture,
+    weights: Mapping[str, Norms],
+    weight_grads: Mapping[str, Norms],
+    *,
+    softmax: bool | None = None,
+    mean: bool = True,
 ) -> tuple[dict[str, LayerConditioning], dict[str, str], dict[str, str]]:
     """What the capture has seen.
 
     Args:
         capture: after its forward and backward passes.
         weights, weight_grads: of W and of dL/dW by layer name, where known.
+        softmax: whether the loss is a softmax cross-entropy; None: not known.
+        mean: whether it is a mean over a sample's positions, too, where it has many labels.
 
     Returns:
         Layers in forward order, the skipped with their reasons, and the first layer with NaN or Inf
@@ -56,7 +63,8 @@ def finish(
     if capture.trains and any(_in_tf32(capture.layers[name], sums.input) for name, sums in good.items()):
         for moment in moments:
             moment.coarsen(TF32)
-    spectra = spectra_of(moments, kappa=capture.kappa, to_the_last=_has_the_last(capture, list(good)))
+    head = _head(capture, good, softmax, mean) if _has_the_last(capture, list(good)) else None
+    spectra = spectra_of(moments, kappa=capture.kappa, head=head)
     layers = {
         name: LayerConditioning(
             kind=kind(capture.layers[name]),
@@ -88,18 +96,25 @@ def _has_the_last(capture: Capture, good: list[str]) -> bool:
     """Whether the last of the good layers is the network's: none after it was skipped, or left out by `layers`."""
     reached = [name for name, sums in capture.sums.items() if sums.output_grad.vectors]
     measurable = [name for name, module in capture.modules.items() if isinstance(module, MEASURED)]
-    return good[-1:] == reached[-1:] and all(name in capture.layers for name in measurable[-1:])
+    return good != [] and good[-1:] == reached[-1:] and all(name in capture.layers for name in measurable[-1:])
 
 
-def spectra_of(moments: list[RunningMoment], *, kappa: bool = True, to_the_last: bool = True) -> list[Spectrum]:
+def _head(capture: Capture, good: Mapping[str, LayerSums], softmax: bool | None, mean: bool) -> Head:
+    name = next(reversed(list(good)))
+    grads, weight = good[name].output_grad, own_weight(capture.layers[name])
+    unit = good[name].samples / max(1, grads.rows) if mean else 1.0
+    return Head(softmax, unit, grads.dtype if weight is None else weight.dtype)
+
+
+def spectra_of(moments: list[RunningMoment], *, kappa: bool = True, head: Head | None = None) -> list[Spectrum]:
     """The spectra of input and output-gradient moments in turn; without `kappa` their largest eigenvalues alone.
 
-    `to_the_last`: the last two are of the network's last layer.
+    `head`: the last two are of the network's last layer.
     """
     values = eigenvalues_of(moments, top_only=not kappa)
-    last = len(moments) - 1 if to_the_last else None
+    heads = {len(moments) - 1: head}
     remainders = [  # of a single row the sum is small by chance in one of a thousand layers
-        zero_sum_remainder(m.squared_sum(), m.diagonal(), m.dtype, last=i == last) if i % 2 and m.vectors > 1 else None
+        zero_sum_remainder(m.squared_sum(), m.diagonal(), m.dtype, heads.get(i)) if i % 2 and m.vectors > 1 else None
         for i, m in enumerate(moments)
     ]
     # The gradient p - y of a softmax cross-entropy loses digits where p is close to y. How far its rows are

@@ -185,21 +185,17 @@ def gradients_one_by_one(weighted: Iterable[Float[Tensor, n * k]]) -> Iterator[F
             yield alone
 
 
-def signed_gradients(
-    kind: Distribution,
-    output: Float[Tensor, n * k],
-    generator: torch.Generator,
-    axis: int = 1,
-    counted: Tensor | None = None,
+def with_random_signs(
+    weighted: Iterable[Float[Tensor, n * k]], generator: torch.Generator
 ) -> Iterator[Float[Tensor, n * k]]:
-    """`weighted_gradients`, each sample's vector with a random sign.
+    """Gradients of all samples at once, each sample's with a random sign.
 
     Without effect where samples do not interact; under batch statistics it makes the cross terms between
     samples, which independent labels do not have, zero in expectation.
     """
-    for weighted in weighted_gradients(kind, output, axis, counted):
-        shape = (weighted.shape[0],) + (1,) * (weighted.ndim - 1)
-        yield (torch.randint(0, 2, shape, generator=generator).to(weighted) * 2 - 1) * weighted
+    for signal in weighted:
+        shape = (signal.shape[0],) + (1,) * (signal.ndim - 1)
+        yield (torch.randint(0, 2, shape, generator=generator).to(signal) * 2 - 1) * signal
 
 
 def drawn_gradient(

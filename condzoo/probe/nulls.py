@@ -7,11 +7,30 @@ with respect to its logits, and that of all that only a LayerNorm reads).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 PARALLEL = 1e-12  # how far |correlation| of two multiples of each other may be from 1 in float64
+FLOAT32 = 2.0**-24  # its unit roundoff
+SHOWN = 1 / 20  # of the mean E[g_i^2]: rows whose sum has less show that they sum to zero
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is known of a network's last layer.
+
+    Attributes:
+        softmax: whether the loss is a softmax cross-entropy; None: not known (a training's, or a callable).
+        unit: what its p - y is multiplied with in the gradients: 1 over the positions that its mean is over.
+        dtype: of the weights, in which the loss is computed: under autocast not that of the data.
+    """
+
+    softmax: bool | None = None
+    unit: float = 1.0
+    dtype: torch.dtype = torch.float32
 
 
 def structural_nulls(moment: Float[Tensor, "g d d"], *, sums_to_zero: bool) -> tuple[int, str]:
@@ -33,7 +52,7 @@ def structural_nulls(moment: Float[Tensor, "g d d"], *, sums_to_zero: bool) -> t
 
 
 def zero_sum_remainder(
-    squared_sum: float, diagonal: Float[Tensor, "g d"], dtype: torch.dtype, *, last: bool
+    squared_sum: float, diagonal: Float[Tensor, "g d"], dtype: torch.dtype, head: Head | None = None
 ) -> float | None:
     """E[(sum_i g_i)^2] / d where rows sum to zero but for the rounding of the data, else None.
 
@@ -41,23 +60,26 @@ def zero_sum_remainder(
         squared_sum: E[(sum_i g_i)^2].
         diagonal: E[g_i^2]; of several groups there is no sum.
         dtype: of the data.
-        last: of the network's last layer.
+        head: of the network's last layer.
 
     Zero means under 1e-6 (20 u^2, for coarser data) of the mean E[g_i^2]: so little in exactly this
-    direction does not come about by chance, but for two coordinates, where the rounding alone is let pass. In
-    the network's last layer also a sum whose square is under (4 u)^2: the gradient p - y of a confident softmax is
-    small, but its rounding is that of p, which is near 1. To that comes d / 4 of float32's u^2: a softmax adds its
-    d terms in float32 at best. More would take a regression's small gradients for round-off.
+    direction does not come about by chance, but for two coordinates, where the rounding alone is let pass.
+
+    In the network's last layer zero is also a sum whose square is under (4 u)^2: the gradient p - y of a confident
+    softmax is small, but its rounding is that of p, which is near 1. To that comes d / 4 of float32's u^2: a softmax
+    adds its d terms in float32 at best. Of a loss that is not known, computed in float32, the sum must be small beside
+    the gradients, too: those of a regression, or of a loss with a factor, may be as small and no rounding at all.
     """
     groups, dim = diagonal.shape
     if groups > 1 or dim < 2:
         return None
-    roundoff = torch.finfo(dtype).eps / 2
-    remainder, trace = max(0.0, squared_sum / dim), float(diagonal.sum())
-    limit = max(1e-6 if dim > 2 else 0.0, 20 * roundoff**2) * trace / dim
-    if last:
-        limit = max(limit, (4 * roundoff) ** 2 / dim + min(roundoff, 2.0**-24) ** 2 / 4)
-    return remainder if trace > 0 and remainder <= limit else None
+    remainder, mean = max(0.0, squared_sum / dim), float(diagonal.sum()) / dim
+    limit = max(1e-6 if dim > 2 else 0.0, 20 * (torch.finfo(dtype).eps / 2) ** 2) * mean
+    if head is not None and head.softmax is not False:
+        roundoff = torch.finfo(head.dtype).eps / 2
+        if head.softmax or roundoff > FLOAT32 or remainder <= SHOWN * mean:
+            limit = max(limit, head.unit**2 * ((4 * roundoff) ** 2 / dim + min(roundoff, FLOAT32) ** 2 / 4))
+    return remainder if mean > 0 and remainder <= limit else None
 
 
 def zero_coordinates(diagonal: Float[Tensor, "g d"]) -> tuple[int, str]:

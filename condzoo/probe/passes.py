@@ -107,12 +107,12 @@ class Passes:
                     "labels='sample' takes one",
                     stacklevel=4,
                 )
+            signals = label_models.weighted_gradients(kind, logits, axis, counted)
             if samples_interact(self.model) and logits.numel() <= label_models.ONE_BY_ONE:
-                all_at_once = label_models.weighted_gradients(kind, logits, axis, counted)
-                signals = label_models.gradients_one_by_one(all_at_once)
+                signals = label_models.gradients_one_by_one(signals)
             else:
                 self.random_signs = self.random_signs or samples_interact(self.model)
-                signals = label_models.signed_gradients(kind, logits, self.generator, axis, counted)
+                signals = label_models.with_random_signs(signals, self.generator)
             for c, signal in enumerate(signals):
                 self.capture.further = c > 0
                 self._backward(logits, signal)
@@ -135,6 +135,16 @@ class Passes:
         of_weights = {name: [found[id(w)] for w in weights if id(w) in found] for name, weights in used.items()}
         return {name: _sum(grads) for name, grads in of_weights.items() if grads}
 
+    def _softmax(self) -> bool | None:
+        """Whether the gradients are a softmax cross-entropy's; None: not known."""
+        kind = label_models.distribution_of(self.loss)
+        own = self.labels == "data" and self.loss_name == "output.loss"
+        return None if own or kind is None else kind in label_models.SOFTMAX
+
+    def _mean(self) -> bool:
+        """Whether the gradients are those of a mean over a sample's labels, too."""
+        return self.labels == "data" and (self.reduction or losses.reduction_of(self.loss)) == "mean"
+
     def result(self, skipped: Mapping[str, str]) -> Conditioning:
         """The measurement, from everything seen."""
         if not self.batches:
@@ -145,7 +155,7 @@ class Passes:
         with torch.no_grad():
             grads = {name: grad / self.samples for name, grad in self.weight_grads.items()}
             norms = norms_of(modules, self.weights) | self.computed_norms, norms_of(modules, grads)
-            layers, unseen, nonfinite = finish(self.capture, *norms)
+            layers, unseen, nonfinite = finish(self.capture, *norms, softmax=self._softmax(), mean=self._mean())
         neurons, uncounted = self.capture.counts()
         mean = self.total_loss / self.samples
         dtypes = self.capture.dtypes or {torch.get_default_dtype()}

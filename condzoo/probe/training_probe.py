@@ -234,7 +234,7 @@ class Probe:
             if count * scale != 1.0:
                 grads = {name: widened(grad) / (count * scale) for name, grad in grads.items()}
             norms = norms_of(capture.layers, grads)
-            layers, unseen, nonfinite = finish(capture, self._weights.norms, norms)
+            layers, unseen, nonfinite = finish(capture, self._weights.norms, norms, mean=self.reduction == "mean")
         neurons, uncounted = capture.counts()
         split = dict.fromkeys(self._weights.split, SPLIT)
         if split:

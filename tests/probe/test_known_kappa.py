@@ -78,7 +78,7 @@ def test_dead_and_copied_coordinates_are_named_as_nulls():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("confidence", [0.0, 3.0, 8.0, 12.0])
+@pytest.mark.parametrize("confidence", [0.0, 3.0, 8.0, 12.0, 18.0, 25.0])
 @pytest.mark.parametrize("classes", [2, 10])
 def test_the_softmax_null_is_never_a_condition_number(dtype, confidence, classes):
     """Confident logits leave p - y few digits: its rows sum to zero only roughly."""
@@ -95,7 +95,7 @@ def test_the_softmax_null_is_never_a_condition_number(dtype, confidence, classes
     if confidence == 0 and classes > 2:
         assert found.null_reason == "1: rows sum to 0 (softmax, LayerNorm)"
         assert found.complement_condition_number() < 100
-    if classes == 2:
+    if classes == 2 or confidence > 12:
         assert found.nulls == 1
 
 
@@ -104,6 +104,79 @@ def test_the_null_before_a_layernorm_is_not_called_a_softmax():
     model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     found = measure(model, (torch.randn(64, 5), torch.arange(64) % 3))["0"].output_grad
     assert (found.nulls, found.null_reason) == (1, "1: rows sum to 0 (softmax, LayerNorm)")
+
+
+def head_of(way, model, x, y, loss, autocast=None):
+    """The last layer's output gradients, in a `Probe` or in `measure`."""
+    if way == "measure":
+        found = measure(model, (x, y), loss=loss)
+    else:
+        with Probe(model, every=1) as probe:
+            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                output = model(x)
+            loss(output.float(), y).backward()
+            probe.step()
+        found = probe.latest
+    return found.last.output_grad
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("error", [1.0, 0.01])
+@pytest.mark.parametrize("kind", ["image", "table"])
+def test_small_gradients_of_a_regression_are_not_taken_for_a_softmaxs_round_off(kind, error, dtype):
+    """A mean over a picture divides the gradients by its size; a table's errors are small by themselves."""
+    torch.manual_seed(0)
+    if kind == "image":
+        model, x = (
+            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1)),
+            torch.randn(4, 3, 32, 32),
+        )
+    else:
+        model, x = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(64, 12)
+    with torch.no_grad():
+        y = model(x) + error * torch.randn_like(model(x))
+    found = head_of("probe", model, x, y, nn.functional.mse_loss, autocast=dtype)
+    assert (found.rank, found.status(), found.null_reason) == (found.dim, "ok", "")
+
+
+def test_float32_gradients_of_a_mean_over_a_large_picture_are_no_round_off():
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(3, 3, 1), torch.randn(2, 3, 512, 512)
+    with torch.no_grad():
+        y = model(x) + 0.04 * torch.randn(2, 3, 512, 512)
+    for way in ("measure", "probe"):
+        assert head_of(way, model, x, y, lambda h, y: nn.functional.mse_loss(h, y)).status() == "ok"
+
+
+@pytest.mark.parametrize("way", ["measure", "probe"])
+@pytest.mark.parametrize("of", ["regression", "softmax"])
+def test_a_factor_on_the_loss_changes_no_rank_and_no_reason(way, of):
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 4), torch.randn(64, 6)
+    y = torch.randn(64, 4) if of == "regression" else torch.arange(64) % 4
+    plain = nn.functional.mse_loss if of == "regression" else nn.functional.cross_entropy
+    whole = head_of(way, model, x, y, plain)
+    for factor in (1e-3, 1e-7, 1e-9):
+        found = head_of(way, model, x, y, lambda h, y, factor=factor: factor * plain(h, y))
+        assert found.lambda_max == pytest.approx(factor**2 * whole.lambda_max, rel=1e-4)
+        assert (found.rank, found.status(), found.null_reason) == (whole.rank, whole.status(), whole.null_reason)
+    assert whole.null_reason == ("" if of == "regression" else "1: rows sum to 0 (softmax, LayerNorm)")
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 1e-6])
+@pytest.mark.parametrize("confidence", [8.0, 12.0, 16.0])
+def test_the_null_of_a_softmax_is_named_late_in_a_training(confidence, factor, autocast):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (512,), generator=generator)
+    x = nn.functional.one_hot(y, 10) * confidence + torch.randn((512, 10), generator=generator)
+    model = nn.Linear(10, 10)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(10))
+        model.bias.zero_()
+    found = head_of("probe", model, x, y, lambda h, y: factor * nn.functional.cross_entropy(h, y), autocast)
+    assert (found.status(), found.nulls) == ("structural null", 1)
+    assert found.null_reason == "1: rows sum to 0 (softmax, LayerNorm)"
 
 
 def probed(x):

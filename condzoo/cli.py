@@ -221,19 +221,34 @@ def one_line(error: Any, code: int) -> str:
     if code == exit_codes.STOPPED:
         return str(error)
     if (context := getattr(error, "ctx", None)) is None:
-        return f"error: {lack_of_memory(error) or error}"
+        return f"error: {lack_of_memory(error) or not_compiled(error) or error}"
     message = " ".join(error.format_message().split()).rstrip(".") or "no command was given"
     return f"error: {message}; see `{context.command_path} --help`"
 
 
 def lack_of_memory(error: BaseException) -> str | None:
     """What is said of too little memory, for which torch has RuntimeErrors of many lines; None of other errors."""
+    less = "use a smaller data.batch_size (of a probe: --batch-size), or a larger accumulate"
     said = re.match(r"\S.*?(?=\.(\s|$)|$)(\. Tried to allocate [\d.]+ \w+)?", str(error))
     if said is not None and type(error).__name__ == "OutOfMemoryError":  # by its name: torch may not be imported
-        return f"{said[0]}; use a smaller data.batch_size (of a probe: --batch-size), or a larger accumulate"
-    if said is not None and isinstance(error, RuntimeError) and said[0].startswith("DataLoader worker (pid"):
+        return f"{said[0]}; {less}"
+    if isinstance(error, MemoryError):
+        return f"{str(error) or 'too little memory'}; {less}"
+    if not isinstance(error, RuntimeError):
+        return None
+    if on_cpu := re.search(r"DefaultCPUAllocator: [^.]*", str(error)):
+        return f"{on_cpu[0]}; {less}"
+    if said is not None and said[0].startswith("DataLoader worker (pid"):
         return f"{said[0]}; use fewer data.workers, or give them more memory (/dev/shm, in a container --shm-size)"
     return None
+
+
+def not_compiled(error: BaseException) -> str | None:
+    """What is said where torch.compile fails, most often for want of a C++ compiler; None of other errors."""
+    if "TorchDynamoException" not in (kind.__name__ for kind in type(error).__mro__):  # as above
+        return None
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"compile: {said}; {'install one, or ' if 'CxxCompiler' in said else ''}set compile = false"
 
 
 @contextlib.contextmanager
@@ -262,5 +277,5 @@ def exit_code(error: Any) -> int | None:
         return code
     if isinstance(error, ModuleNotFoundError) and error.name is None:  # an extra that is not installed, in words
         return exit_codes.BAD_INPUT
-    foreseen = isinstance(error, ValueError | TypeError | OSError) or lack_of_memory(error) is not None
+    foreseen = isinstance(error, ValueError | TypeError | OSError) or lack_of_memory(error) or not_compiled(error)
     return exit_codes.BAD_INPUT if foreseen else None

@@ -163,8 +163,25 @@ def test_an_unforeseen_error_keeps_its_traceback():
             "DataLoader worker (pid(s) 7, 8) exited unexpectedly; use fewer data.workers, or give them more memory "
             "(/dev/shm, in a container --shm-size)",
         ),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                "to allocate 4000000000000000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes; use a smaller "
+            "data.batch_size (of a probe: --batch-size), or a larger accumulate",
+        ),
+        (
+            MemoryError("Unable to allocate 711. PiB for an array with shape (9,) and data type float64"),
+            "Unable to allocate 711. PiB for an array with shape (9,) and data type float64; use a smaller "
+            "data.batch_size (of a probe: --batch-size), or a larger accumulate",
+        ),
+        (
+            MemoryError(),
+            "too little memory; use a smaller data.batch_size (of a probe: --batch-size), or a larger accumulate",
+        ),
     ],
-    ids=["GPU", "shared memory", "killed"],
+    ids=["GPU", "shared memory", "killed", "CPU", "NumPy", "Python"],
 )
 def test_too_little_memory_is_one_line_that_names_what_helps(capsys, monkeypatch, error, message):
     def fail(*args, **kwargs):
@@ -173,6 +190,27 @@ def test_too_little_memory_is_one_line_that_names_what_helps(capsys, monkeypatch
     monkeypatch.setattr("condzoo.cli.app", fail)
     assert run(capsys, "train", "x") == (2, "", f"error: {message}\n")
     assert exit_code(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "end"),
+    [
+        ("InvalidCxxCompiler: No working C++ compiler found in ...cpp.cxx: (None, '')", "install one, or set"),
+        ("RuntimeError: something else", "set"),
+    ],
+)
+def test_a_network_that_is_not_compiled_is_one_line(capsys, monkeypatch, said, end):
+    def fail(*args, **kwargs):
+        raise BackendCompilerFailed(f"{said}\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
+
+    class TorchDynamoException(RuntimeError):
+        """Called as torch's own, whose import takes seconds."""
+
+    class BackendCompilerFailed(TorchDynamoException):
+        pass
+
+    monkeypatch.setattr("condzoo.cli.app", fail)
+    assert run(capsys, "train", "x") == (2, "", f"error: compile: {said}; {end} compile = false\n")
 
 
 def test_probe_measures_a_model_on_digits(capsys, tmp_path):

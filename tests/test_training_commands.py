@@ -51,6 +51,27 @@ def test_several_seeds_end_in_mean_and_deviation(capsys, tmp_path):
     ]
 
 
+def test_a_picture_that_is_not_drawn_leaves_the_table(capsys, tmp_path, monkeypatch):
+    """Of many runs it takes a minute, and was drawn first."""
+
+    def fail(runs, path):
+        drawn.append(list(runs))
+        raise ValueError("too wide")
+
+    drawn = []
+    monkeypatch.setattr("condzoo.probe.plot_comparison", fail)
+    monkeypatch.setattr("condzoo.commands.training.MOST_DRAWN", 2)
+    words = ["train", *SHORT, "--set", "probe.every=2", "--seeds", "1-3", "--out", tmp_path]
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (2, "error: too wide\n")
+    assert "mean +- std: 3 of 3 seeds" in out
+    assert drawn == [["seed1", "seed2"]]
+    monkeypatch.setattr("condzoo.probe.plot_comparison", lambda runs, path: path.write_bytes(b""))
+    out = run(capsys, *words)[1]
+    assert "drawn: the first 2 of 3 probed runs; `condzoo plot RUN RUN ...` draws others\n" in out
+    assert out.index("mean +- std") < out.index("drawn: ") < out.index("picture: ")
+
+
 def test_runs_cut_short_say_so_and_one_measurement_is_no_course(capsys, tmp_path):
     words = ["train", *TINY, "--set", "probe.every=4", "--set", "epochs=1", "--device", "cpu", "--seeds", "1,2"]
     words += ["--out", tmp_path]

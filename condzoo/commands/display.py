@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,7 @@ MEANS = (  # of a setting's runs: key of their summaries, what to call it, scale
     ("test_error", "test error", 100, " %"),
     ("train_loss", "train loss", 1, ""),
 )
+NAME_WIDTH, TEXT_WIDTH = 24, 10  # letters that stand in one line of a table, however narrow the terminal is
 # Names and paths are printed as they are: rich would take [a] in them for its markup, and :x: for a picture.
 console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120)
 
@@ -36,12 +38,31 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def plain_table(title: str, *columns: str) -> Table:
-    """A table without side borders, numbers to the right."""
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    return table
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, texts: Sequence[str] = (), apart: int = 0
+) -> None:
+    """Print rows with every letter of them, whatever the width of the terminal; in a file each is one line.
+
+    On a terminal names (the first column) and the columns `texts` take several lines where they have to, numbers never
+    do. Where these leave too little room for names, the last `apart` columns become a table of their own.
+    """
+    rows = [[*row, *[""] * (len(columns) - len(row))] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *rows, strict=True)]
+    folds = [i == 0 or column in texts for i, column in enumerate(columns)]
+    floors = [NAME_WIDTH, *(TEXT_WIDTH if fold else width for width, fold in zip(widths[1:], folds[1:], strict=True))]
+    frame = 3 * len(columns) - 1  # what rich puts around and between columns
+    whole, least = frame + sum(widths), frame + sum(map(min, widths, floors))
+    room = console.width if console.is_terminal else whole
+    if least > room and apart:
+        print_table(columns[:-apart], [row[:-apart] for row in rows], texts=texts)
+        print_table([columns[0], *columns[-apart:]], [[row[0], *row[-apart:]] for row in rows])
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, width=min(whole, max(least, room)))
+    for column, fold in zip(columns, folds, strict=True):
+        table.add_column(column, justify="left" if fold else "right", no_wrap=not fold, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, crop=False)
 
 
 def print_json(value: Any) -> None:
@@ -55,11 +76,11 @@ def print_models(infos: Sequence[tuple[str, ModelInfo]], as_json: bool) -> None:
     if as_json:
         print_json([{**asdict(info), "name": name} for name, info in infos])
         return
-    table = plain_table("", "model", "data", "depth", "parameters", "MACs", "last BN")
-    for name, info in infos:
-        sizes = (str(info.depth), f"{info.params:,}", number(info.macs), "yes" if info.last_bn else "")
-        table.add_row(name, info.dataset, *sizes)
-    console.print(table)
+    rows = [
+        (name, info.dataset, str(info.depth), f"{info.params:,}", number(info.macs), "yes" if info.last_bn else "")
+        for name, info in infos
+    ]
+    print_table(("model", "data", "depth", "parameters", "MACs", "last BN"), rows)
 
 
 def print_info(info: ModelInfo, released: Sequence[str], as_json: bool) -> None:
@@ -90,26 +111,25 @@ def print_recipes(headers: Mapping[str, str], as_json: bool) -> None:
     if as_json:
         print_json(headers)
         return
-    table = plain_table("", "recipe", "what it is")
-    table.columns[1].justify, table.columns[1].no_wrap = "left", False
-    for name, header in headers.items():
-        table.add_row(name, header)
-    console.print(table)
+    print_table(("recipe", "what it is"), list(headers.items()), texts=["what it is"])
 
 
-def print_runs(runs: "Sequence[Run]", picture: Path) -> None:
-    """What each run came to: accuracy, and the conditioning of the last layer's input; then the picture's path."""
+def print_runs(runs: "Sequence[Run]") -> None:
+    """What each run came to: accuracy, and the conditioning of the last layer's input."""
     held_out = any(run.summary.get("val_error") is not None for run in runs)
     errors = ("val error", "test error") if held_out else ("test error",)
-    table = plain_table("", "run", *errors, "train loss", "lambda_max", "kappa 50%", "minutes")
-    for label, run in run_labels(runs).items():
-        table.add_row(label, *result_texts(run, held_out))
-    console.print(table)
+    columns = ("run", *errors, "train loss", "minutes", "lambda_max", "kappa 50%")
+    rows = [(label, *result_texts(run, held_out)) for label, run in run_labels(runs).items()]
+    print_table(columns, rows, apart=2)
     for label, run in run_labels(runs).items():
         if run.summary["status"] != "done":
             console.print(f"{label} {ending_text(run.summary)}", soft_wrap=True)
     for text in cut_short_texts(runs):
         console.print(text, soft_wrap=True)
+
+
+def print_places(runs: "Sequence[Run]", picture: Path) -> None:
+    """Where runs and their picture are, if there is one, and what their table says of the conditioning."""
     if picture.exists():
         console.print(
             "lambda_max and kappa are of the last linear layer's input, first -> last measurement: how large its "
@@ -120,7 +140,7 @@ def print_runs(runs: "Sequence[Run]", picture: Path) -> None:
 
 
 def result_texts(run: "Run", held_out: bool) -> list[str]:
-    """A run's row: errors (of the held-out images, too, where there are any), loss, last layer, minutes."""
+    """A run's row: errors (of the held-out images, too, where there are any), loss, minutes, last layer."""
     summary = run.summary
     if summary["status"] == "failed":
         return [*([""] if held_out else []), "failed"]
@@ -130,7 +150,7 @@ def result_texts(run: "Run", held_out: bool) -> list[str]:
     if held_out:
         validation = summary.get("val_error")
         row.insert(0, "" if validation is None else f"{validation:.2%}")
-    return [*row, *last_layer_texts(run), f"{summary['seconds'] / 60:.1f}"]
+    return [*row, f"{summary['seconds'] / 60:.1f}", *last_layer_texts(run)]
 
 
 def ending_text(summary: Mapping[str, Any]) -> str:
@@ -232,11 +252,10 @@ def print_evaluation(again: "Evaluated", as_json: bool) -> None:
 
 def print_verdicts(verdicts: "Sequence[Verdict]", picture: Path) -> None:
     """One line a claim: its verdict, the measured value, the bound."""
-    table = plain_table("", "claim", "measured", "bound", "verdict")
-    for column in table.columns:
-        column.no_wrap = False
-    for verdict in verdicts:
-        measured = f"{verdict.measured} {verdict.claim.unit}" if verdict.values else verdict.why
-        table.add_row(verdict.claim.text, measured, verdict.bound, verdict.outcome)
-    console.print(table)
+    columns = ("claim", "measured", "bound", "verdict")
+    rows = [
+        (each.claim.text, f"{each.measured} {each.claim.unit}" if each.values else each.why, each.bound, each.outcome)
+        for each in verdicts
+    ]
+    print_table(columns, rows, texts=columns)
     console.print(f"figure: {picture}", soft_wrap=True)

@@ -5,6 +5,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from condzoo.training import EpochDone, Event, Finished, Message, Notice, Started, StepDone
@@ -15,7 +16,8 @@ SECONDS_BETWEEN_LINES = 30.0  # off a terminal, within an epoch
 class TrainingProgress:
     """Shows the events of `condzoo.train`; used as a context manager, and as its `on_event`.
 
-    Several runs may follow each other (a sweep): each gets a bar, or lines, of its own. The bar fits 80 columns.
+    Several runs may follow each other (a sweep): each gets a bar, or lines, of its own. On a narrow terminal it is the
+    bar itself that is short: numbers are not cut, and fit 80 columns.
     """
 
     def __init__(self, console: Console) -> None:
@@ -24,10 +26,10 @@ class TrainingProgress:
         self.last_line = self.began = 0.0
         self.task: TaskID | None = None
         self.bar = Progress(
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=None, table_column=Column(max_width=10)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(compact=True),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=console,
             disable=not console.is_terminal,
         )
@@ -39,6 +41,8 @@ class TrainingProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self.clear()
         self.bar.stop()
 
     def __call__(self, event: Event) -> None:
@@ -53,8 +57,8 @@ class TrainingProgress:
             self.say(Text(event.text, style="yellow"))
         elif isinstance(event, Message):
             self.say(Text(event.text, style="bold"))
-        elif isinstance(event, Finished):
-            self.finish(event)
+        elif isinstance(event, Finished):  # its result is in the table to come
+            self.clear()
 
     def say(self, line: str | Text) -> None:
         """A line above the bar, or a plain line."""
@@ -63,6 +67,7 @@ class TrainingProgress:
 
     def start(self, event: Started) -> None:
         """A new run: its name, where it trains, and where it goes on from."""
+        self.clear()  # of a run that failed nothing says that it ended
         self.started = event
         name = event.recipe.model.name
         resumed = f", going on from step {event.start_step}" if event.start_step else ""
@@ -73,7 +78,8 @@ class TrainingProgress:
 
     def step(self, event: StepDone) -> None:
         """Loss, accuracy, speed, and the conditioning of the last layer's input when it was last probed."""
-        state = f"loss {event.loss:.3f}  acc {event.accuracy:.1%}  {event.images_per_second:,.0f} images/s"
+        loss = f"{event.loss:.3f}" if event.loss < 1e3 else f"{event.loss:.3g}"
+        state = f"loss {loss}  acc {event.accuracy:.1%}  {event.images_per_second:,.0f} images/s"
         last_layer = event.last_layer or {}
         if self.task is not None and not self.bar.disable:
             kappa = next((f"  kappa {value:.3g}" for name, value in last_layer.items() if "kappa" in name), "")
@@ -89,8 +95,8 @@ class TrainingProgress:
         done = event.step + 1 - self.started.start_step
         return (self.started.last_step - event.step - 1) * (time.monotonic() - self.began) / done
 
-    def finish(self, event: Finished) -> None:
-        """The bar of a run goes when the run does; its result is in the table to come."""
+    def clear(self) -> None:
+        """The bar of a run goes when the run does."""
         if self.task is not None:
             self.bar.remove_task(self.task)
             self.task = None

@@ -205,23 +205,15 @@ def write_report(docs: Path) -> None:
 def print_list(experiments: list["Experiment"]) -> None:
     """One line an experiment."""
     from condzoo.commands import display
-
-    table = display.plain_table("", "id", "what", "claims", "minutes, cpu", "seeds, cpu")
-    table.columns[1].justify = "left"
-    table.columns[1].no_wrap = False
     from condzoo.experiments import estimated_minutes
     from condzoo.experiments.loading import scale_of, training_of
 
+    rows = []
     for experiment in experiments:
         owner = training_of(experiment)
         chosen = scale_of(owner, "cpu")
         shared = "" if owner is experiment else f" ({owner.id}'s runs)"
         seeds = ", ".join(map(str, chosen.seeds))
-        table.add_row(
-            experiment.id,
-            experiment.title + shared,
-            str(len(experiment.claims)),
-            f"{estimated_minutes([experiment], 'cpu'):.3g}",
-            seeds,
-        )
-    display.console.print(table)
+        minutes = f"{estimated_minutes([experiment], 'cpu'):.3g}"
+        rows.append((experiment.id, experiment.title + shared, str(len(experiment.claims)), minutes, seeds))
+    display.print_table(("id", "what", "claims", "minutes, cpu", "seeds, cpu"), rows, texts=["what"])

@@ -18,7 +18,8 @@ def sweep(
         list[str] | None,
         typer.Option(
             metavar="FIELD=A,B,...",
-            help="Values of a field to try, e.g. optim.lr=0.1,0.01; repeatable, and every combination is a run.",
+            help="Values of a field to try, e.g. optim.lr=0.1,0.01; repeatable, and every combination is a run. `none` "
+            "takes the field out, `'\"none\"'` is the text.",
         ),
     ] = None,
     set_: Set = None,

@@ -10,6 +10,8 @@ import typer
 
 from condzoo import exit_codes
 
+MOST_DRAWN = 20  # runs of a comparison; a picture of more is too wide to read
+
 if TYPE_CHECKING:
     from condzoo.training import Recipe, Run
     from condzoo.training.events import Event, OnEvent
@@ -19,7 +21,12 @@ RecipeArg = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe, e.g. optim.lr=0.05; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a field of the recipe, e.g. optim.lr=0.05; repeatable. `none` takes the field out, `'\"none\"'` "
+        "is the text.",
+    ),
 ]
 Seeds = Annotated[
     str | None, typer.Option(metavar="SEEDS", help="Several seeds, a run each, e.g. 1-5 or 1,3. Default: the recipe's.")
@@ -193,7 +200,8 @@ def train_one(recipe: "Recipe", options: dict[str, Any], tensorboard: bool) -> N
     with reporting(tensorboard) as on_event:
         run = run_training(recipe, on_event=on_event, **options)
         complete_board(on_event, [run])
-    display.print_runs([run], picture=run.path / "conditioning.png")
+    display.print_runs([run])
+    display.print_places([run], run.path / "conditioning.png")
 
 
 def train_several(recipe: "Recipe", seeds: list[int], options: dict[str, Any], tensorboard: bool) -> None:
@@ -209,7 +217,7 @@ def train_several(recipe: "Recipe", seeds: list[int], options: dict[str, Any], t
 
 
 def print_comparison(runs: "list[Run]", out: Path, shard: str | None = None) -> None:
-    """The table of several runs, mean +- std of each setting, and their pictures side by side.
+    """The table of several runs, mean +- std of each setting, and then their pictures side by side, which take longer.
 
     Runs of earlier calls are among them, as they are in the summary that was written.
     """
@@ -226,11 +234,16 @@ def print_comparison(runs: "list[Run]", out: Path, shard: str | None = None) -> 
     named = earlier_runs(out, shard) | {run.path.name: run for run in runs}
     runs = list(named.values())
     labels = display.run_labels(runs)
-    probed = {label: run.path for label, run in labels.items() if shows_layers(run.path)}
-    if probed and writes():
-        plot_comparison(probed, out / "conditioning.png")
-    display.print_runs(runs, out / "conditioning.png")
+    display.print_runs(runs)
     display.print_settings(summarize(named)["settings"])
+    probed = [(label, run.path) for label, run in labels.items() if shows_layers(run.path)]
+    if probed and writes():
+        plot_comparison(dict(probed[:MOST_DRAWN]), out / "conditioning.png")
+    if len(probed) > MOST_DRAWN:
+        typer.echo(
+            f"drawn: the first {MOST_DRAWN} of {len(probed)} probed runs; `condzoo plot RUN RUN ...` draws others"
+        )
+    display.print_places(runs, out / "conditioning.png")
 
 
 def eval_command(

@@ -35,6 +35,11 @@ class Accelerator:
     launch: float = HOST_SECONDS
     bf16: bool = True
 
+    @property
+    def kind(self) -> str:
+        """As torch calls it: cpu or cuda."""
+        return "cpu" if self.name.startswith("cpu") else "cuda"
+
     def time_of(self, flops: float, traffic: float, operations: float, sixteen_bit: bool) -> float:
         """Seconds of work on one of them: the longest of computing, moving bytes and starting operations."""
         computing = flops / (self.reached * (self.flops16 if sixteen_bit else self.flops))

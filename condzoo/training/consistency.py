@@ -124,44 +124,52 @@ def _images(data: DataSection) -> Iterator[str]:
         yield f"data.cutout: got {data.cutout}, must be under {side}, the side of an image"
 
 
+class _NetworkFault(Exception):
+    """(what is wrong with the network, where)."""
+
+
 def _network(recipe: Recipe) -> Iterator[str]:
     key = recipe.model.model_dump_json()
     classes = class_count(recipe.data) or SOME_CLASSES
     layers = None if recipe.probe.layers is None else tuple(recipe.probe.layers)
-    fault, path = _build_fault(key, tuple(recipe.freeze), layers, image_shape(recipe.data), classes)
-    if fault:
-        yield f"{path}: {fault}"
+    try:
+        _try_out(key, tuple(recipe.freeze), layers, image_shape(recipe.data), classes)
+    except _NetworkFault as fault:
+        text, path = fault.args
+        yield f"{path}: {text}"
 
 
-@lru_cache(maxsize=256)
-def _build_fault(
+@lru_cache(maxsize=256)  # of networks without a fault: one that is raised is not kept, since its code may be mended
+def _try_out(
     model_json: str,
     patterns: tuple[str, ...],
     layers: tuple[str, ...] | None,
     image_shape: tuple[int, int, int],
     num_classes: int,
-) -> tuple[str, str]:
-    """(what is wrong with the network, where), tried out on the meta device: no memory, no random draw."""
+) -> None:
+    """Raise a _NetworkFault where the network does not work, on the meta device: no memory, no random draw."""
     section = ModelSection.model_validate_json(model_json)
     try:
         with torch.device("meta"):
             model = network_of(section, image_shape, num_classes)
     except Exception as error:  # model.args go to the network's own code: what it raises is a fault of the recipe
-        return _first_line(error), "model.name" if repr(section.name) in str(error) else "model"
+        where = "model.name" if repr(section.name) in str(error) else "model"
+        raise _NetworkFault(_first_line(error), where) from error
     try:
         freeze(model, patterns)
     except ValueError as error:
-        return str(error).removeprefix("freeze: "), "freeze"
+        raise _NetworkFault(str(error).removeprefix("freeze: "), "freeze") from error
     if not any(p.requires_grad for p in model.parameters()):
-        return "every parameter of the network is frozen; nothing is left to train", "freeze"
+        raise _NetworkFault("every parameter of the network is frozen; nothing is left to train", "freeze")
     try:
         choose(model, layers)
     except ValueError as error:
-        return str(error), "probe.layers"
+        raise _NetworkFault(str(error), "probe.layers") from error
     made_for: Any = getattr(model, "pretrained_cfg", {}).get("input_size", ())
     if tuple(made_for[1:]) == image_shape[1:] and not section.args:
-        return "", ""  # images of the size that it is made for; trying out the deepest takes seconds
-    return _forward_fault(model, image_shape, num_classes), "model"
+        return  # images of the size that it is made for; trying out the deepest takes seconds
+    if fault := _forward_fault(model, image_shape, num_classes):
+        raise _NetworkFault(fault, "model")
 
 
 def _forward_fault(model: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> str:

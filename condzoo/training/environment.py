@@ -68,8 +68,9 @@ def _source() -> dict[str, Any] | None:
         commit = _git(folder, "rev-parse", "HEAD")
         return {"commit": commit, "changed": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return {"commit": None, "changed": None, "error": said.strip().splitlines()[0]}
+        # not what it wrote before its time was over: that need not be why, and is of bytes
+        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
+        return {"commit": None, "changed": None, "error": (said or str(error)).splitlines()[0]}
 
 
 def _git(folder: Path, *arguments: str) -> str:

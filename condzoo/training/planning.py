@@ -18,7 +18,7 @@ from condzoo.training.data_sets import STORED, class_count, image_shape, read_da
 from condzoo.training.networks import freeze, network_of
 from condzoo.training.optimizers import build_optimizer
 from condzoo.training.parts import check_parts
-from condzoo.training.precision import resolve_precision, usual_torch
+from condzoo.training.precision import check_precision, resolve_precision, usual_torch
 from condzoo.training.schema import FullBatch, Recipe
 
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
@@ -102,8 +102,9 @@ def plan_training(
 
     Raises:
         ValueError: fewer images in a batch than devices; no whole batch in an epoch; no image left by data.validation;
-            a single image for a BatchNorm.
+            a single image for a BatchNorm; fp16 on a CPU.
     """
+    check_precision(recipe, device.kind)
     batch = recipe.data.batch_size
     if count < 1 or batch < count:
         raise ValueError(f"gpus: got {count}, must be from 1 to data.batch_size ({batch})")

@@ -71,10 +71,18 @@ def resolve_numerics(recipe: Recipe, model: nn.Module, device: torch.device) -> 
     """
     convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
     channels_last = convolutional if recipe.channels_last == "auto" else recipe.channels_last
-    precision = resolve_precision(recipe, convolutional, has_bf16_units(device))
-    if precision == "fp16" and device.type == "cpu":
+    check_precision(recipe, device.type)
+    return Numerics(resolve_precision(recipe, convolutional, has_bf16_units(device)), channels_last, device)
+
+
+def check_precision(recipe: Recipe, kind: str) -> None:
+    """See that devices of this kind (cpu, cuda) compute as the recipe asks.
+
+    Raises:
+        ValueError: fp16 on a CPU.
+    """
+    if recipe.precision == "fp16" and kind == "cpu":
         raise ValueError("precision: fp16 needs a GPU; on a CPU use bf16, fp32 or auto")
-    return Numerics(precision, channels_last, device)
 
 
 def resolve_precision(recipe: Recipe, convolutional: bool, bf16_units: bool) -> str:

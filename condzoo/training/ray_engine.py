@@ -67,7 +67,7 @@ def run_all_on_ray(
     def submit(name: str) -> Any:
         root = absolute_data_root(planned[name], options.data_root)
         own = replace(options, data_root=root, on_event=None)
-        return task.remote(recipe_tables(planned[name]), out.resolve() / name, own, Path.cwd())
+        return task.remote(recipe_tables(planned[name]), out.resolve() / name, own, Path.cwd(), data_variable())
 
     ended: dict[str, Run] = {}
     with stop_signals() as request:  # after ray.init, which sets handlers of its own
@@ -89,12 +89,16 @@ def run_all_on_ray(
     return ended
 
 
-def remote_attempt(tables: dict[str, Any], path: Path, options: RunOptions, here: Path) -> dict[str, Any]:
+def remote_attempt(
+    tables: dict[str, Any], path: Path, options: RunOptions, here: Path, variable: str | None = None
+) -> dict[str, Any]:
     """What a Ray worker does: one run; returns its summary, or {"status": "stopped"} after a signal.
 
     It works in the folder `here` of the process that asked for it, where its machine has that: relative paths in
-    a recipe (data.dataset) mean there what they mean here.
+    a recipe (data.dataset) mean there what they mean here. `variable` is that process's CONDZOO_DATA.
     """
+    if variable is not None:
+        os.environ[DATA_ROOT_VARIABLE] = variable
     with contextlib.chdir(here) if here.is_dir() else contextlib.nullcontext():
         try:
             return attempt(parse_recipe(tables), path, options).summary
@@ -139,8 +143,17 @@ def check_room(ray: Any, gpus: float, cpus: float) -> None:
 
 
 def absolute_data_root(recipe: Recipe, data_root: str | Path | None) -> str | None:
-    """The data root for workers, which have another working directory and environment than this process."""
-    root = data_root or recipe.data.root or os.environ.get(DATA_ROOT_VARIABLE)
+    """The data root that the caller or the recipe names, for workers, which have another working directory."""
+    root = data_root or recipe.data.root
+    return str(Path(root).expanduser().resolve()) if root else None
+
+
+def data_variable() -> str | None:
+    """CONDZOO_DATA for workers, which have another environment; no root, beside which nothing else would be looked at.
+
+    So where an image set is not there it is looked for in the user's cache, as in this process.
+    """
+    root = os.environ.get(DATA_ROOT_VARIABLE)
     return str(Path(root).expanduser().resolve()) if root else None
 
 

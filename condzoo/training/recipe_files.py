@@ -5,7 +5,8 @@ A file is a complete recipe. Its [variants] are named recipes that differ from i
     [variants]
     resnet56 = { "model.name" = "cifar_resnet56", about = "the paper has ..." }
 
-A variant of condzoo's own is called by its folder and name (cifar10/resnet56), any by FILE:VARIANT.
+They may also be written as tables ([variants.resnet56.model]), which change the fields that they name. A variant of
+condzoo's own is called by its folder and name (cifar10/resnet56), any by FILE:VARIANT.
 """
 
 import difflib
@@ -105,7 +106,7 @@ def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(tables without [variants], variants) of a file.
+    """(tables without [variants], variants) of a file: of each variant field -> value.
 
     Raises:
         RecipeError: not TOML, or variants that are not tables.
@@ -119,7 +120,20 @@ def read_tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise RecipeError(f"{path}: {VARIANTS}: got {variants!r}, must be a table of variants")
     for fault in variant_faults(variants):
         raise RecipeError(f"{path}: {VARIANTS}.{fault}")
-    return tables, variants
+    return tables, {name: dict(fields_in(changes)) for name, changes in variants.items()}
+
+
+def fields_in(tables: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("model.name", value) of {"model": {"name": value}}: the fields that nested tables name, by their paths.
+
+    A table without entries is a value, as is one that is an argument of the network.
+    """
+    for name, value in tables.items():
+        field = prefix + name
+        if isinstance(value, dict) and value and not field.startswith(f"{ARGUMENTS}."):
+            yield from fields_in(value, f"{field}.")
+        else:
+            yield field, value
 
 
 def variant_faults(variants: dict[str, Any]) -> Iterator[str]:

@@ -128,9 +128,9 @@ class AdamW(Adam):
 
 
 class Constant(Section):
-    """The learning rate stays, after a warm-up of n steps: lr / n, 2 lr / n, ... lr."""
+    """The learning rate stays, also without [schedule], after a warm-up of n steps: lr / n, 2 lr / n, ... lr."""
 
-    name: Literal["constant"] = "constant"
+    name: Literal["constant"]
     warmup_epochs: float = Field(0.0, ge=0, le=MOST_EPOCHS, description="epochs of linear warm-up")
     warmup_iterations: int = Field(0, ge=0, le=MOST_STEPS, description="steps of linear warm-up, in place of epochs")
 
@@ -211,6 +211,6 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     optim: Optimizer
-    schedule: Schedule = Constant()
+    schedule: Schedule = Constant(name="constant")
     loss: LossSection = LossSection()
     probe: ProbeSection = ProbeSection()

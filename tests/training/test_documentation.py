@@ -1,11 +1,12 @@
 """The documented fields are those of the code, all of them, and docs/recipes.md is up to date."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from condzoo.training import Recipe
+from condzoo.training import Recipe, recipe_files
 from condzoo.training.documentation import PAGE, json_schema, recipe_fields, schema_text, with_fields
 from condzoo.training.recipe_errors import field_paths
 
@@ -35,6 +36,7 @@ def test_types_bounds_and_defaults_as_a_recipe_has_them() -> None:
     assert fields["optim", "adam", "betas"].type == "list of number >= 0, < 1"
     assert fields["optim", "sgd", "lr"].default == "required"
     assert fields["optim", "adam", "betas"].default == "[0.9, 0.999]"
+    assert fields["schedule", "constant", "name"].default == "required"
     assert fields["schedule", "cosine", "name"].meaning.startswith("Half a cosine")
     assert fields["", "", "grad_clip"].default == ""
 
@@ -49,9 +51,19 @@ def test_the_text_has_a_line_a_field() -> None:
     )
 
 
-def test_the_json_schema_is_that_of_the_model() -> None:
+def test_the_json_schema_is_that_of_the_model_and_its_variants() -> None:
     schema = json_schema()
-    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert set(schema["properties"]) == {*Recipe.model_fields, "variants"}
     assert schema["additionalProperties"] is False
+    assert schema["$defs"]["Constant"]["required"] == ["name"]
     with pytest.raises(ValidationError):
         Recipe.model_validate({"epochs": "x"})
+
+
+def test_the_published_schema_takes_every_recipe_that_comes_with_condzoo() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(json_schema())
+    for path in set(recipe_files().values()):
+        validator.validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    with pytest.raises(jsonschema.ValidationError, match="'variant' was unexpected"):
+        validator.validate({"variant": {}})

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from condzoo.training import Recipe, RecipeError
+from condzoo.training import Recipe, RecipeError, consistency
 from condzoo.training.consistency import _forward_fault
 from condzoo.training.recipe import dump_recipe, load_recipe, parse_recipe, set_field
 from condzoo.training.recipe_errors import field_paths
@@ -278,3 +278,14 @@ def test_a_network_that_looks_at_values_is_not_judged_by_shapes():
 
 def test_a_network_without_a_forward_pass_is_a_fault():
     assert "images of 1 x 8 x 8: Module [Module] is missing" in _forward_fault(nn.Module(), (1, 8, 8), 10)
+
+
+def test_a_network_that_was_mended_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, whose cell that registers it is run again."""
+    outputs = iter((7, 10, 10))
+    monkeypatch.setattr(consistency, "network_of", lambda *_: nn.Sequential(nn.Flatten(), nn.Linear(64, next(outputs))))
+    given = changed("model", {"name": "a_network_of_a_notebook"})
+    with pytest.raises(RecipeError, match=r"model: gives \[2, 7\] for 2 images of 1 x 8 x 8, must be \[2, 10\]"):
+        parse_recipe(given)
+    assert parse_recipe(given) == parse_recipe(given)
+    assert next(outputs) == 10, "one without a fault is not built again"

@@ -167,3 +167,10 @@ def test_more_held_out_than_there_is_is_told_as_the_training_tells_it(tiny: Any)
     ):
         plan_training(tiny(**{"data.validation": 2000}), A100)
     assert plan_training(tiny(**{"data.validation": 0.1}), A100).training_images == 1437 - 144
+
+
+def test_fp16_on_a_cpu_is_refused_as_the_training_refuses_it(tiny: Any) -> None:
+    recipe = tiny(precision="fp16")
+    with pytest.raises(ValueError, match="precision: fp16 needs a GPU; on a CPU use bf16, fp32 or auto"):
+        plan_training(recipe, accelerator("cpu"))
+    assert plan_training(recipe, accelerator("v100")).precision == "16-bit"

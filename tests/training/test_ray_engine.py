@@ -13,7 +13,7 @@ import pytest
 
 from condzoo.training import Message, Notice, Run, Stopped, ray_engine, run_all
 from condzoo.training.attempts import RunOptions
-from condzoo.training.ray_engine import absolute_data_root, remote_attempt
+from condzoo.training.ray_engine import absolute_data_root, data_variable, remote_attempt
 from condzoo.training.recipe import recipe_tables
 
 ray = pytest.importorskip("ray")
@@ -125,11 +125,27 @@ def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint(tiny: Any, tmp
 def test_workers_get_the_data_root_as_an_absolute_path(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CONDZOO_DATA", "images")
-    assert absolute_data_root(tiny(), None) == str(tmp_path / "images")
+    assert absolute_data_root(tiny(), None) is None, "beside a root nothing else is looked at, as beside CONDZOO_DATA"
+    assert data_variable() == str(tmp_path / "images")
     assert absolute_data_root(tiny(**{"data.root": "mine"}), None) == str(tmp_path / "mine")
     assert absolute_data_root(tiny(), "given") == str(tmp_path / "given")
     monkeypatch.delenv("CONDZOO_DATA")
-    assert absolute_data_root(tiny(), None) is None
+    assert data_variable() is None
+
+
+def test_a_worker_looks_for_images_where_this_process_does(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Under CONDZOO_DATA, then in the user's cache."""
+    looked = []
+
+    def note(recipe: Any, path: Path, options: RunOptions) -> Run:
+        looked.append((options.data_root, os.environ.get("CONDZOO_DATA")))
+        return Run(path, recipe, {})
+
+    monkeypatch.setattr(ray_engine, "attempt", note)
+    monkeypatch.setenv("CONDZOO_DATA", "the machine's own")
+    for variable in (None, str(tmp_path)):
+        remote_attempt(recipe_tables(tiny()), tmp_path / "run", RunOptions(), tmp_path, variable)
+    assert looked == [(None, "the machine's own"), (None, str(tmp_path))]
 
 
 def test_a_worker_works_where_the_paths_of_a_recipe_begin(

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from condzoo.training import RecipeError, dump_recipe, load_recipe, recipe_files
+from condzoo.training import RecipeError, dump_recipe, load_recipe, parse_grid, plan_sweep, recipe_files
 from condzoo.training.recipe import parse_override
 from condzoo.training.schema import Adam, AdamW, Constant, Cosine, FullBatch, OneCycle, Sgd, Step
 
@@ -34,7 +35,7 @@ def test_a_minimal_recipe_has_every_field_resolved(file: Path) -> None:
     recipe = load_recipe(file)
     assert recipe.optim == Sgd(name="sgd", lr=1.0)
     assert isinstance(recipe.optim.lr, float)
-    assert recipe.schedule == Constant()
+    assert recipe.schedule == Constant(name="constant")
     assert (recipe.seed, recipe.precision, recipe.probe.every) == (0, "auto", 0)
 
 
@@ -85,6 +86,21 @@ def test_overrides_may_be_bare_words_lists_and_none(file: Path) -> None:
     recipe = load_recipe(file, ["model.name=mlp5x256", "precision=fp32", "probe.layers=['fc']", "data.crop=6"])
     assert (recipe.model.name, recipe.precision, recipe.probe.layers) == ("mlp5x256", "fp32", ["fc"])
     assert load_recipe(file, ["data.crop=6", "data.crop=none"]).data.crop is None
+
+
+def test_an_argument_that_is_not_there_is_not_taken_out(file: Path) -> None:
+    """Some networks take the text "none", and would be trained as if it had not been given."""
+    message = r"""none takes a field out, and model\.args\.bias is not in the recipe; leave it out, or for the text """
+    message += r"""none write model\.args\.bias='"none"'"""
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(file, ["model.args.bias=none"])
+    with pytest.raises(RecipeError, match=message):
+        plan_sweep(load_recipe(file), parse_grid(["model.args.bias=false,none"]))
+    text = load_recipe(file, ["model.name=resnet10t", 'model.args.norm_layer="none"', "data.crop=none"])
+    assert text.model.args == {"norm_layer": "none"}
+    assert load_recipe(file, ["model.args.bias=false", "model.args.bias=none"]).model.args == {}
+    planned = plan_sweep(load_recipe(file, ["model.args.bias=false"]), parse_grid(["model.args.bias=false,none"]))
+    assert [recipe.model.args for recipe in planned.values()] == [{"bias": False}, {}]
 
 
 def test_of_epochs_and_iterations_the_override_stays(file: Path) -> None:
@@ -157,3 +173,13 @@ def test_several_faults_are_all_told(file: Path) -> None:
     assert len(lines) == 3
     assert all(line.startswith(f"{file}: ") for line in lines)
     assert tomllib.loads(MINIMAL)["optim"]["lr"] == 1
+
+
+def test_a_schedule_has_a_name_wherever_it_comes_from(file: Path) -> None:
+    """Left out it was a constant one to the code, missing to a file, and lost by a sweep."""
+    with pytest.raises(RecipeError, match=r"schedule\.name: missing; must be one of: constant, step, cosine, onecycle"):
+        load_recipe(file, ["schedule.warmup_epochs=5"])
+    with pytest.raises(ValidationError, match="name"):
+        Constant(warmup_epochs=1.0)
+    warm = load_recipe(file).model_copy(update={"schedule": Constant(name="constant", warmup_epochs=1.0)})
+    assert [recipe.schedule for recipe in plan_sweep(warm, {}, [1, 2]).values()] == [warm.schedule] * 2

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from condzoo.training import Recipe, RecipeError, dump_recipe, load_recipe, recipe_files, recipe_headers, train
 from condzoo.training.data_sets import class_count, image_shape
 from condzoo.training.recipe import parse_recipe, recipe_tables
-from condzoo.training.recipe_files import recipe_sources
+from condzoo.training.recipe_files import read_tables, recipe_sources
 from condzoo.training.schedules import learning_rate
 
 SOURCES = recipe_sources()
@@ -191,6 +192,32 @@ def test_a_variant_changes_its_file_and_overrides_change_it(tmp_path: Path) -> N
     deep = load_recipe(f"{path}:deep")
     assert (deep.model.name, deep.epochs, deep.iterations) == ("mlp8x24", None, 5)
     assert load_recipe(f"{path}:deep", ["model.name=mlp5x256"]).model.name == "mlp5x256"
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        'deep = { "model.name" = "mlp8x24_lastbn", "probe.every" = 5 }',
+        'deep = { model.name = "mlp8x24_lastbn", probe.every = 5 }',
+        '[variants.deep]\nmodel.name = "mlp8x24_lastbn"\nprobe = { every = 5 }',
+        '[variants.deep.model]\nname = "mlp8x24_lastbn"\n[variants.deep.probe]\nevery = 5',
+    ],
+)
+def test_a_variant_changes_the_fields_that_it_names_however_it_is_written(variants: str, tmp_path: Path) -> None:
+    """Tables of TOML's own took the place of the file's."""
+    path = written(tmp_path, variants)
+    more = 'drop_rate = 0.5\n[model.args]\nbias = false\n[probe]\nevery = 10\nlayers = ["fc"]\n[data]'
+    path.write_text(path.read_text().replace("[data]", more, 1))
+    deep = load_recipe(f"{path}:deep")
+    assert (deep.model.name, deep.model.drop_rate, deep.model.args) == ("mlp8x24_lastbn", 0.5, {"bias": False})
+    assert (deep.probe.every, deep.probe.layers) == (5, ["fc"])
+
+
+def test_a_table_that_is_an_argument_of_the_network_is_a_value(tmp_path: Path) -> None:
+    variants = {"a": {"model": {"args": {"cfg": {"x": 1}, "y": 2}, "init": "he"}, "about": "w"}, "b": {"probe": {}}}
+    path = written(tmp_path, tomli_w.dumps({"variants": variants}).removeprefix("[variants]\n"))
+    fields = {"model.args.cfg": {"x": 1}, "model.args.y": 2, "model.init": "he", "about": "w"}
+    assert read_tables(path)[1] == {"a": fields, "b": {"probe": {}}}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""What a terminal of 80 columns shows: every number and name of a table, and the bar of a training."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from condzoo.catalog import list_models, look_up
+from condzoo.commands import display
+from condzoo.commands.progress import TrainingProgress
+from condzoo.training import Started, StepDone, recipe_headers
+
+LABELS = [f"optim.lr={lr}-seed{seed}" for lr in (0.1, 0.01) for seed in (1, 2)]
+LONG = [
+    f"model.name=cifar_resnet20_nobn_lastbn-{label.replace('-', '-optim.weight_decay=0.0001-')}" for label in LABELS
+]
+COURSES = ("51.3 -> 1.23e+03", "1.05e+03 -> 77.1")
+HEADS = ("val error", "test error", "train loss", "minutes", "lambda_max", "kappa 50%")
+
+
+def screen(columns: int = 80, terminal: bool = True) -> Console:
+    """A console that keeps what it prints."""
+    return Console(
+        file=io.StringIO(), force_terminal=terminal, width=columns, color_system=None, markup=False, emoji=False
+    )
+
+
+def runs(labels: list[str]) -> list[Any]:
+    """Finished runs of one network, probed; the last one failed."""
+    model = SimpleNamespace(name="cifar_resnet20")
+    done = {"status": "done", "val_error": 0.09, "test_error": 0.0812, "train_loss": 0.1234, "seconds": 725.0}
+    summaries = [done] * (len(labels) - 1) + [{"status": "failed", "error": "no room"}]
+    return [
+        SimpleNamespace(path=Path("runs") / label, recipe=SimpleNamespace(model=model), summary=summary)
+        for label, summary in zip(labels, summaries, strict=True)
+    ]
+
+
+def printed(console: Console) -> list[str]:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def names(lines: list[str]) -> str:
+    """What the first column of a table holds, its lines joined."""
+    return "".join(line.split()[0] for line in lines if line[1:2].strip())
+
+
+@pytest.mark.parametrize("labels", [LABELS, LONG], ids=["short", "long"])
+@pytest.mark.parametrize(("columns", "terminal"), [(80, True), (120, True), (80, False)])
+def test_the_table_of_runs_has_every_name_and_number(
+    labels: list[str], columns: int, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "last_layer_texts", lambda run: COURSES)
+    monkeypatch.setattr(display, "cut_short_texts", lambda runs: [])
+    monkeypatch.setattr(display, "console", screen(columns, terminal))
+    display.print_runs(runs(labels))
+    lines = printed(display.console)
+    text = "\n".join(lines)
+    assert all(label in names(lines) for label in labels)
+    assert all(text.count(cell) == 3 for cell in ("9.00%", "8.12%", "0.1234", "12.1 ", *COURSES))
+    assert all(head in text for head in HEADS)
+    assert f"{labels[-1]} failed: no room" in text
+    if terminal:
+        assert max(len(line) for line in lines if "no room" not in line) <= columns
+    else:
+        assert all(any(line.split()[0] == label for line in lines if line.strip()) for label in labels)
+
+
+def test_models_and_recipes_are_listed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, headers = list_models("*1202*"), recipe_headers()
+    for terminal in (True, False):
+        monkeypatch.setattr(display, "console", screen(terminal=terminal))
+        display.print_models([(name, look_up(name)) for name in models], as_json=False)
+        lines = printed(display.console)
+        assert [line.split()[0] for line in lines if "1202" in line] == models
+        assert all(f"{look_up(name).params:,}" in "\n".join(lines) for name in models)
+        monkeypatch.setattr(display, "console", screen(terminal=terminal))
+        display.print_recipes(headers, as_json=False)
+        lines = printed(display.console)
+        assert all(name in names(lines) for name in headers)
+        words = {word for line in lines for word in line.split()}
+        assert words >= {word for header in headers.values() for word in header.split()}
+        assert terminal == (max(map(len, lines)) <= 80)
+
+
+def test_numbers_stay_whole_where_the_terminal_is_narrower_than_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "console", screen(20))
+    display.print_table(["name", "a", "b"], [["x" * 30, "123456789", "987654321"]])
+    lines = printed(display.console)
+    assert names(lines) == "name" + "─" * 48 + "x" * 30
+    assert "123456789   987654321" in "\n".join(lines)
+
+
+def started(name: str, steps: int) -> Started:
+    recipe: Any = SimpleNamespace(model=SimpleNamespace(name="cifar_resnet20"))
+    return Started(Path(name), recipe, "cpu", "fp32", 0, steps, 390, steps, 269_722)
+
+
+def test_the_bar_of_a_training_fits_80_columns() -> None:
+    with TrainingProgress(screen()) as progress:
+        progress(started("run", 450_449))
+        progress(StepDone(123_455, 0, 2.3026, 0.1234, 0.1, 12_345.0, {"lambda_max": 51.3, "kappa_50": 1234.0}))
+        bar = screen()
+        bar.print(progress.bar.get_renderable())
+    (line,) = printed(bar)
+    drawn, _, state = line.partition("123456/450449 ")
+    assert state == "loss 2.303  acc 12.3%  12,345 images/s  kappa 1.23e+03 --:--"
+    assert len(drawn) > len("12:34:56") - len("--:--"), "hours have room, too"
+
+
+def test_a_run_that_failed_leaves_no_bar() -> None:
+    with TrainingProgress(screen()) as progress:
+        for name in ("failed", "next"):  # of a run that fails nothing says that it ended
+            progress(started(name, 100))
+        assert len(progress.bar.tasks) == 1
+    assert not progress.bar.tasks

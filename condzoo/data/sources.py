@@ -100,7 +100,7 @@ def load_data(
         name: one of `DATASETS`, `imagefolder` or `hfds`.
         root: the data root; None looks in CONDZOO_DATA, then in the user's cache.
         crop, resize: in memory, see `crop_and_resize`; the paper's 12x12 MNIST is crop=20, resize=12.
-        download: let torchvision fetch what is missing into the first data root.
+        download: let torchvision fetch what is missing or damaged into the first data root that holds any of it.
         image_size, eval_resize, interpolation: imagefolder's `condzoo.data.views.View`; see `folder_view`.
         workers, num_classes: see `load_image_folder`.
         dataset: hfds's, see `load_hub_data`; `root` is then its cache.

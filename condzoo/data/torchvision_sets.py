@@ -3,10 +3,13 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, VisionDataset
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import check_integrity
 
 from condzoo.data.arrays import LabelledImages
 
@@ -42,11 +45,14 @@ def load_torchvision(
     if root is None and not download:
         raise FileNotFoundError(_not_found(name, roots))
     root = root or next(iter(roots.values()))
-    if download and not _complete(name, root):
-        _fetch(name, root)
-    _check_files(name, root / _folder(name))
-    train, test = (CLASSES[name](str(root), train=train) for train in (True, False))  # type: ignore[call-arg]
-    return _labelled(train), _labelled(test)
+    fault = _fault(name, root)
+    if fault and download:
+        fault = _fetched(name, root)
+    if fault:
+        raise ValueError(
+            f"data set {name!r} is damaged: {fault}; delete {root / _folder(name)} and fetch the set again"
+        )
+    return _read(name, root, train=True), _read(name, root, train=False)
 
 
 def _folder(name: str) -> Path:
@@ -66,37 +72,43 @@ def _md5s(name: str) -> dict[str, str]:
     return IDX_MD5[name]
 
 
-def _complete(name: str, root: Path) -> bool:
-    return all((root / _folder(name) / file).is_file() for file in _md5s(name))
+def _fault(name: str, root: Path) -> str | None:
+    """The first file that is missing or changed, and how; None where all are as they should be."""
+    for file, expected in _md5s(name).items():
+        path = root / _folder(name) / file
+        if not path.is_file():
+            return f"{path} is missing"
+        got = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        if got != expected:
+            return f"{path} has md5 {got}, expected {expected}"
+    return None
 
 
-def _fetch(name: str, root: Path) -> None:
-    """Download what is missing, in one of the processes that ask for it at the same time.
+def _fetched(name: str, root: Path) -> str | None:
+    """Download what is missing or changed, in one of the processes that ask for it at once; what is wrong then.
+
+    A file that another process is extracting is not whole until it lets go of the lock; one that was cut off, by a kill
+    or a full disk, torchvision takes for whole as long as it is there.
 
     Raises:
         OSError: the network, the server or the disk; a next call goes on.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{name}.lock"):
-        if _complete(name, root):
-            return
-        try:
-            CLASSES[name](str(root), download=True)  # type: ignore[call-arg]
-        except (RuntimeError, OSError) as error:
-            raise OSError(f"data set {name!r} could not be fetched into {root}: {error}") from error
-
-
-def _check_files(name: str, folder: Path) -> None:
-    """Raise a ValueError that names the first missing or changed file."""
-    for file, expected in _md5s(name).items():
-        path = folder / file
-        fault = "is missing"
-        if path.is_file():
-            got = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-            if got == expected:
-                continue
-            fault = f"has md5 {got}, expected {expected}"
-        raise ValueError(f"data set {name!r} is damaged: {path} {fault}; delete {folder} and fetch the set again")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{name}.lock"):
+            if _fault(name, root) is None:
+                return None
+            for file, expected in _md5s(name).items():
+                path = root / _folder(name) / file
+                if path.is_file() and not check_integrity(str(path), expected):
+                    path.unlink()
+            # Not by its constructor, which fetches nothing where an old version has left processed/*.pt.
+            dataset: Any = object.__new__(CLASSES[name])
+            VisionDataset.__init__(dataset, str(root))
+            dataset.download()
+            return _fault(name, root)
+    except (RuntimeError, OSError) as error:
+        raise OSError(f"data set {name!r} could not be fetched into {root}: {error}") from error
 
 
 def _not_found(name: str, roots: Mapping[str, Path]) -> str:
@@ -108,9 +120,14 @@ def _not_found(name: str, roots: Mapping[str, Path]) -> str:
     )
 
 
-def _labelled(dataset: VisionDataset) -> LabelledImages:
-    """[n, c, h, w] uint8 and [n] int64 from torchvision's arrays: [n, h, w] or [n, h, w, c]."""
-    images = torch.as_tensor(dataset.data)  # type: ignore[attr-defined]
-    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    labels = torch.as_tensor(dataset.targets, dtype=torch.int64)  # type: ignore[attr-defined]
-    return LabelledImages(images.contiguous(), labels)
+def _read(name: str, root: Path, train: bool) -> LabelledImages:
+    """[n, c, h, w] uint8 and [n] int64, from the files that were checked."""
+    dataset = CLASSES[name]
+    if issubclass(dataset, CIFAR10):
+        held = dataset(str(root), train=train)
+        images = torch.as_tensor(held.data).permute(0, 3, 1, 2)  # of [n, h, w, c]
+        return LabelledImages(images.contiguous(), torch.as_tensor(held.targets, dtype=torch.int64))
+    # Not by its constructor, which reads an old version's processed/*.pt in their place.
+    prefix = str(root / _folder(name) / ("train" if train else "t10k"))
+    images = read_image_file(f"{prefix}-images-idx3-ubyte").unsqueeze(1)  # of [n, h, w]
+    return LabelledImages(images.contiguous(), read_label_file(f"{prefix}-labels-idx1-ubyte"))

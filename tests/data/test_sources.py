@@ -1,6 +1,8 @@
 """Data sets by name: what is read equals the files, and what is missing or damaged says where."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +187,74 @@ def test_a_download_that_failed_says_so_and_is_tried_again(
     assert len(load_data("mnist", root, download=True).test) == 10
     assert len(load_data("mnist", root, download=True).test) == 10
     assert asked == [str(root)] * 2, "what is whole is not fetched again"
+
+
+def leave_processed(folder: Path) -> None:
+    """What torchvision before 0.10 kept beside raw/."""
+    (folder / "processed").mkdir(parents=True)
+    for file in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3)), folder / "processed" / file)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_what_an_old_torchvision_left_is_not_read_in_place_of_what_was_checked(
+    name: str, make_set: MakeSet, tmp_path: Path
+) -> None:
+    written = make_set(name)
+    (raw,) = tmp_path.glob("*/raw")
+    leave_processed(raw.parent)
+    data = load_data(name, tmp_path)
+    np.testing.assert_array_equal(data.train.images[:, 0].numpy(), written["train"])
+    np.testing.assert_array_equal(data.test.labels.numpy(), written["test_labels"])
+
+
+def extracted_slowly(elsewhere: Path, began: threading.Event, may_end: threading.Event) -> Callable[..., None]:
+    """As torchvision extracts: what is there it takes for whole; each file is written under its last name."""
+
+    def download(self: datasets.MNIST) -> None:
+        raw = Path(self.root) / "MNIST" / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        if all((raw / path.name).exists() for path in (elsewhere / "raw").iterdir()):
+            return
+        for path in (elsewhere / "raw").iterdir():
+            (raw / path.name).write_bytes(path.read_bytes()[:9])
+        began.set()
+        may_end.wait(10)
+        for path in (elsewhere / "raw").iterdir():
+            (raw / path.name).write_bytes(path.read_bytes())
+
+    return download
+
+
+def test_a_second_run_waits_for_the_first_ones_last_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Path
+) -> None:
+    began, may_end = threading.Event(), threading.Event()
+    monkeypatch.setattr(datasets.MNIST, "download", extracted_slowly(elsewhere, began, may_end))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(load_data, "mnist", tmp_path, download=True)
+        assert began.wait(10)
+        second = pool.submit(load_data, "mnist", tmp_path, download=True)
+        threading.Timer(0.2, may_end.set).start()
+        assert [len(run.result(10).train) for run in (first, second)] == [20, 20]
+
+
+def test_a_file_whose_extraction_was_cut_off_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Path
+) -> None:
+    may_end = threading.Event()
+    may_end.set()
+    leave_processed(tmp_path / "MNIST")
+    monkeypatch.setattr(datasets.MNIST, "download", extracted_slowly(elsewhere, threading.Event(), may_end))
+    load_data("mnist", tmp_path, download=True)
+    victim = tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte"
+    victim.write_bytes(victim.read_bytes()[:9])
+    with pytest.raises(ValueError, match=f"{victim} has md5"):
+        load_data("mnist", tmp_path)
+    assert len(load_data("mnist", tmp_path, download=True).test) == 10
+
+
+def test_a_whole_set_needs_no_lock_where_it_may_not_be_written_to(make_set: MakeSet, tmp_path: Path) -> None:
+    make_set("cifar10")
+    load_data("cifar10", tmp_path, download=True)
+    assert not list(tmp_path.glob(".*"))

@@ -45,7 +45,7 @@ _set_precision: Callable[[str, str, str], None] | None = getattr(torch._C, "_set
 def plain_products(device_type: str) -> AbstractContextManager[None]:
     """Matrix products in the dtype of their operands: no autocast, no TF32 or bf16 inside float32.
 
-    Nor do torch-function modes see them: one, as `functional_relus` has, costs more than a small product.
+    Nor do torch-function modes see them: one, as `function_calls` has, costs more than a small product.
     The operands are detached.
     """
     plain = _precision("cuda" if device_type == "cuda" else "mkldnn", "matmul") in PLAIN

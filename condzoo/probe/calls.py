@@ -30,6 +30,9 @@ def called_on(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def unreadable(module: nn.Module, x: Any, h: Any) -> str | None:
     """What kind of layer this is, if the rows of its input x and output h cannot be read."""
     for what, value in (("input", x), ("output", h)):
-        if (got := layout(value)) != STRIDED:
+        got = layout(value)
+        if got == STRIDED and not value.is_floating_point():
+            got = f"tensor of {str(value.dtype).removeprefix('torch.')}"
+        if got != STRIDED:
             return f"a {type(module).__name__} whose {what} is a {got}"
     return None

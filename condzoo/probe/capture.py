@@ -21,7 +21,7 @@ from condzoo.probe.arithmetic import PRECISIONS, Precision, plain_products
 from condzoo.probe.attention import has_bias, stop, watch
 from condzoo.probe.calls import called_on, unreadable
 from condzoo.probe.correlations import correlates, patch_gram, pieces, positions
-from condzoo.probe.functional_relus import FunctionalRelus
+from condzoo.probe.function_calls import FunctionCalls
 from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.layers import CONVS, MEASURED, Conv, input_columns, output_columns, with_constant
 from condzoo.probe.moments import RunningMoment
@@ -108,15 +108,15 @@ class Capture:
     dtypes: set[torch.dtype] = field(default_factory=set)
     origin: Origin = field(default_factory=Origin)
     modules: dict[str, nn.Module] = field(default_factory=dict)
-    _functions: FunctionalRelus = field(init=False)
+    _functions: FunctionCalls = field(init=False)
     _outer: list[RemovableHandle] = field(default_factory=list)
     _inner: list[RemovableHandle] = field(default_factory=list)
     _calls: Calls = field(default_factory=Calls)
     _relu_calls: ReluCalls = field(default_factory=ReluCalls)
 
     def __post_init__(self) -> None:
-        """The mode that sees functional ReLUs."""
-        self._functions = FunctionalRelus(self._count_units)
+        """The mode that sees ReLUs and layers that are called as functions."""
+        self._functions = FunctionCalls(self.layers, self._count_units, self._on_function)
 
     def look_at(self, layers: dict[str, nn.Module]) -> None:
         """Read these layers and all ReLUs and attentions that the model has now; for while the hooks are off."""
@@ -150,13 +150,12 @@ class Capture:
             handles.append(module.register_forward_hook(Hook(partial(self._on_layer, name)), with_kwargs=True))
         for name, attention in side(self.attentions):
             handles += watch(name, attention, self._on_projection)
-        if not self.counts_neurons:
-            return handles
-        for name, module in side(self.relus):
-            handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name))))
         for name, module in side(self.modules):
-            handles += self._functions.watch(name, module)
-            if isinstance(module, MEASURED) and name not in self.layers:
+            if self.counts_neurons or name not in self.relus:
+                handles += self._functions.watch(name, module)
+            if self.counts_neurons and name in self.relus:
+                handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name))))
+            elif self.counts_neurons and isinstance(module, MEASURED) and name not in self.layers:
                 handles.append(module.register_forward_hook(Hook(self._relu_calls.note_layout)))
         return handles
 
@@ -236,6 +235,9 @@ class Capture:
             self.layers.setdefault(name, layer)  # a part of a packed weight is known only once it is used
             self._on_layer(name, layer, (x,), {}, h)
 
+    def _on_function(self, name: str, layer: nn.Module, x: Tensor, h: Tensor) -> None:
+        self._on_layer(name, layer, (x,), {}, h)
+
     def _on_gradient(self, module: nn.Module, moment: RunningMoment, scale: float, grad_h: Tensor) -> None:
         if not self.gradients:
             return
@@ -249,7 +251,7 @@ class Capture:
         self._count_units(name, output, linear_range(module, output.dtype))
 
     def _count_units(self, name: str, output: Tensor, linear: LinearRange) -> None:
-        if output.ndim >= 2 and self._reads(name, at_once=True) is not None:
+        if self.counts_neurons and output.ndim >= 2 and self._reads(name, at_once=True) is not None:
             self._relu_calls.add(self.neurons, name, output, linear)
 
     def _reads(self, name: str, *, at_once: bool = False) -> Batch | None:

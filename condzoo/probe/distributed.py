@@ -18,6 +18,7 @@ from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import CHANGING, RunningNeurons
 
 _SIDES = ("input", "output_grad")
+_TOLD = ("rows", "vectors", "noise", "dtype", "finite", "fast", "mixed")  # of a moment, to the other processes
 NOT_CALLED: dict[str, Any] = {"samples": 0, "input": None, "output_grad": None}
 
 
@@ -67,7 +68,7 @@ def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
                 continue
             _adopt(moment, entries)
             shape, kept = entries[0]["shape"], [0 if entry[side] is None else entry[side]["kept"] for entry in of_ranks]
-            if not moment.fits(*shape[:2]):  # of all processes together, which each finds alike
+            if moment.mixed or not moment.fits(*shape[:2]):  # of all processes together, which each finds alike
                 continue
             if None not in kept and sum(kept) < shape[1]:
                 _join_vectors(moment, shape, kept, device)
@@ -116,7 +117,7 @@ def _described(capture: Capture) -> dict[str, dict[str, Any]]:
         described[name] = {"samples": sums.samples}
         for side in _SIDES:
             moment: RunningMoment = getattr(sums, side)
-            entry = {key: getattr(moment, key) for key in ("rows", "vectors", "noise", "dtype", "finite", "fast")}
+            entry = {key: getattr(moment, key) for key in _TOLD}
             empty = moment.total is None and not moment.pending and moment.dropped is None
             described[name][side] = None if empty else entry | {"shape": moment.shape, "kept": moment.kept}
     return described
@@ -129,6 +130,7 @@ def _adopt(moment: RunningMoment, entries: list[dict[str, Any]]) -> None:
     moment.dtype = max((e["dtype"] for e in entries), key=lambda dtype: torch.finfo(dtype).eps)
     moment.finite = all(e["finite"] for e in entries)
     moment.fast = any(e["fast"] for e in entries)
+    moment.mixed = any(e["mixed"] for e in entries) or len({e["shape"] for e in entries}) > 1
 
 
 def _join_vectors(moment: RunningMoment, shape: tuple[int, ...], kept: Sequence[int], device: torch.device) -> None:

@@ -27,6 +27,11 @@ DECOMPOSED = 256  # side up to which one eigenvalue costs no less than all
 LANCZOS = 1e-8  # residual over lambda_max
 
 NOT_CALLED = "not called in the forward pass, or only without gradients"
+USED = (
+    "not called itself, though its weight is used: by a layer that shares it, or by another function than F.linear, "
+    "whose rows are not seen"
+)
+MIXED_WIDTHS = "called at several widths, whose rows cannot be added up"
 NO_ROWS = "called on empty inputs alone"
 NO_GRADIENT = "no gradient reaches its output: the loss does not depend on it, or all before it is frozen"
 
@@ -51,7 +56,8 @@ def finish(
         Layers in forward order, the skipped with their reasons, and the first layer with NaN or Inf
         by direction ("forward", "backward").
     """
-    skipped = {name: _not_called(name, capture) for name in capture.layers if name not in capture.sums}
+    uncalled = [name for name in capture.layers if name not in capture.sums]
+    skipped = {name: _not_called(name, capture, used=name in weight_grads) for name in uncalled}
     good: dict[str, LayerSums] = {}
     for name, sums in capture.sums.items():
         why = _unusable(sums)
@@ -87,9 +93,11 @@ def _in_tf32(layer: nn.Module, read: RunningMoment) -> bool:
     return read.dtype == torch.float32 and in_tf32(read.device, convolution=isinstance(layer, _ConvNd))
 
 
-def _not_called(name: str, capture: Capture) -> str:
+def _not_called(name: str, capture: Capture, *, used: bool) -> str:
     parts = [part for part in parts_of(name) if part in capture.sums]
-    return f"its parts are layers of their own: {', '.join(parts)}" if parts else NOT_CALLED
+    if parts:
+        return f"its parts are layers of their own: {', '.join(parts)}"
+    return USED if used else NOT_CALLED
 
 
 def _has_the_last(capture: Capture, good: list[str]) -> bool:
@@ -187,6 +195,8 @@ def _spectrum(
 def _unusable(sums: LayerSums) -> str | None:
     if sums.hidden is not None:
         return sums.hidden
+    if sums.input.mixed or sums.output_grad.mixed:
+        return MIXED_WIDTHS
     if not sums.input.finite:
         return "its input holds NaN or Inf"
     if sums.samples and not sums.input.vectors:

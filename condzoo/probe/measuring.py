@@ -43,8 +43,9 @@ def measure(
     """Measure the conditioning of every linear and convolution layer of any network.
 
     The model is measured in the mode it is in (train mode uses batch statistics) and is left bitwise as
-    it was: parameters, buffers, .grad, requires_grad, mode, hooks, random streams. Memory does not grow
-    with the number of batches.
+    it was: parameters (unless the forward pass itself writes into them, as a momentum encoder's), buffers,
+    .grad, requires_grad, mode, hooks, random streams (torch's, Python's, numpy's). Memory does not grow with
+    the number of batches.
 
     Args:
         model: any module; of DDP and DataParallel the model inside is measured, in this process alone.
@@ -64,7 +65,7 @@ def measure(
         device: where to measure; None: where the model is. Elsewhere copies of the model and the loss are used.
         precision: of products: "float64", "fast" (float32, summed in float64), or "auto": fast, and
             float64 at once for a layer whose spectrum reaches under fast's noise floor.
-        seed: of dropout and of label draws.
+        seed: of dropout, of label draws, and of what a loader without workers draws for its transforms.
         bias: add a constant 1 to the inputs of layers that have a bias.
         adapter: turns one of `batches` into (x, y), where they are of another form.
         reduction: of the loss over the batch, "mean" or "sum"; None: as its `.reduction` says, else mean.

@@ -81,6 +81,7 @@ class RunningMoment:
         noise: floor of the sum from float32 products; dtype: the coarsest dtype of the data.
         finite: False once NaN or Inf was seen; what follows is then ignored.
         dropped: (g, d), once the sum or the vectors would have passed `LIMIT`; what follows is then only counted.
+        mixed: rows of another shape came, as of a layer that is called at several widths; they are left out.
     """
 
     total: Tensor | None = None
@@ -92,6 +93,7 @@ class RunningMoment:
     finite: bool = True
     fast: bool = False
     dropped: tuple[int, int] | None = None
+    mixed: bool = False
 
     def add(
         self, columns: Float[Tensor, "b g d k"], precision: Precision, scale: float = 1.0, *, new_rows: bool = True
@@ -107,6 +109,8 @@ class RunningMoment:
         pieces, groups, dim, width = columns.shape
         if not columns.numel():
             return  # a detector without proposals calls its heads on no image
+        if not self.takes(groups, dim):
+            return
         if not self.fits(groups, dim, pieces * width):
             self._count(pieces * width, columns.dtype, new_rows)
             self.finite = self.finite and all(bool(torch.isfinite(piece).all()) for piece in columns)
@@ -152,12 +156,18 @@ class RunningMoment:
             return
         self.spill()
         product, noise = self._product(multiply, rows, pieces, dtype, precision)
-        if not self.fits(*product.shape[:2]):
+        if not self.takes(*product.shape[:2]) or not self.fits(*product.shape[:2]):
             return
         if scale != 1.0:
             product, noise = product.mul_(scale**2), noise * scale**2
         self.total = product if self.total is None else self.total + product
         self.noise += noise
+
+    def takes(self, groups: int, dim: int) -> bool:
+        """Whether rows of this shape can be added to those seen."""
+        seen = self.total is not None or self.pending or self.dropped is not None
+        self.mixed = self.mixed or bool(seen and self.shape[:2] != (groups, dim))
+        return not self.mixed
 
     def fits(self, groups: int, dim: int, more: int = 0) -> bool:
         """Whether `LIMIT` holds the vectors counted and `more`, or their sum; if not, all is dropped for good."""

@@ -5,9 +5,12 @@ A `Probe` on the same model leaves out the passes inside, and what is compiled r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -26,8 +29,9 @@ def at_rest() -> bool:
 def preserved(model: nn.Module, seed: int) -> Iterator[None]:
     """Inside, the random streams start from `seed` and every parameter asks for gradients.
 
-    Afterwards, also after an exception: buffers (BatchNorm's statistics and counters), requires_grad and
-    the CPU's and the model's devices' random streams are as before. Parameters, .grad and modes are for
+    Afterwards, also after an exception: buffers (BatchNorm's statistics and counters), which parameters the model has,
+    requires_grad and the random streams are as before: torch's on the CPU and the model's devices, Python's `random`
+    and numpy's global one, which transforms of images draw from. What parameters hold, .grad and modes are for
     the caller to leave alone.
 
     Raises:
@@ -38,14 +42,14 @@ def preserved(model: nn.Module, seed: int) -> Iterator[None]:
             raise ValueError(f"layer {name!r} is not initialized yet (lazy); run one batch through the model first")
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    restore = _what_restores(model)
     global _inside
-    with torch.random.fork_rng(devices=devices), uncompiled(), without_reentrant_checkpoints():
+    with (
+        torch.random.fork_rng(devices=devices),
+        outside_torch(seed),
+        uncompiled(),
+        without_reentrant_checkpoints(),
+    ):
         torch.default_generator.manual_seed(seed)
         for index in devices:
             torch.cuda.default_generators[index].manual_seed(seed)
@@ -58,13 +62,52 @@ def preserved(model: nn.Module, seed: int) -> Iterator[None]:
             _inside -= 1
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            for module, name, buffer, values in buffers:
-                _restore(module, name, buffer, values)
+            with ExitStack() as all_of_them:  # also after one that fails
+                for put_back in restore:
+                    all_of_them.callback(put_back)
 
 
-def _restore(module: nn.Module, name: str, buffer: Tensor, values: Tensor) -> None:
+@contextmanager
+def outside_torch(seed: int) -> Iterator[None]:
+    """Python's and numpy's global streams start from `seed`, and are afterwards as before."""
+    python, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 (the stream of those who use it)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpys)  # noqa: NPY002
+
+
+def _what_restores(model: nn.Module) -> list[Callable[[], None]]:
+    """What puts each buffer back, and each parameter that a forward pass puts another in place of (VQ-VAE's codes)."""
+    restore: list[Callable[[], None]] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            restore.append(partial(_restore_parameter, module, name, parameter))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                version = None if buffer.layout == torch.strided else buffer._version
+                restore.append(partial(_restore_buffer, module, name, buffer, buffer.clone(), version))
+    return restore
+
+
+def _restore_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    now = module._parameters.get(name)
+    if isinstance(now, nn.Parameter) and now is not parameter and not _is_sharded(now, parameter):
+        module._parameters[name] = parameter
+
+
+def _is_sharded(*parameters: nn.Parameter | None) -> bool:
+    """Whether one is a DTensor; `fully_shard` puts whole ones in its place as it needs them, and keeps count."""
+    return any(hasattr(parameter, "placements") for parameter in parameters)
+
+
+def _restore_buffer(module: nn.Module, name: str, buffer: Tensor, values: Tensor, version: int | None) -> None:
+    """version: of a sparse buffer, which `torch.equal` does not take."""
     module._buffers[name] = buffer
-    if not torch.equal(buffer, values):
+    if not torch.equal(buffer, values) if version is None else buffer._version != version:
         # Not as a change: a backward pass of the caller's that is still to come may have saved the buffer.
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(buffer):
             buffer.copy_(values)

@@ -116,8 +116,8 @@ class StepWeights:
         if weight.requires_grad:
             self._handles.append(weight.register_hook(partial(self._add, name)))
 
-    def _add(self, name: str, grad: Tensor) -> None:
-        if at_rest():
+    def _add(self, name: str, grad: Tensor | None) -> None:
+        if grad is None or at_rest():
             return
         held = self.grads.get(name)
         self.grads[name] = grad.detach().clone() if held is None else widened(held) + grad.detach()

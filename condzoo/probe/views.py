@@ -23,6 +23,11 @@ def shown(h: Tensor) -> Tensor:
 
 
 def watch_gradient(h: Tensor, read: Callable[[Tensor], None]) -> None:
-    """Have each gradient of h, as it is now, read."""
+    """Have each gradient of h, as it is now, read; none where a function behind it passes None back, as DDP's may."""
     shape = h.shape
-    shown(h).register_hook(lambda grad: read(grad.reshape(shape)))
+
+    def pass_on(grad: Tensor | None) -> None:
+        if grad is not None:
+            read(grad.reshape(shape))
+
+    shown(h).register_hook(pass_on)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from condzoo.probe import Probe, read_records
+from condzoo.probe import Probe, distributed, read_records
 from condzoo.probe.capture import LayerSums, capture_of
 from condzoo.probe.distributed import sum_over_ranks
+from condzoo.probe.finishing import finish
 
 PROCESSES = Path(__file__).parent / "processes.py"
 EXACT = ["ddp", "ddp_uneven", "ddp_accumulated", "fully_shard", "fully_shard_accumulated", "fully_shard_attention"]
@@ -125,3 +126,23 @@ def test_fewer_rows_than_coordinates_are_gathered_and_their_large_moment_is_not_
     assert merged.output_grad.total is not None, "4 rows of 3"
     expected = rows[0, 0].double().T @ rows[0, 0].double() / 4
     assert torch.allclose(merged.input.decomposable()[0], expected)
+
+
+def test_layers_that_processes_call_at_other_widths_are_skipped(process_group, monkeypatch):
+    """Their sums have no common shape, and who added them up would wait for the others."""
+    model = nn.Linear(7, 3)
+    capture = capture_of(model, {"": model})
+    capture.sums[""] = LayerSums(samples=9)
+    for moment, width in ((capture.sums[""].input, 7), (capture.sums[""].output_grad, 3)):
+        moment.add(torch.ones((1, 1, width, 9)), "auto")
+    gathered = distributed._gathered
+
+    def two(mine):
+        (layers, units), *_ = gathered(mine)
+        other = {**layers[""], "input": {**layers[""]["input"], "shape": (1, 5, 5)}}
+        return [(layers, units), ({"": other}, units)]
+
+    monkeypatch.setattr(distributed, "_gathered", two)
+    sum_over_ranks(capture, model)
+    _, skipped, _ = finish(capture, {}, {})
+    assert skipped == {"": "called at several widths, whose rows cannot be added up"}

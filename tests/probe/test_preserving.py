@@ -1,10 +1,15 @@
-"""Measurements in the middle of a training step, between its forward and its backward pass."""
+"""What a measurement leaves as it was, also in the middle of a training step."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from condzoo.probe import curvature, measure
+from condzoo.probe.preserving import outside_torch
 
 
 @pytest.mark.parametrize("labels", ["data", "model"])
@@ -20,3 +25,100 @@ def test_a_measurement_between_forward_and_backward_leaves_the_step_as_it_was(ki
         loss.backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+class Graph(nn.Module):
+    """A convolution over a graph, which changes its adjacency in place while it trains."""
+
+    def __init__(self, layout):
+        super().__init__()
+        torch.manual_seed(0)
+        adjacency = (torch.rand(12, 12) < 0.3).float() + torch.eye(12)
+        self.register_buffer("adjacency", adjacency.to_sparse(layout=layout))
+        self.first, self.norm, self.last = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        if self.training:
+            self.adjacency.mul_(0.5)
+        return self.last(F.gelu(self.norm(self.adjacency @ self.first(x))))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_buffers_are_put_back(layout):
+    model, batch = Graph(layout), (torch.randn(12, 5), torch.arange(12) % 3)
+    before = {name: value.to_dense().clone() for name, value in model.state_dict().items()}
+    assert list(measure(model, batch)) == ["first", "last"]
+    assert all(torch.equal(value.to_dense(), before[name]) for name, value in model.state_dict().items())
+
+
+class Grows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(2))
+
+    def forward(self, x):
+        self.memory.resize_(self.memory.numel() + 1)
+        return x
+
+
+def test_a_buffer_that_cannot_be_put_back_keeps_no_other_from_it(kit):
+    x, y = kit.images(dtype=torch.float32)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.BatchNorm1d(4), Grows(), nn.BatchNorm1d(4))
+    before = [value.clone() for name, value in model.state_dict().items() if "memory" not in name]
+    with pytest.raises(RuntimeError, match="must match"):
+        measure(model, (x, y))
+    after = [value for name, value in model.state_dict().items() if "memory" not in name]
+    assert all(map(torch.equal, before, after))
+
+
+class Codes(nn.Module):
+    """The codebook of a VQ-VAE, with another parameter in its place after each forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, h):
+        nearest = torch.cdist(h, self.codes).argmin(1)
+        self.codes = nn.Parameter(0.9 * self.codes.detach() + 0.1 * h.detach()[:4])
+        return h + (self.codes[nearest] - h).detach()
+
+
+def test_a_parameter_that_the_forward_pass_replaces_is_put_back():
+    model, batch = nn.Sequential(nn.Linear(5, 6), Codes(), nn.Linear(6, 3)), (torch.randn(8, 5), torch.arange(8) % 3)
+    codes, before = model[1].codes, model[1].codes.detach().clone()
+    assert list(measure(model, batch)) == ["0", "2"]
+    assert model[1].codes is codes
+    assert torch.equal(codes, before)
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Transforms that draw from all three streams, as those of timm and torchvision do."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.full((5,), random.random() + np.random.rand()) + torch.rand(5), index % 3  # noqa: NPY002
+
+
+def test_the_streams_of_python_and_numpy_start_from_the_seed_and_are_left_as_they_were():
+    """Not by way of `measure`: what checks types while tests run draws from Python's stream, too."""
+
+    def streams():
+        return random.getstate(), [str(part) for part in np.random.get_state()]  # noqa: NPY002
+
+    before, drawn = streams(), []
+    for seed in (3, 3, 4, -1):
+        with outside_torch(seed):
+            drawn.append((random.random(), np.random.rand()))  # noqa: NPY002
+    assert streams() == before
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 3
+
+
+def test_two_measurements_of_a_seed_see_the_same_augmentation():
+    model, loader = nn.Sequential(nn.Linear(5, 3)), torch.utils.data.DataLoader(Augmented(), 4)
+    first, second = (measure(model, loader, seed=3)["0"].input.eigenvalues for _ in range(2))
+    assert torch.equal(first, second)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from condzoo.probe import Probe, curvature, measure
+from condzoo.probe.finishing import NO_GRADIENT
 
 EMPTY = "called on empty inputs alone"
 
@@ -65,6 +66,11 @@ class Pair(nn.Linear):
         return super().forward(x), self.bias
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.double() / 255)
+
+
 def nested(x):
     return torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
 
@@ -75,6 +81,7 @@ CALLS = {
     "Pair whose output is a tuple": (Pair, lambda layer, x: layer(x)[0]),
     "Linear whose input is a sparse_coo tensor": (nn.Linear, lambda layer, x: layer(x.to_sparse())),
     "Linear whose input is a nested tensor": (nn.Linear, lambda layer, x: F.relu(layer(nested(x))).values()),
+    "Scaled whose input is a tensor of uint8": (Scaled, lambda layer, x: layer((100 + 20 * x).to(torch.uint8))),
 }
 
 
@@ -120,3 +127,84 @@ def test_a_layer_whose_rows_cannot_be_read_is_skipped_by_name(kit, how):
 def test_exact_curvature_is_that_of_the_plain_layer(kit, how):
     found, expected = (curvature(Called(h), *kit.images(), "fisher").eigenvalues for h in (how, "plain"))
     assert float((found - expected).abs().max()) <= 1e-10 * float(expected[0])
+
+
+class Cut(nn.Conv2d):
+    """A layer of a slimmable network, which uses part of its weight."""
+
+    width = 6
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight[: self.width, : x.shape[1]], None, self.stride, self.padding)
+
+
+class Slimmable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = Cut(3, 6, 3, padding=1), Cut(6, 4, 3), nn.Linear(4, 4)
+        self.second.width = 4
+
+    def forward(self, x):
+        self.first.width = 10 - self.first.width  # 4, 6, 4, ...
+        return self.head(F.gelu(self.second(F.gelu(self.first(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("conv", ["channels", "patches"])
+@pytest.mark.parametrize("kappa", [True, False])
+def test_a_layer_called_at_several_widths_is_skipped_with_the_reason(kit, conv, kappa):
+    batches = [kit.images(6, seed, torch.float32) for seed in range(2)]
+    with Probe(Slimmable(), conv=conv, kappa=kappa) as probe:
+        for x, y in batches:
+            F.cross_entropy(probe.model(x), y).backward()
+        probe.step()
+    for found in (measure(Slimmable(), batches, conv=conv, kappa=kappa), probe.latest):
+        assert list(found) == ["head"]
+        assert found.skipped == dict.fromkeys(
+            ["first", "second"], "called at several widths, whose rows cannot be added up"
+        )
+
+
+class Stop(torch.autograd.Function):
+    """Passes no gradient on, where others pass zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+class TwoHeads(nn.Module):
+    """The second head's output is of no use to the loss."""
+
+    def __init__(self, stopped):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stopped = stopped
+        self.body, self.head, self.second = nn.Linear(48, 6), nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = F.relu(self.body(x.flatten(1)))
+        if self.stopped:
+            return self.head(h) + Stop.apply(self.second(h))
+        return self.head(h), self.second(h)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_an_output_without_a_gradient_under_ddp_is_skipped_with_the_reason(kit, process_group, weights):
+    x, y = kit.images(6, dtype=torch.float32)
+    model = nn.parallel.DistributedDataParallel(TwoHeads(stopped=False), find_unused_parameters=True)
+    with Probe(model, weights=weights) as probe:
+        F.cross_entropy(model(x)[0], y).backward()
+        probe.step()
+    assert list(probe.latest) == ["body", "head"]
+    assert probe.latest.skipped == {"second": NO_GRADIENT}
+
+
+def test_a_function_whose_backward_passes_none_on_is_no_error(kit):
+    for found in measurements(TwoHeads(stopped=True), kit.images(6, dtype=torch.float32)):
+        assert list(found) == ["body", "head"]
+        assert found.skipped == {"second": NO_GRADIENT}

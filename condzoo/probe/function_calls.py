@@ -1,12 +1,13 @@
-"""ReLUs that are called as functions (`F.relu`, `torch.relu`, `x.relu_()`, `F.relu6`), which no hook sees.
+"""What a network calls as a function, which no hook sees: ReLUs, and F.linear on the weight of a layer.
 
-While the network's forward runs, a torch-function mode sees every call of these functions; hooks on the modules
-around say which one made it. `clamp` and `maximum` are not taken for ReLUs.
+While the network's forward runs, a torch-function mode sees every call of `F.relu`, `torch.relu`, `x.relu_()`,
+`F.relu6` and `F.linear`; hooks on the modules around say which one made it. `clamp` and `maximum` are not taken for
+ReLUs, nor are products (`x @ layer.weight.T`) for layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from condzoo.probe.hooks import Hook
 from condzoo.probe.neurons import OF_RELU, OF_RELU6, RELUS, LinearRange
 
-Report = Callable[[str, Tensor, LinearRange], None]
+OnRelu = Callable[[str, Tensor, LinearRange], None]
+OnLayer = Callable[[str, nn.Module, Tensor, Tensor], None]
 
-FUNCTIONS: dict[Any, tuple[str, LinearRange]] = {
+LINEAR: Any = torch._C._nn.linear  # F.linear, even where another function stands in its place (`attention` puts one)
+CALLS_OF_THEIR_OWN = (nn.Linear, nn.MultiheadAttention)  # whose calls of F.linear are read by other hooks
+
+RELU_FUNCTIONS: dict[Any, tuple[str, LinearRange]] = {
     F.relu: ("relu()", OF_RELU),
     torch.relu: ("relu()", OF_RELU),
     torch.relu_: ("relu()", OF_RELU),
@@ -30,26 +35,44 @@ FUNCTIONS: dict[Any, tuple[str, LinearRange]] = {
 }
 
 
-class FunctionalRelus(TorchFunctionMode):
-    """Reports (name, output, linear range) of functional ReLUs.
+class FunctionCalls(TorchFunctionMode):
+    """Reports (name, output, linear range) of functional ReLUs, and (name, layer, input, output) of functional layers.
 
-    The name is that of the module that runs, with the function's at the end.
+    A ReLU's name is that of the module that runs, with the function's at the end; a layer's is its own.
+
+    Args:
+        layers: linear layers among them, by name; may change.
+        on_relu, on_layer: what is reported to.
     """
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], on_relu: OnRelu, on_layer: OnLayer) -> None:
         super().__init__()
-        self.report = report
+        self.layers, self.on_relu, self.on_layer = layers, on_relu, on_layer
         self.running: list[tuple[str, nn.Module]] = []
         self.below: list[TorchFunctionMode] = []  # the modes that were on when this one was entered
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in FUNCTIONS and self.running:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if not self.running:
+            return output
+        if func in RELU_FUNCTIONS:
             name, module = self.running[-1]
             if not isinstance(module, RELUS):  # those are counted by their own hooks
-                local, linear = FUNCTIONS[func]
-                self.report(f"{name}.{local}" if name else local, output, linear)
+                local, linear = RELU_FUNCTIONS[func]
+                self.on_relu(f"{name}.{local}" if name else local, output, linear)
+        elif func is LINEAR:
+            self._linear(output, *args[:2], **{key: kwargs[key] for key in ("input", "weight") if key in kwargs})
         return output
+
+    def _linear(self, h: Tensor, input: Tensor, weight: Tensor) -> None:
+        if any(isinstance(module, CALLS_OF_THEIR_OWN) for _, module in self.running):
+            return
+        layers = {n: m for n, m in self.layers.items() if isinstance(m, nn.Linear) and _weight(m) is weight}
+        if layers:  # of several that share the weight, one inside the module that runs
+            own = f"{self.running[-1][0]}.".lstrip(".")
+            name = next((name for name in layers if name.startswith(own)), next(iter(layers)))
+            self.on_layer(name, layers[name], input, h)
 
     def watch(self, name: str, module: nn.Module) -> list[RemovableHandle]:
         """Know when this module runs; while any does that is watched, calls are reported."""
@@ -92,6 +115,11 @@ class FunctionalRelus(TorchFunctionMode):
 
 
 def _calls_none(module: nn.Module) -> bool:
-    """Whether this is a layer of torch's own, which calls no ReLU."""
+    """Whether this is a layer of torch's own, which calls neither a ReLU nor F.linear."""
     inner = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
-    return inner and not isinstance(module, RELUS)
+    return inner and not isinstance(module, (*RELUS, nn.Linear))
+
+
+def _weight(module: nn.Module) -> Any:
+    """The weight as it is now, which sharded training puts beside the parameters; not computed for this."""
+    return vars(module).get("weight", module._parameters.get("weight"))

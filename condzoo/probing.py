@@ -1,6 +1,6 @@
 """Measuring a model of the zoo, or a run, on a data set by name: what `condzoo probe` does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +12,17 @@ from condzoo.catalog import list_models, model_info
 from condzoo.checkpoints.folder import SUMS
 from condzoo.checkpoints.loading import load_folder, read_checkpoint
 from condzoo.checkpoints.records import InputConfig
-from condzoo.data import IMAGE_FOLDER, BatchPlan, DataSet, load_data
+from condzoo.data import (
+    DATASETS,
+    IMAGE_FOLDER,
+    BatchPlan,
+    DataSet,
+    ImageData,
+    LabelledImages,
+    crop_and_resize,
+    epoch_order,
+    load_data,
+)
 from condzoo.evaluating import check_fit, checkpoint_images, prepared_images
 from condzoo.models import create_model
 from condzoo.probe import Conditioning, measure
@@ -91,17 +101,34 @@ def network_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
     name = question.data or (IMAGE_FOLDER if info.dataset == "imagenet" else info.dataset)
     if tag:
         return timms_and_data(question, name)
-    size = info.input_size[1]
-    images = load_data(
-        name,
-        question.data_root,
-        crop=PAPER_CROP if (name, size) == ("mnist", 12) else None,
-        resize=size,
-        image_size=size,
-    )
+    images = resized_images(name, info.input_size[1], question)
     arguments = dict(input_size=images.image_shape) if info.family == "mlp" else dict(in_chans=images.image_shape[0])
     torch.manual_seed(question.seed)
     return create_model(info.name, num_classes=images.num_classes, init=question.init, **arguments), images
+
+
+def resized_images(name: str, size: int, question: Question) -> DataSet:
+    """A data set at the size that a network is made for.
+
+    Where images grow only those that are measured are there, since all of CIFAR-10 at ImageNet's size is 9 GB; but for
+    sets whose constants are those of their images, all of them.
+    """
+    stored = DATASETS.get(name)
+    if stored is not None and stored.mean is not None and stored.size < size:
+        images = load_data(name, question.data_root)
+        assert isinstance(images, ImageData), "what fits into memory"
+        return measured_alone(images, size, question)
+    crop = PAPER_CROP if (name, size) == ("mnist", 12) else None
+    return load_data(name, question.data_root, crop=crop, resize=size, image_size=size)
+
+
+def measured_alone(data: ImageData, size: int, question: Question) -> ImageData:
+    """The training images of the first batches, resized, in the order in which the same batches are made of them."""
+    chosen = epoch_order(len(data.train), question.seed, 0)[: question.batches * question.batch_size]
+    places = torch.empty_like(chosen)
+    places[epoch_order(len(chosen), question.seed, 0)] = chosen
+    train = LabelledImages(crop_and_resize(data.train.images[places], resize=size), data.train.labels[places])
+    return replace(data, train=train, test=LabelledImages(train.images[:0], train.labels[:0]))
 
 
 def timms_and_data(question: Question, data: str) -> tuple[torch.nn.Module, DataSet]:

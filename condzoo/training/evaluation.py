@@ -76,6 +76,8 @@ def _sums(model: nn.Module, batches: Iterable[Batch], numerics: Numerics) -> Ten
     """(sum of losses, right answers) over batches: float64 [2]."""
     sums = torch.zeros(2, dtype=torch.float64, device=numerics.device)
     for x, y in batches:
+        if not len(y):  # of a last batch with fewer images than processes; many networks cannot run on none
+            continue
         with numerics.autocast():
             logits = model(x)
         loss = nn.functional.cross_entropy(logits.float(), y, reduction="sum")

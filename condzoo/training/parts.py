@@ -1,4 +1,4 @@
-"""What a process sees of a batch at once, and whether BatchNorm has a variance of it."""
+"""What a process sees of a batch at once: whether BatchNorm has a variance of it, and the network runs on nothing."""
 
 import contextlib
 
@@ -12,7 +12,10 @@ from condzoo.training.schema import FullBatch, Recipe
 
 
 def check_parts(recipe: Recipe, images: int, num_classes: int, processes: int) -> None:
-    """See that no norm gets one value a channel, which has no variance: from a single image, where its map is a pixel.
+    """See that the network can take what each process sees of each batch.
+
+    A norm that gets one value a channel, from a single image where its map is a pixel, has no variance. A process that
+    gets no image of a batch runs the network on none, since the others wait for its gradient; not every network can.
 
     Args:
         recipe: checked.
@@ -21,8 +24,14 @@ def check_parts(recipe: Recipe, images: int, num_classes: int, processes: int) -
         processes: that train together.
 
     Raises:
-        ValueError: one would, in some step of the run.
+        ValueError: it could not, in some step of the run.
     """
+    if sees_no_image(recipe, images, processes) and (said := fault_without_images(recipe, num_classes)):
+        raise ValueError(
+            f"data.batch_size: got {recipe.data.batch_size}, with which one of {processes} processes sees no image at "
+            f"the end of an epoch of {images}, and {recipe.model.name} cannot run on none ({said}); take another, "
+            "drop_last = true, or fewer processes"
+        )
     if not sees_single_image(recipe, images, processes):
         return
     norm = norm_without_variance(recipe, num_classes)
@@ -40,17 +49,47 @@ def sees_single_image(recipe: Recipe, images: int, processes: int) -> bool:
 
     With SyncBatchNorm its statistics are of the other processes' images, too.
     """
+    batches = batch_sizes(recipe, images)
+    if recipe.sync_bn and processes > 1:
+        return 1 in batches
+    mine = {part for batch in batches for part in (batch // processes, -(-batch // processes))} - {0}
+    pieces = {part: -(-part // recipe.accumulate) for part in mine}
+    return any(1 in (piece, part % piece) for part, piece in pieces.items())
+
+
+def sees_no_image(recipe: Recipe, images: int, processes: int) -> bool:
+    """Whether a process takes no image of a batch, or with SyncBatchNorm of a part that the others take some of."""
+    batches = batch_sizes(recipe, images)
+    if recipe.sync_bn and processes > 1:
+        return any(min(recipe.accumulate, -(-batch // processes)) > batch // processes for batch in batches)
+    return any(batch < processes for batch in batches)
+
+
+def batch_sizes(recipe: Recipe, images: int) -> set[int]:
+    """How many images a batch of the run may have, over all processes."""
     size = recipe.data.batch_size
     full, rest = divmod(images, size)
     batches = {size} if full else set()
     never_so_far = recipe.iterations is not None and recipe.iterations <= full
     if isinstance(recipe.optim, FullBatch) or not (recipe.data.drop_last or never_so_far):
         batches.add(rest)
-    if recipe.sync_bn and processes > 1:
-        return 1 in batches
-    mine = {part for batch in batches for part in (batch // processes, -(-batch // processes))} - {0}
-    pieces = {part: -(-part // recipe.accumulate) for part in mine}
-    return any(1 in (piece, part % piece) for part, piece in pieces.items())
+    return batches - {0}
+
+
+def fault_without_images(recipe: Recipe, num_classes: int) -> str | None:
+    """The error of a network that runs on two images but not on none, by shapes alone; None where there is no error."""
+    shape = image_shape(recipe.data)
+    with torch.device("meta"), torch.no_grad():
+        model = network_of(recipe.model, shape, num_classes).train()
+        try:
+            model(torch.empty(2, *shape))
+        except Exception:  # it looks at values, of which the meta device has none
+            return None
+        try:
+            model(torch.empty(0, *shape))
+        except Exception as error:
+            return str(error).partition("\n")[0]
+    return None
 
 
 def norm_without_variance(recipe: Recipe, num_classes: int) -> str | None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from condzoo.training.accelerators import accelerator
-from condzoo.training.parts import check_parts, norm_without_variance, sees_single_image
+from condzoo.training.parts import check_parts, norm_without_variance, sees_no_image, sees_single_image
 from condzoo.training.planning import plan_training
 
 SINGLE = r"^data\.batch_size: got \d+, with which one of \d process\(es\) sees a single image at a time .* and {}"
@@ -79,3 +80,36 @@ def test_images_that_sync_bn_averages_with_others_are_not_alone(tiny: Any) -> No
             10,
             processes=2,
         )
+
+
+class Windows(nn.Module):
+    """Cuts images into windows, as timm's Swin does: of no images it does not know how many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 1, 8, 8] -> [B, 10]
+        return self.fc(x.view(len(x), -1, 4).mean(1))
+
+
+def test_a_network_that_cannot_run_on_no_image_is_told_before_it_gets_none(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1,437 images in batches of 6 the last one has 3."""
+    recipe = tiny(**{"data.batch_size": 6, "data.drop_last": False})
+    check_parts(recipe, 1437, 10, processes=4)  # an MLP runs on none
+    monkeypatch.setattr("condzoo.training.parts.network_of", lambda *_: Windows())
+    check_parts(recipe, 1437, 10, processes=3)
+    with pytest.raises(ValueError, match=r"^data\.batch_size: got 6, with which one of 4 processes sees no image at "):
+        check_parts(recipe, 1437, 10, processes=4)
+    check_parts(tiny(**{"data.batch_size": 6}), 1437, 10, processes=4)
+
+
+@pytest.mark.parametrize(("sync", "accumulate", "expected"), [(False, 2, False), (True, 2, True), (True, 1, False)])
+def test_with_sync_bn_a_piece_may_be_empty_here_and_not_elsewhere(
+    sync: bool, accumulate: int, expected: bool, tiny: Any
+) -> None:
+    """Three images for two processes: pieces of 1 and 1 for the first, and for the second of 1 and 0."""
+    recipe = tiny(**{"data.batch_size": 3, "accumulate": accumulate, "sync_bn": sync})
+    assert sees_no_image(recipe, 1437, processes=2) == expected

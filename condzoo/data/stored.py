@@ -112,19 +112,20 @@ class StoredData:
     def train_batches(self, plan: BatchPlan, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Shuffled, augmented, normalized batches of one epoch, from its batch `start` on; see `DataSet`."""
         count = batches_per_epoch(len(self.train), plan.batch_size, plan.drop_last)
-        order = epoch_order(len(self.train), plan.seed, epoch)
-        batches = [
-            order[batch * plan.batch_size : (batch + 1) * plan.batch_size][plan.part :: plan.parts].tolist()
+        order, size = epoch_order(len(self.train), plan.seed, epoch), plan.batch_size
+        mine = [
+            slice(batch * size + plan.part, min((batch + 1) * size, len(order)), plan.parts)
             for batch in range(start, count)
         ]
-        loaded = self._loaded(Views(self.train, self.view, plan.augment, plan.seed, epoch), batches, plan)
+        views = Views(self.train, self.view, plan.augment, plan.seed, epoch)
+        loaded = self._loaded(views, [order[part].tolist() for part in mine], plan)
         side = plan.cutout
         if side is None:
             return loaded
-        numbers = (torch.tensor(batch, dtype=torch.int64, device=self.device) for batch in batches)
+        there = order.to(self.device)  # once an epoch: a copy in each step would make the host wait for the GPU
         return (
-            (cut_out(images, index, side, seed=plan.seed, epoch=epoch), labels)
-            for index, (images, labels) in zip(numbers, loaded, strict=True)
+            (cut_out(images, there[part], side, seed=plan.seed, epoch=epoch), labels)
+            for part, (images, labels) in zip(mine, loaded, strict=True)
         )
 
     def ordered_batches(self, split: Split, plan: BatchPlan) -> Iterator[Batch]:

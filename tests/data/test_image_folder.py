@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -141,6 +142,26 @@ def test_a_square_is_cut_out_of_each_view(folders: Folders) -> None:
         assert torch.equal(cut, cut_out(x, index, 6, seed=PLAN.seed, epoch=1))
         assert not torch.equal(cut, x)
     assert all(bool((x != 0).any(1).all()) for x, _ in data.ordered_batches("train", plan))
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies between devices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_numbers_of_images_are_copied_to_the_device_once_an_epoch(folders: Folders) -> None:
+    """By which their squares are drawn; the meta device stands in for a GPU."""
+    data, found = load(folders()).to("meta"), []
+    for cutout in (None, 6):
+        with Copies() as copies:
+            assert len(list(data.train_batches(replace(PLAN, cutout=cutout), 0))) == 3
+        found.append(copies.count)
+    assert found[1] - found[0] == 1
 
 
 @pytest.mark.parametrize("augment", ["standard", "paper"])

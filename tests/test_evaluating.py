@@ -16,9 +16,11 @@ from torchvision.datasets import ImageFolder
 
 from condzoo import probing
 from condzoo.checkpoints.folder import CheckpointFolder
+from condzoo.commands.display import print_evaluation
 from condzoo.data import BatchPlan, DataSet
-from condzoo.evaluating import checkpoint_images, doubt_of
+from condzoo.evaluating import Evaluated, checkpoint_images, doubt_of
 from condzoo.probing import Question, network_and_data
+from condzoo.training import Evaluation
 
 CONVERSION = {
     "model": "resnet50_lastbn",
@@ -116,3 +118,9 @@ def test_a_trained_network_of_timms_is_probed_on_images_as_its_weights_saw_them(
     monkeypatch.undo()
     with pytest.raises(ValueError, match=rf"^data: imagefolder has 2 classes, {name} tells 1000 apart$"):
         network_and_data(Question(name, data_root=wide))
+
+
+def test_what_is_doubtful_stands_in_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    print_evaluation(Evaluated(Evaluation(3, 4, 0.5), None, "doubtful"), as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["correct"], printed["recorded_correct"], printed["note"]) == (3, None, "doubtful")

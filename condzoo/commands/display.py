@@ -237,7 +237,8 @@ def print_evaluation(again: "Evaluated", as_json: bool) -> None:
     if as_json:
         found = {**asdict(evaluation), "error": evaluation.error, "accuracy": evaluation.accuracy}
         found |= {"loss": evaluation.loss if math.isfinite(evaluation.loss) else None}  # a diverged run's
-        print_json({**found, "recorded_correct": recorded and recorded[0], "recorded_total": recorded and recorded[1]})
+        found |= {"recorded_correct": recorded and recorded[0], "recorded_total": recorded and recorded[1]}
+        print_json(found | {"note": again.note})
         return
     if again.note:
         console.print(f"note: {again.note}", soft_wrap=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
+from condzoo.integrations.settings import check_settings
 from condzoo.probe import Probe
 
 
@@ -22,14 +22,19 @@ class ProbeCallback(pl.Callback):
     Args:
         every: optimizer steps from one measurement to the next, as in `Probe`.
         out: folder for `conditioning.jsonl`; None takes the trainer's `log_dir`, else its `default_root_dir`.
-        settings: any other keyword of `Probe`: layers, conv, precision, kappa, tensorboard ...
+        settings: any other keyword of `Probe` but `start_step`: layers, conv, precision, kappa, tensorboard ...
+            `loss_scale` is what the loss is multiplied by besides the trainer's own factors; a `scaler` takes the
+            place of the trainer's.
+
+    Raises:
+        TypeError, ValueError: a setting that is not allowed.
 
     Attributes:
         probe: the `Probe`, from the start of training on; `probe.latest` is the last measurement.
     """
 
     def __init__(self, every: int = 100, *, out: str | Path | None = None, **settings: Any) -> None:
-        inspect.signature(Probe).bind(None, every, out=out, **settings)  # a wrong name fails here, not in training
+        check_settings(every, out, settings)
         self.every, self.out, self.settings = every, out, settings
         self.probe: Probe | None = None
         self._steps = 0  # the trainer's, which counts those of every optimizer
@@ -56,10 +61,11 @@ class ProbeCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ready for the first step, or the one where the run goes on."""
         out = self.out or trainer.log_dir or trainer.default_root_dir
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler = self.settings.get("scaler") or getattr(trainer.precision_plugin, "scaler", None)
+        settings = {**self.settings, "scaler": scaler}
         self._steps = trainer.global_step
         self._taken, self._restored = self._steps if self._restored is None else self._restored, None
-        probe = Probe(pl_module, self.every, out=out, start_step=self._taken, scaler=scaler, **self.settings)
+        probe = Probe(pl_module, self.every, out=out, start_step=self._taken, **settings)
         self.probe = self._open.enter_context(probe)
 
     def on_train_batch_start(
@@ -76,7 +82,7 @@ class ProbeCallback(pl.Callback):
         assert self.probe is not None
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
-            self.probe.loss_scale = 1 / trainer.accumulate_grad_batches
+            self.probe.loss_scale = self.settings.get("loss_scale", 1.0) / trainer.accumulate_grad_batches
             self.probe.step()
             self._taken += 1
 

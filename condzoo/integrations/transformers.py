@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from condzoo.integrations.settings import check_settings
 from condzoo.probe import Probe
 from condzoo.probe.wrappers import unwrapped
 
@@ -28,14 +28,19 @@ class ProbeCallback(TrainerCallback):
     Args:
         every: optimizer steps from one measurement to the next, as in `Probe`.
         out: folder for `conditioning.jsonl`; None takes the Trainer's `output_dir`.
-        settings: any other keyword of `Probe`: layers, conv, precision, kappa, tensorboard ...
+        settings: any other keyword of `Probe` but `start_step`: layers, conv, precision, kappa, tensorboard ...
+            `loss_scale` is what the loss is multiplied by besides the trainer's own factors; a `scaler` takes the
+            place of the trainer's.
+
+    Raises:
+        TypeError, ValueError: a setting that is not allowed.
 
     Attributes:
         probe: the `Probe`, from the start of training on; `probe.latest` is the last measurement.
     """
 
     def __init__(self, every: int = 100, *, out: str | Path | None = None, **settings: Any) -> None:
-        inspect.signature(Probe).bind(None, every, out=out, **settings)  # a wrong name fails here, not in training
+        check_settings(every, out, settings)
         self.every, self.out, self.settings = every, out, settings
         self.probe: Probe | None = None
         self._batches = 0
@@ -53,8 +58,9 @@ class ProbeCallback(TrainerCallback):
         _refuse_threads(args, model)
         self._open.close()
         _close_earlier(unwrapped(model), state)
-        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        probe = Probe(model, self.every, out=out, start_step=state.global_step, scaler=scaler, **self.settings)
+        scaler = self.settings.get("scaler") or getattr(kwargs.get("optimizer"), "scaler", None)
+        settings = {**self.settings, "scaler": scaler}
+        probe = Probe(model, self.every, out=out, start_step=state.global_step, **settings)
         self.probe = self._open.enter_context(probe)
         _open[probe] = state
         self._open.callback(_open.pop, probe, None)
@@ -74,7 +80,7 @@ class ProbeCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The optimizer has moved."""
         assert self.probe is not None
-        self.probe.loss_scale = 1 / self._batches
+        self.probe.loss_scale = self.settings.get("loss_scale", 1.0) / self._batches
         self.probe.step()
 
     def on_train_end(

@@ -67,7 +67,7 @@ def _columns(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Where each layer's weights and biases are among those of all; what is shared is in the block of each sharer."""
     parameters = own_parameters(layers)
     ends = itertools.accumulate(p.numel() for p in parameters)
-    places = {id(p): torch.arange(end - p.numel(), end) for p, end in zip(parameters, ends, strict=True)}
+    places = {id(p): torch.arange(end - p.numel(), end, device="cpu") for p, end in zip(parameters, ends, strict=True)}
     return {name: torch.cat([places[id(p)] for p in own_parameters({name: module})]) for name, module in layers.items()}
 
 

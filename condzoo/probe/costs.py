@@ -45,7 +45,7 @@ def cost(side: int, operations: float, passes: float = 0.0) -> Cost:
 
 def products_a_second() -> float:
     """Floating-point operations a second of float64 products, the best of three."""
-    a = torch.ones((PROBED_SIDE, PROBED_SIDE), dtype=torch.float64)
+    a = torch.ones((PROBED_SIDE, PROBED_SIDE), dtype=torch.float64, device="cpu")
     best = float("inf")
     for _ in range(3):
         began = time.perf_counter()

@@ -92,7 +92,7 @@ def summed(grads: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     wide = total(int(wide), model) > 0
     found: dict[str, Tensor] = {}
     for name, shape in sorted(shapes.items()):
-        grad = grads[name] if name in grads else torch.zeros(shape)
+        grad = grads[name] if name in grads else torch.zeros(shape, device="cpu")
         found[name] = grad.to(_device(model), torch.float64 if wide else torch.float32, copy=True)
         dist.all_reduce(found[name])
     return found

@@ -195,7 +195,7 @@ def with_random_signs(
     """
     for signal in weighted:
         shape = (signal.shape[0],) + (1,) * (signal.ndim - 1)
-        yield (torch.randint(0, 2, shape, generator=generator).to(signal) * 2 - 1) * signal
+        yield (torch.randint(0, 2, shape, generator=generator, device="cpu").to(signal) * 2 - 1) * signal
 
 
 def drawn_gradient(
@@ -205,16 +205,22 @@ def drawn_gradient(
     axis: int = 1,
     counted: Tensor | None = None,
 ) -> Float[Tensor, n * k]:
-    """d(-log p(y)) / d output / n for labels y drawn from the distribution; `axis`, `counted` as above."""
+    """d(-log p(y)) / d output / n for labels y drawn from the distribution, NaN where that is; arguments as above."""
     f = _by_label(kind, output.detach().double().cpu(), axis)
-    if kind in SOFTMAX:
-        p = f.softmax(dim=2)
-        drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).reshape(f.shape[:2])
-        signal = (p if kind == "softmax" else torch.zeros_like(p)) - F.one_hot(drawn, f.shape[2])
-    elif kind == "gaussian":
-        signal = torch.randn(f.shape, generator=generator, dtype=torch.float64)
+    if kind == "gaussian":
+        signal = torch.randn(f.shape, generator=generator, dtype=torch.float64, device="cpu")
     else:
-        signal = f.sigmoid() - torch.bernoulli(f.sigmoid(), generator=generator)
+        p = f.softmax(dim=2) if kind in SOFTMAX else f.sigmoid()
+        drawn = _drawn(kind, torch.where(torch.isfinite(p), p, 0.5), generator)  # torch draws from no NaN
+        signal = torch.where(torch.isfinite(p), p if kind != "log-softmax" else 0.0, torch.nan) - drawn
     if counted is not None:
         signal = signal * _by_label(kind, counted.to(signal), axis)
     return _as_output(kind, signal / f.shape[0], output, axis)
+
+
+def _drawn(kind: Distribution, p: Float[Tensor, "n t k"], generator: torch.Generator) -> Float[Tensor, "n t k"]:
+    """Labels of these probabilities: one of k by a one, or 0 and 1 for each."""
+    if kind not in SOFTMAX:
+        return torch.bernoulli(p, generator=generator)
+    drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).reshape(p.shape[:2])
+    return F.one_hot(drawn, p.shape[2]).to(p)

@@ -52,7 +52,7 @@ def largest_eigenvalues(
     if not 1 <= k <= dim:
         raise ValueError(f"k must be from 1 to the matrix's side {dim}, got {k}")
     generator = torch.Generator().manual_seed(seed)
-    none = torch.zeros((0, dim), dtype=torch.float64)
+    none = torch.zeros((0, dim), dtype=torch.float64, device="cpu")
     products, values, residuals, vectors = _from_one_start(product, none, k, 0.0, tolerance, most, generator)
     while len(values) < k or (k > 1 and products < most and len(values) < dim):
         wanted, scale = max(1, k - len(values)), float(values.abs().max())
@@ -79,7 +79,7 @@ def _from_one_start(
     `least_scale` is lambda_max as far as it is known: what is left may be round-off beside it.
     """
     dim = known.shape[1]
-    vector = _orthogonal(torch.randn(dim, generator=generator, dtype=torch.float64), known)
+    vector = _orthogonal(torch.randn(dim, generator=generator, dtype=torch.float64, device="cpu"), known)
     basis = [vector / vector.norm()]
     diagonal: list[float] = []
     beside: list[float] = []
@@ -90,7 +90,7 @@ def _from_one_start(
         image = _orthogonal(image, span)
         beside.append(float(image.norm()))
         steps = len(diagonal)
-        small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        small = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
         for i, value in enumerate(beside[:-1]):
             small[i, i + 1] = small[i + 1, i] = value
         values, vectors = torch.linalg.eigh(small)

@@ -43,7 +43,7 @@ def linear_range(module: nn.Module, dtype: torch.dtype) -> LinearRange:
     A threshold, and the value in its place, are what they round to in the outputs' dtype.
     """
     if isinstance(module, nn.Threshold):
-        low, value = torch.tensor([module.threshold, module.value], dtype=dtype).tolist()
+        low, value = torch.tensor([module.threshold, module.value], dtype=dtype, device="cpu").tolist()
         return LinearRange(low, math.inf, value if value > low else None)
     return OF_RELU6 if isinstance(module, nn.ReLU6) else OF_RELU
 

@@ -95,7 +95,9 @@ def sample_gradients(
             f"{MOST * 8 / 1e9:.0f} are possible; pass fewer samples, or block='<layer>' for one layer's block"
         )
     reached = torch.autograd.grad(predicted.sum(), parameters, retain_graph=True, allow_unused=True)
-    used = torch.cat([torch.full((p.numel(),), g is not None) for p, g in zip(parameters, reached, strict=True)])
+    used = torch.cat(
+        [torch.full((p.numel(),), g is not None, device="cpu") for p, g in zip(parameters, reached, strict=True)]
+    )
     rows = [pulled_back(predicted, parameters, alone[None]) for alone in gradients_one_by_one(draws)]
     gradients = samples * torch.cat(rows)
     if value is not None:

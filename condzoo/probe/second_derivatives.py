@@ -18,7 +18,9 @@ def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor]) -> Float[Tensor, 
     """d^2 loss / dw^2, symmetrized against round-off."""
     first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     gradient = torch.cat([g.flatten() for g in first])
-    hessian = pulled_back(gradient, parameters, torch.eye(gradient.numel()).to(gradient))
+    hessian = pulled_back(
+        gradient, parameters, torch.eye(gradient.numel(), dtype=gradient.dtype, device=gradient.device)
+    )
     return (hessian + hessian.T) / 2
 
 

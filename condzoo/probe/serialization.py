@@ -92,7 +92,7 @@ def _spectrum_record(s: Spectrum) -> dict[str, Any]:
 
 
 def _spectrum(record: dict[str, Any]) -> Spectrum:
-    values = torch.tensor(record["eigenvalues"], dtype=torch.float64)
+    values = torch.tensor(record["eigenvalues"], dtype=torch.float64, device="cpu")
     grouped = values.ndim == 2
     eigenvalues = values.flatten().sort(descending=True).values if grouped else values
     return Spectrum(**{**record, "eigenvalues": eigenvalues, "blocks": values if grouped else None})

@@ -222,8 +222,8 @@ def as_tensor(values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values
     if isinstance(values, np.ndarray):
-        return torch.as_tensor(np.array(values))
-    return torch.as_tensor(values, dtype=torch.float64)  # which Python's numbers are
+        return torch.as_tensor(np.array(values), device="cpu")
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")  # which Python's numbers are
 
 
 def _unit_roundoff(dtype: torch.dtype) -> float:

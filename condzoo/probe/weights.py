@@ -127,8 +127,8 @@ def dominant(blocks: Float[Tensor, "g m n"]) -> float:
         return 0.0
     blocks = (blocks if blocks.dtype == torch.float64 else blocks.float()) / scale  # its square would leave float32
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn((blocks.shape[1], BLOCK), generator=generator, dtype=torch.float64).to(blocks)
-    basis = torch.linalg.qr(start).Q.expand(blocks.shape[0], -1, -1)
+    start = torch.randn((blocks.shape[1], BLOCK), generator=generator, dtype=torch.float64, device="cpu")
+    basis = torch.linalg.qr(start.to(blocks)).Q.expand(blocks.shape[0], -1, -1)
     image = blocks @ (blocks.mT @ basis)
     images = image
     for _ in range(min(STEPS, blocks.shape[1] // BLOCK) - 1):

@@ -1,5 +1,7 @@
 """The callback in real Lightning runs: the records of a plain loop over the same batches, and the same weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -182,3 +184,45 @@ def test_a_wrong_setting_fails_at_once():
 
     with pytest.raises(TypeError, match="unexpected keyword argument 'convs'"):
         ProbeCallback(convs="patches")
+    with pytest.raises(ValueError, match="start_step is counted by the trainer"):
+        ProbeCallback(start_step=100)
+    with pytest.raises(ValueError, match="loss_scale must be"):
+        ProbeCallback(loss_scale=0.0)
+
+
+class Scaled(Module):
+    """Multiplies its loss by 4."""
+
+    def training_step(self, batch, index):
+        return 4 * super().training_step(batch, index)
+
+
+def test_a_factor_on_the_loss_is_undone_beside_the_trainers_own(tmp_path):
+    from condzoo.integrations.lightning import ProbeCallback
+
+    settings = {"accumulate_grad_batches": 2, "max_steps": 1}
+    plain, scaled = ProbeCallback(), ProbeCallback(loss_scale=4.0, scaler=None)
+    fit(tmp_path / "plain", [plain], **settings)
+    fit(tmp_path / "scaled", [scaled], Scaled(), **settings)
+    same_records([scaled.probe.latest], [plain.probe.latest])
+
+
+def test_a_scaler_that_is_given_is_undone():
+    from condzoo.integrations.lightning import ProbeCallback
+
+    own, found = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (8.0, 16.0))
+    plugin = SimpleNamespace(scaler=found)
+    trainer = SimpleNamespace(log_dir=None, default_root_dir=None, precision_plugin=plugin, global_step=0)
+    trainer.accumulate_grad_batches, (x, y) = 1, next(iter(loader()))
+    latest = []
+    for factor, settings in ((8.0, {"scaler": own}), (16.0, {})):
+        callback, module = ProbeCallback(**settings), Module()
+        trainer.global_step = 0
+        callback.on_train_start(trainer, module)
+        callback.on_train_batch_start(trainer, module, (x, y), 0)
+        (factor * module.training_step((x, y), 0)).backward()
+        trainer.global_step = 1
+        callback.on_train_batch_end(trainer, module, None, (x, y), 0)
+        callback.on_train_end(trainer, module)
+        latest.append(callback.probe.latest)
+    same_records(latest[:1], latest[1:])

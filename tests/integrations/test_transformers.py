@@ -193,3 +193,30 @@ def test_a_wrong_setting_fails_at_once():
 
     with pytest.raises(TypeError, match="unexpected keyword argument 'convs'"):
         ProbeCallback(convs="patches")
+    with pytest.raises(ValueError, match="start_step is counted by the trainer"):
+        ProbeCallback(start_step=100)
+    with pytest.raises(ValueError, match="loss_scale must be"):
+        ProbeCallback(loss_scale=float("nan"))
+
+
+def test_factors_on_the_loss_are_undone_beside_the_trainers_own():
+    """A step by hand, of two accumulated batches, as the Trainer tells its callbacks of one."""
+    from condzoo.integrations.transformers import ProbeCallback
+
+    own, found = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (8.0, 16.0))
+    latest = []
+    for factor, settings in ((16, {}), (8, {"scaler": own}), (64, {"loss_scale": 4.0, "scaler": None})):
+        callback, model = ProbeCallback(**settings), Tiny()
+        model.drop.p = 0.0
+        arguments, state = SimpleNamespace(n_gpu=0, output_dir=None), SimpleNamespace(global_step=0)
+        callback.on_train_begin(arguments, state, None, model=model, optimizer=SimpleNamespace(scaler=found))
+        callback.on_step_begin(arguments, state, None)
+        for part in (images()[:6], images()[6:12]):
+            batch = {key: torch.stack([sample[key] for sample in part]) for key in part[0]}
+            (factor * model(**batch)["loss"] / 2).backward()
+        callback.on_substep_end(arguments, state, None)
+        callback.on_step_end(arguments, state, None)
+        callback.on_train_end(arguments, state, None)
+        latest.append(callback.probe.latest)
+    for record in latest[1:]:
+        same_records([record], latest[:1], tolerance=1e-6)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
 from condzoo.probe import curvature, measure, passes
+from condzoo.probe.label_models import drawn_gradient
 
 SAMPLES, WIDTH = 5, 3
 
@@ -264,3 +265,30 @@ def test_logits_of_a_plain_tensor_with_the_classes_last_as_language_models_give_
 class Last(nn.Module):
     def forward(self, h):
         return h.mT  # [n, tokens, classes] -> [n, classes, tokens]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("loss", [None, nn.NLLLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()])
+def test_drawn_labels_of_logits_that_are_not_finite_leave_the_layer_named(value, loss):
+    """As labels of the data do; torch draws no label from such a row, and the others' labels are as without it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    x, y = torch.randn(12, 5), torch.arange(12) % 3
+    with torch.no_grad():
+        model[2].weight[1, 2] = value
+    targets = y if loss is None or isinstance(loss, nn.NLLLoss) else F.one_hot(y, 3).float()
+    found = measure(model, (x, targets), labels="sample", loss=loss)
+    assert found.first_nonfinite["forward"] == "2"
+    assert "NaN or Inf" in found.skipped["0"]
+
+
+def test_one_sample_that_is_not_finite_leaves_the_labels_of_the_others():
+    logits = torch.randn((6, 4), generator=torch.Generator().manual_seed(0))
+    for kind in ("softmax", "log-softmax", "bernoulli"):
+        expected = drawn_gradient(kind, logits, torch.Generator().manual_seed(1))
+        bad = logits.clone()
+        bad[2] = torch.nan
+        found = drawn_gradient(kind, bad, torch.Generator().manual_seed(1))
+        assert found[2].isnan().all()
+        others = [0, 1, 3, 4, 5]
+        assert torch.equal(found[others], expected[others])

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from condzoo.checkpoints import list_checkpoints, load_checkpoint
 from condzoo.cli import main
 from condzoo.models import create_model, init_weights
 from condzoo.validation import validate
-from condzoo.validation.promises import check_last_bn, check_scaling
+from condzoo.validation.promises import check_last_bn, check_scaling, check_size
 from condzoo.validation.subject import prepare
 
 ONE_A_FAMILY = [
@@ -27,6 +28,12 @@ ONE_A_FAMILY = [
     "resnet18_lastbn",
     "preresnet18",
 ]
+
+
+@pytest.fixture(autouse=True)
+def few_further_seeds(monkeypatch):
+    """Eight to sixteen, for time; the planted faults are caught with all of them, too."""
+    monkeypatch.setattr("condzoo.validation.promises.FURTHER_LAYERS", 64)
 
 
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
@@ -359,6 +366,7 @@ def test_a_network_that_is_not_of_the_zoo_has_no_promises():
         ("cifar_resnet8", {"global_pool": "max"}, {"function", "conditioning"}),
         ("cifar_resnet8_lastbn", {"global_pool": "catavgmax"}, {"function", "conditioning"}),
         ("resnet18_lastbn", {"drop_path_rate": 0.5}, set()),
+        ("resnet18_lastbn", {"zero_init_last": True}, {"conditioning"}),
         ("mlp12x16_bn", {}, set()),
     ],
 )
@@ -374,6 +382,65 @@ def test_a_network_whose_parameters_are_frozen_is_checked_and_stays_so():
     model = create_model("cifar_resnet8").requires_grad_(False)
     assert validate(model).ok
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["mlp2x24", "mlp3x24", "mlp2x24_bn", "mlp3x24_lastbn", "mlp4x8"])
+def test_mlps_without_hidden_layers_to_compare_or_narrow_ones_skip_the_signals(name):
+    found = validate(name)
+    assert found.ok, found.table()
+    assert [check.name for check in found.checks if check.skipped] == ["signals"]
+
+
+def test_the_signals_of_narrow_mlps_have_room_for_the_draw():
+    checks = {check.name: check for check in validate("mlp4x24", seed=601).checks}
+    assert checks["signals"].ok
+    assert checks["signals"].detail == "times 0.287 a layer, bounds 0.18 and 0.81"
+
+
+def test_a_number_in_doubt_is_held_against_further_seeds(monkeypatch):
+    """Of a sound network; the record's eight seeds are 2.2 times too close together."""
+    torch.manual_seed(37)
+    (drawn,) = (check for check in validate(create_model("mlp4x24"), seed=37).checks if check.name == "conditioning")
+    assert drawn.ok, drawn.detail
+    monkeypatch.setattr("condzoo.validation.promises.DOUBTFUL", 0)
+    (drawn,) = (check for check in validate("mlp4x24", seed=37).checks if check.name == "conditioning")
+    assert not drawn.ok
+    assert drawn.detail.startswith("worst of 16: input lambda_max of fc 0.0179, recorded 0.0653, up to 3.32 times")
+
+
+def test_a_seed_of_numpys_is_one():
+    assert validate("mlp4x24", seed=np.int64(3)) == validate("mlp4x24", seed=3)
+
+
+def test_a_default_device_of_the_callers_is_left_out():
+    torch.set_default_device("meta")
+    try:
+        assert validate("mlp4x24").ok
+        assert torch.empty(1).is_meta
+    finally:
+        torch.set_default_device(None)
+
+
+def test_a_compiled_network_is_the_one_inside():
+    torch.manual_seed(0)
+    model = create_model("cifar_resnet8")
+    assert validate(torch.compile(model, backend="eager")) == validate(model)
+
+
+def test_a_network_of_features_alone_is_refused():
+    with pytest.raises(ValueError, match=r"^FeatureListNet is not a network of the zoo; validate takes a name or one"):
+        validate(create_model("cifar_resnet8", features_only=True))
+
+
+def test_other_strides_are_held_against_a_network_built_with_the_same():
+    subject = prepare(create_model("resnet18_lastbn", output_stride=16), 0)
+    assert subject.changed == {"output_stride": 16}
+    assert check_size(subject).ok
+
+
+def test_arguments_that_change_nothing_are_none():
+    arguments = {"output_stride": 32, "drop_path_rate": 0.1, "drop_block_rate": 0.1, "zero_init_last": False}
+    assert create_model("resnet18_lastbn", **arguments).other_arguments == {}
 
 
 def test_networks_of_timms_are_refused_by_name_as_they_are_as_objects():

@@ -55,6 +55,16 @@ def test_a_number_beside_the_record_is_off_by_their_ratio():
     assert others[0].excess == pytest.approx(2 / initial_conditioning.SPREADS)
 
 
+def test_further_seeds_widen_a_record_and_do_not_move_it():
+    """So that a fault which all of them have is still one."""
+    record = initial_conditioning.combine([{"a": [factor, 3.0 * factor, None, 1.0]} for factor in (0.9, 1.0, 1.1)])
+    moved = [{"a": [8.0 * factor, 3.0 * factor**4, 5.0, None]} for factor in (0.9, 1.0, 1.1)]
+    wider = record.widened(moved)
+    assert wider.mean == record.mean
+    assert wider.spread == {"a": pytest.approx([record.spread["a"][0], 4 * record.spread["a"][1], None, 0.0])}
+    assert initial_conditioning.deviations({"a": [8.0, 3.0, None, 1.0]}, wider)[0].excess > 1
+
+
 def test_deep_networks_are_recorded_at_layers_spread_evenly():
     names = [str(i) for i in range(100)]
     chosen = initial_conditioning.spread_over(names)

@@ -45,7 +45,7 @@ def collect_growth(settings: GrowthSettings, seeds: list[int], on_event: OnEvent
 def timed(size: dict[str, int], repeats: int, seed: int) -> dict[str, float]:
     """Median seconds of each way for one size, the ways taking turns; the seed draws the network and its inputs."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone: torch.manual_seed seeds GPUs, too
         name = f"mlp{size['layers']}x{size['widths']}"
         model = create_model(name, input_size=(1, PIXELS, PIXELS), num_classes=CLASSES, init="he").double()
         x = torch.randn(size["examples"], 1, PIXELS, PIXELS, dtype=torch.float64)

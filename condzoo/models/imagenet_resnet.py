@@ -7,6 +7,7 @@ Parameters, 1000 classes:  resnet18_lastbn: 11.7M   resnet50_lastbn: 25.6M
 Shapes: B images, C channels, H x W pixels, K classes.
 """
 
+import inspect
 from typing import Any
 
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -26,6 +27,8 @@ BLOCKS = {
 }
 WIDTHS = (64, 128, 256, 512)
 PRERESNET_DEPTHS = (18, 50)
+USUAL = {name: parameter.default for name, parameter in inspect.signature(ResNet).parameters.items()}
+REGULARIZERS = ("drop_path_rate", "drop_block_rate")
 
 
 def check_depth(depth: int, allowed: tuple[int, ...]) -> None:
@@ -73,6 +76,10 @@ class ResNetLastBN(ResNet):
             **resnet_kwargs,
         )
         attach_head(self, self.num_features, num_classes, global_pool, drop_rate, True, last_bn_init)
+        # what makes it another network than the registered one, for who builds its like again
+        self.other_arguments = {
+            name: value for name, value in resnet_kwargs.items() if name not in REGULARIZERS and value != USUAL[name]
+        } | ({"zero_init_last": True} if zero_init_last else {})
         if init is not None:
             init_weights(self, init)
 

@@ -7,9 +7,12 @@ likewise, whatever their stride.
 
 import difflib
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ from condzoo.models.last_bn import check_module
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Weighted = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-Factors = float | int | Sequence[float | int]
+Factors = float | int | Sequence[float | int] | np.ndarray | Tensor
 Groups = Float[Tensor, "groups out fan_in"]
 
 
@@ -79,7 +82,7 @@ def init_weights(
     model: nn.Module,
     scheme: str,
     *,
-    seed: int | None = None,
+    seed: SupportsIndex | None = None,
     factors: Factors | None = None,
 ) -> nn.Module:
     """Initialize every linear layer and convolution of `model`, in place.
@@ -91,7 +94,7 @@ def init_weights(
         model: any module; its parameters may lie on the meta device.
         scheme: a name of `SCHEMES`. `scaled` multiplies the weight of layer k, in `model.modules()` order, by
             factor k and leaves biases alone; "scaled:0.5" and "scaled:0.5,1,2" carry their factors with them.
-        seed: None draws from torch's global generators; an int from generators of its own.
+        seed: None draws from torch's global generators; a whole number from generators of its own.
         factors: for `scaled` only: one for all layers, or one a layer; positive.
 
     Returns:
@@ -100,7 +103,7 @@ def init_weights(
     Raises:
         ValueError: an unknown scheme, factors that are missing, not allowed, not positive, or of another number
             than there are layers, a weight that is computed by a parametrization.
-        TypeError: a model that is no module.
+        TypeError: a model that is no module, a seed that is no whole number.
     """
     check_module(model)
     name, _, written = str(scheme).partition(":")
@@ -167,13 +170,13 @@ def init_layer_(layer: Weighted, fill: Fill, generator: torch.Generator | None =
 
 
 def generator_on(
-    device: torch.device, seed: int | None, generators: dict[torch.device, torch.Generator]
+    device: torch.device, seed: SupportsIndex | None, generators: dict[torch.device, torch.Generator]
 ) -> torch.Generator | None:
     """One seeded generator a device; None, torch's own, without a seed and where nothing is drawn (meta)."""
     if seed is None or device.type == "meta":
         return None
     if device not in generators:
-        generators[device] = torch.Generator(device).manual_seed(seed)
+        generators[device] = torch.Generator(device).manual_seed(operator.index(seed))  # also numpy's whole numbers
     return generators[device]
 
 
@@ -186,10 +189,11 @@ def parse_factors(written: str, factors: Factors | None, layers: int) -> list[fl
     if bool(written) == (factors is not None):
         raise ValueError("init 'scaled' needs factors, once: init_weights(..., factors=0.5) or 'scaled:0.5,1,2'")
     try:
-        given = [float(a) for a in written.split(",")] if written else factors
+        given: Any = [float(a) for a in written.split(",")] if written else factors
     except ValueError as error:
         raise ValueError(f"factors must be numbers with commas between, got {written!r}") from error
-    values = [float(a) for a in given] if isinstance(given, Sequence) else [float(given)]  # type: ignore[arg-type]
+    given = given.tolist() if isinstance(given, np.ndarray | Tensor) else given
+    values = [float(a) for a in given] if isinstance(given, Sequence) else [float(given)]
     wrong = [a for a in values if not (math.isfinite(a) and a > 0)]
     if wrong:
         raise ValueError(f"factors must be positive and finite, got {wrong[0]}")

@@ -3,7 +3,9 @@
 models/conditioning.json has, for up to `LAYERS` layers of every registered model and for the four numbers of
 `QUANTITIES`, the geometric mean over seeds and the standard deviation of the logarithm between them. A seed draws
 weights and images anew, so that spread is what a correct network may differ by; threads and processors differ by
-round-off, far less, but in networks so deep that they amplify it to the size of the spread.
+round-off, far less, but in networks so deep that they amplify it to the size of the spread. Eight seeds know a spread
+roughly (of mlp4x24 some are 2.2 times too small, beside 1,000 seeds'), so that a number which is off by little more
+than they allow is held against the spread between further seeds (`widened`).
 `python -m condzoo.validation.record_zoo` makes the record again.
 """
 
@@ -12,7 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ QUANTITIES = ("input lambda_max", "input kappa", "output gradient lambda_max", "
 KAPPA = 0.5  # p of kappa, on the complement of the known nulls: batches are smaller than layers are wide
 KNOWN = 1e9  # up to here kappa of float64 data is known; beyond it is left out of the record
 SPREADS = 6  # a number may be this many standard deviations from the record's
+DOUBTFUL = 2.5  # up to so many times that, further seeds decide (of mlp4x24 they often must)
 
 Numbers = dict[str, list[float | None]]  # layer -> one number for each of QUANTITIES, None where it is not known
 
@@ -50,6 +53,18 @@ class InitialConditioning:
         own = self.spread[layer][quantity] or 0.0
         others = [value for row in self.spread.values() if (value := row[quantity]) is not None]
         return math.exp(min(SPREADS * max(own, statistics.median(others)), 700.0))
+
+    def widened(self, seeds: Sequence[Numbers]) -> "InitialConditioning":
+        """This record, its spread the one between these seeds where that is larger; the means stay.
+
+        So a network whose every seed is as far off remains so.
+        """
+        found = combine(seeds).spread
+        spread = {
+            layer: [larger(old, new) for old, new in zip(row, found[layer], strict=True)]
+            for layer, row in self.spread.items()
+        }
+        return replace(self, spread=spread)
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,11 @@ def summary(spectrum: Spectrum) -> tuple[float | None, float | None]:
     """(lambda_max, kappa), None where it is not known."""
     lambda_max, kappa = spectrum.lambda_max, spectrum.complement_condition_number(KAPPA)
     return (lambda_max if 0 < lambda_max < math.inf else None), (kappa if kappa < KNOWN else None)
+
+
+def larger(a: float | None, b: float | None) -> float | None:
+    """The larger of two numbers; the first, also None, where one is not known."""
+    return a if a is None or b is None else max(a, b)
 
 
 def combine(seeds: Sequence[Numbers]) -> InitialConditioning:

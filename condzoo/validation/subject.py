@@ -5,6 +5,7 @@ float32's range, too.
 """
 
 import copy
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,15 +39,18 @@ class Subject:
 def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
     """The network as a float64 copy in train mode, and a batch small enough for its depth."""
     model: Any
+    seed = operator.index(seed)  # of numpy's, too, which torch's generators refuse
     if isinstance(name_or_model, str):
         info = zoo_info(name_or_model)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model, changed = create_model(info.name), {}
     else:
-        model = copy.deepcopy(name_or_model).cpu().requires_grad_(True)  # also of one that is frozen, or on a GPU
+        given = getattr(name_or_model, "_orig_mod", name_or_model)  # inside what torch.compile made
+        model = copy.deepcopy(given).cpu().requires_grad_(True)  # also of one that is frozen, or on a GPU
         arch = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
-        if not arch or (arch not in list_models() and is_model(arch)):
+        wrapped = not hasattr(model, "get_classifier")  # features_only=True: stages without a head
+        if not arch or wrapped or (arch not in list_models() and is_model(arch)):
             raise ValueError(not_of_the_zoo(type(model).__name__))
         info = zoo_info(arch)
         changed = changed_arguments(model, info)
@@ -95,7 +99,7 @@ def changed_arguments(model: Any, info: ModelInfo) -> dict[str, Any]:
         found["projection"] = True
     if getattr(model, "last_bn_init", "ones") != "ones":
         found["last_bn_init"] = model.last_bn_init
-    return found
+    return found | getattr(model, "other_arguments", {})
 
 
 def with_arguments(info: ModelInfo, changed: Mapping[str, Any]) -> ModelInfo:

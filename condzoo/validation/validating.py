@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from condzoo.checkpoints import load_checkpoint
@@ -61,9 +62,15 @@ def validate(name_or_model: str | nn.Module, *, seed: int = 0, trained: bool = F
         ValueError: an unknown name, or a network that is not of the zoo (it has no promises to hold).
     """
     released = isinstance(name_or_model, str) and "." in name_or_model
-    subject = prepare(load_checkpoint(str(name_or_model)) if released else name_or_model, seed)
+    with torch.device("cpu"):  # whatever default the caller has set: seeded generators are of one device
+        subject = prepare(load_checkpoint(str(name_or_model)) if released else name_or_model, seed)
+        checks = _all_checks(subject, fresh=not (released or trained))
+    return Validation(str(name_or_model) if released else subject.info.name, checks)
+
+
+def _all_checks(subject: Subject, fresh: bool) -> tuple[Check, ...]:
+    """Those that apply; the ones of an initialization to a `fresh` network alone."""
     recorded = subject.info.name in initial_records()  # other sizes than the registered are built, and have no record
-    fresh = not (released or trained)
     promises: dict[str, tuple[bool, Callable[[Subject], Check]]] = {
         "size": (True, check_size),
         "function": (recorded, check_function),
@@ -74,8 +81,7 @@ def validate(name_or_model: str | nn.Module, *, seed: int = 0, trained: bool = F
         "last BN": (subject.info.last_bn, check_last_bn),
         "conditioning": (fresh and recorded, check_conditioning),
     }
-    checks = [_checked(name, check, subject) for name, (applies, check) in promises.items() if applies]
-    return Validation(str(name_or_model) if released else subject.info.name, tuple(checks))
+    return tuple(_checked(name, check, subject) for name, (applies, check) in promises.items() if applies)
 
 
 def _checked(name: str, check: Callable[[Subject], Check], subject: Subject) -> Check:

@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -102,6 +103,11 @@ def test_a_seed_reproduces_and_leaves_the_global_generator_alone(scheme: str):
         assert not torch.equal(one[layer].weight, other[layer].weight)
 
 
+def test_a_seed_of_numpys_is_one():
+    one, two = (init_weights(small_net(), "he", seed=seed) for seed in (3, np.int64(3)))
+    assert torch.equal(one[3].weight, two[3].weight)
+
+
 def test_without_a_seed_the_global_generator_is_used():
     nets = []
     for _ in range(2):
@@ -129,6 +135,9 @@ def test_biases_become_zero_and_norm_layers_stay():
     [
         ("scaled", 0.5, (0.5, 0.5)),
         ("scaled", [0.5, 3], (0.5, 3.0)),
+        ("scaled", np.array([0.5, 3]), (0.5, 3.0)),
+        ("scaled", torch.tensor([0.5, 3]), (0.5, 3.0)),
+        ("scaled", torch.tensor(0.5), (0.5, 0.5)),
         ("scaled:0.5", None, (0.5, 0.5)),
         ("scaled:0.25,2", None, (0.25, 2.0)),
     ],

@@ -20,12 +20,12 @@ from condzoo.probe.exact import (
     own_parameters,
     rows_of,
     spectrum_of_matrix,
-    spectrum_of_rows,
     whole_matrix,
 )
 from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.losses import Loss
 from condzoo.probe.preserving import preserved
+from condzoo.probe.row_spectra import spectrum_of_rows
 from condzoo.probe.sample_gradients import DenseRows
 from condzoo.probe.spectra import Spectrum
 
@@ -53,7 +53,7 @@ def curvature_blocks(
             formed, vectors = whole_matrix(model, layers, x, y, loss, matrix)
             blocks = {name: formed[own][:, own] for name, own in columns.items()}
             return {name: spectrum_of_matrix(part, vectors) for name, part in [(None, formed), *blocks.items()]}
-        rows = rows_of(model, layers, x, y, loss, matrix)
+        rows = rows_of(model, layers, x, y, loss, matrix, seed)
     samples, parameters = batch_size(x), sum(p.numel() for p in own_parameters(layers))
     found: dict[str | None, Spectrum] = {None: spectrum_of_rows(rows, samples, parameters)}
     for name, own in columns.items():

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 import torch
 
 LONG = 60.0  # seconds from which on a computation is announced
+MUCH = 1 << 29  # numbers from which on what is held is announced: 4 GB
+LARGEST = 20_000  # side of a matrix that is decomposed, at most: 3.2 GB and about ten minutes
 EIGENVALUES = 4.0  # how much slower per operation than a product: half of the reduction is bound by memory
 PROBED_SIDE = 512
+A_CLASS = "one a class"
+A_SAMPLE_AND_CLASS = "one a sample and class"
+BATCH_STATISTICS = f"{A_SAMPLE_AND_CLASS}: in train mode BatchNorm makes a sample's gradient depend on all labels"
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,28 @@ def announce(expected: Cost, what: str) -> None:
         )
 
 
-def announce_passes(seconds: float, passes: int) -> None:
-    """Warn of backward passes, one a sample and class, that take over a minute together."""
-    if seconds > LONG:
+def announce_passes(seconds: float, passes: int, numbers: int = 0, each: str = BATCH_STATISTICS) -> None:
+    """Warn of backward passes that take over a minute together, or whose gradients are more than 4 GB.
+
+    Args:
+        seconds: of all.
+        passes: how many; `each`: what each is of.
+        numbers: in the gradients that are kept of them.
+    """
+    if seconds > LONG or numbers > MUCH:
+        held = f" and {8 * numbers / 1e9:.1f} GB" if numbers > MUCH else ""
         warnings.warn(
-            f"exact curvature: about {seconds / 60:.1f} minutes for {passes:,} backward passes, one a sample and "
-            "class: in train mode BatchNorm makes a sample's gradient depend on all labels; fewer samples cost less",
+            f"exact curvature: about {seconds / 60:.1f} minutes{held} for {passes:,} backward passes, {each}; fewer "
+            "samples cost less",
             UserWarning,
             stacklevel=6,
+        )
+
+
+def check_side(side: int) -> None:
+    """A ValueError where a matrix is too large to be decomposed."""
+    if side > LARGEST:
+        raise ValueError(
+            f"the matrix to decompose has side {side:,}, at most {LARGEST:,} is possible; pass fewer samples, "
+            "or block='<layer>' for one layer's block; condzoo.probe.top_curvature has the largest eigenvalues alone"
         )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from condzoo.probe.batches import batch_size, call
-from condzoo.probe.calls import called_on, unreadable
+from condzoo.probe.costs import A_CLASS, BATCH_STATISTICS, announce_passes, check_side
+from condzoo.probe.finiteness import checked_finite, nonfinite
 from condzoo.probe.label_draws import equivalent_draws, few_enough
 from condzoo.probe.label_models import (
     ONE_BY_ONE,
@@ -20,16 +21,16 @@ from condzoo.probe.label_models import (
     class_axis,
     gradients_one_by_one,
     weighted_gradients,
+    with_random_signs,
 )
 from condzoo.probe.layer_rows import LayerRows
-from condzoo.probe.layers import CONVOLUTIONS, samples_interact
+from condzoo.probe.layers import samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
-from condzoo.probe.patches import padded_inside, unfolded
-from condzoo.probe.repetitions import within_backward
-from condzoo.probe.views import shown
+from condzoo.probe.row_reading import by_sample, reader
 
 ELSEWHERE = "a layer whose weight is used otherwise than by its own call"
 DISORDERED = "a layer whose rows are not in the order of the samples"
+NOT_FINITE = "a layer whose input or output gradient holds NaN or Inf"
 SAME = 1e-6  # rounding between two ways to a gradient in float64, relative
 
 
@@ -38,15 +39,29 @@ class Unfactored(ValueError):
 
 
 def gradient_rows(
-    model: nn.Module, layers: dict[str, nn.Module], x: Any, y: Any, loss: Loss | None, matrix: str
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    x: Any,
+    y: Any,
+    loss: Loss | None,
+    matrix: str,
+    seed: int,
+    *,
+    each: bool = False,
+    decomposed: bool = True,
 ) -> dict[str, LayerRows]:
     """The factors of the layers that are called, or whose weight is used without a call.
 
-    For "grad_moment" with labels y, else for the expectation over the loss's distribution.
+    For "grad_moment" with labels y, else for the expectation over the loss's distribution; `seed` is of its signs.
+
+    Args:
+        each: take the layers one by one, each with its `fault`; else they are parts of one matrix, which needs all.
+        decomposed: that matrix is to be decomposed: say before the backward passes if it is too large.
 
     Raises:
         Unfactored: a layer whose gradient is not of this form (transposed convolutions), or that is not called
             as a module (projections inside nn.MultiheadAttention).
+        ValueError: the network's output or the loss is not finite.
     """
     inside = set(model.modules())
     for name, module in layers.items():
@@ -54,15 +69,19 @@ def gradient_rows(
             raise Unfactored(unavailable(name, "a projection inside nn.MultiheadAttention"))
     count = batch_size(x)
     rows = {n: LayerRows(n, getattr(m, "bias", None) is not None, _width(m), count) for n, m in layers.items()}
-    handles = [m.register_forward_hook(_listener(n, rows[n]), with_kwargs=True) for n, m in layers.items()]
+    handles = [m.register_forward_hook(reader(rows[n]), with_kwargs=True) for n, m in layers.items()]
     try:
         output = call(model, x)
+        if not each:
+            refuse_faults(rows)
+        logits = checked_finite(logits_of(output))
         if matrix == "grad_moment":
-            value = mean_loss(loss, output, y, count)
+            value = checked_finite(mean_loss(loss, output, y, count), "the loss")
             _backward(value, layers, rows, None)
-            _check_order(model, logits_of(output), value, layers, rows)
+            _check_order(model, logits, value, layers, rows)
         else:
-            _expect(model, layers, rows, logits_of(output), label_signals(model, loss, output, y, matrix))
+            signals = label_signals(model, loss, output, y, matrix)
+            _expect(model, layers, rows, logits, signals, seed, decomposed=decomposed and not each)
     finally:
         for handle in handles:
             handle.remove()
@@ -77,24 +96,39 @@ def _expect(
     rows: dict[str, LayerRows],
     logits: Tensor,
     signals: Iterator[Tensor],
+    seed: int,
+    *,
+    decomposed: bool,
 ) -> None:
     """The gradients of all draws of labels that the expectation is over."""
+    called = [layer for layer in rows.values() if layer.inputs]
+    widths, parameters = [layer.width for layer in called], sum(layer.parameters for layer in called)
+    draws, each = logits.numel() // len(logits), A_CLASS
     if samples_interact(model):
-        called = [layer for layer in rows.values() if layer.inputs]
-        widths = [layer.width for layer in called]
         if called and all(layer.single_position for layer in called) and few_enough(len(logits), sum(widths)):
+            if decomposed:
+                check_side(min(len(logits) * min(logits.numel(), sum(widths)), parameters))
             first = next(signals)
             _backward(logits, layers, rows, first)  # says whether the rows are the weights' gradients
             alone = gradients_one_by_one(itertools.chain([first], signals))
-            draws = equivalent_draws(logits, [edge for layer in called for edge in layer.edges], widths, alone)
-            for layer, grads in zip(called, zip(*draws, strict=True), strict=True):
+            same = equivalent_draws(logits, [edge for layer in called for edge in layer.edges], widths, alone)
+            for layer, grads in zip(called, zip(*same, strict=True), strict=True):
                 layer.grads = [[layer.samples * g[:, None, None]] for g in grads]
             return
         if logits.numel() <= ONE_BY_ONE:
-            signals = gradients_one_by_one(signals)
+            signals, draws, each = gradients_one_by_one(signals), logits.numel(), BATCH_STATISTICS
+        else:
+            signals = with_random_signs(signals, torch.Generator().manual_seed(seed))
+            for layer in called:
+                layer.random_signs = True
+    if decomposed:
+        check_side(min(draws * len(logits), parameters))
     for draw, signal in enumerate(signals):
+        began = time.perf_counter()
         _backward(logits, layers, rows, signal)
         if draw == 0:
+            held = sum(x.numel() + draws * g.numel() for r in called for x, g in zip(r.inputs, r.grads[0], strict=True))
+            announce_passes((time.perf_counter() - began) * draws, draws, held, each)
             _check_order(model, logits, (logits * signal).sum(), layers, rows)
 
 
@@ -116,6 +150,20 @@ def _width(module: nn.Module) -> int:
     return int(module.out_channels) // int(module.groups)  # type: ignore[arg-type]
 
 
+def refuse_faults(rows: dict[str, LayerRows]) -> None:
+    """Raise where a layer's gradients are not of its rows.
+
+    Raises:
+        Unfactored: they are of another form.
+        ValueError: they are not finite.
+    """
+    for name, layer in rows.items():
+        if layer.fault == NOT_FINITE:
+            raise ValueError(nonfinite(f"the input or the output gradient of layer {name!r}"))
+        if layer.fault:
+            raise Unfactored(unavailable(name, layer.fault))
+
+
 def unavailable(name: str, what: str) -> str:
     """That a layer has no exact curvature here, and what to ask for instead."""
     return (
@@ -132,7 +180,11 @@ def _backward(value: Tensor, layers: dict[str, nn.Module], rows: dict[str, Layer
     of_outputs = iter(found[len(weights) :])
     for module, layer, weight_grad in zip(layers.values(), rows.values(), found, strict=False):
         layer.grads.append([_positions_of_grad(module, layer, x, next(of_outputs)) for x in layer.inputs])
-        if len(layer.grads) == 1 and not _is_sum(layer, weight_grad, slice(None)):
+        if len(layer.grads) > 1 or layer.fault:
+            continue
+        if not all(bool(torch.isfinite(part).all()) for part in (*layer.inputs, *layer.grads[0])):
+            layer.fault = NOT_FINITE
+        elif not _is_sum(layer, weight_grad, slice(None)):
             layer.fault = ELSEWHERE
 
 
@@ -181,36 +233,6 @@ def _is_sum(layer: LayerRows, weight_grad: Tensor | None, which: slice) -> bool:
     return float((mean - expected).norm()) <= SAME * float(x.norm() * g.norm()) / layer.samples
 
 
-def _listener(name: str, rows: LayerRows) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
-        if within_backward():
-            return  # activation checkpointing repeats a forward pass that was read
-        if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-            raise Unfactored(unavailable(name, f"a {type(module).__name__}"))
-        if (why := unreadable(module, called_on(args, kwargs), h)) is not None:
-            raise Unfactored(unavailable(name, why))
-        x = called_on(args, kwargs).detach()
-        alone = x.ndim < module.weight.ndim  # one row, or one image: there is no first dimension
-        if alone or x.shape[0] % rows.samples or (x.ndim > 2 and x.shape[0] != rows.samples == x.shape[1]):
-            raise Unfactored(
-                f"layer {name!r} reads an input {list(x.shape)}, whose rows cannot be told apart by sample: the first "
-                f"dimension must be the {rows.samples} samples; pass block='<layer>' for one that does"
-            )
-        if (seen := padded_inside(module, x, h)) is None:
-            raise Unfactored(unavailable(name, f"a {type(module).__name__}, which pads its input in a way of its own"))
-        rows.inputs.append(_positions_of_input(module, seen, rows.samples))
-        rows.edges.append(get_gradient_edge(shown(h)))
-
-    return hook
-
-
-def _positions_of_input(module: nn.Module, x: Tensor, samples: int) -> Float[Tensor, "n g t d"]:
-    if isinstance(module, nn.Linear):
-        return x.reshape(samples, 1, -1, x.shape[-1])
-    assert isinstance(module, CONVOLUTIONS)
-    return _by_sample(torch.cat([part.mT for part in unfolded(x, module)]), samples)
-
-
 def _positions_of_grad(
     module: nn.Module, rows: LayerRows, x: Float[Tensor, "n g t d"], grad_h: Tensor | None
 ) -> Float[Tensor, "n g t o"]:
@@ -220,9 +242,4 @@ def _positions_of_grad(
     per_sample = grad_h.detach() * rows.samples
     if isinstance(module, nn.Linear):
         return per_sample.reshape(rows.samples, 1, -1, rows.width)
-    return _by_sample(per_sample.reshape(len(grad_h), x.shape[1], -1, grad_h[0, 0].numel()).mT, rows.samples)
-
-
-def _by_sample(positions: Float[Tensor, "m g t d"], samples: int) -> Float[Tensor, "n g s d"]:
-    """m = n * k and s = k * t where a sample's k images (frames, windows) follow each other in the batch."""
-    return positions.unflatten(0, (samples, -1)).transpose(1, 2).flatten(2, 3)
+    return by_sample(per_sample.reshape(len(grad_h), x.shape[1], -1, grad_h[0, 0].numel()).mT, rows.samples)

@@ -21,8 +21,9 @@ DIRECT = 1 << 20  # products up to this many are formed and sorted: 8 MB
 
 @dataclass(frozen=True, eq=False)
 class KroneckerSpectrum:
-    """Spectrum of Sigma_x (x) Sigma_grad_h; the interface of `Spectrum`, the memory of its two factors.
+    """Spectrum of Sigma_x (x) Sigma_grad_h, with the memory of its two factors.
 
+    It is asked as a `Spectrum` is, but for `reachable` and `complement_condition_number`, which its factors have.
     A grouped layer's Fisher is one such product a group, and the spectrum is that of all groups.
 
     Attributes:
@@ -73,6 +74,18 @@ class KroneckerSpectrum:
         if j > self.computed:
             return math.nan
         return self.lambda_max / self._largest(j) if j <= self.rank else math.inf
+
+    def at_least(self, p: float = 1.0) -> float:
+        """What kappa_p is at least: kappa_p itself where it is known, else lambda_max / noise_floor, or 1."""
+        if kept(p, self.dim) <= self.rank or kept(p, self.dim) > self.computed:
+            return self.condition_number(p)
+        return max(1.0, self.lambda_max / self.noise_floor) if self.noise_floor > 0 else math.inf
+
+    @property
+    def null_reason(self) -> str:
+        """What makes a factor's eigenvalues exactly zero, and with them products."""
+        reasons = {"input": self.input.null_reason, "output_grad": self.output_grad.null_reason}
+        return "; ".join(f"{side} {why}" for side, why in reasons.items() if why)
 
     def status(self, p: float = 1.0) -> Status:
         """As `Spectrum.status`: "ok", else why kappa_p of the product is not known."""

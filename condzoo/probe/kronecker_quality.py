@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size
-from condzoo.probe.exact import in_float64_copies, spectrum_of_rows
+from condzoo.probe.exact import in_float64_copies
 from condzoo.probe.finishing import NO_GRADIENT, NOT_CALLED
 from condzoo.probe.gradient_rows import gradient_rows
 from condzoo.probe.kronecker import KroneckerSpectrum
@@ -29,6 +29,7 @@ from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import CONVOLUTIONS, choose, kind
 from condzoo.probe.losses import Loss
 from condzoo.probe.preserving import preserved
+from condzoo.probe.row_spectra import spectrum_of_rows
 from condzoo.probe.spectra import Spectrum, from_blocks
 from condzoo.probe.weights import own_weight
 
@@ -140,7 +141,7 @@ def kronecker_report(
         matrix: "fisher" (labels from the model) or "grad_moment" (labels from the data).
         layers: names or shell patterns; None takes all linear and convolution layers.
         loss: as in `curvature`.
-        seed: of dropout.
+        seed: of dropout, and of F's random signs where `curvature` takes some.
 
     Returns:
         A `KroneckerReport`: layer name to `KroneckerQuality`; eigenvalues in loss / parameter^2.
@@ -164,7 +165,7 @@ def kronecker_report(
     }
     skipped |= {n: f"the exact block of {_what(m)} is not available" for n, m in chosen.items() if n not in blocks}
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
-        rows = gradient_rows(model, blocks, x, y, loss, matrix) if blocks else {}
+        rows = gradient_rows(model, blocks, x, y, loss, matrix, seed, each=True) if blocks else {}
     samples = batch_size(x)
     skipped |= {n: f"the exact block of {layer.fault} is not available" for n, layer in rows.items() if layer.fault}
     rows = {n: layer for n, layer in rows.items() if not layer.fault}

@@ -1,12 +1,13 @@
 """The largest eigenvalues of exact curvature matrices of networks too large for the matrices themselves.
 
 M and F multiply by their factors (inputs and gradients at each position), H by differentiating the
-gradient's product with the vector, G by J^T (H (J v)), with J v from the transpose of the transpose.
+gradient's product with the vector, G by J^T (H (J v)), with J v from the transpose of the transpose. Where samples do
+not interact, a softmax's F is G: the factors of few classes and small layers are quicker, J is for the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +23,19 @@ from condzoo.probe.exact import (
     own_parameters,
     rows_of,
 )
-from condzoo.probe.label_models import checked_distribution
+from condzoo.probe.finiteness import checked_finite, nonfinite
+from condzoo.probe.gradient_rows import SAME
+from condzoo.probe.label_models import checked_distribution, distribution_of
 from condzoo.probe.lanczos import TopEigenvalues, largest_eigenvalues
 from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.preserving import preserved
-from condzoo.probe.sample_gradients import DenseRows
+from condzoo.probe.sample_gradients import MOST, DenseRows
 
 Product = Callable[[Tensor], Tensor]
+
+FEW = 1 << 27  # output gradients of all classes together up to which factors are kept: 1 GB
 
 
 def top_curvature(
@@ -64,21 +69,80 @@ def top_curvature(
     dim, device = sum(p.numel() for p in parameters), parameters[0].device
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         if matrix == "hessian":
-            product = _hessian_product(mean_loss(loss, call(model, x), y, batch_size(x)), parameters)
-        elif matrix == "ggn" and samples_interact(model):
-            product = _ggn_product(_checked_logits(model, x, loss), parameters)
+            product: Product | None = _hessian_product(_checked_loss(model, x, y, loss), parameters)
         else:
-            rows = rows_of(model, layers, x, y, loss, matrix)
+            product = _jacobian_product(model, layers, x, loss, matrix)
+        if product is None:
+            with preserved(model, seed):  # dropout as in a first forward pass
+                rows = rows_of(model, layers, x, y, loss, matrix, seed, decomposed=False)
             product, dim = _rows_product(rows, batch_size(x)), sum(layer.parameters for layer in rows)
-        return largest_eigenvalues(
-            lambda v: product(v.to(device)).detach().cpu(), dim, k, tolerance=tolerance, seed=seed
-        )
+        return largest_eigenvalues(_on_cpu(product, device), dim, k, tolerance=tolerance, seed=seed)
 
 
-def _checked_logits(model: nn.Module, x: Any, loss: Loss | None) -> Tensor:
-    logits = logits_of(call(model, x))
-    checked_distribution(loss, logits, "matrix='ggn'", tokens=False)
-    return logits
+def _on_cpu(product: Product, device: torch.device) -> Product:
+    def checked(vector: Tensor) -> Tensor:
+        image = product(vector.to(device)).detach().cpu()
+        if not bool(torch.isfinite(image).all()):
+            raise ValueError(nonfinite("the product of the network's gradients"))
+        return image
+
+    return checked
+
+
+def _checked_loss(model: nn.Module, x: Any, y: Any, loss: Loss | None) -> Tensor:
+    output = call(model, x)
+    checked_finite(logits_of(output))
+    return checked_finite(mean_loss(loss, output, y, batch_size(x)), "the loss")
+
+
+def _jacobian_product(
+    model: nn.Module, layers: Mapping[str, nn.Module], x: Any, loss: Loss | None, matrix: str
+) -> Product | None:
+    """v -> G v without factors; None where they are wanted, or the backward pass cannot be differentiated."""
+    interacting = samples_interact(model)
+    if matrix == "grad_moment" or (matrix == "fisher" and (interacting or distribution_of(loss) != "softmax")):
+        return None
+    sizes: list[int] = []
+
+    def note(module: nn.Module, args: Any, h: Any) -> None:
+        sizes.append(h.numel() if isinstance(h, Tensor) else 0)
+
+    handles = [module.register_forward_hook(note) for module in layers.values()]
+    try:
+        logits = checked_finite(logits_of(call(model, x)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if matrix == "ggn":
+        checked_distribution(loss, logits, "matrix='ggn'", tokens=False)
+    parameters = own_parameters(layers)
+    if interacting:
+        return _ggn_product(logits, parameters)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        return None
+    count = sum(p.numel() for p in parameters)
+    few = logits.shape[1] * sum(sizes) <= FEW and logits.numel() * count <= MOST
+    if few or not _reaches(logits, parameters):
+        return None
+    product = _ggn_product(logits, parameters)
+    return product if _is_symmetric(product, parameters[0].new_zeros(count)) else None
+
+
+def _reaches(logits: Tensor, parameters: Sequence[Tensor]) -> bool:
+    found = torch.autograd.grad(logits.sum(), parameters, retain_graph=True, allow_unused=True)
+    return any(grad is not None for grad in found)
+
+
+def _is_symmetric(product: Product, like: Tensor) -> bool:
+    """Whether these are G's products: some functions of a user's have no second derivative, or one in part."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(len(like), generator=generator, dtype=torch.float64).to(like) for _ in range(2))
+    try:
+        image_a, image_b = product(a), product(b)
+    except RuntimeError:
+        return False
+    size = a.norm() * image_b.norm() + b.norm() * image_a.norm()
+    return float((a @ image_b - b @ image_a).abs()) <= SAME * float(size)
 
 
 def _rows_product(rows: Sequence[LayerRows | DenseRows], samples: int) -> Product:
@@ -96,6 +160,8 @@ def _hessian_product(loss: Tensor, parameters: Sequence[Tensor]) -> Product:
     gradient = _flat(torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True))
 
     def product(vector: Tensor) -> Tensor:
+        if not gradient.requires_grad:  # the loss is linear in all parameters
+            return torch.zeros_like(vector)
         return _flat(torch.autograd.grad(gradient, parameters, vector, retain_graph=True, materialize_grads=True))
 
     return product

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from condzoo.probe.arithmetic import full_float32
 from condzoo.probe.batches import Adapter, as_pair, each, in_float64
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
-from condzoo.probe.copying import copied
+from condzoo.probe.copying import copied, copy_in_float64
 from condzoo.probe.layers import choose
 from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_in_float64, loss_on
 from condzoo.probe.passes import Passes
@@ -87,10 +88,12 @@ def measure(
     refuse_threads(model)
     chosen, skipped = choose(model, layers)
     where = None if device is None else torch.empty(0, device=device).device  # "cuda" is "cuda:0", say
-    if where is not None and any(p.device != where for p in model.parameters()):
-        model = copied(model).to(where)
-        chosen, skipped = choose(model, layers)
-    loss = loss if where is None else loss_on(loss, where)
+    elsewhere = where is not None and any(p.device != where for p in model.parameters())
+    with torch.inference_mode(False):  # what is made inside has no gradients
+        if elsewhere or any(t.is_inference() for t in chain(model.parameters(), model.buffers())):
+            model = copied(model) if where is None else copied(model).to(where)
+            chosen, skipped = choose(model, layers)
+        loss = loss if where is None else loss_on(loss, where)
     capture = capture_of(model, chosen, conv=conv, precision=precision, bias=bias, kappa=kappa)
     if reduction is not None:
         checked("reduction", reduction, REDUCTIONS)
@@ -124,9 +127,10 @@ def certificate(model: nn.Module, batch: list[tuple[Any, Any]], options: dict[st
         second pass in float64 shows this: no arithmetic of the probe restores what the first one lost.
     """
     own = measure(model, batch, precision="float64", **options)
-    wide = [(in_float64(x), in_float64(y)) for x, y in batch]
-    options["loss"] = loss_in_float64(options["loss"])
-    exact = measure(copied(model).double(), wide, precision="float64", **options)
+    with torch.inference_mode(False):
+        wide = [(in_float64(x), in_float64(y)) for x, y in batch]
+        options["loss"] = loss_in_float64(options["loss"])
+    exact = measure(copy_in_float64(model), wide, precision="float64", **options)
     found: dict[str, dict[str, float]] = {}
     for name in own.keys() & exact.keys():
         found[name] = {}

@@ -7,7 +7,8 @@ Shapes: N samples, K label draws a sample (1 with labels from the data), V = K *
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from condzoo.probe.batches import batch_size, call
+from condzoo.probe.costs import A_SAMPLE_AND_CLASS, announce_passes
+from condzoo.probe.finiteness import checked_finite
 from condzoo.probe.gradient_rows import SAME, label_signals
 from condzoo.probe.label_models import gradients_one_by_one
 from condzoo.probe.losses import Loss, logits_of, mean_loss
@@ -36,6 +39,7 @@ class DenseRows:
     gradients: Float[Tensor, "v p"]
     used: Bool[Tensor, " p"]
     single_position = False
+    random_signs = False
 
     @property
     def vectors(self) -> int:
@@ -75,20 +79,20 @@ def sample_gradients(
     """The gradients of every sample, in the order draw by draw; None where the loss is no function of the logits alone.
 
     Raises:
-        ValueError: they are too many to hold.
+        ValueError: they are too many to hold, or the output or the loss is not finite.
     """
     output, samples = call(model, x), batch_size(x)
-    predicted = logits_of(output)
+    predicted = checked_finite(logits_of(output))
     if not isinstance(predicted, Tensor):
         return None
-    draws = [*label_signals(model, loss, output, y, matrix)] if matrix != "grad_moment" else []
-    value = mean_loss(loss, output, y, samples) if matrix == "grad_moment" else None
+    value = checked_finite(mean_loss(loss, output, y, samples), "the loss") if matrix == "grad_moment" else None
     if value is not None:
         (signal,) = torch.autograd.grad(value, predicted, retain_graph=True, allow_unused=True)
         if signal is None:
             return None
-        draws = [signal]
-    vectors, count = len(draws) * samples, sum(p.numel() for p in parameters)
+    draws: Iterable[Tensor] = label_signals(model, loss, output, y, matrix) if value is None else [signal]
+    vectors = predicted.numel() if value is None else samples
+    count = sum(p.numel() for p in parameters)
     if vectors * count > MOST:
         raise ValueError(
             f"{vectors:,} gradients of {count:,} parameters are {vectors * count * 8 / 1e9:.1f} GB, at most "
@@ -98,7 +102,12 @@ def sample_gradients(
     used = torch.cat(
         [torch.full((p.numel(),), g is not None, device="cpu") for p, g in zip(parameters, reached, strict=True)]
     )
-    rows = [pulled_back(predicted, parameters, alone[None]) for alone in gradients_one_by_one(draws)]
+    rows: list[Tensor] = []
+    for alone in gradients_one_by_one(draws):
+        began = time.perf_counter()
+        rows.append(pulled_back(predicted, parameters, alone[None]))
+        if len(rows) == 1:
+            announce_passes((time.perf_counter() - began) * vectors, vectors, each=A_SAMPLE_AND_CLASS)
     gradients = samples * torch.cat(rows)
     if value is not None:
         whole = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)

@@ -18,6 +18,8 @@ def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor]) -> Float[Tensor, 
     """d^2 loss / dw^2, symmetrized against round-off."""
     first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     gradient = torch.cat([g.flatten() for g in first])
+    if not gradient.requires_grad:  # the loss is linear in all of them
+        return gradient.new_zeros((gradient.numel(), gradient.numel()))
     hessian = pulled_back(
         gradient, parameters, torch.eye(gradient.numel(), dtype=gradient.dtype, device=gradient.device)
     )

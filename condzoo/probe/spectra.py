@@ -202,6 +202,7 @@ def condition_number(eigenvalues: Any, p: float = 1.0) -> float:
 
     Raises:
         ValueError: p outside (0, 1], no eigenvalues, or not finite.
+        TypeError: they are complex.
 
     Source: arXiv:2002.10801, eq. 4.
     """
@@ -218,11 +219,20 @@ def condition_number(eigenvalues: Any, p: float = 1.0) -> float:
 
 
 def as_tensor(values: Any) -> Tensor:
-    """A tensor of numbers in any container; of numpy's, views that run backwards and read-only ones, too."""
-    if isinstance(values, Tensor):
-        return values
+    """A tensor of numbers in any container; of numpy's, views that run backwards and read-only ones, too.
+
+    Raises:
+        TypeError: they are complex.
+    """
     if isinstance(values, np.ndarray):
-        return torch.as_tensor(np.array(values), device="cpu")
+        values = torch.as_tensor(np.array(values), device="cpu")
+    if isinstance(values, Tensor):
+        if values.is_complex():
+            raise TypeError(
+                f"eigenvalues and moments must be real, got {str(values.dtype)[6:]}; a symmetric matrix has real ones, "
+                "which torch.linalg.eigvalsh gives"
+            )
+        return values
     return torch.as_tensor(values, dtype=torch.float64, device="cpu")  # which Python's numbers are
 
 

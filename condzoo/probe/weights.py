@@ -77,7 +77,8 @@ def norms_of(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> 
     """Norms of weights, or of their gradients, by layer name.
 
     Exact (from the smaller Gram side, in float64, all of one shape at once) up to 1,024; sigma_max beyond by
-    a Krylov subspace (`dominant`). A tensor with NaN or Inf has none and is left out.
+    a Krylov subspace (`dominant`). A tensor with NaN or Inf has none and is left out, as is one of a layer without
+    outputs.
     """
     if not tensors:
         return {}
@@ -89,6 +90,8 @@ def _norms_of(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) ->
     same_shape: dict[tuple[torch.Size, torch.dtype, torch.device], list[str]] = defaultdict(list)
     found: dict[str, Norms] = {}
     for name, tensor in tensors.items():
+        if not tensor.numel():
+            continue
         blocks = weight_matrices(layers[name], tensor.detach())
         if min(blocks.shape[1:]) <= EXACT:
             same_shape[blocks.shape, tensor.dtype, tensor.device].append(name)

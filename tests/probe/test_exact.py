@@ -14,10 +14,10 @@ from condzoo.probe import (
     costs,
     curvature,
     curvature_blocks,
-    exact,
     kronecker_report,
     label_draws,
     measure,
+    row_spectra,
     sample_gradients,
     top_curvature,
 )
@@ -256,7 +256,7 @@ def test_the_operations_are_those_of_the_smaller_side():
     seen = {}
     for samples in (4, 400):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exact, "announce", lambda expected, what, n=samples: seen.update({n: expected}))
+            patch.setattr(row_spectra, "announce", lambda expected, what, n=samples: seen.update({n: expected}))
             patch.setattr(costs, "products_a_second", lambda: 1.0)
             curvature(model, torch.randn(samples, 5), y[:samples], "grad_moment")
     assert (seen[4].side, seen[4].operations) == (4, 2 * 4 * 4 * (5 + 3))
@@ -371,7 +371,7 @@ def test_fisher_under_batch_statistics_is_over_independent_labels(kit, shape, bi
     assert torch.allclose(found, spectrum_of(expected), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("limit", [0, 10**9], ids=["one class at a time beyond the limit", "sums of products"])
+@pytest.mark.parametrize("limit", [0, 10**9], ids=["random signs beyond the limit", "sums of products"])
 def test_fisher_under_batch_statistics_of_more_labels_than_single_passes(kit, monkeypatch, limit):
     """Against the logits' whole Jacobian: of 60 samples and 10 classes, more than passes of their own are made for."""
     monkeypatch.setattr(label_draws, "MOST", limit)

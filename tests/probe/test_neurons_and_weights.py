@@ -108,3 +108,20 @@ def test_weight_gradients_under_a_loss_scale_do_not_vanish_in_float16():
         F.cross_entropy(model(x), y).backward()  # times 2^-24 times the scale
         probe.step()
     assert probe.latest[""].weight_grad_frobenius == pytest.approx(float(gradients[0].norm()), rel=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_outputs_has_no_norms():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.nothing = nn.Linear(6, 3), nn.Linear(6, 0)
+
+        def forward(self, x):
+            return torch.cat([self.head(x), self.nothing(x)], dim=1)
+
+    found = measure(Empty(), (torch.randn(8, 6), torch.arange(8) % 3))
+    assert list(found) == ["head"]
+    assert "nothing" in found.skipped
+    layers = {"nothing": nn.Linear(6, 0)}
+    assert norms_of(layers, {"nothing": layers["nothing"].weight}) == {}

@@ -161,3 +161,21 @@ def test_the_condition_number_of_a_kronecker_product_is_its_own():
 def test_a_lower_bound_of_a_condition_number_is_never_under_one():
     noise = Spectrum(torch.tensor([1e-5, 0.0]).double(), noise_floor=1e-3, rows=4)  # lambda_max is noise, too
     assert (noise.status(0.5), noise.at_least(0.5)) == ("bound", 1.0)
+
+
+@pytest.mark.parametrize("values", [torch.ones(3, dtype=torch.complex64), np.ones(3, dtype=complex)])
+def test_complex_eigenvalues_are_one_error(values):
+    for of in (condition_number, spectrum) if isinstance(values, np.ndarray) else (condition_number,):
+        with pytest.raises(TypeError, match=r"must be real, got complex\d+; a symmetric matrix has real ones, which"):
+            of(values)
+
+
+def test_a_kronecker_product_says_what_kappa_is_at_least_and_whose_nulls_it_has():
+    whole, known = from_blocks(torch.tensor([[4.0, 2.0]]), 0.0), from_blocks(torch.tensor([[3.0, 0.0]]), 0.01)
+    null = from_blocks(torch.tensor([[3.0, 0.0]]), 0.01, nulls=1, null_reason="1: coordinates always 0")
+    product = KroneckerSpectrum(whole, known)
+    assert product.at_least(0.5) == product.condition_number(0.5) == 2.0
+    assert product.at_least() == pytest.approx(4 * 3 / (0.01 * 4))
+    assert product.null_reason == ""
+    assert KroneckerSpectrum(whole, null).at_least() == math.inf
+    assert KroneckerSpectrum(whole, null).null_reason == "output_grad 1: coordinates always 0"

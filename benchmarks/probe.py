@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 import condzoo
 from condzoo.probe import Probe, curvature, measure, top_curvature
+from condzoo.probe.tables import lower_bound
 
 
 def main() -> None:
@@ -252,7 +253,7 @@ def known_kappa() -> None:
             batch = rows_of_kappa(10.0**exponent).to(dtype), torch.zeros(2048, dtype=torch.long)
             found = measure(model, batch, precision=precision)[""].input
             known = found.status() == "ok"
-            cells.append(f"{found.condition_number():.3e}" if known else f"> {found.at_least():.0e}")
+            cells.append(f"{found.condition_number():.3e}" if known else lower_bound(found.at_least()))
         print(f"{10.0**exponent:>10.0e} " + " ".join(f"{cell:>14}" for cell in cells))
 
 

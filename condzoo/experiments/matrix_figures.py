@@ -9,7 +9,7 @@ from matplotlib.ticker import NullFormatter
 from condzoo.experiments.readings import fitted_exponent, points_by_seed
 from condzoo.experiments.schema import Experiment
 from condzoo.experiments.training_figures import MARKERS, tidy
-from condzoo.probe.heatmaps import OKABE_ITO
+from condzoo.probe.picture_style import OKABE_ITO
 
 MATRICES = {"fisher": "F", "grad_moment": "M", "hessian": "H"}
 WAYS = {"full": "exact, whole", "blocks": "exact, layer by layer", "kronecker": "Kronecker factors"}

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from condzoo.experiments.loading import planned_runs
 from condzoo.experiments.schema import Experiment
-from condzoo.probe.heatmaps import OKABE_ITO
+from condzoo.probe.picture_style import OKABE_ITO
 
 NAMES = {
     "input_lambda_max": r"$\lambda_{max}(\Sigma_x)$",

@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from condzoo.probe.conditioning import Conditioning
-from condzoo.probe.heatmaps import OKABE_ITO
 from condzoo.probe.neurons import Neurons
-from condzoo.probe.picture_style import usual_style
+from condzoo.probe.picture_style import FILLS, OKABE_ITO, as_written, legend, save, usual_style
 from condzoo.probe.spectra import Spectrum
 
 SIDES = (("input", OKABE_ITO[0], "o", "inputs x"), ("output_grad", OKABE_ITO[1], "s", "output gradients g"))
@@ -33,6 +32,7 @@ def plot_conditioning(conditioning: Conditioning, path: Path) -> None:
 
     Raises:
         ValueError: no layer was measured.
+        OSError: the picture cannot be written; names the file.
     """
     if not len(conditioning):
         raise ValueError("nothing to plot: no layer was measured; see .skipped for the reasons")
@@ -47,12 +47,11 @@ def plot_conditioning(conditioning: Conditioning, path: Path) -> None:
     _last_layer(axes[2, 1], conditioning)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, format=path.suffix[1:] or "png")
+    save(figure, path)
 
 
 def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:
-    """Shares of dying (solid) and full (dashed) units by depth, a colour a run."""
+    """Shares of dying (solid) and full (dashed) units by depth, a colour a run, and other markers where it repeats."""
     ax.set_title("ReLU units by depth", fontsize=10)
     most = max((len(neurons) for neurons in runs.values()), default=0)
     if not most:
@@ -64,7 +63,8 @@ def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:
         for what, dash, marker, color in (("dying", "-", "v", i), ("full", "--", "^", i + (len(runs) == 1))):
             shares = [getattr(n, f"{what}_share") for n in neurons.values()]
             style: dict[str, Any] = {"color": OKABE_ITO[color % len(OKABE_ITO)], "ls": dash, "lw": 1.4}
-            name = f"{label}, {what}" if label else what
+            style["fillstyle"] = FILLS[i // len(OKABE_ITO) % len(FILLS)]
+            name = f"{as_written(label)}, {what}" if label else what
             ax.plot(depth, shares, marker=marker, ms=5, markevery=spaced(most), label=name, **style)
     largest = max(
         (max(n.dying_share, n.full_share) for neurons in runs.values() for n in neurons.values()), default=0.0
@@ -74,7 +74,7 @@ def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, frameon=False)
+    legend(ax, fontsize=8)
 
 
 def _magnitudes(ax: Axes, conditioning: Conditioning) -> None:

@@ -15,8 +15,6 @@ from matplotlib.colors import Normalize
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.spectra import Spectrum
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
 NAMES = 10  # layer names written at an axis at most
 STEPS = 8  # iterations written, at most
 UNKNOWN = "0.82"  # grey

@@ -19,42 +19,42 @@ from matplotlib.figure import Figure
 
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.depth_plots import draw_units, widened
-from condzoo.probe.heatmaps import OKABE_ITO, draw_heatmap, panels, places, value_range
-from condzoo.probe.picture_style import usual_style
-from condzoo.probe.records import read_records
-
-Records = str | Path | Sequence[Conditioning]
+from condzoo.probe.heatmaps import draw_heatmap, panels, places, value_range
+from condzoo.probe.picture_style import as_written, legend, run_style, save, usual_style
+from condzoo.probe.records import Records, loaded
 
 
 def plot_records(records: Records, png: str | Path, title: str | None = None) -> None:
     """Layer-by-iteration heat maps of one run, its last layer's input as lines, its units by depth at the end.
 
     Args:
-        records: a `conditioning.jsonl`, its run directory, or measurements.
+        records: a `conditioning.jsonl`, its run directory, one measurement, or several.
         png: the picture (also .pdf, .svg).
         title: above it; None for the path's folder.
 
     Raises:
         ValueError: there is no record, or no layer in it.
+        TypeError: what is no measurement.
     """
-    runs = {title or _label(records): _loaded(records)}
-    _comparison(runs, Path(png), title or _label(records))
+    runs = {title or _label(records): _with_a_layer(records)}
+    _comparison(runs, Path(png), title or as_written(_label(records)))
 
 
 def plot_comparison(runs: Mapping[str, Records], png: str | Path, title: str | None = None) -> None:
     """The heat maps of several runs side by side on common colours, their last layers and units in one axes.
 
     Args:
-        runs: label to `conditioning.jsonl`, run directory or measurements.
+        runs: label to `conditioning.jsonl`, run directory, one measurement or several.
         png: the picture (also .pdf, .svg).
         title: above it.
 
     Raises:
         ValueError: no run, or a run without a record.
+        TypeError: what is no measurement.
     """
     if not runs:
         raise ValueError("no run to plot; pass {label: path of a conditioning.jsonl}")
-    _comparison({label: _loaded(records) for label, records in runs.items()}, Path(png), title)
+    _comparison({label: _with_a_layer(records) for label, records in runs.items()}, Path(png), title)
 
 
 @usual_style()
@@ -77,7 +77,7 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
         bar.set_label(next(iter(drawn.values()))[row].quantity, fontsize=9)
     for column, label in enumerate(runs):
         if columns > 1:
-            axes[0, column].set_title(f"{label}\n{axes[0, column].get_title()}", fontsize=10)
+            axes[0, column].set_title(f"{as_written(label)}\n{axes[0, column].get_title()}", fontsize=10)
         axes[3, column].set_xlabel("iteration")
     below = lines.subplots(1, 3)
     _last_layers(below[:2], runs)
@@ -85,23 +85,14 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
     draw_units(below[2], {label: record.neurons for label, record in last.items()})
     below[2].set_title("ReLU units by depth, last record", fontsize=10)
     below[2].spines[["top", "right"]].set_visible(False)
-    png.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(png, dpi=130, format=png.suffix[1:] or "png")  # without it "a" would become a.png
-    except OSError as error:  # of a full disk the system does not say which file was written
-        raise OSError(error.errno, error.strerror, str(png)) from error
+    save(figure, png)
 
 
 def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
     for i, (label, records) in enumerate(runs.items()):
         measured = [(step, r.last.input) for step, r in zip(places(records), records, strict=True) if len(r)]
         steps, spectra = zip(*measured, strict=True)
-        style: dict[str, Any] = {
-            "color": OKABE_ITO[i % len(OKABE_ITO)],
-            "marker": "osD^v<>"[i % 7],
-            "markersize": 4,
-            "label": label,
-        }
+        style: dict[str, Any] = {**run_style(i), "markersize": 4, "label": as_written(label)}
         axes[0].plot(steps, [s.lambda_max or np.nan for s in spectra], **style)
         kappas = np.array([s.condition_number(0.5) for s in spectra])
         axes[1].plot(steps, np.where(np.isfinite(kappas), kappas, np.nan), **style)
@@ -113,18 +104,18 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         if len(runs) > 1:
-            ax.legend(fontsize=9, frameon=False)
+            legend(ax, fontsize=9)
 
 
 def _with_layers(records: Sequence[Conditioning]) -> list[Conditioning]:
     return [record for record in records if len(record)]
 
 
-def _loaded(records: Records) -> list[Conditioning]:
-    loaded = read_records(records) if isinstance(records, (str, Path)) else list(records)
-    if not any(len(record) for record in loaded):
+def _with_a_layer(records: Records) -> list[Conditioning]:
+    several = loaded(records)
+    if not any(len(record) for record in several):
         raise ValueError("no record with a measured layer to plot; was the run probed (probe.every > 0)?")
-    return loaded
+    return several
 
 
 def _label(records: Records) -> str:

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FILE_NAME = "conditioning.jsonl"
 
 Column = np.ndarray
+Records = str | Path | Conditioning | Iterable[Conditioning]
+Fractions = float | Iterable[float]
 
 
 def append_record(path: str | Path, conditioning: Conditioning) -> None:
@@ -89,9 +91,29 @@ def read_records(path: str | Path) -> list[Conditioning]:
     return records
 
 
-def record_columns(
-    records: str | Path | Conditioning | Iterable[Conditioning], p: tuple[float, ...] = (0.5, 1.0)
-) -> dict[str, Column]:
+def loaded(records: Records) -> list[Conditioning]:
+    """The measurements of a `conditioning.jsonl` or its run directory; one measurement; or several.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_records`.
+        TypeError: what is no measurement.
+    """
+    if isinstance(records, (str, Path)):
+        return read_records(records)
+    one = isinstance(records, Conditioning)  # which is iterable, too
+    several: list[Any] = [records] if one else list(records)
+    for record in several:
+        if not isinstance(record, Conditioning):
+            raise TypeError(f"records must be a conditioning.jsonl or measurements, got a {type(record).__name__}")
+    return several
+
+
+def fractions(p: Fractions) -> tuple[float, ...]:
+    """Fractions of a spectrum, from one or several."""
+    return tuple(p) if isinstance(p, Iterable) else (float(p),)
+
+
+def record_columns(records: Records, p: Fractions = (0.5, 1.0)) -> dict[str, Column]:
     """Measurements as columns: one entry a step and layer, ready for numpy or `pandas.DataFrame`.
 
     Columns: step, layer, depth (the layer's place in the forward pass), kind, samples; for `input` and
@@ -100,27 +122,22 @@ def record_columns(
 
     Args:
         records: a `conditioning.jsonl`, its run directory, one measurement, or several.
-        p: fractions of the spectrum for which kappa_p gets a column.
+        p: the fraction, or the fractions, of the spectrum for which kappa_p gets a column.
 
     Raises:
         FileNotFoundError, ValueError: as `read_records`.
         TypeError: what is no measurement.
     """
-    if isinstance(records, (str, Path)):
-        records = read_records(records)
-    elif isinstance(records, Conditioning):
-        records = [records]
     rows: list[dict[str, object]] = []
-    for record in records:
-        if not isinstance(record, Conditioning):
-            raise TypeError(f"records must be a conditioning.jsonl or measurements, got a {type(record).__name__}")
+    asked = fractions(p)
+    for record in loaded(records):
         for depth, (name, layer) in enumerate(record.items()):
             row: dict[str, object] = {"step": -1 if record.step is None else record.step, "layer": name}
             row |= {"depth": depth, "kind": layer.kind, "samples": layer.samples}
             for side in ("input", "output_grad"):
                 s = getattr(layer, side)
                 row |= {f"{side}_lambda_max": s.lambda_max, f"{side}_rank": s.rank, f"{side}_dim": s.dim}
-                for q in p:
+                for q in asked:
                     row[f"{side}_kappa{100 * q:g}"] = s.condition_number(q)
                     row[f"{side}_status{100 * q:g}"] = s.status(q)
             for value in ("weight", "weight_grad", "weight_frobenius", "weight_grad_frobenius"):
@@ -130,9 +147,7 @@ def record_columns(
     return {key: np.array([row[key] for row in rows]) for key in (rows[0] if rows else {})}
 
 
-def to_pandas(
-    records: str | Path | Conditioning | Iterable[Conditioning], p: tuple[float, ...] = (0.5, 1.0)
-) -> pandas.DataFrame:
+def to_pandas(records: Records, p: Fractions = (0.5, 1.0)) -> pandas.DataFrame:
     """`record_columns` as a DataFrame, one row a step and layer; arguments as there.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import decimal
+
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.outliers import outlier_lines
 from condzoo.probe.spectra import Spectrum
@@ -12,6 +14,13 @@ k50, k: condition numbers over half and all of the spectrum; >: at least this mu
   0!: structural zero, rows!: fewer rows than dimensions (k of the rest stands behind)
 dW/W: largest singular value of the weight's gradient over the weight's; F(dW/W): the same of Frobenius norms"""
 
+DOWN = decimal.Context(prec=1, rounding=decimal.ROUND_FLOOR)
+
+
+def lower_bound(value: float) -> str:
+    """A bound to one digit, rounded down: ">1e+05" of 1.9e5; rounded up it would claim more than is known."""
+    return f">{float(DOWN.create_decimal(value)):.0e}"
+
 
 def shown(spectrum: Spectrum, p: float) -> str:
     """kappa_p as text: "3.1e+04", ">1e+12", "0! 7.1", "rows! 2.0e+03"."""
@@ -21,7 +30,7 @@ def shown(spectrum: Spectrum, p: float) -> str:
     if status == "ok":
         return f"{spectrum.condition_number(p):.2g}"
     if status == "bound":
-        return f">{spectrum.at_least(p):.0e}"
+        return lower_bound(spectrum.at_least(p))
     rest = spectrum.complement_condition_number(p)
     return ("0! " if status == "structural null" else "rows! ") + f"{rest:.2g}"
 

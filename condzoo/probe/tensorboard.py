@@ -6,11 +6,12 @@ layers together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.records import Fractions, Records, fractions, loaded
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 SIDES = ("input", "output_grad")
 
 
-def open_writer(folder: str | Path, *, start_step: int = 0) -> SummaryWriter:
-    """A writer into a folder; what an earlier run wrote there from `start_step` on is no longer shown.
+def open_writer(folder: str | Path, *, start_step: int | None) -> SummaryWriter:
+    """A writer into a folder; what was written there from `start_step` on is no longer shown (None: all still is).
 
     Raises:
         ModuleNotFoundError: TensorBoard is not installed; says how to.
@@ -28,32 +29,36 @@ def open_writer(folder: str | Path, *, start_step: int = 0) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("TensorBoard is not installed; pip install 'condzoo[tensorboard]'") from error
-    return SummaryWriter(str(folder), purge_step=start_step)  # 0, too: a folder's first mark only begins it
+    return SummaryWriter(str(folder), purge_step=start_step)  # 0 also marks: a folder's first mark only begins it
 
 
 def write_tensorboard(
-    records: Conditioning | Iterable[Conditioning],
+    records: Records,
     writer: SummaryWriter | str | Path,
-    p: tuple[float, ...] = (0.5, 1.0),
+    p: Fractions = (0.5, 1.0),
 ) -> None:
     """Write measurements as TensorBoard scalars and histograms, each at its step (0 where it has none).
 
     A condition number that is not known (inf) is left out; the rank beside it says how much is.
 
     Args:
-        records: one measurement, or those of a run (`read_records("runs/x")`).
-        writer: an open `SummaryWriter`, which is flushed; or a folder for a new one, which is closed.
-        p: fractions of the spectrum that the condition numbers span.
+        records: a `conditioning.jsonl`, its run directory, one measurement, or several.
+        writer: an open `SummaryWriter`, which is flushed; or a folder for a new one, which is closed. What the
+            folder has already stays, and is shown, too.
+        p: the fraction, or the fractions, of the spectrum that the condition numbers span.
 
     Raises:
+        FileNotFoundError, ValueError: as `read_records`.
+        TypeError: what is no measurement.
         ModuleNotFoundError: TensorBoard is not installed.
     """
-    own = open_writer(writer) if isinstance(writer, (str, Path)) else None
+    measured, asked = loaded(records), fractions(p)
+    own = open_writer(writer, start_step=None) if isinstance(writer, (str, Path)) else None
     target = writer if own is None else own
     assert not isinstance(target, (str, Path))
-    for record in [records] if isinstance(records, Conditioning) else records:
+    for record in measured:
         step = record.step or 0
-        for tag, value in scalars(record, p):
+        for tag, value in scalars(record, asked):
             target.add_scalar(tag, value, step)
         for name, layer in record.items():
             for side in SIDES:

@@ -24,6 +24,8 @@ from condzoo.probe import (
 )
 from condzoo.probe.heatmaps import panels
 from condzoo.probe.records import append_record, drop_torn_line
+from condzoo.probe.spectra import Spectrum
+from condzoo.probe.tables import lower_bound, shown
 
 
 def same(a, b):
@@ -131,6 +133,7 @@ def test_columns_hold_one_entry_a_step_and_layer(log, measured):
     np.testing.assert_equal(record_columns(measured), record_columns([measured]))
     with pytest.raises(TypeError, match=r"records must be a conditioning.jsonl or measurements, got a str"):
         record_columns(iter(["runs/x"]))
+    np.testing.assert_equal(record_columns(measured, p=0.5), record_columns(measured, p=(0.5,)))
 
 
 def test_columns_become_a_data_frame_where_pandas_is_installed(log, measured, monkeypatch):
@@ -163,6 +166,17 @@ def test_the_table_names_every_layer_its_numbers_and_what_was_skipped(measured):
     assert "0! " in text  # the classifier's softmax null
     assert "skipped embed: its input is indices" in text
     assert "train mode, 64 samples, labels from the data" in text
+
+
+@pytest.mark.parametrize(("known", "text"), [(1.55e5, ">1e+05"), (9.99e5, ">9e+05"), (2e5, ">2e+05"), (1.0, ">1e+00")])
+def test_a_lower_bound_in_the_table_is_never_above_what_is_known(known, text):
+    assert lower_bound(known) == text
+    s = Spectrum(torch.tensor([known, 1e-3], dtype=torch.float64), noise_floor=1.0)
+    assert (s.status(), shown(s, 1.0)) == ("bound", text)
+
+
+def test_nothing_known_at_all_is_an_infinite_lower_bound():
+    assert lower_bound(float("inf")) == ">inf"
 
 
 def test_pictures_are_drawn_without_pyplot(log, measured, tmp_path):
@@ -211,6 +225,69 @@ def test_units_and_the_last_layer_are_in_the_pictures(measured, monkeypatch, tmp
     assert list(last.get_lines()[0].get_ydata()) == s.eigenvalues[: s.rank].tolist()
     styles = [(line.get_marker(), line.get_linestyle()) for line in last.get_lines() if len(line.get_xdata()) > 2]
     assert len(set(styles)) == len(styles)  # told apart without colour
+
+
+def figures_of(monkeypatch, draw):
+    """The figures that a call draws, before they are saved."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    draw()
+    return drawn
+
+
+def lines_of(figure, title):
+    (ax,) = (ax for ax in figure.axes if ax.get_title().startswith(title))
+    return ax.get_lines()
+
+
+def test_every_one_of_many_runs_is_told_apart(measured, monkeypatch, tmp_path):
+    record = replace(measured, step=0, neurons={"a": Neurons(10, 2, 0, 64), "b": Neurons(10, 5, 1, 64)})
+    runs = {f"run{i}": [record] for i in range(15)}
+    (figure,) = figures_of(monkeypatch, lambda: plot_comparison(runs, tmp_path / "x.png"))
+    last = lines_of(figure, "Input of the last layer, $\\lambda")
+    units = lines_of(figure, "ReLU units by depth")
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in last]
+    assert len(set(looks)) == len(looks) == 15
+    assert len(set(looks[:7])) == len({marker for _, marker, _ in looks[:7]}) == 7
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle(), line.get_fillstyle()) for line in units]
+    assert len(set(looks)) == len(looks) == 30
+    (ax,) = (ax for ax in figure.axes if ax.get_title().startswith("ReLU units by depth"))
+    assert ax.get_legend()._ncols == 5  # one column of 30 entries left the axes no height
+
+
+def test_names_of_runs_are_written_as_they_are(measured, monkeypatch, tmp_path):
+    names = ["a$b_c^$", "_hidden", "plain_name"]
+    runs = dict.fromkeys(names, measured)
+    run = tmp_path / "lr$0.1$"
+    run.mkdir()
+    append_record(run / "conditioning.jsonl", measured)
+    (figure,) = figures_of(monkeypatch, lambda: plot_records(run, tmp_path / "x.png"))
+    assert figure.get_suptitle() == r"lr\$0.1\$"
+    (figure,) = figures_of(monkeypatch, lambda: plot_comparison(runs, tmp_path / "x.png"))
+    figure.draw_without_rendering()  # a formula that is none was an error
+    axes = [ax for ax in figure.axes if ax.get_title().startswith("Input of the last layer")]
+    for ax in axes:
+        texts = [text.get_text().strip() for text in ax.get_legend().get_texts()]
+        assert [text.replace("\\$", "$") for text in texts] == names
+
+
+def test_one_measurement_is_taken_for_a_run_of_one(measured, monkeypatch, tmp_path):
+    figures = figures_of(monkeypatch, lambda: [plot_records(m, tmp_path / "x") for m in (measured, [measured])])
+    points = [lines_of(figure, "Input of the last layer, $\\lambda")[0].get_xydata().tolist() for figure in figures]
+    assert points[0] == points[1] == [[0.0, measured.last.input.lambda_max]]
+    plot_comparison({"a": measured, "b": [measured]}, tmp_path / "two.png")
+    with pytest.raises(TypeError, match=r"records must be a conditioning.jsonl or measurements, got a str"):
+        plot_comparison({"a": iter(["runs/x"])}, tmp_path / "x.png")
+
+
+def test_a_picture_that_cannot_be_written_names_its_file(measured, monkeypatch, tmp_path):
+    def full(figure, path, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    for draw in (measured.plot, lambda path: plot_records(measured, path)):
+        with pytest.raises(OSError, match=r"No space left on device: '.*x.png'"):
+            draw(tmp_path / "x.png")
 
 
 def test_nothing_to_plot_is_an_error(tmp_path):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from condzoo.probe import Probe, measure, read_records, write_tensorboard
+from condzoo.probe.records import append_record
 
 pytest.importorskip("tensorboard")
 
@@ -66,6 +67,31 @@ def test_an_unknown_condition_number_is_left_out(kit, tmp_path):
     assert "output_grad_kappa50/5" in tags
     assert "output_grad_kappa100/5" not in tags
     assert read(events(tmp_path), "output_grad_rank/5") == {7: 3.0}
+
+
+def test_what_a_folder_has_already_is_still_shown(kit, tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(3):
+            writer.add_scalar("loss", 1.0, step)
+    c = measure(kit.build("mlp"), kit.images())
+    for step in (0, 1):
+        write_tensorboard(replace(c, step=step), tmp_path)
+    reader = events(tmp_path)
+    assert sorted(read(reader, "loss")) == [0, 1, 2]
+    assert sorted(read(reader, "input_lambda_max/1")) == [0, 1]
+
+
+def test_records_are_taken_by_their_path_and_one_fraction_by_itself(kit, tmp_path):
+    append_record(tmp_path / "conditioning.jsonl", replace(measure(kit.build("mlp"), kit.images()), step=7))
+    write_tensorboard(str(tmp_path), tmp_path / "events", p=0.25)
+    tags = events(tmp_path / "events").Tags()["scalars"]
+    assert "input_kappa25/1" in tags
+    assert "input_kappa50/1" not in tags
+    with pytest.raises(TypeError, match=r"records must be a conditioning.jsonl or measurements, got a int"):
+        write_tensorboard(iter([5]), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_run_that_goes_on_replaces_what_it_repeats(kit, tmp_path):

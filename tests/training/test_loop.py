@@ -298,7 +298,13 @@ def test_what_cannot_be_written_is_named(tiny: Any, tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     recipe = tiny(**{"probe.every": 1, "iterations": 1})
-    for target, file in (("matplotlib.figure.Figure.savefig", "png"), ("condzoo.probe.records.dumps", "jsonl")):
-        monkeypatch.setattr(target, full)
-        with pytest.raises(OSError, match=rf"No space left on device: '.*/conditioning\.{file}'"):
-            train(recipe, out=tmp_path / file, device="cpu")
+    events: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    run = train(recipe, out=tmp_path / "png", device="cpu", on_event=events.append)
+    assert load_run(tmp_path / "png") == run, "a picture costs no result"
+    (said,) = [event.text for event in events if isinstance(event, Notice)]
+    assert "No space left on device: '" in said
+    assert said.startswith(f"{tmp_path / 'png/conditioning.png'} was not drawn")
+    monkeypatch.setattr("condzoo.probe.records.dumps", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/conditioning\.jsonl'"):
+        train(recipe, out=tmp_path / "jsonl", device="cpu")

@@ -8,13 +8,13 @@ not interact, a softmax's F is G: the factors of few classes and small layers ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from condzoo.probe.arguments import checked
+from condzoo.probe.arguments import checked, whole_seed
 from condzoo.probe.batches import batch_size, call
 from condzoo.probe.exact import (
     MATRICES,
@@ -35,7 +35,8 @@ from condzoo.probe.sample_gradients import MOST, DenseRows
 
 Product = Callable[[Tensor], Tensor]
 
-FEW = 1 << 27  # output gradients of all classes together up to which factors are kept: 1 GB
+FEW = 1 << 27  # numbers in the output gradients of all classes together, up to which factors are kept: 1 GB
+CLASSES = 64  # up to which a backward pass each, for the factors, is less than the derivatives take
 
 
 def top_curvature(
@@ -48,7 +49,7 @@ def top_curvature(
     k: int = 1,
     loss: Loss | None = None,
     tolerance: float = 1e-8,
-    seed: int = 0,
+    seed: SupportsIndex = 0,
 ) -> TopEigenvalues:
     """The k largest eigenvalues of F, M, H or G without forming it; arguments as in `curvature`.
 
@@ -62,6 +63,7 @@ def top_curvature(
     Raises:
         ValueError: as `curvature`, and k out of range.
     """
+    seed = whole_seed(seed)
     checked("matrix", matrix, MATRICES)
     model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
     layers = exact_layers(model, block)
@@ -121,7 +123,8 @@ def _jacobian_product(
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         return None
     count = sum(p.numel() for p in parameters)
-    few = logits.shape[1] * sum(sizes) <= FEW and logits.numel() * count <= MOST
+    classes = logits.shape[1]
+    few = classes <= CLASSES and classes * sum(sizes) <= FEW and logits.numel() * count <= MOST
     if few or not _reaches(logits, parameters):
         return None
     product = _ggn_product(logits, parameters)

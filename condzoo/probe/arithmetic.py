@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
 from typing import Literal
 
 import torch
@@ -183,10 +184,16 @@ def reaches_under(total: Float[Tensor, "g d d"], floor: float) -> bool:
     return bool(torch.linalg.cholesky_ex(shifted).info.any())
 
 
-def data_noise(dtype: torch.dtype, largest_diagonal: float) -> float:
-    """Floor that the rounding of the data itself leaves: 20 * (2 u)^2 / 3 * max_i E[x_i^2]."""
+def data_noise(dtype: torch.dtype, largest_diagonal: float, grain: float = 0.0) -> float:
+    """Floor that the rounding of the data itself leaves: 20 * (2 u)^2 / 3 * max_i E[x_i^2] + 20 * grain^2 / 3."""
     roundoff = DATA_ROUNDINGS * torch.finfo(dtype).eps / 2
-    return SAFETY * roundoff**2 / 3 * largest_diagonal
+    return SAFETY * roundoff**2 / 3 * largest_diagonal + SAFETY * grain**2 / 3
+
+
+@cache
+def grain_of(dtype: torch.dtype) -> float:
+    """Distance between the smallest numbers of a dtype, which have fewer digits than its others: 6e-8 for float16."""
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
 
 
 def float64_noise(dim: int, lambda_max: float) -> float:

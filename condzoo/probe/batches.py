@@ -66,8 +66,8 @@ def as_pair(batch: Any, *, own_loss: bool) -> tuple[Any, Any]:
 def batch_size(x: Any) -> int:
     """Samples in a batch: the leading dimension of the first tensor in it, also inside dicts and tuples.
 
-    Of a list of images [c, h, w] as first argument, which detection models take, it is the length; of a
-    PackedSequence the number of sequences.
+    Of a list of images [c, h, w], or of dicts with one each, as first argument, which detection models take, it is
+    the length; of a PackedSequence the number of sequences.
 
     Args:
         x: a tensor, the model's arguments in a tuple, list or dict, or a call: [arguments, keywords].
@@ -76,6 +76,11 @@ def batch_size(x: Any) -> int:
         TypeError: there is no tensor in it.
     """
     found = next((size for argument in _arguments(x) for size in _leading(argument)), None)
+    if found is None and _is_call(x):
+        raise TypeError(
+            f"the model is called on {_names(_arguments(x))}, with no tensor in it whose leading dimension says how "
+            "many samples there are; put probe.begin(batch) before each such call, batch a tensor, say the targets"
+        )
     if found is None:
         raise TypeError(f"a batch must hold a tensor with a leading batch dimension, got {_kinds(x)}")
     return found
@@ -83,11 +88,17 @@ def batch_size(x: Any) -> int:
 
 def _arguments(x: Any) -> Iterable[Any]:
     """What the model is called with, one by one."""
-    if isinstance(x, list) and len(x) == 2 and isinstance(x[0], tuple) and isinstance(x[1], Mapping):
+    if _is_call(x):
         return [*_arguments(x[0]), *x[1].values()]
+    if isinstance(x, list) and x and all(isinstance(part, Mapping) and _is_sample(part) for part in x):
+        return [x]  # a batch of Detectron2's, not yet an argument
     if isinstance(x, Mapping):
         return x.values()
     return x if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence) else [x]
+
+
+def _is_call(x: Any) -> bool:
+    return isinstance(x, list) and len(x) == 2 and isinstance(x[0], tuple) and isinstance(x[1], Mapping)
 
 
 def _leading(x: Any) -> Iterator[int]:
@@ -96,11 +107,15 @@ def _leading(x: Any) -> Iterator[int]:
             yield x.shape[0]
     elif isinstance(x, PackedSequence):
         yield int(x.batch_sizes[0])
-    elif isinstance(x, (tuple, list)) and x and all(map(_is_image, x)):
+    elif isinstance(x, (tuple, list)) and x and all(map(_is_sample, x)):
         yield len(x)
     elif isinstance(x, (Mapping, tuple, list)):
         for part in x.values() if isinstance(x, Mapping) else x:
             yield from _leading(part)
+
+
+def _is_sample(x: Any) -> bool:
+    return any(map(_is_image, x.values())) if isinstance(x, Mapping) else _is_image(x)
 
 
 def _is_image(x: Any) -> bool:
@@ -109,8 +124,11 @@ def _is_image(x: Any) -> bool:
 
 def _kinds(x: Any) -> str:
     parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else None
-    inside = "" if parts is None else f" of {', '.join(sorted({type(p).__name__ for p in parts})) or 'nothing'}"
-    return type(x).__name__ + inside
+    return type(x).__name__ + ("" if parts is None else f" of {_names(parts)}")
+
+
+def _names(parts: Iterable[Any]) -> str:
+    return ", ".join(sorted({type(part).__name__ for part in parts})) or "nothing"
 
 
 def call(model: nn.Module, x: Any) -> Any:

@@ -23,7 +23,7 @@ from condzoo.probe.calls import called_on, unreadable
 from condzoo.probe.correlations import correlates, patch_gram, pieces, positions
 from condzoo.probe.function_calls import FunctionCalls
 from condzoo.probe.hooks import Hook, remove
-from condzoo.probe.layers import CONVS, MEASURED, Conv, input_columns, output_columns, with_constant
+from condzoo.probe.layers import CONVS, Conv, input_columns, is_measured, output_columns, with_constant
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, LinearRange, Neurons, RunningNeurons, linear_range
 from condzoo.probe.origins import Origin
@@ -155,7 +155,7 @@ class Capture:
                 handles += self._functions.watch(name, module)
             if self.counts_neurons and name in self.relus:
                 handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name))))
-            elif self.counts_neurons and isinstance(module, MEASURED) and name not in self.layers:
+            elif self.counts_neurons and is_measured(module) and name not in self.layers:
                 handles.append(module.register_forward_hook(Hook(self._relu_calls.note_layout)))
         return handles
 

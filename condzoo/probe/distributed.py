@@ -6,6 +6,7 @@ Each process scales its gradients by its own batch, so the sums over all rows ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import CHANGING, RunningNeurons
 
 _SIDES = ("input", "output_grad")
-_TOLD = ("rows", "vectors", "noise", "dtype", "finite", "fast", "mixed")  # of a moment, to the other processes
+_TOLD = ("rows", "vectors", "noise", "dtype", "finite", "fast", "mixed", "grain")  # of a moment, to the other processes
 NOT_CALLED: dict[str, Any] = {"samples": 0, "input": None, "output_grad": None}
 
 
@@ -53,7 +54,7 @@ def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
     """
     device = _device(model)
     units = {name: (u.rows, u.count().units if u.hidden is None else u.hidden) for name, u in capture.neurons.items()}
-    gathered = _gathered((_described(capture), units))
+    gathered = _gathered((_described(capture), units), device)
     names = list(dict.fromkeys(name for layers, _ in gathered for name in layers))
     merged: dict[str, LayerSums] = {}
     parts: list[tuple[RunningMoment, tuple[int, ...]]] = []
@@ -86,29 +87,33 @@ def summed(grads: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     The gradients came in the order of each process's own backward pass; here they go in one order.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for of_rank in _gathered({name: tuple(grad.shape) for name, grad in grads.items()}):
+    device = _device(model)
+    for of_rank in _gathered({name: tuple(grad.shape) for name, grad in grads.items()}, device):
         shapes |= of_rank
     wide = any(grad.dtype == torch.float64 for grad in grads.values())
     wide = total(int(wide), model) > 0
     found: dict[str, Tensor] = {}
     for name, shape in sorted(shapes.items()):
         grad = grads[name] if name in grads else torch.zeros(shape, device="cpu")
-        found[name] = grad.to(_device(model), torch.float64 if wide else torch.float32, copy=True)
+        found[name] = grad.to(device, torch.float64 if wide else torch.float32, copy=True)
         dist.all_reduce(found[name])
     return found
 
 
-def _gathered(mine: Any) -> list[Any]:
+def _gathered(mine: Any, device: torch.device) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # NCCL sends from the current one
+        dist.all_gather_object(found, mine)
     return found
 
 
 def _device(model: nn.Module) -> torch.device:
     """Where tensors must be for the processes to exchange them."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return next(p.device for p in model.parameters())
+    devices = [p.device for p in model.parameters()]
+    if dist.get_backend() == "nccl":  # the current device is the first one in every process, unless it was set
+        own = next((device for device in devices if device.type == "cuda"), None)
+        return torch.device("cuda", torch.cuda.current_device()) if own is None else own
+    return devices[0]
 
 
 def _described(capture: Capture) -> dict[str, dict[str, Any]]:
@@ -129,6 +134,7 @@ def _adopt(moment: RunningMoment, entries: list[dict[str, Any]]) -> None:
     moment.noise = sum(e["noise"] for e in entries)
     moment.dtype = max((e["dtype"] for e in entries), key=lambda dtype: torch.finfo(dtype).eps)
     moment.finite = all(e["finite"] for e in entries)
+    moment.grain = max(e["grain"] for e in entries)
     moment.fast = any(e["fast"] for e in entries)
     moment.mixed = any(e["mixed"] for e in entries) or len({e["shape"] for e in entries}) > 1
 

@@ -16,7 +16,7 @@ from condzoo.probe.capture import Capture, LayerSums
 from condzoo.probe.conditioning import LayerConditioning
 from condzoo.probe.eigenvalues import symmetric_eigenvalues
 from condzoo.probe.lanczos import largest_eigenvalues
-from condzoo.probe.layers import MEASURED, kind
+from condzoo.probe.layers import is_measured, kind
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.nulls import Head, structural_nulls, zero_coordinates, zero_sum_remainder
 from condzoo.probe.spectra import Spectrum, from_blocks
@@ -103,7 +103,7 @@ def _not_called(name: str, capture: Capture, *, used: bool) -> str:
 def _has_the_last(capture: Capture, good: list[str]) -> bool:
     """Whether the last of the good layers is the network's: none after it was skipped, or left out by `layers`."""
     reached = [name for name, sums in capture.sums.items() if sums.output_grad.vectors]
-    measurable = [name for name, module in capture.modules.items() if isinstance(module, MEASURED)]
+    measurable = [name for name, module in capture.modules.items() if is_measured(module)]
     return good != [] and good[-1:] == reached[-1:] and all(name in capture.layers for name in measurable[-1:])
 
 
@@ -173,7 +173,7 @@ def _spectrum(
     """values: m = d, or the number of vectors where that is smaller, or 1 without kappa; noise: over E[x_i^2]."""
     dim, largest = moment.dim, max(0.0, float(values.max()))
     diagonal = float(moment.diagonal().max())
-    of_data = max(data_noise(moment.dtype, diagonal), SAFETY * noise * diagonal)
+    of_data = max(data_noise(moment.dtype, diagonal, moment.grain), SAFETY * noise * diagonal)
     floor = of_data + moment.noise / max(1, moment.rows) + float64_noise(dim, largest)
     how = f"{'float32' if moment.fast else 'float64'} products of {str(moment.dtype).removeprefix('torch.')} data"
     if not kappa:

@@ -24,7 +24,7 @@ from condzoo.probe.label_models import (
     with_random_signs,
 )
 from condzoo.probe.layer_rows import LayerRows
-from condzoo.probe.layers import samples_interact
+from condzoo.probe.layers import CHANNELS_FIRST, samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
 from condzoo.probe.row_reading import by_sample, reader
 
@@ -145,8 +145,8 @@ def label_signals(model: nn.Module, loss: Loss | None, output: Any, y: Any, matr
 
 def _width(module: nn.Module) -> int:
     """Outputs a group."""
-    if isinstance(module, nn.Linear):
-        return module.out_features
+    if not isinstance(module, CHANNELS_FIRST):
+        return int(module.out_features if isinstance(module, nn.Linear) else module.nf)  # type: ignore[arg-type]
     return int(module.out_channels) // int(module.groups)  # type: ignore[arg-type]
 
 

@@ -29,6 +29,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CHANNELS_FIRST = (*CONVOLUTIONS, *TRANSPOSED)
 MEASURED = (nn.Linear, *CHANNELS_FIRST)
+LINEAR_OF_OTHERS = {"transformers.pytorch_utils.Conv1D"}  # GPT-2's, whose weight is [in, out]
 
 ROWS_A_PIECE = 64  # rows of a linear layer multiplied together before float64 takes over
 ROWS_OF_PATCHES = 512  # the same of patches, whose products are larger: adding them up costs more
@@ -42,17 +43,28 @@ REASONS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] =
 
 def kind(module: nn.Module) -> str:
     """How a layer is named in a record: "Linear", "Conv2d", "depthwise Conv2d", "grouped Conv2d", ..."""
-    name = next(base.__name__ for base in MEASURED if isinstance(module, base))
+    name = next(base.__name__ for base in type(module).__mro__ if base in MEASURED or _full(base) in LINEAR_OF_OTHERS)
     groups = getattr(module, "groups", 1)
     if groups == 1:
         return name
     return ("depthwise " if groups == module.in_channels else "grouped ") + name
 
 
+def is_measured(module: nn.Module) -> bool:
+    """Whether this is a linear or convolution layer."""
+    return isinstance(module, MEASURED) or any(_full(base) in LINEAR_OF_OTHERS for base in type(module).__mro__)
+
+
+def _full(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def check_module(model: Any) -> None:
-    """TypeError where a model's name, say, is given in place of a model."""
+    """TypeError where a model's name, say, is given in place of a model; ValueError for one on Apple's GPUs."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {model!r:.40}")
+    if any(p.device.type == "mps" for p in model.parameters()):
+        raise ValueError("the model is on MPS, which has no float64, and sums are in float64; use model.to('cpu')")
 
 
 def choose(
@@ -67,7 +79,7 @@ def choose(
 
     Raises:
         TypeError: not a module, or not a list of names.
-        ValueError: a name that matches no layer; says the closest.
+        ValueError: a name that matches no layer; says the closest. A model on MPS.
     """
     check_module(model)
     if isinstance(names, str):
@@ -79,7 +91,7 @@ def choose(
     for name, module in named_modules(model):
         if (why := _reason(module)) is not None:
             skipped[name] = why
-        elif isinstance(module, MEASURED):
+        elif is_measured(module):
             found[name] = module
         elif isinstance(module, nn.MultiheadAttention):
             found |= {f"{name}.{local}" if name else local: p for local, p in projections(module).items()}
@@ -121,7 +133,7 @@ def _reason(module: nn.Module) -> str | None:
     for classes, why in REASONS:
         if isinstance(module, classes):
             return f"{type(module).__name__}: {why}"
-    if isinstance(module, MEASURED) or any(True for _ in module.children()):
+    if is_measured(module) or any(True for _ in module.children()):
         return None
     if any(p.ndim >= 2 for p in own):
         return f"{type(module).__name__} is not a linear or convolution layer"
@@ -130,7 +142,7 @@ def _reason(module: nn.Module) -> str | None:
 
 def input_columns(module: nn.Module, x: Tensor, conv: Conv) -> Iterator[Float[Tensor, "b g d k"]]:
     """A layer's input as pieces [b, groups, d, k] of k rows of d coordinates each."""
-    if isinstance(module, nn.Linear):
+    if not isinstance(module, CHANNELS_FIRST):
         return _rows(x.flatten(0, -2) if x.ndim > 1 else x[None])
     x = x[None] if x.ndim == _spatial(module) + 1 else x
     if conv == "patches" and isinstance(module, CONVOLUTIONS):
@@ -140,7 +152,7 @@ def input_columns(module: nn.Module, x: Tensor, conv: Conv) -> Iterator[Float[Te
 
 def output_columns(module: nn.Module, grad_h: Tensor) -> Iterator[Float[Tensor, "b g d k"]]:
     """A layer's output gradient as pieces [b, groups, d, k]."""
-    if isinstance(module, nn.Linear):
+    if not isinstance(module, CHANNELS_FIRST):
         return _rows(grad_h.flatten(0, -2) if grad_h.ndim > 1 else grad_h[None])
     grad_h = grad_h[None] if grad_h.ndim == _spatial(module) + 1 else grad_h
     return _positions(grad_h, _groups(module))

@@ -81,6 +81,7 @@ class RunningMoment:
         noise: floor of the sum from float32 products; dtype: the coarsest dtype of the data.
         finite: False once NaN or Inf was seen; what follows is then ignored.
         dropped: (g, d), once the sum or the vectors would have passed `LIMIT`; what follows is then only counted.
+        grain: distance between the smallest numbers that the rows may be; gradients in float16 can be as small.
         mixed: rows of another shape came, as of a layer that is called at several widths; they are left out.
     """
 
@@ -93,6 +94,7 @@ class RunningMoment:
     finite: bool = True
     fast: bool = False
     dropped: tuple[int, int] | None = None
+    grain: float = 0.0
     mixed: bool = False
 
     def add(
@@ -112,7 +114,7 @@ class RunningMoment:
         if not self.takes(groups, dim):
             return
         if not self.fits(groups, dim, pieces * width):
-            self._count(pieces * width, columns.dtype, new_rows)
+            self._count(pieces * width, columns.dtype, new_rows, scale)
             self.finite = self.finite and all(bool(torch.isfinite(piece).all()) for piece in columns)
             return
         if self.total is not None or self.vectors + pieces * width >= dim:
@@ -127,7 +129,7 @@ class RunningMoment:
                 new_rows=new_rows,
             )
             return
-        self._count(pieces * width, columns.dtype, new_rows)
+        self._count(pieces * width, columns.dtype, new_rows, scale)
         kept = columns.permute(1, 2, 0, 3).flatten(2).to(torch.float64) * scale
         self.finite = self.finite and bool(torch.isfinite(kept).all())
         self.pending = [*self.pending, kept]  # a new list: `Capture.snapshot` keeps the one before
@@ -151,7 +153,7 @@ class RunningMoment:
             pieces: as many independent float32 products would leave as much noise.
             dtype: of the data; `precision` and `new_rows`: as in `add`.
         """
-        self._count(rows, dtype, new_rows)
+        self._count(rows, dtype, new_rows, scale)
         if self.dropped is not None:
             return
         self.spill()
@@ -188,9 +190,10 @@ class RunningMoment:
         """Note that the data has no more digits than this dtype."""
         self.dtype = max((self.dtype, dtype), key=lambda d: torch.finfo(d).eps)
 
-    def _count(self, rows: int, dtype: torch.dtype, new_rows: bool) -> None:
+    def _count(self, rows: int, dtype: torch.dtype, new_rows: bool, scale: float) -> None:
         self.rows += rows if new_rows else 0
         self.vectors += rows
+        self.grain = max(self.grain, arithmetic.grain_of(dtype) * scale)
         if dtype != self.dtype:
             self.coarsen(dtype)
 
@@ -206,6 +209,7 @@ class RunningMoment:
         if factor == 1.0:
             return
         self.noise *= factor**2
+        self.grain *= factor
         self.total = None if self.total is None else self.total * factor**2
         self.pending = [vectors * factor for vectors in self.pending]
 

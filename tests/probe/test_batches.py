@@ -4,6 +4,7 @@ import functools
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -162,6 +163,33 @@ def test_what_is_no_batch_is_explained():
         measure(model, (x, y), reduction="none")
 
 
+class OfObjects(Plain):
+    """Called on an object that holds the tensor, as networks of graphs are."""
+
+    def forward(self, data):
+        return super().forward(data.x)
+
+
+def test_a_call_on_an_object_is_explained_and_measured_once_told_of_its_batch():
+    (x, y), model = data(), OfObjects().double()
+    with (
+        Probe(model),
+        pytest.raises(
+            TypeError, match=r"called on SimpleNamespace, .* put probe\.begin\(batch\) before each such call"
+        ),
+    ):
+        model(SimpleNamespace(x=x))
+    found = []
+    for told, call in ((model, SimpleNamespace(x=x)), (Plain().double(), x)):
+        with Probe(told) as probe:
+            probe.begin(y)
+            F.cross_entropy(told(call), y).backward()
+            probe.step()
+        found.append(probe.latest)
+    same(*found)
+    assert found[0].samples == len(y)
+
+
 def test_two_batches_are_not_taken_for_a_pair_nor_a_pair_for_two():
     x, y = data()
     plain = Plain().double()
@@ -258,6 +286,28 @@ def test_real_models_of_hugging_face(expected):
     assert measure(model, [batch], labels="model").labels == "model"
 
 
+def test_the_linear_layers_of_gpt2_whose_weights_are_transposed():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 6}
+    torch.manual_seed(0)
+    model = (
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).double().eval()
+    )
+    ids = torch.randint(20, (4, 6))
+    found = measure(model, {"input_ids": ids, "labels": ids})
+    for module in [*model.modules()]:
+        for name, layer in [*module.named_children()]:
+            if type(layer).__name__ == "Conv1D":
+                plain = nn.Linear(*layer.weight.shape).double()
+                plain.weight, plain.bias = nn.Parameter(layer.weight.detach().mT.clone()), layer.bias
+                setattr(module, name, plain)
+    expected = measure(model, {"input_ids": ids, "labels": ids})
+    assert [layer.kind for layer in found.values()] == ["Conv1D"] * 4 + ["Linear"]
+    assert [layer.kind for layer in expected.values()] == ["Linear"] * 5
+    same(found, expected)
+    assert found.skipped == expected.skipped
+
+
 def test_tensors_of_inference_mode_and_callers_in_it_are_measured(expected):
     model = Plain().double()
     with torch.inference_mode():
@@ -320,6 +370,8 @@ def test_a_list_of_images_is_a_batch_of_its_length(kind):
         for found in (probe.latest, at_rest):
             assert found.samples == 5
             assert torch.allclose(found["head"].output_grad.eigenvalues, expected, rtol=1e-10)
+    of_detectron2 = [{"image": image, "height": 4} for image in images]
+    assert batch_size(of_detectron2) == batch_size([(of_detectron2,), {}]) == batch_size((of_detectron2, targets)) == 5
     source, target = torch.ones(6, 9, 2), torch.ones(6, 7, 2)
     assert batch_size((source, target)) == batch_size([(source, target), {}]) == batch_size(([source, target],)) == 6
 

@@ -3,7 +3,9 @@
 import importlib.util
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,8 +139,8 @@ def test_layers_that_processes_call_at_other_widths_are_skipped(process_group, m
         moment.add(torch.ones((1, 1, width, 9)), "auto")
     gathered = distributed._gathered
 
-    def two(mine):
-        (layers, units), *_ = gathered(mine)
+    def two(mine, device):
+        (layers, units), *_ = gathered(mine, device)
         other = {**layers[""], "input": {**layers[""]["input"], "shape": (1, 5, 5)}}
         return [(layers, units), ({"": other}, units)]
 
@@ -146,3 +148,24 @@ def test_layers_that_processes_call_at_other_widths_are_skipped(process_group, m
     sum_over_ranks(capture, model)
     _, skipped, _ = finish(capture, {}, {})
     assert skipped == {"": "called at several widths, whose rows cannot be added up"}
+
+
+def test_under_nccl_the_models_own_device_is_taken(process_group, monkeypatch):
+    """The current one is the machine's first in every process that has not set it (no GPU is here to run it on)."""
+    entered = []
+
+    @contextmanager
+    def current(device):
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    third, cpu = torch.device("cuda", 2), torch.device("cpu")
+    model = nn.Linear(2, 2)
+    for devices, expected in (([cpu, third], third), ([cpu], torch.device("cuda", 0))):  # offloaded between the steps
+        monkeypatch.setattr(model, "parameters", lambda devices=devices: [SimpleNamespace(device=d) for d in devices])
+        assert distributed._device(model) == expected
+    assert distributed._gathered("mine", third) == ["mine"]
+    assert entered == [third]

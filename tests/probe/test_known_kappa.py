@@ -8,6 +8,8 @@ from torch import nn
 
 from condzoo.probe import Probe, finishing, measure
 from condzoo.probe.arithmetic import in_tf32
+from condzoo.probe.finishing import spectra_of
+from condzoo.probe.moments import RunningMoment
 
 TOLERANCE = {torch.float64: 0.01, torch.float32: 0.05, torch.bfloat16: 0.05}
 
@@ -212,3 +214,22 @@ def test_tf32_is_what_torch_is_set_to(setting, convolution, monkeypatch):
     assert not in_tf32(torch.device("cpu"), convolution=convolution)
     monkeypatch.setattr("condzoo.probe.arithmetic._precision", lambda *names: "ieee")
     assert not in_tf32(torch.device("cuda"), convolution=convolution)
+
+
+@pytest.mark.parametrize("kappa", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**10])
+def test_gradients_in_float16_below_its_full_digits_are_right_or_declared_unknown(kappa, loss_scale):
+    """Under 6e-5 its numbers are 6e-8 apart, however small they are."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.logspace(0, -math.log10(kappa), 16).double()
+    basis = torch.linalg.qr(torch.randn((16, 16), generator=generator, dtype=torch.float64)).Q
+    white = torch.linalg.qr(torch.randn((2048, 16), generator=generator, dtype=torch.float64)).Q * 2048**0.5
+    for size in (1e-3, 1e-5, 1e-6, 3e-7):
+        moment = RunningMoment()
+        moment.add((white * true.sqrt() @ basis.T * size).half().T[None, None], "auto", 2048.0)
+        moment.rescale(1 / loss_scale)
+        found = spectra_of([moment, moment])[0]
+        known = found.eigenvalues > found.noise_floor
+        error = (found.eigenvalues / (true * (size * 2048 / loss_scale) ** 2) - 1).abs()
+        assert float(error[known].max()) < 0.05
+        assert known.all() or size < 1e-3 or kappa > 1e3

@@ -1,12 +1,14 @@
 """Every kind of layer, alone, shared and called only sometimes, against rows written out one by one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, ScaledStdConv2dSame, StdConv2dSame
 from torch import nn
 
-from condzoo.probe import curvature, measure
+from condzoo.probe import Probe, curvature, measure
 
 LAYERS = {
     "linear": (lambda: nn.Linear(4, 3), (4,)),
@@ -165,3 +167,29 @@ def test_patches_that_cannot_be_known_are_skipped_by_name():
     padded[1].load_state_dict(model[0].state_dict())
     exact, expected = curvature(model, *batch, "grad_moment"), curvature(padded, *batch, "grad_moment")
     assert torch.allclose(exact.eigenvalues, expected.eigenvalues, rtol=1e-9, atol=1e-13), "by the gradients themselves"
+
+
+def test_a_model_on_a_device_without_float64_is_refused():
+    """No such device is here: a parameter that says it is on one."""
+
+    class OnMps(nn.Linear):
+        def parameters(self, recurse=True):
+            yield SimpleNamespace(device=torch.device("mps", 0))
+
+    for call in (lambda m: measure(m, (torch.ones(2, 3), torch.zeros(2).long())), Probe):
+        with pytest.raises(ValueError, match=r"the model is on MPS, which has no float64.* use model\.to\('cpu'\)"):
+            call(OnMps(3, 3))
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "hessian"])
+def test_a_linear_layer_with_its_weight_transposed_has_the_same_curvature(matrix):
+    kind = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    model, plain = (
+        nn.Sequential(first, nn.Tanh(), nn.Linear(4, 3)).double() for first in (kind(4, 5), nn.Linear(5, 4))
+    )
+    plain.load_state_dict({key: value.mT if key == "0.weight" else value for key, value in model.state_dict().items()})
+    x, y = torch.randn(8, 5).double(), torch.arange(8) % 3
+    for block in (None, "0"):
+        found, expected = (curvature(m, x, y, matrix, block=block).eigenvalues for m in (model, plain))
+        assert float((found - expected).abs().max()) <= 1e-12 * float(expected[0])

@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, SupportsIndex
 
 
 def whole_number(name: str, value: int) -> int:
@@ -18,6 +18,18 @@ def whole_number(name: str, value: int) -> int:
     if value < 0:
         raise ValueError(f"{name} must be 0 or more, got {value}")
     return operator.index(value)
+
+
+def whole_seed(seed: SupportsIndex) -> int:
+    """The seed as an int: numpy's whole numbers are seeds, too, and torch's generators refuse them.
+
+    Raises:
+        TypeError: it is no whole number.
+    """
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be a whole number, got {seed!r}") from None
 
 
 def positive(name: str, value: Any) -> float:

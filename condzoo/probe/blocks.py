@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from condzoo.probe.arguments import checked
+from condzoo.probe.arguments import checked, whole_seed
 from condzoo.probe.batches import batch_size
 from condzoo.probe.exact import (
     MATRICES,
@@ -31,7 +31,7 @@ from condzoo.probe.spectra import Spectrum
 
 
 def curvature_blocks(
-    model: nn.Module, x: Any, y: Any, matrix: str = "fisher", *, loss: Loss | None = None, seed: int = 0
+    model: nn.Module, x: Any, y: Any, matrix: str = "fisher", *, loss: Loss | None = None, seed: SupportsIndex = 0
 ) -> dict[str | None, Spectrum]:
     """`curvature` of the whole network, under None, and of each layer's block, under its name; arguments as there.
 
@@ -44,6 +44,7 @@ def curvature_blocks(
 
     Source: arXiv:2002.10801, appendix, Figs. I-IV.
     """
+    seed = whole_seed(seed)
     checked("matrix", matrix, MATRICES)
     model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
     layers = exact_layers(model, None)

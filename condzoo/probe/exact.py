@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from condzoo.probe.arguments import checked
+from condzoo.probe.arguments import checked, whole_seed
 from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size, call, in_float64, on_device
 from condzoo.probe.copying import copy_in_float64
@@ -55,7 +55,7 @@ def curvature(
     block: str | None = None,
     *,
     loss: Loss | None = None,
-    seed: int = 0,
+    seed: SupportsIndex = 0,
 ) -> Spectrum:
     """Full spectrum of an exact curvature matrix, by a float64 copy of the model in the mode it is in.
 
@@ -80,6 +80,7 @@ def curvature(
 
     Source: arXiv:2002.10801, appendix, Figs. I-IV.
     """
+    seed = whole_seed(seed)
     checked("matrix", matrix, MATRICES)
     model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
     layers = exact_layers(model, block)

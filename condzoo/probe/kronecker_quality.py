@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from condzoo.probe.arguments import checked
+from condzoo.probe.arguments import checked, whole_seed
 from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size
 from condzoo.probe.exact import in_float64_copies
@@ -130,7 +130,7 @@ def kronecker_report(
     *,
     layers: Sequence[str] | None = None,
     loss: Loss | None = None,
-    seed: int = 0,
+    seed: SupportsIndex = 0,
 ) -> KroneckerReport:
     """Each layer's exact block of F or M against its Kronecker approximation, from the same rows, in float64.
 
@@ -154,6 +154,7 @@ def kronecker_report(
     Convolutions count patches, as K-FAC does. With one position and labels whose gradient does not depend on x
     the two are equal; the ratio says how far that is off.
     """
+    seed = whole_seed(seed)
     checked("matrix", matrix, MATRICES)
     model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
     chosen, skipped = choose(model, layers)

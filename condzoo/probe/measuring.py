@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
 
-from condzoo.probe.arguments import checked
+from condzoo.probe.arguments import checked, whole_seed
 from condzoo.probe.arithmetic import full_float32
 from condzoo.probe.batches import Adapter, as_pair, each, in_float64
 from condzoo.probe.capture import capture_of
@@ -34,7 +34,7 @@ def measure(
     conv: str = "channels",
     device: str | torch.device | None = None,
     precision: str = "auto",
-    seed: int = 0,
+    seed: SupportsIndex = 0,
     bias: bool = False,
     adapter: Adapter | None = None,
     reduction: str | None = None,
@@ -83,6 +83,7 @@ def measure(
 
     Source: arXiv:2002.10801, sec. 3.
     """
+    seed = whole_seed(seed)
     whose: Labels = checked("labels", labels, LABELS)
     model = replica(model)
     refuse_threads(model)

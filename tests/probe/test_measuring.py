@@ -5,13 +5,24 @@ import dataclasses
 from collections import OrderedDict
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from condzoo.probe import Probe, label_models, measure, measuring, weights
+from condzoo.probe import (
+    Probe,
+    curvature,
+    curvature_blocks,
+    kronecker_report,
+    label_models,
+    measure,
+    measuring,
+    top_curvature,
+    weights,
+)
 
 NAMES = ["mlp", "bn_mlp", "conv", "odd_conv", "residual", "other_dimensions", "tokens"]
 
@@ -267,6 +278,17 @@ def test_the_model_is_left_as_it_was_wherever_it_raises(kit, where, labels):
     with pytest.raises(RuntimeError, match="in the middle"):
         measure(model, [kit.images(), kit.images()], loss=Loss(), labels=labels)
     assert same_state(before, state_of(model))
+
+
+def test_a_seed_of_numpys_is_one(kit, tmp_path):
+    model, (x, y) = kit.build("mlp"), kit.images(16)
+    c = measure(model, (x, y), labels="sample", seed=np.int64(3))
+    assert (c.seed, type(c.seed)) == (3, int)
+    c.to_json(tmp_path / "c.json")
+    for of in (curvature, curvature_blocks, top_curvature, kronecker_report):
+        of(model, x, y, seed=np.int64(3))
+    with pytest.raises(TypeError, match=r"seed must be a whole number, got array\(\[1, 2\]\)"):
+        measure(model, (x, y), seed=np.array([1, 2]))
 
 
 def test_dropout_is_seeded_and_the_seed_matters(kit):

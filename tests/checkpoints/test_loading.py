@@ -169,7 +169,7 @@ def test_another_pooling_makes_the_last_bn_as_new_as_the_head(convolutional, cre
 
 
 def test_an_mlps_weights_refuse_other_image_sizes(index):
-    with pytest.raises(ValueError, match=r"take images of 144 values, got input_size=\(1, 28, 28\)"):
+    with pytest.raises(ValueError, match=r"take images of 1 x 12 x 12, got input_size=\(1, 28, 28\); an MLP's"):
         create_model("mlp4x24_bn", pretrained=True, input_size=(1, 28, 28))
 
 

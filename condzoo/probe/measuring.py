@@ -19,6 +19,7 @@ from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.copying import copied, copy_in_float64
 from condzoo.probe.layers import choose
 from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_in_float64, loss_on
+from condzoo.probe.narrow_draws import narrow_draws
 from condzoo.probe.passes import Passes
 from condzoo.probe.preserving import preserved
 from condzoo.probe.wrappers import refuse_threads, replica
@@ -131,7 +132,8 @@ def certificate(model: nn.Module, batch: list[tuple[Any, Any]], options: dict[st
     with torch.inference_mode(False):
         wide = [(in_float64(x), in_float64(y)) for x, y in batch]
         options["loss"] = loss_in_float64(options["loss"])
-    exact = measure(copy_in_float64(model), wide, precision="float64", **options)
+    with narrow_draws(model):
+        exact = measure(copy_in_float64(model), wide, precision="float64", **options)
     found: dict[str, dict[str, float]] = {}
     for name in own.keys() & exact.keys():
         found[name] = {}

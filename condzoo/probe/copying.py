@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
+
+
+def made_inside(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, was made in inference mode: autograd refuses its tensors."""
+    return any(t.is_inference() for t in chain(model.parameters(), model.buffers()) if not is_lazy(t))
 
 
 def copied(model: nn.Module) -> nn.Module:

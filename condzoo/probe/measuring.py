@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any, SupportsIndex
 
 import torch
@@ -16,7 +15,7 @@ from condzoo.probe.arithmetic import full_float32
 from condzoo.probe.batches import Adapter, as_pair, each, in_float64
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
-from condzoo.probe.copying import copied, copy_in_float64
+from condzoo.probe.copying import copied, copy_in_float64, made_inside
 from condzoo.probe.layers import choose
 from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_in_float64, loss_on
 from condzoo.probe.narrow_draws import narrow_draws
@@ -92,7 +91,7 @@ def measure(
     where = None if device is None else torch.empty(0, device=device).device  # "cuda" is "cuda:0", say
     elsewhere = where is not None and any(p.device != where for p in model.parameters())
     with torch.inference_mode(False):  # what is made inside has no gradients
-        if elsewhere or any(t.is_inference() for t in chain(model.parameters(), model.buffers())):
+        if elsewhere or made_inside(model):
             model = copied(model) if where is None else copied(model).to(where)
             chosen, skipped = choose(model, layers)
         loss = loss if where is None else loss_on(loss, where)

@@ -60,15 +60,15 @@ def test_a_picture_that_is_not_drawn_leaves_the_table(capsys, tmp_path, monkeypa
 
     drawn = []
     monkeypatch.setattr("condzoo.probe.plot_comparison", fail)
-    monkeypatch.setattr("condzoo.commands.training.MOST_DRAWN", 2)
-    words = ["train", *SHORT, "--set", "probe.every=2", "--seeds", "1-3", "--out", tmp_path]
+    monkeypatch.setattr("condzoo.commands.training.MOST_DRAWN", 1)
+    words = ["train", *SHORT, "--set", "probe.every=2", "--seeds", "1,2", "--out", tmp_path]
     code, out, err = run(capsys, *words)
     assert (code, err) == (2, "error: too wide\n")
-    assert "mean +- std: 3 of 3 seeds" in out
-    assert drawn == [["seed1", "seed2"]]
+    assert "mean +- std: 2 of 2 seeds" in out
+    assert drawn == [["seed1"]]
     monkeypatch.setattr("condzoo.probe.plot_comparison", lambda runs, path: path.write_bytes(b""))
     out = run(capsys, *words)[1]
-    assert "drawn: the first 2 of 3 probed runs; `condzoo plot RUN RUN ...` draws others\n" in out
+    assert "drawn: the first 1 of 2 probed runs; `condzoo plot RUN RUN ...` draws others\n" in out
     assert out.index("mean +- std") < out.index("drawn: ") < out.index("picture: ")
 
 

@@ -94,7 +94,7 @@ def _what_restores(model: nn.Module) -> list[Callable[[], None]]:
 
 
 def _restore_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    now = module._parameters[name] if name in module._parameters else None  # torch.jit's has no `get`
+    now = dict(module._parameters.items()).get(name)  # torch.jit's parameters have no `get`
     if isinstance(now, nn.Parameter) and now is not parameter and not _is_sharded(now, parameter):
         module._parameters[name] = parameter
 

@@ -103,14 +103,15 @@ def check_every_image(recipe: Recipe, data_root: str | Path | None, on_event: On
 
 
 def first_step(training: Training, probe: Probe | None) -> StepResult:
-    """Take the first step.
+    """Take the first step, and the second where that is the first one compiled: none is that the probe measures.
 
     Raises:
         Diverged: its loss or gradient is not finite; says where that begins.
     """
-    (batch,) = training_steps(training, 0, 1)
+    compiled_next = training.recipe.compile and probe is not None and training.recipe.probe.every > 1
+    end = min(2 if compiled_next else 1, training.total_steps)
     try:
-        result = take_step(training, batch, probe)
+        result, *_ = [take_step(training, batch, probe) for batch in training_steps(training, 0, end)]
         training.guard.check()
     except NonFinite as bad:
         training.ranks.all_do(lambda: first_unreadable(training))

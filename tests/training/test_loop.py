@@ -193,6 +193,24 @@ def test_what_a_notebook_has_set_changes_no_run_and_stays(change: Any, back: Any
     assert before == after
 
 
+def test_a_rehearsal_takes_a_compiled_step_beside_one_that_is_measured(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[str] = []
+
+    def stand_in(model: nn.Module) -> Any:
+        return lambda x: runs.append("compiled") or model(x)
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    for every, expected in ((0, 1), (1, 0), (5, 1)):
+        runs.clear()
+        found = rehearse(tiny(**CONV, compile=True, **{"probe.every": every}), device="cpu")
+        assert len(runs) == expected
+        assert (found.probed > 0) == (every > 0)
+    usual = rehearse(tiny(**CONV, **{"probe.every": 5}), device="cpu")
+    assert (usual.loss, usual.grad_norm) == (found.loss, found.grad_norm)  # of the first step
+
+
 def test_the_probe_does_not_change_the_weights(tiny: Any, tmp_path: Path) -> None:
     plain = train(tiny(**CONV), out=tmp_path / "plain", max_steps=5, device="cpu")
     probed = train(tiny(**CONV, **{"probe.every": 2}), out=tmp_path / "probed", max_steps=5, device="cpu")

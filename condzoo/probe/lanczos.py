@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -86,8 +86,7 @@ def _from_one_start(
     while True:
         image = product(basis[-1])
         diagonal.append(float(image @ basis[-1]))
-        span = torch.cat([known, torch.stack(basis)])
-        image = _orthogonal(image, span)
+        image = _orthogonal(image, (*known, *basis))
         beside.append(float(image.norm()))
         steps = len(diagonal)
         small = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
@@ -99,12 +98,20 @@ def _from_one_start(
         scale = max(least_scale, float(values.abs().max()))
         exhausted = steps >= min(dim - len(known), most) or beside[-1] <= 1e-14 * scale
         if exhausted or (steps >= k and bool((residuals <= tolerance * scale).all())):
-            return steps, values, residuals, vectors.flip(1)[:, :k].T @ torch.stack(basis)
+            found = basis[0].new_zeros((len(values), dim))
+            for direction, weights in zip(basis, vectors.flip(1)[:, :k], strict=True):
+                found.addr_(weights, direction)
+            return steps, values, residuals, found
         basis.append(image / beside[-1])
 
 
-def _orthogonal(vector: Float[Tensor, " d"], span: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
-    """The vector less its part in an orthonormal span; once leaves round-off of the first subtraction."""
+def _orthogonal(vector: Float[Tensor, " d"], span: Iterable[Float[Tensor, " d"]]) -> Float[Tensor, " d"]:
+    """The vector less its part in an orthonormal span; once leaves round-off of the first subtraction.
+
+    One after the other: of millions of parameters a second copy of all directions is gigabytes.
+    """
+    vector, span = vector.clone(), list(span)
     for _ in range(2):
-        vector = vector - span.T @ (span @ vector)
+        for direction in span:
+            vector.sub_(direction, alpha=float(direction @ vector))
     return vector

@@ -139,7 +139,7 @@ def _reaches(logits: Tensor, parameters: Sequence[Tensor]) -> bool:
 def _is_symmetric(product: Product, like: Tensor) -> bool:
     """Whether these are G's products: some functions of a user's have no second derivative, or one in part."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(len(like), generator=generator, dtype=torch.float64).to(like) for _ in range(2))
+    a, b = (torch.randn(len(like), generator=generator, dtype=torch.float64, device="cpu").to(like) for _ in range(2))
     try:
         image_a, image_b = product(a), product(b)
     except RuntimeError:

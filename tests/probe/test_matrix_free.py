@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from condzoo.probe import curvature, top_curvature
 from condzoo.probe.lanczos import largest_eigenvalues
@@ -37,6 +38,22 @@ def test_residuals_bound_the_error_where_it_stops_early():
     error = float((torch.linalg.eigvalsh(a)[-1] - found.values[0]).abs())
     assert found.products == 6
     assert 1e-6 < error <= float(found.residuals[0])
+
+
+def test_the_directions_are_held_once():
+    """Of ResNet-50 they are gigabytes."""
+    values, seen = torch.arange(1.0, 5001.0).double(), []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            seen.append(found.numel() if isinstance(found, torch.Tensor) else 0)
+            return found
+
+    with Largest():
+        found = largest_eigenvalues(lambda v: values * v, 5000, most=60)
+    assert found.products == 60
+    assert max(seen) == 5000
 
 
 def test_k_out_of_range_is_explained():

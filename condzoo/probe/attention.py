@@ -51,10 +51,11 @@ def packed_weights(attention: nn.MultiheadAttention) -> dict[str, Tensor | None]
 def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[RemovableHandle]:
     """Report (layer name, module, input, output) of each projection while `attention` runs."""
     layers = projections(attention)
+    called: list[nn.Module] = []  # the output projection, while a subclass calls it: its own hooks see that
 
     def watcher(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> None:
         local = _local_name(attention, weight)
-        if local is not None:
+        if local is not None and not called:
             layer = attention.out_proj if local == "out_proj" else layers.get(local) or _layer(weight, bias)
             report(f"{name}.{local}" if name else local, layer, x, h)
 
@@ -69,6 +70,8 @@ def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[R
     return [
         attention.register_forward_pre_hook(Hook(before)),
         attention.register_forward_hook(Hook(after), always_call=True, prepend=True),
+        attention.out_proj.register_forward_pre_hook(Hook(lambda module, args: called.append(module))),
+        attention.out_proj.register_forward_hook(Hook(lambda *_: called.clear()), always_call=True, prepend=True),
     ]
 
 
@@ -89,10 +92,10 @@ def _put_linear() -> None:
         F.linear = _original
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    h = _original(x, weight, bias)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    h = _original(input, weight, bias)
     for watcher in tuple(_watchers):
-        watcher(x, weight, bias, h)
+        watcher(input, weight, bias, h)
     return h
 
 

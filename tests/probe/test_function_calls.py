@@ -118,22 +118,26 @@ def test_of_layers_that_share_a_weight_the_one_inside_the_running_module_is_mean
 class Attended(nn.MultiheadAttention):
     """Uses its packed weight itself, which other hooks see."""
 
+    use = None
+
     def forward(self, x):
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        return F.linear(F.scaled_dot_product_attention(q, k, v), self.out_proj.weight, self.out_proj.bias)
+        q, k, v = F.linear(input=x, weight=self.in_proj_weight, bias=self.in_proj_bias).chunk(3, dim=-1)
+        return USES[self.use](self.out_proj, F.scaled_dot_product_attention(q, k, v))
 
 
-def test_a_call_inside_a_layer_or_an_attention_counts_once():
+@pytest.mark.parametrize("use", ["called", "function", "keywords"])
+def test_a_call_inside_a_layer_or_an_attention_counts_once(use):
     class Own(nn.Linear):
         def forward(self, x):
             return F.linear(x, self.weight, self.bias)
 
     torch.manual_seed(0)
     model = nn.Sequential(Own(5, 6), Attended(6, 1, batch_first=True), nn.Flatten(), nn.Linear(42, 3)).double()
+    model[1].use = use
     found = measure(model, batch())
-    assert {name: (layer.input.rows, layer.positions) for name, layer in found.items()} == {
-        "0": (56, 7),
-        "1.in_proj": (56, 7),
-        "1.out_proj": (56, 7),
-        "3": (8, 1),
+    assert {name: (layer.samples, layer.input.rows, layer.output_grad.rows) for name, layer in found.items()} == {
+        "0": (8, 56, 56),
+        "1.in_proj": (8, 56, 56),
+        "1.out_proj": (8, 56, 56),
+        "3": (8, 8, 8),
     }

@@ -48,6 +48,7 @@ def is_pair(batches: Any) -> bool:
     return isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point() and not y.is_floating_point()
 
 
+@torch.inference_mode(False)  # in which tensors have no versions
 @torch.no_grad()
 def watch_head(
     model: nn.Module, head: nn.Linear, dropout: nn.Module | None, batches: Tensor | Iterable[Any]
@@ -63,15 +64,16 @@ def watch_head(
         ValueError: fewer than 2 rows, or features that are not finite.
     """
     count, mean, squares = 0, torch.zeros(1), torch.zeros(1)
-    given_out: list[Tensor] = []  # by the dropout since the head ran last; held, so that no other takes their memory
+    # by the dropout since the head ran last, with its version; held, so that no other takes their memory
+    given_out: list[tuple[Tensor, int]] = []
     direct = dropout is not None
 
     def gives_out(module: nn.Module, args: tuple, output: Tensor) -> None:
-        given_out.append(output)
+        given_out.append((output, output._version))
 
     def accumulate(module: nn.Module, args: tuple) -> None:
         nonlocal count, mean, squares, direct
-        direct = direct and [output.data_ptr() for output in given_out] == [args[0].data_ptr()]
+        direct = direct and len(given_out) == 1 and passed_on(*given_out[0], args[0])
         given_out.clear()
         rows = args[0].reshape(-1, args[0].shape[-1]).double()  # [R, D]
         if not len(rows):
@@ -91,7 +93,7 @@ def watch_head(
         try:
             model.eval()
             for x in inputs(batches):
-                model(x.to(device))
+                model(x.to(device, copy=x.is_inference()))
         finally:
             for handle in handles:
                 handle.remove()
@@ -102,6 +104,18 @@ def watch_head(
     if not (mean.isfinite().all() and squares.isfinite().all()):
         raise ValueError("the input of the head is not finite on these batches; check the data and the weights")
     return HeadInput(mean, squares / count, direct)
+
+
+def passed_on(output: Tensor, version: int, x: Tensor) -> bool:
+    """Whether x has all the rows of D features of `output`, unchanged in place since its `version`."""
+    same = output.data_ptr() == x.data_ptr() and output.numel() == x.numel() and x._version == version
+    rows = (output.shape[-1], output.stride(-1)) == (x.shape[-1], x.stride(-1))
+    return same and (rows or is_pooled(output, x.shape[-1]))
+
+
+def is_pooled(x: Tensor, d: int) -> bool:
+    """Whether x is a pooled map of d channels that is not flattened: [B, D, 1, 1]."""
+    return x.ndim > 2 and x.shape[1] == x.shape[1:].numel() == d
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from condzoo.models.last_bn import (
     check_module,
     reset_to_identity_,
 )
-from condzoo.models.last_bn_calibration import standardize_, watch_head
+from condzoo.models.last_bn_calibration import is_pooled, standardize_, watch_head
 
 # where torchvision's models, and most others without timm's get_classifier, keep their head
 HEAD_NAMES = ("fc", "classifier", "heads", "head", "last_linear")
@@ -215,7 +215,7 @@ def normalize_input(model: Any, linear_head: bool, module: nn.Module, args: tupl
             "use the first device's; use DistributedDataParallel, or a network that is built with it (resnet50_lastbn)"
         )
     last_bn, (x, *rest) = model.last_bn, args
-    pooled = x.ndim > 2 and x.shape[1] == x.shape[1:].numel() == last_bn.num_features  # flattened after this dropout
+    pooled = is_pooled(x, last_bn.num_features)  # flattened after this dropout
     if not linear_head and x.ndim != 2 and not pooled:
         return None
     rows = x.flatten(1) if pooled else x.reshape(-1, x.shape[-1])

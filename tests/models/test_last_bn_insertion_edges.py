@@ -275,6 +275,33 @@ def test_a_dropout_that_runs_elsewhere_is_no_place_for_it(net: nn.Module, calibr
     assert torch.equal(hidden[0], model.last_bn(seen[1]))
 
 
+class ChangesInPlace(DropsTwice):
+    """What the dropout gives out is changed in the same memory, and flattened, before the head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(nn.functional.relu(self.dropout(self.second(self.first(x))), inplace=True).flatten(1))
+
+
+class FirstToken(DropsTwice):
+    """The head takes the first of the rows that are dropped out, which lies at the start of their memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.dropout(self.second(self.first(x.reshape(-1, 2, 6))))[:, 0])
+
+
+@pytest.mark.parametrize("net", [ChangesInPlace(), FirstToken()])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_dropout_whose_output_is_not_all_that_the_head_takes_is_no_place_for_it(
+    net: nn.Module, inference: bool
+) -> None:
+    plain = net.eval()
+    with torch.inference_mode(inference):
+        x = data()
+        model = insert_last_bn(copy.deepcopy(plain), x)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert len(model.out._forward_pre_hooks) == 1
+
+
 def test_without_batches_a_dropout_of_no_library_is_not_taken_to_feed_the_head() -> None:
     model = insert_last_bn(Net())
     seen: list[Tensor] = []

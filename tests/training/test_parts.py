@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from condzoo.training.accelerators import accelerator
-from condzoo.training.parts import check_parts, norm_without_variance, sees_no_image, sees_single_image
+from condzoo.training.parts import (
+    check_parts,
+    fault_without_images,
+    norm_without_variance,
+    sees_no_image,
+    sees_single_image,
+)
 from condzoo.training.planning import plan_training
 
 SINGLE = r"^data\.batch_size: got \d+, with which one of \d process\(es\) sees a single image at a time .* and {}"
@@ -104,6 +110,32 @@ def test_a_network_that_cannot_run_on_no_image_is_told_before_it_gets_none(
     with pytest.raises(ValueError, match=r"^data\.batch_size: got 6, with which one of 4 processes sees no image at "):
         check_parts(recipe, 1437, 10, processes=4)
     check_parts(tiny(**{"data.batch_size": 6}), 1437, 10, processes=4)
+
+
+class ScaledUp(nn.Sequential):
+    """On the meta device torch cannot scale no image up, which it can elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Upsample(scale_factor=2.0), nn.Flatten(), nn.Linear(256, 10))
+
+
+class Refusing(nn.Module):
+    """Has no word for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not len(x):
+            raise AssertionError
+        return x
+
+
+@pytest.mark.parametrize(("network", "fault"), [(ScaledUp, None), (Refusing, "AssertionError")])
+def test_a_network_is_run_on_no_image_as_the_training_would(
+    network: type[nn.Module], fault: str | None, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("condzoo.training.parts.network_of", lambda *_: network())
+    before = torch.get_rng_state()
+    assert fault_without_images(tiny(), 10) == fault
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("sync", "accumulate", "expected"), [(False, 2, False), (True, 2, True), (True, 1, False)])

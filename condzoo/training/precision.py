@@ -43,9 +43,7 @@ def usual_torch() -> Iterator[None]:
         held.enter_context(torch.enable_grad())
         if torch.get_default_device().type != "cpu":  # a context of a device slows every operation
             held.enter_context(torch.device("cpu"))
-        if (
-            within_autocast()
-        ):  # until that ends torch keeps the weights that it has cast, through steps that change them
+        if within_autocast():  # until that ends torch keeps the weights that it has cast, whatever changes them
             held.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
         for kind in DEVICES:

@@ -80,7 +80,7 @@ def gradient_rows(
             _backward(value, layers, rows, None)
             _check_order(model, logits, value, layers, rows)
         else:
-            signals = label_signals(model, loss, output, y, matrix)
+            signals = label_signals(loss, output, y, matrix, count)
             _expect(model, layers, rows, logits, signals, seed, decomposed=decomposed and not each)
     finally:
         for handle in handles:
@@ -132,14 +132,20 @@ def _expect(
             _check_order(model, logits, (logits * signal).sum(), layers, rows)
 
 
-def label_signals(model: nn.Module, loss: Loss | None, output: Any, y: Any, matrix: str) -> Iterator[Tensor]:
+def label_signals(loss: Loss | None, output: Any, y: Any, matrix: str, samples: int) -> Iterator[Tensor]:
     """What to pull back through the logits for the expectation over the loss's distribution, each like the logits.
 
     Raises:
-        ValueError: the loss stands for none, or the logits have another shape.
+        ValueError: the loss stands for none, or the logits have another shape; of tokens flattened into the first
+            dimension it is not known whose they are.
     """
     predicted = logits_of(output)
     kind = checked_distribution(loss, predicted, f"matrix={matrix!r}", tokens=matrix != "ggn")
+    if len(predicted) != samples:
+        raise ValueError(
+            f"matrix={matrix!r} needs an output whose first dimension is the {samples} samples, got "
+            f"{list(predicted.shape)}; return tokens as [n, classes, ...], not flattened"
+        )
     return weighted_gradients(kind, predicted, class_axis(kind, output, predicted, y))
 
 

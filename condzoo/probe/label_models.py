@@ -205,7 +205,10 @@ def drawn_gradient(
     axis: int = 1,
     counted: Tensor | None = None,
 ) -> Float[Tensor, n * k]:
-    """d(-log p(y)) / d output / n for labels y drawn from the distribution, NaN where that is; arguments as above."""
+    """d(-log p(y)) / d output / n for labels y drawn from the distribution; arguments as above.
+
+    NaN where the output is, but for a Gaussian, whose f - y does not depend on it.
+    """
     f = _by_label(kind, output.detach().double().cpu(), axis)
     if kind == "gaussian":
         signal = torch.randn(f.shape, generator=generator, dtype=torch.float64, device="cpu")

@@ -120,7 +120,7 @@ def _jacobian_product(
     parameters = own_parameters(layers)
     if interacting:
         return _ggn_product(logits, parameters)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch_size(x):
         return None
     count = sum(p.numel() for p in parameters)
     classes = logits.shape[1]

@@ -90,7 +90,7 @@ def sample_gradients(
         (signal,) = torch.autograd.grad(value, predicted, retain_graph=True, allow_unused=True)
         if signal is None:
             return None
-    draws: Iterable[Tensor] = label_signals(model, loss, output, y, matrix) if value is None else [signal]
+    draws: Iterable[Tensor] = label_signals(loss, output, y, matrix, samples) if value is None else [signal]
     vectors = predicted.numel() if value is None else samples
     count = sum(p.numel() for p in parameters)
     if vectors * count > MOST:

@@ -4,9 +4,10 @@ import json
 import math
 
 import pytest
+import torch
 
 from condzoo.catalog import list_models
-from condzoo.validation import fingerprint, initial_conditioning, record_zoo
+from condzoo.validation import fingerprint, initial_conditioning, promises, record_zoo
 
 UP_TO_DATE = ["mlp4x24", "mlp8x24_bn", "mlp8x24_lastbn", "cifar_resnet8", "cifar_vgg8_nobn", "cifar_preresnet8_lastbn"]
 
@@ -66,6 +67,14 @@ def test_further_seeds_widen_a_record_and_do_not_move_it():
         "a": pytest.approx([tail * record.spread["a"][0], tail * 4 * record.spread["a"][1], None, 0.0])
     }
     assert initial_conditioning.deviations({"a": [8.0, 3.0, None, 1.0]}, wider)[0].excess > 1
+
+
+def test_further_seeds_are_others_than_the_records():
+    """Of a seed torch's generators take 32 bits: 2**32 draws what 0 does."""
+    first = promises.FURTHER_SEED
+    seeds = [*record_zoo.SEEDS, *range(first, first + promises.FURTHER_LAYERS)]
+    drawn = {float(torch.rand((), generator=torch.Generator().manual_seed(s), dtype=torch.float64)) for s in seeds}
+    assert len(drawn) == len(seeds)
 
 
 def test_deep_networks_are_recorded_at_layers_spread_evenly():

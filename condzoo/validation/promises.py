@@ -29,7 +29,8 @@ GROWTH = {"cifar_vgg": (0.6, 1.1), "cifar_resnet": (0.8, 1.5), "mlp": (0.3, 0.6)
 MLP_ROOM = (2.5, 1.5)
 NARROWEST = 16  # units; of narrower MLPs whole layers may die, and a draw says nothing of the initializer
 SCALE_TOLERANCE = 1e-7  # relative, float64
-FURTHER_SEED = 2**32  # the first of those that are drawn where a number's spread is in doubt
+# the first of those that are drawn where a number's spread is in doubt; torch's generators take 32 bits of a seed
+FURTHER_SEED = 2**31
 FURTHER_LAYERS = 320  # in all of them: small networks differ more between seeds, and are soon measured
 
 

@@ -52,8 +52,8 @@ def rehearse(
 
     Of class folders every image is decoded before, which takes as long as reading an epoch; `on_event` is told.
 
-    The first step is slower than others: memory is not yet there, a compiled network is compiled in it (in a second one,
-    whose time is counted, too, where the probe measures the first).
+    The first step is slower than others: memory is not yet there, a compiled network is compiled in it. Where the probe
+    measures it, a second one is compiled in its place, and its time is counted, too.
     Processes that torchrun started take it together, and decode no more than it needs: for all images the others
     would wait longer than torch lets them.
 

@@ -98,12 +98,20 @@ def check_columns(name: str, features: Mapping[str, Any]) -> None:
                 f"data.dataset: {name!r} has no column {column!r}; it has {', '.join(features)}: rename the one meant "
                 "(Dataset.rename_column), and keep the set as a folder of parquet files (Dataset.to_parquet)"
             )
-        if not isinstance(features[column], kind):
+        read_as_one = column == "image" and holds_files(features[column])
+        if not (isinstance(features[column], kind) or read_as_one):
             found = type(features[column]).__name__
             raise ValueError(
                 f"data.dataset: the column {column!r} of {name!r} is of kind {found}; it must be of {kind.__name__} "
                 "(Dataset.cast_column)"
             )
+
+
+def holds_files(feature: Any) -> bool:
+    """Whether a column holds bytes or paths of files, or both, which timm's reader takes for images."""
+    if isinstance(feature, dict):
+        return not {"bytes", "path"}.isdisjoint(feature)
+    return getattr(feature, "dtype", "") in ("binary", "large_binary", "string", "large_string")
 
 
 def class_numbers(reader: Any, classes: int) -> np.ndarray:

@@ -149,6 +149,27 @@ def test_other_columns_are_told_before_anything_is_read(changes: Any, message: s
         load(written(**changes))
 
 
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "string", "large_string", "both", "int64"])
+def test_images_may_be_bytes_or_paths_of_files(kind: str, tmp_path: Path) -> None:
+    """As programs write parquet files that know no kind `Image`; timm's reader takes them for images."""
+    file = tmp_path / "red.png"
+    file.write_bytes(encoded(COLOURS[0]))
+    values: dict[str, Any] = {"string": str(file), "large_string": str(file), "int64": 3}
+    values["both"] = {"bytes": file.read_bytes(), "path": None}
+    both = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({"image": both if kind == "both" else datasets.Value(kind), "label": CLASSES})
+    for split in ("train", "test"):
+        images = [values.get(kind, file.read_bytes())] * 2
+        table = datasets.Dataset.from_dict({"image": images, "label": [0, 1]}, features=features)
+        table.to_parquet(tmp_path / "set" / f"{split}-00000-of-00001.parquet")
+    if kind == "int64":
+        with pytest.raises(ValueError, match=r"the column 'image' of '\S+' is of kind Value; it must be of Image"):
+            load(tmp_path / "set")
+        return
+    image, label = load(tmp_path / "set").train.read(1)
+    assert (image.getpixel((0, 0)), label) == (COLOURS[0], 1)
+
+
 def gated(*_: Any, **__: Any) -> None:
     """As the Hub's library is told of a set that needs permission."""
     try:

@@ -43,6 +43,7 @@ def finish(
     *,
     softmax: bool | None = None,
     mean: bool = True,
+    counted: float = 1.0,
 ) -> tuple[dict[str, LayerConditioning], dict[str, str], dict[str, str]]:
     """What the capture has seen.
 
@@ -51,6 +52,7 @@ def finish(
         weights, weight_grads: of W and of dL/dW by layer name, where known.
         softmax: whether the loss is a softmax cross-entropy; None: not known.
         mean: whether it is a mean over a sample's positions, too, where it has many labels.
+        counted: share of the labels that it is over; masked tokens are left out.
 
     Returns:
         Layers in forward order, the skipped with their reasons, and the first layer with NaN or Inf
@@ -69,7 +71,7 @@ def finish(
     if capture.trains and any(_in_tf32(capture.layers[name], sums.input) for name, sums in good.items()):
         for moment in moments:
             moment.coarsen(TF32)
-    head = _head(capture, good, softmax, mean) if _has_the_last(capture, list(good)) else None
+    head = _head(capture, good, softmax, mean, counted) if _has_the_last(capture, list(good)) else None
     spectra = spectra_of(moments, kappa=capture.kappa, head=head)
     layers = {
         name: LayerConditioning(
@@ -107,10 +109,10 @@ def _has_the_last(capture: Capture, good: list[str]) -> bool:
     return good != [] and good[-1:] == reached[-1:] and all(name in capture.layers for name in measurable[-1:])
 
 
-def _head(capture: Capture, good: Mapping[str, LayerSums], softmax: bool | None, mean: bool) -> Head:
+def _head(capture: Capture, good: Mapping[str, LayerSums], softmax: bool | None, mean: bool, counted: float) -> Head:
     name = next(reversed(list(good)))
     grads, weight = good[name].output_grad, own_weight(capture.layers[name])
-    unit = good[name].samples / max(1, grads.rows) if mean else 1.0
+    unit = good[name].samples / max(1.0, counted * grads.rows) if mean else 1.0
     return Head(softmax, unit, grads.dtype if weight is None else weight.dtype)
 
 

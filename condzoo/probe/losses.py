@@ -57,6 +57,17 @@ def reduction_of(loss: Loss | None) -> str:
     return "sum" if getattr(loss, "reduction", "mean") == "sum" else "mean"
 
 
+def masked_labels(loss: Any, target: Any) -> tuple[int, int]:
+    """How many labels a cross-entropy leaves out of its mean (`ignore_index`), and of how many."""
+    ignored = -100
+    while isinstance(loss, partial):
+        ignored, loss = loss.keywords.get("ignore_index", ignored), loss.func
+    ignored = getattr(loss, "ignore_index", ignored)  # None, in losses of others
+    if not isinstance(target, Tensor) or target.is_floating_point() or not isinstance(ignored, int):
+        return 0, 0
+    return int((target == ignored).sum()), target.numel()
+
+
 def loss_in_float64(loss: Any) -> Any:
     """The loss with its own tensors, such as class weights, in float64."""
     if isinstance(loss, nn.Module):

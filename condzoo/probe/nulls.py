@@ -24,7 +24,7 @@ class Head:
 
     Attributes:
         softmax: whether the loss is a softmax cross-entropy; None: not known (a training's, or a callable).
-        unit: what its p - y is multiplied with in the gradients: 1 over the positions that its mean is over.
+        unit: what its p - y is multiplied with in the gradients: 1 over the labels of a sample that its mean is over.
         dtype: of the weights, in which the loss is computed: under autocast not that of the data.
     """
 

@@ -48,6 +48,7 @@ class Passes:
         self.inputs = [*self.weights.values(), *(model.parameters() if computed else ())]
         self.weight_grads: dict[str, Tensor] = {}
         self.samples, self.batches, self.total_loss, self.sees_loss = 0, 0, 0.0, False
+        self.masked = self.targets = 0  # labels that the loss leaves out, and all
         self.random_signs = False
 
     def one(self, x: Any, y: Any) -> None:
@@ -68,6 +69,8 @@ class Passes:
         value = None
         if y is not None or self.labels == "data":
             value = losses.mean_loss(self.loss, output, y, count, self.reduction)
+        masked, targets = losses.masked_labels(self.loss, y)
+        self.masked, self.targets = self.masked + masked, self.targets + targets
         if self.labels != "data":
             self._from_model(output, y, value)
         if value is not None:
@@ -155,7 +158,10 @@ class Passes:
         with torch.no_grad():
             grads = {name: grad / self.samples for name, grad in self.weight_grads.items()}
             norms = norms_of(modules, self.weights) | self.computed_norms, norms_of(modules, grads)
-            layers, unseen, nonfinite = finish(self.capture, *norms, softmax=self._softmax(), mean=self._mean())
+            counted = 1 - self.masked / max(1, self.targets)
+            layers, unseen, nonfinite = finish(
+                self.capture, *norms, softmax=self._softmax(), mean=self._mean(), counted=counted
+            )
         neurons, uncounted = self.capture.counts()
         mean = self.total_loss / self.samples
         dtypes = self.capture.dtypes or {torch.get_default_dtype()}

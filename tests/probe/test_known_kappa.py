@@ -1,6 +1,8 @@
 """Layers whose condition number is known beforehand: reported right, or declared unknown, never wrong."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from condzoo.probe import Probe, finishing, measure
 from condzoo.probe.arithmetic import in_tf32
 from condzoo.probe.finishing import spectra_of
+from condzoo.probe.losses import masked_labels
 from condzoo.probe.moments import RunningMoment
 
 TOLERANCE = {torch.float64: 0.01, torch.float32: 0.05, torch.bfloat16: 0.05}
@@ -179,6 +182,35 @@ def test_the_null_of_a_softmax_is_named_late_in_a_training(confidence, factor, a
     found = head_of("probe", model, x, y, lambda h, y: factor * nn.functional.cross_entropy(h, y), autocast)
     assert (found.status(), found.nulls) == ("structural null", 1)
     assert found.null_reason == "1: rows sum to 0 (softmax, LayerNorm)"
+
+
+class Words(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).mT  # [n, tokens, classes] -> [n, classes, tokens]
+
+
+@pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss(ignore_index=7)])
+@pytest.mark.parametrize("masked", [0.0, 0.9, 0.99])
+def test_the_null_of_a_softmax_is_named_where_most_tokens_are_masked(masked, loss):
+    """The mean is over the others, whose gradients are so much larger, and their round-off with them."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (64, 50), generator=generator)
+    x = nn.functional.one_hot(y, 10) * 16.0 + torch.randn((64, 50, 10), generator=generator)
+    model = Words(nn.Linear(10, 10, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(10))
+    y[torch.rand((64, 50), generator=generator) < masked] = -100 if loss is None else 7
+    found = measure(model, (x, y), loss=loss).last.output_grad
+    assert (found.status(), found.nulls) == ("structural null", 1)
+
+
+def test_labels_that_are_masked_are_those_of_the_losss_index():
+    y = torch.tensor([[0, -100], [7, -100]])
+    seven = partial(nn.functional.cross_entropy, ignore_index=7)
+    for loss, masked in ((None, 2), (nn.CrossEntropyLoss(ignore_index=7), 1), (seven, 1), (partial(seven), 1)):
+        assert masked_labels(loss, y) == (masked, 4)
+    for loss, target in ((SimpleNamespace(ignore_index=None), y), (None, y.float()), (None, None)):
+        assert masked_labels(loss, target) == (0, 0)
 
 
 def probed(x):

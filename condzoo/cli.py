@@ -247,7 +247,8 @@ def not_compiled(error: BaseException) -> str | None:
     """What is said where torch.compile fails, most often for want of a C++ compiler; None of other errors."""
     if "TorchDynamoException" not in (kind.__name__ for kind in type(error).__mro__):  # as above
         return None
-    said = (str(error).splitlines() or [type(error).__name__])[0]
+    lines = [line for line in str(error).splitlines() if not line.endswith(" raised:")]  # "backend='inductor' raised:"
+    said = (lines or [type(error).__name__])[0]
     return f"compile: {said}; {'install one, or ' if 'CxxCompiler' in said else ''}set compile = false"
 
 

@@ -67,6 +67,8 @@ class Probe:
             accumulated batches; may be set anew each step, at any time before `step()`.
         scaler: the GradScaler that scales the loss on top of that; its scale at the step's first
             forward pass is undone.
+        softmax: whether the loss is a softmax cross-entropy (also with smoothed labels). Where it is known to be, its
+            null is named however small the gradients become; None: not known.
 
     Attributes:
         latest: the last `Conditioning`, None before the first.
@@ -93,6 +95,7 @@ class Probe:
         reduction: str = "mean",
         loss_scale: float = 1.0,
         scaler: GradScaler | None = None,
+        softmax: bool | None = None,
     ) -> None:
         every, start_step = whole_number("every", every), whole_number("start_step", start_step)
         checked("reduction", reduction, ("mean", "sum"))
@@ -100,6 +103,7 @@ class Probe:
         refuse_threads(model)
         model = unwrapped(model)
         self.model, self.every, self.reduction, self.loss_scale = model, every, reduction, loss_scale
+        self.softmax = softmax
         self.path = None if out is None else Path(out) / FILE_NAME
         self.latest: Conditioning | None = None
         chosen, self._unmeasurable = choose(model, layers)
@@ -234,7 +238,8 @@ class Probe:
             if count * scale != 1.0:
                 grads = {name: widened(grad) / (count * scale) for name, grad in grads.items()}
             norms = norms_of(capture.layers, grads)
-            layers, unseen, nonfinite = finish(capture, self._weights.norms, norms, mean=self.reduction == "mean")
+            mean = self.reduction == "mean"
+            layers, unseen, nonfinite = finish(capture, self._weights.norms, norms, softmax=self.softmax, mean=mean)
         neurons, uncounted = capture.counts()
         split = dict.fromkeys(self._weights.split, SPLIT)
         if split:

@@ -172,6 +172,7 @@ def opened_probe(training: Training, path: Path | None, start_step: int) -> Iter
         weights=section.weights,
         start_step=start_step,
         reduction="sum",
+        softmax=True,
     ) as probe:
         yield probe
 

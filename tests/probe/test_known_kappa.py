@@ -111,12 +111,12 @@ def test_the_null_before_a_layernorm_is_not_called_a_softmax():
     assert (found.nulls, found.null_reason) == (1, "1: rows sum to 0 (softmax, LayerNorm)")
 
 
-def head_of(way, model, x, y, loss, autocast=None):
+def head_of(way, model, x, y, loss, autocast=None, softmax=None):
     """The last layer's output gradients, in a `Probe` or in `measure`."""
     if way == "measure":
         found = measure(model, (x, y), loss=loss)
     else:
-        with Probe(model, every=1) as probe:
+        with Probe(model, every=1, softmax=softmax) as probe:
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
                 output = model(x)
             loss(output.float(), y).backward()
@@ -182,6 +182,20 @@ def test_the_null_of_a_softmax_is_named_late_in_a_training(confidence, factor, a
     found = head_of("probe", model, x, y, lambda h, y: factor * nn.functional.cross_entropy(h, y), autocast)
     assert (found.status(), found.nulls) == ("structural null", 1)
     assert found.null_reason == "1: rows sum to 0 (softmax, LayerNorm)"
+
+
+@pytest.mark.parametrize("confidence", [20.0, 25.0])
+def test_a_probe_that_knows_of_the_softmax_names_its_null_among_gradients_that_are_round_off(confidence):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (512,), generator=generator)
+    x = nn.functional.one_hot(y, 10) * confidence + torch.randn((512, 10), generator=generator)
+    model = nn.Linear(10, 10, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(10))
+    found = head_of("probe", model, x, y, nn.functional.cross_entropy, softmax=True)
+    assert (found.status(), found.nulls) == ("structural null", 1)
+    unknown = head_of("probe", model, x, y, nn.functional.cross_entropy)
+    assert (unknown.status(), unknown.nulls) == ("ok", 0)  # as the documentation says of it
 
 
 class Words(nn.Sequential):

@@ -31,7 +31,9 @@ from condzoo.training import (
 )
 from condzoo.training.accelerators import GPUS
 from condzoo.training.planning import plan_training
+from condzoo.training.preparation import prepare
 from condzoo.training.rehearsal import rehearse
+from condzoo.training.reports import opened_probe
 from tests.training.timeless import timeless
 
 CONV = {"model.name": "cifar_resnet8_lastbn", "data.augment": "standard", "epochs": 1}
@@ -209,6 +211,12 @@ def test_a_rehearsal_takes_a_compiled_step_beside_one_that_is_measured(
         assert (found.probed > 0) == (every > 0)
     usual = rehearse(tiny(**CONV, **{"probe.every": 5}), device="cpu")
     assert (usual.loss, usual.grad_norm) == (found.loss, found.grad_norm)  # of the first step
+
+
+def test_a_trainings_probe_knows_that_its_loss_is_a_softmaxs(tiny: Any) -> None:
+    with opened_probe(prepare(tiny(**{"probe.every": 1}), torch.device("cpu")), None, 0) as probe:
+        assert probe is not None
+        assert probe.softmax
 
 
 def test_the_probe_does_not_change_the_weights(tiny: Any, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ SMALL = {  # a recipe -> a network of its family that a test can afford; None: i
     "cifar10/vgg110_nobn_lastbn": "cifar_vgg8_nobn_lastbn",
     "cifar10/modern/resnet56_lastbn": "cifar_resnet8_lastbn",
     "cifar10/modern/preresnet20_lastbn": "cifar_preresnet8_lastbn",
-    "cifar10/modern/vgg16": "cifar_vgg8",
+    "cifar10/modern/vgg16_long": "cifar_vgg8",
     "mnist/mlp20x256_bn_gd_random": "mlp4x24_bn",
     "mnist/mlp20x256_adam": "mlp4x24",
 }

@@ -8,6 +8,7 @@ ReLUs, nor are products (`x @ layer.weight.T`) for layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,23 +82,23 @@ class FunctionCalls(TorchFunctionMode):
         if name and _calls_none(module):
             return []
 
-        def enter(module: nn.Module, args: Any) -> None:
-            if not self.running:
-                self.below = _get_current_function_mode_stack()
-                self.__enter__()
-            self.running.append((name, module))
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if not self.running or self.running[-1][1] is not module:
-                return  # another hook raised before this module was entered
-            self.running.pop()
-            if not self.running:
-                self.__exit__(None, None, None)
-
         return [
-            module.register_forward_pre_hook(Hook(enter)),
-            module.register_forward_hook(Hook(leave), always_call=True, prepend=True),  # last in, first out
+            module.register_forward_pre_hook(Hook(partial(self._enter, name))),
+            module.register_forward_hook(Hook(self._leave), always_call=True, prepend=True),  # last in, first out
         ]
+
+    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
+        if not self.running:
+            self.below = _get_current_function_mode_stack()
+            self.__enter__()
+        self.running.append((name, module))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.running or self.running[-1][1] is not module:
+            return  # another hook raised before this module was entered
+        self.running.pop()
+        if not self.running:
+            self.__exit__(None, None, None)
 
     def stop(self) -> None:
         """Take the mode off if it is still on: what is no `Exception` (KeyboardInterrupt) passes by the hooks."""

@@ -25,9 +25,4 @@ def shown(h: Tensor) -> Tensor:
 def watch_gradient(h: Tensor, read: Callable[[Tensor], None]) -> None:
     """Have each gradient of h, as it is now, read; none where a function behind it passes None back, as DDP's may."""
     shape = h.shape
-
-    def pass_on(grad: Tensor | None) -> None:
-        if grad is not None:
-            read(grad.reshape(shape))
-
-    shown(h).register_hook(pass_on)
+    shown(h).register_hook(lambda grad: None if grad is None else read(grad.reshape(shape)))

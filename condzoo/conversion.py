@@ -24,6 +24,7 @@ from condzoo.checkpoints.foreign import has_projections, read_foreign, translate
 from condzoo.checkpoints.writing import (
     check_free,
     check_tag,
+    root_of,
     serialize,
     timm_config,
     write_checkpoint,
@@ -34,6 +35,7 @@ from condzoo.models.last_bn_insertion import drops_by_call, find_head
 from condzoo.models.registry import create_timm_model
 from condzoo.models.weight_files import sha256
 
+OWN_ROOT = Path("converted")  # the repository's checkpoints/ holds what is released
 CALIBRATION_BATCH = 64
 # what timm's configs say of how images are prepared
 PREPROCESSING = (
@@ -93,7 +95,7 @@ def convert(
         FileNotFoundError, FileExistsError: no such file; a checkpoint of that name.
     """
     content, state, said = read_foreign(Path(os.path.expanduser(source)))
-    target = check_free(root_of(out) / f"{model_info(model).name}.{check_tag(tag)}")
+    target = check_free(root_of(out, OWN_ROOT) / f"{model_info(model).name}.{check_tag(tag)}")
     classes = next((len(v) for k, v in state.items() if k in ("fc.weight", "linear.weight") and v.ndim), None)
     args: dict[str, Any] = (
         {"projection": True} if has_projections(state) and model_info(model).family == "cifar_resnet" else {}
@@ -142,7 +144,7 @@ def convert_last_bn(
     if not timm.is_model(name) or arch in read_catalog()[0]:
         raise ValueError(not_timms(source, arch))
     ours = arch + "_lastbn" in read_catalog()[0]
-    target = check_free(root_of(out) / f"{arch}{'_lastbn' * ours}.{check_tag(tag)}")
+    target = check_free(root_of(out, OWN_ROOT) / f"{arch}{'_lastbn' * ours}.{check_tag(tag)}")
     network, said, digest = timm_network(name, weights)
     cfg = network.pretrained_cfg
     fields = {key: cfg[key] for key in PREPROCESSING if cfg.get(key) is not None}
@@ -217,11 +219,6 @@ def standardization(
             f"got mean {mean} and std {std}"
         )
     return {"mean": given[0], "std": given[1]}
-
-
-def root_of(out: str | Path | None) -> Path:
-    """The folder that takes the checkpoint's; of its own: the repository's checkpoints/ holds what is released."""
-    return Path(os.path.expanduser(out)) if out is not None else Path("converted")
 
 
 def write(

@@ -1,5 +1,6 @@
 """Writing a checkpoint's folder: all of it or nothing, and only one that loads again."""
 
+import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -35,6 +36,11 @@ def default_root() -> Path:
     """Where checkpoints are written: the repository's checkpoints/, else checkpoints/ in the working directory."""
     repository = released.PACKAGE.parent / "checkpoints"
     return repository if repository.is_dir() else Path("checkpoints")
+
+
+def root_of(out: str | Path | None, usual: Path) -> Path:
+    """The folder that takes a checkpoint's: the one given, in which ~ is the user's home, else the usual one."""
+    return usual if out is None else Path(os.path.expanduser(out))
 
 
 def check_tag(tag: str) -> str:

@@ -13,6 +13,7 @@ from condzoo.checkpoints.writing import (
     check_free,
     check_tag,
     default_root,
+    root_of,
     serialize,
     timm_config,
     write_checkpoint,
@@ -61,7 +62,7 @@ def release(
     check_tag(tag)
     run = checked_run(paths)
     check_every_seed(run.recipe, paths)
-    root = root_of(out)
+    root = root_of(out, default_root())
     target = root / f"{run.recipe.model.name}.{tag}"
     if (default or not is_listed(target)) and released_before(paths, tag, out=root) == target:
         return enlist(target, default)  # stopped after the folder was there, or to be the default from now on
@@ -79,11 +80,6 @@ def release(
     }
     write_checkpoint(target, model, weights, config, records)
     return enlist(target, default)
-
-
-def root_of(out: str | Path | None) -> Path:
-    """The folder that takes the checkpoint's."""
-    return Path(os.path.expanduser(out)) if out is not None else default_root()
 
 
 def is_listed(target: Path) -> bool:
@@ -112,7 +108,7 @@ def released_before(runs: str | Path | Sequence[str | Path], tag: str, *, out: s
     """The folder that `release` made of these runs before, as it is; None where there is none, or another's."""
     paths = paths_of(runs)
     run = checked_run(paths)
-    root = root_of(out)
+    root = root_of(out, default_root())
     target = root / f"{run.recipe.model.name}.{check_tag(tag)}"
     if not target.is_dir():
         return None

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from condzoo.catalog import ModelInfo, list_models, model_info, read_catalog
 from condzoo.models import create_model
+from condzoo.probe.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
             torch.default_generator.manual_seed(seed)
             model, changed = create_model(info.name), {}
     else:
-        given = getattr(name_or_model, "_orig_mod", name_or_model)  # inside what torch.compile made
-        model = copy.deepcopy(given).cpu().requires_grad_(True)  # also of one that is frozen, or on a GPU
+        # inside what torch.compile or DDP made; also of one that is frozen, or on a GPU
+        model = copy.deepcopy(unwrapped(name_or_model)).cpu().requires_grad_(True)
         arch = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
         wrapped = not hasattr(model, "get_classifier")  # features_only=True: stages without a head
         if not arch or wrapped or (arch not in list_models() and is_model(arch)):

@@ -60,7 +60,7 @@ def evaluate_again(
     checkpoint = read_checkpoint(target)
     model = load_folder(checkpoint)
     where = resolve_device(device)
-    images = checkpoint_images(checkpoint, data, data_root).to(where)
+    images = checkpoint_images(checkpoint, data, data_root, test_only=True).to(where)
     found = evaluate(model.to(where), images, Numerics("fp32", channels_last=False, device=where))
     return Evaluated(found, recorded_of(checkpoint), doubt_of(checkpoint, data))
 
@@ -74,8 +74,12 @@ def run_again(folder: Path, data: str | None, data_root: str | Path | None, devi
     return Evaluated(evaluate_run(folder, data_root, device), recorded)
 
 
-def checkpoint_images(folder: CheckpointFolder, data: str | None, data_root: str | Path | None) -> DataSet:
+def checkpoint_images(
+    folder: CheckpointFolder, data: str | None, data_root: str | Path | None, *, test_only: bool = False
+) -> DataSet:
     """The images a checkpoint was trained on; of a converted one those of `data`, prepared as its config.json says.
+
+    `test_only`: see `load_data`.
 
     Raises:
         ValueError: a converted one and no data set, or one of other images or classes.
@@ -84,17 +88,19 @@ def checkpoint_images(folder: CheckpointFolder, data: str | None, data_root: str
     if folder.trained:
         recipe = read_recipe(folder)
         check_same(data, recipe["data"]["name"])
-        images = read_images(recipe, data_root)
+        images = read_images(recipe, data_root, test_only=test_only)
     elif data is None:
         raise ValueError(f"{folder.path} was converted and knows no data set; name one by --data, e.g. --data cifar10")
     else:
-        images = prepared_images(config.pretrained_cfg, data, data_root)
+        images = prepared_images(config.pretrained_cfg, data, data_root, test_only=test_only)
     check_fit(images, config.pretrained_cfg.input_size, config.num_classes, str(folder.path))
     return images
 
 
-def prepared_images(cfg: InputConfig, data: str, data_root: str | Path | None) -> DataSet:
+def prepared_images(cfg: InputConfig, data: str, data_root: str | Path | None, *, test_only: bool = False) -> DataSet:
     """A data set as timm's config of a network wants it: constants, and of class folders scale, crop, interpolation.
+
+    `test_only`: see `load_data`.
 
     Raises:
         ValueError: class folders, and a crop_mode that is not known here; as `load_data`.
@@ -106,7 +112,12 @@ def prepared_images(cfg: InputConfig, data: str, data_root: str | Path | None) -
             raise ValueError(f"crop_mode: the network's config says {mode!r}; images are prepared by {known} only")
         resize = math.floor(cfg.input_size[1] / cfg.crop_pct)  # as timm's evaluation does it
         images = load_data(
-            data, data_root, image_size=cfg.input_size[1], eval_resize=resize, interpolation=cfg.interpolation
+            data,
+            data_root,
+            image_size=cfg.input_size[1],
+            eval_resize=resize,
+            interpolation=cfg.interpolation,
+            test_only=test_only,
         )
         assert isinstance(images, StoredData), "what class folders are"
         images = replace(images, view=replace(images.view, squash=mode == "squash"))

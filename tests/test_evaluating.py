@@ -1,6 +1,7 @@
 """What a checkpoint or a trained network of timm's is shown: its own preprocessing, held against timm's transforms."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,32 @@ def test_class_folders_are_scaled_and_cropped_as_timm_does(mode: dict[str, str],
     cfg = json.loads(folder.files["config.json"])["pretrained_cfg"]
     images = checkpoint_images(folder, "imagefolder", wide)
     torch.testing.assert_close(seen(images), shown_by_timm(cfg, wide), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_images_to_train_on_need_not_be_there(trained: bool, wide: Path) -> None:
+    folder = converted(wide)
+    if trained:
+        recipe = (
+            'model.name = "resnet50_lastbn"\n[data]\nname = "imagefolder"\nbatch_size = 4\nimage_size = 32\n'
+            "validation = 1\n"
+        )
+        folder.files.update({"metrics.json": b"{}", "recipe.toml": recipe.encode()})
+    data = None if trained else "imagefolder"
+    with_them = checkpoint_images(folder, data, wide)
+    assert with_them.size("train") == 2 - trained, "those that `condzoo probe` measures"
+    (wide / "train/c").mkdir()
+    with pytest.raises(ValueError, match=r"/val has no class folder 'c', which \S+/train has"):
+        checkpoint_images(folder, data, wide, test_only=True)
+    shutil.rmtree(wide / "train")
+    without = checkpoint_images(folder, data, wide, test_only=True)
+    assert torch.equal(seen(without), seen(with_them))
+    assert (without.num_classes, without.size("train"), without.size("test")) == (2, 0, 2)
+    three = converted(wide, classes=3)
+    with pytest.raises(ValueError, match=r"^data: imagefolder has 2 classes, \S+ tells 3 apart$"):
+        checkpoint_images(three, "imagefolder", wide, test_only=True)
+    with pytest.raises(FileNotFoundError, match="/train is missing"):
+        checkpoint_images(folder, data, wide)
 
 
 def test_a_crop_mode_that_is_not_known_is_refused(wide: Path) -> None:

@@ -50,8 +50,8 @@ def logits_difference(model: nn.Module, expected: Expected) -> float:
     return float((logits - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
 
 
-def read_images(recipe: dict[str, Any], data_root: str | Path | None) -> DataSet:
-    """The data set of a recipe, as its network saw it.
+def read_images(recipe: dict[str, Any], data_root: str | Path | None, *, test_only: bool = False) -> DataSet:
+    """The data set of a recipe, as its network saw it; `test_only`: see `load_data`.
 
     Raises:
         FileNotFoundError: not there; or the recipe names it by a place of its own, which is looked at only where the
@@ -63,7 +63,8 @@ def read_images(recipe: dict[str, Any], data_root: str | Path | None) -> DataSet
         raise FileNotFoundError(
             f"the recipe names a place of its own, {section['dataset']!r}; give a data root to have it read"
         )
-    return load_data(section["name"], data_root, **{field: section.get(field) for field in IMAGE_FIELDS})
+    fields = {field: section.get(field) for field in IMAGE_FIELDS}
+    return load_data(section["name"], data_root, **fields, test_only=test_only)
 
 
 @torch.no_grad()

@@ -45,7 +45,9 @@ class FolderImages:
         return read_image(self.path(index)), int(self.labels[index])
 
 
-def load_image_folder(root: Path, view: View, workers: int | None = None, num_classes: int | None = None) -> StoredData:
+def load_image_folder(
+    root: Path, view: View, workers: int | None = None, num_classes: int | None = None, *, test_only: bool = False
+) -> StoredData:
     """The class folders under a root; images are read when they are needed.
 
     Args:
@@ -53,15 +55,27 @@ def load_image_folder(root: Path, view: View, workers: int | None = None, num_cl
         view: what the network sees of an image.
         workers: see `StoredData`.
         num_classes: how many there must be; None: any number.
+        test_only: look for the images of val/ only, and leave the split train empty; train/ need not be there.
 
     Raises:
         FileNotFoundError: no train/ or val/.
         ValueError: an empty class folder, a class of only one split, a file that is no image by its name, another
             number of classes.
     """
-    (train, classes), (test, test_classes) = (scan_split(root / folder) for folder in FOLDERS.values())
+    train_folder, test_folder = (root / folder for folder in FOLDERS.values())
+    test, test_classes = scan_split(test_folder)
+    if test_only:
+        nothing = FolderImages(train_folder, np.array([], dtype=np.bytes_), np.array([], dtype=np.int64))
+        train, classes = nothing, class_names(train_folder) if train_folder.is_dir() else test_classes
+    else:
+        train, classes = scan_split(train_folder)
     check_classes(root, classes, test_classes, num_classes)
     return StoredData("imagefolder", classes, train, test, MEAN, STD, view, workers)
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The names of the class folders in a folder, sorted."""
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
 
 
 def scan_split(folder: Path) -> tuple[FolderImages, tuple[str, ...]]:
@@ -118,8 +132,9 @@ def check_classes(root: Path, train: tuple[str, ...], test: tuple[str, ...], num
             )
     if num_classes is not None and len(train) != num_classes:
         raise ValueError(
-            f"{here} holds {len(train)} classes, the recipe's data.num_classes is {num_classes}; name the folder that "
-            f"holds those (--data-root), or train with {len(train)} or without it (--set data.num_classes=none)"
+            f"{here if here.is_dir() else there} holds {len(train)} classes, the recipe's data.num_classes is "
+            f"{num_classes}; name the folder that holds those (--data-root), "
+            f"or train with {len(train)} or without it (--set data.num_classes=none)"
         )
 
 

@@ -93,6 +93,7 @@ def load_data(
     num_classes: int | None = None,
     validation: int | float | None = None,
     dataset: str | None = None,
+    test_only: bool = False,
 ) -> DataSet:
     """A data set, ready for training: in memory, or for `imagefolder` and `hfds` on disk.
 
@@ -105,6 +106,7 @@ def load_data(
         workers, num_classes: see `load_image_folder`.
         dataset: hfds's, see `load_hub_data`; `root` is then its cache.
         validation: share or number of training images to hold out as the split "validation"; see `held_out`.
+        test_only: the split "test" is all that is wanted: an imagefolder's train/ need not be there.
 
     Raises:
         ValueError: an unknown name, a wrong size, no `dataset` for hfds, or damaged files (with their path).
@@ -121,8 +123,8 @@ def load_data(
                 )
             data = load_hub_data(dataset, view, cache, workers, download)
         else:
-            data = load_image_folder(folder_root(data_roots(root)), view, workers, num_classes)
-        return data if validation is None else data.holding_out(validation)
+            data = load_image_folder(folder_root(data_roots(root)), view, workers, num_classes, test_only=test_only)
+        return data if validation is None or test_only else data.holding_out(validation)
     return load_into_memory(name, root, crop=crop, resize=resize, download=download, validation=validation)
 
 

@@ -8,12 +8,13 @@ from condzoo.training.schema import DataSection, Recipe
 STORED = (IMAGE_FOLDER, HUB)
 
 
-def read_data(recipe: Recipe, data_root: str | Path | None = None) -> DataSet:
+def read_data(recipe: Recipe, data_root: str | Path | None = None, *, test_only: bool = False) -> DataSet:
     """The recipe's data set, on the CPU.
 
     Args:
         recipe: checked.
         data_root: instead of the recipe's data.root.
+        test_only: see `load_data`.
     """
     section = recipe.data
     return load_data(
@@ -29,6 +30,7 @@ def read_data(recipe: Recipe, data_root: str | Path | None = None) -> DataSet:
         num_classes=section.num_classes,
         validation=section.validation,
         dataset=section.dataset,
+        test_only=test_only,
     )
 
 

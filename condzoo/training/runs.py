@@ -98,7 +98,7 @@ def evaluate_run(
     model = run.load_model()
     trained_in = {"precision": run.summary.get("precision", run.recipe.precision)}
     numerics = resolve_numerics(run.recipe.model_copy(update=trained_in), model, resolve_device(device))
-    data = read_data(run.recipe, data_root).to(numerics.device)
+    data = read_data(run.recipe, data_root, test_only=split == "test").to(numerics.device)
     classes = run.summary.get("num_classes", data.num_classes)
     if data.num_classes != classes:
         raise ValueError(

@@ -87,6 +87,8 @@ def test_class_folders_are_seen_by_a_converted_network_as_timm_would_show_them(t
     transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
     expected = torch.stack([transform(image) for image, _ in ImageFolder(str(tmp_path / "images" / "val"))])
     torch.testing.assert_close(seen, expected, atol=2 / 255 / 0.25, rtol=0)
+    shutil.rmtree(tmp_path / "images" / "train")
+    assert evaluate_again(made, "imagefolder", tmp_path / "images").evaluation.total == len(expected)
 
 
 def test_what_is_converted_lands_in_a_folder_of_its_own(tmp_path, monkeypatch):

@@ -21,7 +21,6 @@ from condzoo.training import (
     RunDirectoryError,
     Stopped,
     evaluate_run,
-    reports,
     train,
 )
 from condzoo.training.rehearsal import rehearse
@@ -40,12 +39,6 @@ STORED: dict[str, Any] = {
     "save_every": 0.3,
 }
 RECORDS = ("metrics.jsonl", "conditioning.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these trainings."""
-    monkeypatch.setattr(reports, "plot_records", lambda *_: None)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -74,6 +67,10 @@ def test_a_run_is_probed_and_evaluated_again_to_the_last_image(tiny: Any, tmp_pa
         run.summary["test_loss"],
     )
     assert run.load_model()(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+    shutil.rmtree(root / "train")
+    assert evaluate_run(run.path, data_root=root, device="cpu") == again
+    with pytest.raises(FileNotFoundError, match=r"/train is missing: an imagefolder's root holds train/ and val/"):
+        evaluate_run(run.path, data_root=root, device="cpu", split="train")
 
 
 def test_workers_change_nothing(tiny: Any, tmp_path: Path, folders: Any) -> None:

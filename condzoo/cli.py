@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from condzoo import exit_codes
+from condzoo import __version__, exit_codes
 from condzoo.commands import checkpoints, reproduce, sweep, training
 from condzoo.commands.training import AsJson, DataRoot, Device
 
@@ -26,6 +26,22 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 a check did not hold, 2 bad input, 3 the training diverged, "
     "75 stopped on a signal with everything saved (run the same command again to go on).",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"condzoo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def condzoo(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
 
 Name = Annotated[str, typer.Argument(help="A model's name, e.g. cifar_resnet20_lastbn; `condzoo list` shows them.")]
 

@@ -223,10 +223,18 @@ def normalize_input(model: Any, linear_head: bool, module: nn.Module, args: tupl
     return (last_bn(rows).reshape(x.shape), *rest)
 
 
+def without_head(model: Any) -> nn.Module:
+    """What stands in a timm classifier's place after `reset_classifier(0)`."""
+    try:
+        return model.get_classifier()  # type: ignore[no-any-return]
+    except AttributeError:  # efficientvit_m0's and shvit's are a part of model.head, of which an Identity is left
+        return model.head  # type: ignore[no-any-return]
+
+
 def reset_classifier(model: Any, num_classes: int, *args: Any, **kwargs: Any) -> None:
     """timm's reset_classifier, after which the last BN stands before the new head (or none: num_classes=0)."""
     type(model).reset_classifier(model, num_classes, *args, **kwargs)
-    head = find_head(model) if num_classes else model.get_classifier()
+    head = find_head(model) if num_classes else without_head(model)
     if isinstance(head, nn.Linear) and head.in_features != model.last_bn.num_features:
         model.last_bn = reset_to_identity_(build_last_bn(head.in_features).to(head.weight)).train(model.training)
     model.last_bn_hook.remove()

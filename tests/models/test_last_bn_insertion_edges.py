@@ -144,6 +144,19 @@ def test_a_plain_network_of_the_zoo_takes_one_before_its_dropout():
     assert net(x).shape == (6, 4)
 
 
+@pytest.mark.parametrize("name", ["efficientvit_m0", "shvit_s1"])
+@torch.no_grad()
+def test_a_classifier_that_timm_cannot_find_any_more_is_reset(name):
+    net = insert_last_bn(timm.create_model(name, num_classes=7)).eval()
+    nn.init.constant_(net.last_bn.bias, 3.0)
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    before = net(x)
+    net.reset_classifier(0)
+    torch.testing.assert_close(net(x), net.forward_head(net.forward_features(x), pre_logits=True) + 3)
+    net.reset_classifier(7)
+    assert net(x).shape == before.shape
+
+
 @pytest.mark.parametrize(
     ("build", "text"),
     [

@@ -4,6 +4,9 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := runs/demo
 
+# The tests start many processes: none of them should compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check install clean
 
 install: .venv/.installed

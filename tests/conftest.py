@@ -28,6 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def no_run_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the trainings of tests: a run's picture is drawn where it is asked for by the mark."""
+    if "run_pictures" not in request.keywords and "condzoo.training.reports" in sys.modules:
+        monkeypatch.setattr("condzoo.training.reports.plot_records", lambda records, picture: None)
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with CIFAR-10 and MNIST in torchvision's layout, and imagenette10/{train,val}."""

@@ -141,16 +141,12 @@ class Capture:
 
     def _hook(self, *, inside: bool) -> list[RemovableHandle]:
         """Hooks on all modules inside the model, or on the model, whose name is empty."""
-
-        def side(modules: Mapping[str, Module]) -> list[tuple[str, Module]]:
-            return [(name, module) for name, module in modules.items() if bool(name) == inside]
-
         handles: list[RemovableHandle] = []
-        for name, module in side(self.layers):
+        for name, module in _side(self.layers, inside):
             handles.append(module.register_forward_hook(Hook(partial(self._on_layer, name)), with_kwargs=True))
-        for name, attention in side(self.attentions):
+        for name, attention in _side(self.attentions, inside):
             handles += watch(name, attention, self._on_projection)
-        for name, module in side(self.modules):
+        for name, module in _side(self.modules, inside):
             if self.counts_neurons or name not in self.relus:
                 handles += self._functions.watch(name, module)
             if self.counts_neurons and name in self.relus:
@@ -182,13 +178,7 @@ class Capture:
         own = {key: copy(getattr(self, key)) for key in SEEN}
         parts = [part for sums in self.sums.values() for part in (sums, sums.input, sums.output_grad)]
         before = [(part, copy(vars(part))) for part in (*parts, *self.neurons.values())]
-
-        def undo() -> None:
-            vars(self).update(own)
-            for part, values in before:
-                vars(part).update(values)
-
-        return undo
+        return partial(_put_back, [(self, own), *before])
 
     def _on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
         mixed = self._calls.mixed(name)
@@ -262,6 +252,16 @@ class Capture:
         if self._calls.waiting[name]:
             self.sums.setdefault(name, LayerSums())  # its place in the order of the forward pass
         return batch
+
+
+def _side(modules: Mapping[str, Module], inside: bool) -> list[tuple[str, Module]]:
+    """Those inside the model, or the model itself, whose name is empty."""
+    return [(name, module) for name, module in modules.items() if bool(name) == inside]
+
+
+def _put_back(kept: list[tuple[Any, dict[str, Any]]]) -> None:
+    for holder, values in kept:
+        vars(holder).update(values)
 
 
 def refill(held: dict[str, Module], found: Mapping[str, Module]) -> None:

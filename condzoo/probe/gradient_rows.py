@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from condzoo.probe.label_models import (
 from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import CHANNELS_FIRST, samples_interact
 from condzoo.probe.losses import Loss, logits_of, mean_loss
-from condzoo.probe.row_reading import by_sample, reader
+from condzoo.probe.row_reading import by_sample, read
 
 ELSEWHERE = "a layer whose weight is used otherwise than by its own call"
 DISORDERED = "a layer whose rows are not in the order of the samples"
@@ -69,7 +70,7 @@ def gradient_rows(
             raise Unfactored(unavailable(name, "a projection inside nn.MultiheadAttention"))
     count = batch_size(x)
     rows = {n: LayerRows(n, getattr(m, "bias", None) is not None, _width(m), count) for n, m in layers.items()}
-    handles = [m.register_forward_hook(reader(rows[n]), with_kwargs=True) for n, m in layers.items()]
+    handles = [m.register_forward_hook(partial(read, rows[n]), with_kwargs=True) for n, m in layers.items()]
     try:
         output = call(model, x)
         if not each:

@@ -20,24 +20,20 @@ from condzoo.probe.repetitions import within_backward
 from condzoo.probe.views import shown
 
 
-def reader(rows: LayerRows) -> Any:
-    """A forward hook that adds each call of a layer to its rows; where they are not the samples', it says so there."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
-        if rows.fault or within_backward():
-            return  # activation checkpointing repeats a forward pass that was read
-        x = called_on(args, kwargs)
-        rows.fault = _unfit(module, x, h, rows.samples)
-        seen = None if rows.fault else padded_inside(module, x.detach(), h)
-        if seen is None:
-            rows.fault = rows.fault or f"a {type(module).__name__}, which pads its input in a way of its own"
-            rows.inputs.clear()
-            rows.edges.clear()
-            return
-        rows.inputs.append(_positions_of_input(module, seen, rows.samples))
-        rows.edges.append(get_gradient_edge(shown(h)))
-
-    return hook
+def read(rows: LayerRows, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
+    """Add a call of a layer to its rows, in a forward hook; where they are not the samples', it says so there."""
+    if rows.fault or within_backward():
+        return  # activation checkpointing repeats a forward pass that was read
+    x = called_on(args, kwargs)
+    rows.fault = _unfit(module, x, h, rows.samples)
+    seen = None if rows.fault else padded_inside(module, x.detach(), h)
+    if seen is None:
+        rows.fault = rows.fault or f"a {type(module).__name__}, which pads its input in a way of its own"
+        rows.inputs.clear()
+        rows.edges.clear()
+        return
+    rows.inputs.append(_positions_of_input(module, seen, rows.samples))
+    rows.edges.append(get_gradient_edge(shown(h)))
 
 
 def _unfit(module: nn.Module, x: Any, h: Any, samples: int) -> str:

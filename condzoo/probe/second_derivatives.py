@@ -50,19 +50,19 @@ def pulled_back(
     outputs: Tensor, parameters: Sequence[Tensor], signals: Float[Tensor, m * shape]
 ) -> Float[Tensor, "m p"]:
     """Each signal's gradient of all parameters together, as a row."""
-
-    def rows(some: Tensor, batched: bool) -> Tensor:
-        grads = torch.autograd.grad(
-            outputs, parameters, some, retain_graph=True, is_grads_batched=batched, allow_unused=True
-        )
-        count = len(some) if batched else 1
-        filled = [p.new_zeros(count, p.numel()) if g is None else g for g, p in zip(grads, parameters, strict=True)]
-        return torch.cat([g.reshape(count, -1) for g in filled], dim=1)
-
     parts = []
     for some in signals.split(ROWS):
         try:
-            parts.append(rows(some, True))
+            parts.append(_rows(outputs, parameters, some, True))
         except RuntimeError:  # vmap cannot run dropout that checkpointing repeats, or some backward of a user's
-            parts += [rows(signal, False) for signal in some]
+            parts += [_rows(outputs, parameters, signal, False) for signal in some]
     return torch.cat(parts)
+
+
+def _rows(outputs: Tensor, parameters: Sequence[Tensor], some: Tensor, batched: bool) -> Tensor:
+    grads = torch.autograd.grad(
+        outputs, parameters, some, retain_graph=True, is_grads_batched=batched, allow_unused=True
+    )
+    count = len(some) if batched else 1
+    filled = [p.new_zeros(count, p.numel()) if g is None else g for g, p in zip(grads, parameters, strict=True)]
+    return torch.cat([g.reshape(count, -1) for g in filled], dim=1)

@@ -121,15 +121,12 @@ class StepPasses:
         self._ended = not self._backwards
 
     def _snapshot(self) -> Callable[[], None]:
-        undo, undo_weights = self.capture.snapshot(), self.weights.snapshot()
-        count, samples = self.count, self.samples
+        return partial(self._undo, self.capture.snapshot(), self.weights.snapshot(), self.count, self.samples)
 
-        def forget() -> None:
-            undo()
-            undo_weights()
-            self.count, self.samples = count, samples
-
-        return forget
+    def _undo(self, undo: Callable[[], None], undo_weights: Callable[[], None], count: int, samples: int) -> None:
+        undo()
+        undo_weights()
+        self.count, self.samples = count, samples
 
     def _start(self, batch: Any) -> Callable[[], None]:
         """Begin a pass over this batch; returns what forgets it."""

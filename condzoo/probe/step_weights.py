@@ -72,12 +72,11 @@ class StepWeights:
         """What undoes all that will be seen from here on, should the pass that follows raise."""
         norms, grads = dict(self.norms), dict(self.grads)
         passes = defaultdict(set, {name: set(ids) for name, ids in self._passes.items()})
+        return partial(self._undo, norms, grads, passes)
 
-        def undo() -> None:
-            self.norms, self.grads, self._passes = norms, grads, passes
-            self._outer.clear()  # none runs any more, and one that raised has not taken itself out
-
-        return undo
+    def _undo(self, norms: dict[str, Any], grads: dict[str, Tensor], passes: defaultdict[str, set[int]]) -> None:
+        self.norms, self.grads, self._passes = norms, grads, passes
+        self._outer.clear()  # none runs any more, and one that raised has not taken itself out
 
     def measure(self) -> None:
         """The norms of all weights that are whole at rest; the others follow when their layers run."""

@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -49,12 +50,12 @@ def watch_computed(module: nn.Module, report: Callable[[Tensor | None], None]) -
     parametrized = getattr(module, "parametrizations", None)
     if parametrized is not None and "weight" in parametrized:
         return parametrized["weight"].register_forward_hook(Hook(lambda _, args, weight: report(weight)))
+    return module.register_forward_pre_hook(Hook(partial(_report_computed, report)))
 
-    def before(module: nn.Module, args: object) -> None:
-        weight = vars(module).get("weight")
-        report(weight if isinstance(weight, Tensor) else None)
 
-    return module.register_forward_pre_hook(Hook(before))
+def _report_computed(report: Callable[[Tensor | None], None], module: nn.Module, args: object) -> None:
+    weight = vars(module).get("weight")
+    report(weight if isinstance(weight, Tensor) else None)
 
 
 def weight_matrices(module: nn.Module, weight: Tensor) -> Float[Tensor, "g out in"]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import nn
@@ -94,12 +93,8 @@ def uncompiled() -> Iterator[None]:
 @contextmanager
 def without_reentrant_checkpoints() -> Iterator[None]:
     """Inside, checkpoints with use_reentrant=True keep what they compute: they refuse torch.autograd.grad."""
-
-    def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
-        return function(*args)
-
     before = vars(CheckpointFunction).get("apply")  # one of its own only where measurements nest
-    CheckpointFunction.apply = staticmethod(apply)
+    CheckpointFunction.apply = staticmethod(lambda function, preserve, *args: function(*args))
     try:
         yield
     finally:

@@ -277,7 +277,7 @@ def test_gradients_of_convolutions_meet_in_parts_of_bounded_size(kit, monkeypatc
     x, y = kit.images(150)
     expected = curvature(model, x, y, "grad_moment").eigenvalues
     monkeypatch.setattr(layer_rows, "NUMBERS", 0)
-    monkeypatch.setattr("condzoo.probe.costs.products_a_second", lambda: 1e12)
+    monkeypatch.setattr("condzoo.probe.costs.products_a_second", lambda threads: 1e12)
     with Largest() as seen:
         found = curvature(model, x, y, "grad_moment").eigenvalues
     assert torch.allclose(found, expected, atol=1e-13 * float(expected[0]))

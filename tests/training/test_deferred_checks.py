@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from condzoo.training import Diverged, loop, preparation, reports, train
+from condzoo.training import Diverged, loop, preparation, train
 from condzoo.training.divergence import Averaging, Guard, NonFinite, update_average
 from condzoo.training.preparation import Training, prepare, training_steps
 from condzoo.training.progress import capture, start_of
@@ -33,11 +33,6 @@ EXPLODING = {
     "ema": 0.9,
     "log_every": 50,
 }
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reports, "plot_records", lambda records, picture: None)
 
 
 @pytest.fixture

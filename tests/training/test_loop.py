@@ -78,6 +78,7 @@ def test_train_equals_a_plain_loop_bitwise(tiny: Any, tmp_path: Path) -> None:
     assert equal(weights(run.path), plain_loop(recipe, 22).state_dict())
 
 
+@pytest.mark.run_pictures
 def test_the_run_directory_is_complete_and_strict_json(tiny: Any, tmp_path: Path) -> None:
     recipe = tiny(**{"probe.every": 10})
     run = train(recipe, out=tmp_path / "run", device="cpu")
@@ -219,6 +220,7 @@ def test_a_trainings_probe_knows_that_its_loss_is_a_softmaxs(tiny: Any) -> None:
         assert probe.softmax
 
 
+@pytest.mark.run_pictures
 def test_the_probe_does_not_change_the_weights(tiny: Any, tmp_path: Path) -> None:
     plain = train(tiny(**CONV), out=tmp_path / "plain", max_steps=5, device="cpu")
     probed = train(tiny(**CONV, **{"probe.every": 2}), out=tmp_path / "probed", max_steps=5, device="cpu")
@@ -319,6 +321,7 @@ def test_an_unfinished_run_cannot_be_evaluated(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
+@pytest.mark.run_pictures
 def test_what_cannot_be_written_is_named(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from condzoo.training import preparation, reports, train
+from condzoo.training import preparation, train
 from condzoo.training.divergence import NonFinite
 from condzoo.training.precision import Numerics
 from condzoo.training.preparation import Training, prepare, training_steps
@@ -28,7 +28,6 @@ def checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture
 def fp16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half precision where a recipe may not ask for it, with a first scale that a few steps have to lower."""
-    monkeypatch.setattr(reports, "plot_records", lambda records, picture: None)
     monkeypatch.setattr(preparation, "resolve_numerics", lambda recipe, model, device: Numerics("fp16", False, device))
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**24)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)

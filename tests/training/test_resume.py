@@ -55,12 +55,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these trainings; test_loop.py has pictures."""
-    monkeypatch.setattr(reports, "plot_records", lambda records, picture: None)
-
-
 def assert_same_results(a: Path, b: Path) -> None:
     """Weights, last checkpoint, metrics but for times, and conditioning records are bitwise equal."""
     first, second = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")

@@ -3,12 +3,19 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import timm
+from timm.data import resolve_data_config
+from torch import nn
+
+from condzoo.catalog import list_models, model_info
 from condzoo.checkpoints.folder import CONFIG, CONVERSION, METRICS, CheckpointFolder
 from condzoo.checkpoints.loading import is_path, load_folder, read_checkpoint, read_recipe, release_by_name
 from condzoo.checkpoints.records import Config, Conversion, InputConfig, Metrics, read_record
 from condzoo.checkpoints.remeasuring import read_images
 from condzoo.data import IMAGE_FOLDER, DataSet, ImageData, StoredData, load_data
+from condzoo.models import create_model
 from condzoo.training import Evaluation, evaluate, evaluate_run, load_run
 from condzoo.training.precision import Numerics, resolve_device, usual_torch
 from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY
@@ -40,8 +47,10 @@ def evaluate_again(
     """Measure the accuracy on every test image.
 
     Args:
-        target: a run directory, a checkpoint's folder, or a released name ("arch.tag", or "arch").
-        data: the data set of a converted checkpoint, which knows none; a run or a release has its own.
+        target: a run directory, a checkpoint's folder, a released name ("arch.tag", or "arch"), or the name of a
+            trained network of timm's.
+        data: the data set of a converted checkpoint, which knows none, or of a network of timm's, for which class
+            folders are usual; a run or a release has its own.
         data_root: where the data set is.
         device: as for `condzoo.train`. A run is evaluated in its own arithmetic, a checkpoint in float32.
 
@@ -53,16 +62,54 @@ def evaluate_again(
     if of_runs or ((folder / RECIPE).is_file() and not (folder / CONFIG).is_file()):
         return run_again(folder, data, data_root, device)
     if not is_path(target):
+        if is_timms(str(target)):
+            return timms_again(str(target), data or IMAGE_FOLDER, data_root, device)
         try:
             release_by_name(str(target))
         except ValueError as error:
             raise ValueError(f"{target} is neither a run directory nor a checkpoint's folder here; {error}") from error
     checkpoint = read_checkpoint(target)
-    model = load_folder(checkpoint)
-    where = resolve_device(device)
-    images = checkpoint_images(checkpoint, data, data_root, test_only=True).to(where)
-    found = evaluate(model.to(where), images, Numerics("fp32", channels_last=False, device=where))
+    images = checkpoint_images(checkpoint, data, data_root, test_only=True)
+    found = in_float32(load_folder(checkpoint), images, device)
     return Evaluated(found, recorded_of(checkpoint), doubt_of(checkpoint, data))
+
+
+def in_float32(model: nn.Module, images: DataSet, device: str | None) -> Evaluation:
+    """Evaluate weights that are no run's."""
+    where = resolve_device(device)
+    return evaluate(model.to(where), images.to(where), Numerics("fp32", channels_last=False, device=where))
+
+
+def is_timms(name: str) -> bool:
+    """Whether a name is that of a network of timm's, with or without a tag."""
+    arch = name.partition(".")[0]
+    return timm.is_model(arch) and arch not in list_models()
+
+
+def timms_again(name: str, data: str, data_root: str | Path | None, device: str | None) -> Evaluated:
+    """A trained network of timm's, on images prepared as its weights were trained for."""
+    cfg, images = timms_images(name, data, data_root, test_only=True)
+    found = in_float32(create_model(name, pretrained=True), images, device)
+    return Evaluated(found, None, other_view(cfg, data))
+
+
+def timms_images(
+    name: str, data: str, data_root: str | Path | None, *, test_only: bool = False
+) -> tuple[dict[str, Any], DataSet]:
+    """timm's config of a trained network, and images prepared as it says.
+
+    Raises:
+        ValueError: no such network, or a data set of other images or classes.
+    """
+    model_info(name)  # says what is wrong with the name
+    known = timm.get_pretrained_cfg(name)
+    assert known is not None, "`model_info` has found it"
+    fields = known.to_dict()
+    described = resolve_data_config(pretrained_cfg=fields)  # where it says nothing, what is usual for timm
+    cfg = InputConfig(tag=str(known.tag), num_classes=known.num_classes, **described)
+    images = prepared_images(cfg, data, data_root, test_only=test_only)
+    check_fit(images, cfg.input_size, cfg.num_classes, name)
+    return fields | described, images
 
 
 def run_again(folder: Path, data: str | None, data_root: str | Path | None, device: str | None) -> Evaluated:
@@ -156,14 +203,19 @@ def doubt_of(folder: CheckpointFolder, data: str | None) -> str:
         said.append(
             "how its images were standardized is not known: what is usual was taken (`condzoo convert --mean --std`)"
         )
-    extra = cfg.model_extra or {}
-    seen = {"input_size": list(cfg.input_size), "crop_pct": cfg.crop_pct}
-    test = {key: extra[f"test_{key}"] for key in seen if extra.get(f"test_{key}")}
-    if data == IMAGE_FOLDER and seen | test != seen:
-        ours = ", ".join(f"{key} {value}" for key, value in seen.items())
-        theirs = ", ".join(f"test_{key} {value}" for key, value in test.items())
-        said.append(f"images are seen by {ours}; timm's own evaluation takes {theirs}, where accuracies differ")
-    return "; ".join(said)
+    return "; ".join([*said, *filter(None, [other_view(cfg.model_dump(), data)])])
+
+
+def other_view(cfg: dict[str, Any], data: str | None) -> str:
+    """That timm's own evaluation has images of another size or crop, where its config says so; else empty."""
+    seen = {"input_size": list(cfg["input_size"]), "crop_pct": cfg["crop_pct"]}
+    test = {key: cfg[f"test_{key}"] for key in seen if cfg.get(f"test_{key}")}
+    test = {key: list(value) if isinstance(value, tuple) else value for key, value in test.items()}
+    if data != IMAGE_FOLDER or seen | test == seen:
+        return ""
+    ours = ", ".join(f"{key} {value}" for key, value in seen.items())
+    theirs = ", ".join(f"test_{key} {value}" for key, value in test.items())
+    return f"images are seen by {ours}; timm's own evaluation takes {theirs}, where accuracies differ"
 
 
 def check_same(data: str | None, own: str) -> None:

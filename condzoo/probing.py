@@ -4,14 +4,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import timm
 import torch
-from timm.data import resolve_data_config
 
 from condzoo.catalog import list_models, model_info
 from condzoo.checkpoints.folder import SUMS
 from condzoo.checkpoints.loading import load_folder, read_checkpoint
-from condzoo.checkpoints.records import InputConfig
 from condzoo.data import (
     DATASETS,
     IMAGE_FOLDER,
@@ -23,11 +20,12 @@ from condzoo.data import (
     epoch_order,
     load_data,
 )
-from condzoo.evaluating import check_fit, checkpoint_images, prepared_images
+from condzoo.evaluating import checkpoint_images, timms_images
 from condzoo.models import create_model
 from condzoo.probe import Conditioning, measure
 from condzoo.training import load_run, read_data
 from condzoo.training.precision import resolve_device
+from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY
 
 PAPER_CROP = 20  # pixels: the usual box of MNIST's digits, where the paper's 12x12 images leave the size open
 
@@ -72,6 +70,11 @@ def answer(question: Question) -> Conditioning:
     model, images = network_and_data(question)
     model.train(not question.eval_mode)
     plan = BatchPlan(question.batch_size, seed=question.seed)
+    if question.batch_size > images.size("train"):
+        raise ValueError(
+            f"batch_size: got {question.batch_size}, there are {images.size('train')} training images; "
+            "use at most those"
+        )
     batches = islice(images.train_batches(plan, epoch=0), question.batches)
     return measure(
         model,
@@ -90,6 +93,8 @@ def network_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
     ours = arch in list_models()
     if (Path(question.target) / SUMS).is_file() or (ours and tag):
         return checkpoint_and_data(question)
+    if (Path(question.target).parent / RECIPE).is_file() and Path(question.target).name in (MODEL, RECIPE, SUMMARY):
+        return network_and_data(replace(question, target=str(Path(question.target).parent)))
     if Path(question.target).is_dir():
         run = load_run(question.target)
         if question.data not in (None, run.recipe.data.name):
@@ -134,12 +139,7 @@ def measured_alone(data: ImageData, size: int, question: Question) -> ImageData:
 def timms_and_data(question: Question, data: str) -> tuple[torch.nn.Module, DataSet]:
     """A trained network of timm's own, and images prepared as its weights were trained for."""
     check_no_init(question)
-    known = timm.get_pretrained_cfg(question.target)
-    assert known is not None, "`model_info` has found it"
-    described = resolve_data_config(pretrained_cfg=known.to_dict())  # where it says nothing, what is usual for timm
-    cfg = InputConfig(tag=str(known.tag), num_classes=known.num_classes, **described)
-    images = prepared_images(cfg, data, question.data_root)
-    check_fit(images, cfg.input_size, cfg.num_classes, question.target)
+    _, images = timms_images(question.target, data, question.data_root)
     return create_model(question.target, pretrained=True), images
 
 

@@ -13,13 +13,14 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from torch import nn
 from torchvision.datasets import ImageFolder
 
-from condzoo import probing
+from condzoo import evaluating, probing
 from condzoo.checkpoints.folder import CheckpointFolder
 from condzoo.commands.display import print_evaluation
 from condzoo.data import BatchPlan, DataSet
-from condzoo.evaluating import Evaluated, checkpoint_images, doubt_of
+from condzoo.evaluating import Evaluated, checkpoint_images, doubt_of, evaluate_again
 from condzoo.probing import Question, network_and_data
 from condzoo.training import Evaluation
 
@@ -145,6 +146,28 @@ def test_a_trained_network_of_timms_is_probed_on_images_as_its_weights_saw_them(
     monkeypatch.undo()
     with pytest.raises(ValueError, match=rf"^data: imagefolder has 2 classes, {name} tells 1000 apart$"):
         network_and_data(Question(name, data_root=wide))
+
+
+def test_a_trained_network_of_timms_is_evaluated_on_images_as_its_weights_saw_them(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "resnet50.a1_in1k"
+    known = replace(timm.get_pretrained_cfg(name), num_classes=2)
+    assert known.test_input_size == (3, 288, 288)
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _: known)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    asked: list[Any] = []
+    monkeypatch.setattr(evaluating, "create_model", lambda *args, **kwargs: asked.append((args, kwargs)) or net)
+    shutil.rmtree(wide / "train")
+    found = evaluate_again(name, data_root=wide, device="cpu")
+    assert asked == [((name,), {"pretrained": True})]
+    logits = net(shown_by_timm(known.to_dict(), wide))
+    assert found.evaluation.correct == int((logits.argmax(1) == torch.tensor([0, 1])).sum())
+    assert found.evaluation.loss == pytest.approx(float(nn.functional.cross_entropy(logits, torch.tensor([0, 1]))))
+    assert found.recorded is None
+    assert "timm's own evaluation takes test_input_size [3, 288, 288], test_crop_pct 1.0" in found.note
+    with pytest.raises(ValueError, match=r"^timm has no weights 'resnet50\.a7_in1k'"):
+        evaluate_again("resnet50.a7_in1k", data_root=wide, device="cpu")
 
 
 def test_what_is_doubtful_stands_in_json_too(capsys: pytest.CaptureFixture[str]) -> None:

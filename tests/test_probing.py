@@ -8,7 +8,7 @@ import torch
 
 from condzoo import probing
 from condzoo.data import BatchPlan, DataSet, ImageData, LabelledImages, crop_and_resize
-from condzoo.probing import Question, network_and_data
+from condzoo.probing import Question, answer, network_and_data
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def test_images_that_grow_are_resized_as_far_as_they_are_measured(small: list[An
 
 def test_more_in_a_batch_than_there_is_is_told(small: list[Any]) -> None:
     question = Question("resnet18", data="cifar10", batch_size=41)
-    with pytest.raises(ValueError, match="batch_size 41 is larger than the 40 training images"):
-        batches(network_and_data(question)[1], question)
+    with pytest.raises(ValueError, match=r"^batch_size: got 41, there are 40 training images; use at most those$"):
+        answer(question)
 
 
 def test_images_that_stay_as_they_are_are_all_there(small: list[Any]) -> None:

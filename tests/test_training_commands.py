@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from condzoo.cli import main
+from condzoo.probe import plots
 from tests.forked_command import interrupted
 
 CHANGES = ("model.name=mlp4x24", "data.resize=8", "probe.every=0")
@@ -94,6 +95,26 @@ def test_a_folder_of_several_runs_is_answered_by_their_names(capsys, tmp_path, c
     assert "seed2" in err
 
 
+def test_measurements_are_drawn_side_by_side_by_their_own_names(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    for name in ("a.json", "b.json", "other/b.json"):
+        run(capsys, "probe", "mlp4x24", "--data", "digits", "--batches", "1", "--out", name)
+    assert run(capsys, "plot", "a.json")[:2] == (0, "wrote a.png\n")
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+    drawn = []
+    monkeypatch.setattr("condzoo.probe.plot_comparison", lambda runs, path: drawn.append(list(runs)))
+    for files in (("a.json", "b.json"), ("b.json", "other/b.json"), (".", "../x/conditioning.jsonl")):
+        assert run(capsys, "plot", *files)[:2] == (0, "wrote comparison.png\n")
+    assert drawn == [["a", "b"], ["b.json", "other/b.json"], [tmp_path.name, "x"]]
+    assert run(capsys, "plot", "a.json", "a.json")[::2] == (2, "error: a.json is given twice\n")
+
+
+def test_a_picture_of_the_folder_one_is_in_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [plots._label(path) for path in (".", "conditioning.jsonl", "a.json")] == [tmp_path.name] * 2 + ["a.json"]
+
+
 def test_what_a_new_user_gives_in_place_of_a_file_is_said(capsys, tmp_path):
     finished, picture = tmp_path / "run", tmp_path / "picture"
     run(capsys, "train", *SHORT, "--set", "probe.every=2", "--out", finished)
@@ -105,6 +126,7 @@ def test_what_a_new_user_gives_in_place_of_a_file_is_said(capsys, tmp_path):
     assert run(capsys, "plot", finished, "--out", tmp_path)[0] == 2
     err = run(capsys, "plot", picture)[2]
     assert err.startswith(f"error: {picture} is no file of conditioning records: ")
+    assert run(capsys, "probe", finished / "model.safetensors", "--batches", "1")[::2] == (0, "")
     err = run(capsys, "train", finished)[2]
     goes_on = f"condzoo train {finished / 'recipe.toml'} --out {finished}"
     assert err == f"error: {finished} is a run directory, no recipe; `{goes_on}` goes on\n"

@@ -339,6 +339,13 @@ def test_validate_all_goes_through_models_and_checkpoints_and_fails_with_the_rea
     assert not stop.value.code
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} == {"mlp4x24", "cifar_resnet8", *list_checkpoints()}
+    monkeypatch.setattr("condzoo.checkpoints.list_checkpoints", lambda: ["mlp8x24.gone", "mlp8x24.mnist"])
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", "--all"])
+    assert stop.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "mlp8x24.gone                     FAIL  loading      " in "\n".join(lines)
+    assert lines[-1].startswith("mlp8x24.mnist "), "it goes on"
     monkeypatch.setattr("condzoo.validation.promises.GROWTH", {"mlp": (0.9, 1.0)})
     with pytest.raises(SystemExit) as stop:
         main(["validate", "mlp4x24"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -209,8 +210,8 @@ def run_labels(runs: "Sequence[Run]") -> "dict[str, Run]":
 
 def folder_labels(folders: "Sequence[Path]") -> list[str]:
     """Folders by their names; by their whole paths where two have the same."""
-    names = [folder.name for folder in folders]
-    return [str(folder) if names.count(folder.name) > 1 else folder.name for folder in folders]
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]  # "." has none
+    return [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)]
 
 
 def last_layer_texts(run: "Run") -> tuple[str, str]:

@@ -249,10 +249,17 @@ def print_comparison(runs: "list[Run]", out: Path, shard: str | None = None) -> 
 def eval_command(
     target: Annotated[
         str,
-        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run directory, a checkpoint's folder or a released name."),
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT",
+            help="A run directory, a checkpoint's folder, a released name, or one of timm's, e.g. resnet50.a1_in1k.",
+        ),
     ],
     data: Annotated[
-        str | None, typer.Option(help="Data set of a converted checkpoint; runs and releases know their own.")
+        str | None,
+        typer.Option(
+            help="Data set of a converted checkpoint, or of a network of timm's (default: imagefolder); runs and "
+            "releases know their own."
+        ),
     ] = None,
     data_root: DataRoot = None,
     device: Device = None,

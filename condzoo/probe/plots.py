@@ -8,6 +8,7 @@ never a colour.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,5 +122,5 @@ def _with_a_layer(records: Records) -> list[Conditioning]:
 def _label(records: Records) -> str:
     if not isinstance(records, (str, Path)):
         return "run"
-    path = Path(records)
+    path = Path(os.path.abspath(records))  # "." has no name
     return path.parent.name if path.suffix == ".jsonl" else path.name

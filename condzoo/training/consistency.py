@@ -71,6 +71,12 @@ def _arguments(model: ModelSection) -> Iterator[str]:
             f"model.name: got {model.name!r}, a place that would be asked for its network whenever the recipe is read; "
             "give the network's name"
         )
+    elif "." in model.name:
+        arch, _, tag = model.name.partition(".")
+        yield (
+            f"model.name: got {model.name!r}, and .{tag} names trained weights; a recipe trains from its "
+            f"initialization: give {arch!r}"
+        )
     for name, value in model.args.items():
         if name in FOLLOWS_DATA:
             yield f"model.args.{name}: follows data.name; leave it out"

@@ -101,6 +101,12 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("model.args.x", float("nan"), "model.args.x: got nan, must be a finite number"),
     ("model.args", {"x": {"y": [1, -math.inf]}}, "model.args.x: got -inf, must be a finite number"),
     ("model.args.x", datetime.date(2026, 1, 2), "model.args.x: got 2026-01-02, must be a number, a text, true or"),
+    (
+        "model.name",
+        "resnet18.a1_in1k",
+        "model.name: got 'resnet18.a1_in1k', and .a1_in1k names trained weights; a recipe trains from its "
+        "initialization: give 'resnet18'",
+    ),
     ("model.name", "hf-hub:timm/resnet18", "model.name: got 'hf-hub:timm/resnet18', a place that would be asked for"),
     ("data", [], "data: got [], must be a table"),
     ("data.name", "CIFAR10", "data.name: unknown data set 'CIFAR10'; did you mean 'cifar10'? one of: digits"),

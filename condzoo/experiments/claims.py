@@ -1,9 +1,11 @@
 """Verdicts: each claim's measure against its bound, over seeds."""
 
-import statistics
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from condzoo.experiments.loading import training_of
 from condzoo.experiments.measures import MEASURES
@@ -28,15 +30,15 @@ class Verdict:
 
     @property
     def median(self) -> float | None:
-        """Over seeds."""
-        return statistics.median(self.values.values()) if self.values else None
+        """Over seeds; NaN where one of them is."""
+        return median(self.values) if self.values else None
 
     @property
     def measured(self) -> str:
         """The median and the range over seeds, in words."""
         if not self.values:
             return self.why
-        low, high = min(self.values.values()), max(self.values.values())
+        low, high = (float(reduce(list(self.values.values()))) for reduce in (np.min, np.max))
         spread = f" ({low:.3g} to {high:.3g}, n = {len(self.values)})" if len(self.values) > 1 else " (n = 1)"
         return f"{self.median:.3g}{spread}"
 
@@ -68,13 +70,14 @@ def judge_claim(
 ) -> Verdict:
     """Held where every seed is within the bound, did not hold where the median is not, else not decided.
 
-    Not decided either: one seed alone of what is random, a seed without a value, data without what is measured.
+    Not decided either: one seed alone of what is random, a seed without a value, data without what is measured. A NaN
+    of a theorem is out of the bound, and so is the median with it; of what is random it is no value.
 
     Args:
         claim: with its measure and bound.
         data: of the experiment.
         source: the experiment's name, for errors.
-        several: not decided by one seed alone.
+        several: of what is random, not decided by one seed alone.
         seeds: not decided where one of these has no value.
     """
     check_measure(claim, source)
@@ -84,20 +87,28 @@ def judge_claim(
         return Verdict(claim, "not decided", {}, str(missing))
     except KeyError as error:  # data of before this was measured
         return Verdict(claim, "not decided", {}, f"the data have no {error.args[0]}")
+    wanted = dict.fromkeys([*seeds, *values])
+    if several:
+        values = {seed: value for seed, value in values.items() if not math.isnan(value)}
     if not values:
         return Verdict(claim, "not decided", {}, "no seed has a value")
-    if lacking := [str(seed) for seed in seeds if seed not in values]:
+    if lacking := [str(seed) for seed in wanted if seed not in values]:
         return Verdict(claim, "not decided", values, f"no value of seed {', '.join(lacking)}")
     inside = [within(claim, value) for value in values.values()]
     if several and len(inside) == 1:
         return Verdict(claim, "not decided", values, f"one seed alone, {'within' if inside[0] else 'out of'} the bound")
     if all(inside):
         return Verdict(claim, "held", values)
-    if within(claim, statistics.median(values.values())):
+    if within(claim, median(values)):
         return Verdict(
             claim, "not decided", values, f"{inside.count(False)} of {len(inside)} seeds are out of the bound"
         )
     return Verdict(claim, "did not hold", values)
+
+
+def median(values: Mapping[int, float]) -> float:
+    """Over seeds; NaN where one of them is, wherever it stands."""
+    return float(np.median(list(values.values())))
 
 
 def check_measure(claim: Claim, source: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from condzoo.experiments.readings import fitted_exponent, points_by_seed
+from condzoo.experiments.readings import errors_by_seed, fitted_exponent, points_by_seed
 from condzoo.experiments.schema import Experiment
 from condzoo.experiments.training_figures import MARKERS, tidy
 from condzoo.probe.picture_style import OKABE_ITO
@@ -92,7 +92,7 @@ def theory(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
     axes = figure.subplots(1, len(quantities), squeeze=False)[0]
     for ax, quantity in zip(axes, quantities, strict=True):
         for i, seed in enumerate(data["seeds"]):
-            values = sorted(trial["errors"][quantity] for trial in data["trials"] if trial["seed"] == seed)
+            values = np.sort(errors_by_seed(data, quantity)[seed])
             shown = np.maximum(values, 1e-17)  # an error of exactly 0 stays on a logarithmic axis
             ax.plot(shown, MARKERS[i % 7], color=OKABE_ITO[i % 7], markersize=3, label=f"seed {seed}")
         ax.set(yscale="linear" if quantity == "eps_exponent" else "log", xlabel="trial, ascending")

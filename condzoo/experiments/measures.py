@@ -11,6 +11,7 @@ from condzoo.experiments.readings import (
     Data,
     Missing,
     Values,
+    errors_by_seed,
     fitted_exponent,
     networks_of,
     paired,
@@ -24,7 +25,7 @@ def curvature_ratio(data: Data, label: str, to: str, matrix: str, of: str, value
     `of` is "full", or "blocks": the geometric mean over the layers' blocks.
     """
     found = {}
-    for one, other in paired(data, label, to, "networks"):
+    for one, other in paired(data, label, to, networks_of):
         levels = [curvature_level(network, matrix, of, value) for network in (one, other)]
         found[one["seed"]] = 10 ** (levels[0] - levels[1])
     return found
@@ -46,7 +47,7 @@ def share_of_blocks_lower(data: Data, label: str, to: str, matrix: str, value: s
     A kappa that is not known is infinite, see `ratio_between`; a layer of which neither is known does not count.
     """
     found = {}
-    for one, other in paired(data, label, to, "networks"):
+    for one, other in paired(data, label, to, networks_of):
         pairs = [
             (entry_value(one["matrices"][matrix][name], value), entry_value(other["matrices"][matrix][name], value))
             for name in one["matrices"][matrix]
@@ -76,14 +77,6 @@ def largest_error(data: Data, quantity: str) -> Values:
 def smallest_error(data: Data, quantity: str) -> Values:
     """The smallest value over a seed's trials; NaN where a trial's is."""
     return {seed: float(np.min(errors)) for seed, errors in errors_by_seed(data, quantity).items()}
-
-
-def errors_by_seed(data: Data, quantity: str) -> dict[int, list[float]]:
-    """One quantity's values of a seed's trials."""
-    found: dict[int, list[float]] = {}
-    for trial in data["trials"]:
-        found.setdefault(trial["seed"], []).append(trial["errors"][quantity])
-    return found
 
 
 def time_ratio(data: Data, of: str, to: str) -> Values:

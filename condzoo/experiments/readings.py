@@ -4,7 +4,7 @@ Shapes: S probed steps, K layers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,23 @@ def runs_of(data: Data, label: str) -> list[dict[str, Any]]:
     return found
 
 
+def ended_runs(data: Data, label: str) -> list[dict[str, Any]]:
+    """The chosen runs of one curve that were trained to their end: what a diverged one recorded is its beginning.
+
+    Raises:
+        Missing: there are none.
+    """
+    found = [run for run in runs_of(data, label) if run["status"] == "done"]
+    if not found:
+        raise Missing(f"no run {label!r} ended")
+    return found
+
+
+def runs_at(data: Data, label: str, at: str) -> list[dict[str, Any]]:
+    """The chosen runs of one curve that have the steps a claim is about; see `rows_of`."""
+    return runs_of(data, label) if at == "start" else ended_runs(data, label)
+
+
 def table_of(run: dict[str, Any], quantity: str) -> np.ndarray:
     """One run's quantity as [S, K]: log10 of all but shares (-inf of 0), NaN where not known.
 
@@ -46,18 +63,26 @@ def table_of(run: dict[str, Any], quantity: str) -> np.ndarray:
         return np.log10(values)
 
 
-def steps_chosen(table: np.ndarray, at: str) -> np.ndarray:
-    """The rows of a table that a claim is about: "start", "end", or "all" but the first."""
-    return {"start": table[:1], "end": table[-1:], "all": table[1:] if len(table) > 1 else table}[at]
+def rows_of(run: dict[str, Any], quantity: str, at: str) -> np.ndarray:
+    """The rows of `table_of` that a claim is about: "start", "end", or "all" but the first.
+
+    Raises:
+        Missing: it was not measured, or at the start alone where a claim is about what follows.
+    """
+    table = table_of(run, quantity)
+    if at != "start" and len(table) < 2:
+        raise Missing(f"{run['label']}, seed {run['seed']}: {quantity} was measured at one step alone")
+    return {"start": table[:1], "end": table[-1:], "all": table[1:]}[at]
 
 
-def paired(data: Data, label: str, to: str, key: str = "runs") -> list[tuple[Any, Any]]:
-    """The entries of two curves with the same seed.
+def paired(
+    data: Data, label: str, to: str, take: Callable[[Data, str], list[dict[str, Any]]]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The entries of two curves with the same seed, of those that `take` finds under a label.
 
     Raises:
         Missing: no seed has both.
     """
-    take = runs_of if key == "runs" else networks_of
     others = {entry["seed"]: entry for entry in take(data, to)}
     found = [(entry, others[entry["seed"]]) for entry in take(data, label) if entry["seed"] in others]
     if not found:
@@ -111,6 +136,15 @@ def fitted_slope(row: np.ndarray) -> float:
     """Least-squares slope over the places whose value is known; NaN of fewer than three."""
     known = np.isfinite(row)
     return float(np.polyfit(np.flatnonzero(known), row[known], 1)[0]) if known.sum() >= 3 else math.nan
+
+
+def errors_by_seed(data: Data, quantity: str) -> dict[int, list[float]]:
+    """One quantity's values of a seed's trials; NaN where one was not finite, which the data keep as null."""
+    found: dict[int, list[float]] = {}
+    for trial in data["trials"]:
+        value = trial["errors"][quantity]
+        found.setdefault(trial["seed"], []).append(math.nan if value is None else value)
+    return found
 
 
 def points_by_seed(data: Data) -> dict[int, list[dict[str, Any]]]:

@@ -6,9 +6,11 @@ Layers k = 1 ... K with inputs x_{k-1} and outputs h_k; factors a_k > 0 scale th
 import copy
 import math
 import time
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class Trial:
 
 
 def collect_theory(settings: TheorySettings, seeds: list[int], on_event: OnEvent | None = None) -> dict[str, Any]:
-    """One row a trial: the largest relative error of each quantity that the statement speaks of.
+    """One row a trial: the largest relative error of each quantity that the statement speaks of, None if not finite.
 
     Raises:
         Stopped: on a signal.
@@ -49,7 +51,7 @@ def collect_theory(settings: TheorySettings, seeds: list[int], on_event: OnEvent
             for trial in range(settings.trials):
                 stop_where_asked()
                 generator = torch.Generator().manual_seed(1_000_003 * seed + trial)
-                errors = STATEMENTS[settings.statement](generator)
+                errors = {key: finite(value) for key, value in STATEMENTS[settings.statement](generator).items()}
                 rows.append({"seed": seed, "trial": trial, "errors": errors})
     return {"trials": rows, "seconds": time.perf_counter() - began}
 
@@ -71,7 +73,7 @@ def theorem_2(generator: torch.Generator) -> dict[str, float]:
     Exact for BN's eps = 0; `eps_exponent` is the power of eps with which the largest error grows otherwise.
     """
     trial = draw_trial(generator, norm=True)
-    larger, smaller = (max(errors_at(trial, eps).values()) for eps in SMALL_EPS)
+    larger, smaller = (largest(errors_at(trial, eps).values()) for eps in SMALL_EPS)
     exponent = math.log(larger / smaller) / math.log(SMALL_EPS[0] / SMALL_EPS[1])
     return errors_at(trial, TINY_EPS) | {"eps_exponent": exponent}
 
@@ -91,7 +93,8 @@ def proposition_1(generator: torch.Generator) -> dict[str, float]:
     trial = draw_trial(generator, norm=False)
     y = torch.randint(CLASSES, (BATCH,), generator=generator)
     measured = measure(trial.model, (trial.x, y), labels="model", precision="float64", bias=True)
-    found = {"lambda_max": 0.0, "kappa": 0.0, "spectrum": 0.0}
+    check_all_measured(trial, measured)
+    found: dict[str, list[float]] = {"lambda_max": [], "kappa": [], "spectrum": []}
     for layer in measured.values():
         dense = dense_product(layer.fisher)
         top = float(dense[0])
@@ -99,11 +102,14 @@ def proposition_1(generator: torch.Generator) -> dict[str, float]:
         known = dense[dense > 1e-9 * top]
         p = len(known) / len(dense)
         kappa = layer.fisher.condition_number(p)
-        found["lambda_max"] = max(found["lambda_max"], abs(product / top - 1))
-        found["kappa"] = max(found["kappa"], abs(kappa * float(known[-1]) / top - 1))
-        found["spectrum"] = max(found["spectrum"], float((layer.fisher.eigenvalues - dense).abs().max()) / top)
-    ratios = [layer.lambda_ratio for layer in kronecker_report(trial.model, trial.x).values()]
-    return found | {"nearest": min(ratios), "farthest": max(ratios)}
+        found["lambda_max"].append(abs(product / top - 1))
+        found["kappa"].append(abs(kappa * float(known[-1]) / top - 1))
+        found["spectrum"].append(float((layer.fisher.eigenvalues - dense).abs().max()) / top)
+    blocks = kronecker_report(trial.model, trial.x)
+    check_all_measured(trial, blocks)
+    ratios = [layer.lambda_ratio for layer in blocks.values()]
+    errors = {key: largest(values) for key, values in found.items()}
+    return errors | {"nearest": float(np.min(ratios)), "farthest": largest(ratios)}
 
 
 STATEMENTS = {"theorem_1": theorem_1, "theorem_2": theorem_2, "proposition_1": proposition_1}
@@ -142,7 +148,8 @@ def compare(trial: Trial, inputs: list[float], grads: list[float], weights: list
     plain = measured_with(trial, 1.0)
     scaled_model = init_weights(trial.model, "scaled", factors=trial.factors)
     scaled = measured_with(Trial(scaled_model, trial.factors, trial.mu, trial.x, trial.grad_logits), trial.mu)
-    found = {"input": 0.0, "output_grad": 0.0, "weight_grad": 0.0}
+    check_all_measured(trial, plain)
+    found: dict[str, list[float]] = {"input": [], "output_grad": [], "weight_grad": []}
     for k, name in enumerate(plain):
         a, b = plain[name], scaled[name]
         assert a.weight_grad is not None
@@ -152,8 +159,29 @@ def compare(trial: Trial, inputs: list[float], grads: list[float], weights: list
             "output_grad": math.sqrt(b.output_grad.lambda_max / a.output_grad.lambda_max) / grads[k],
             "weight_grad": b.weight_grad / a.weight_grad / weights[k],
         }
-        found = {key: max(value, abs(ratios[key] - 1)) for key, value in found.items()}
-    return found
+        for key, ratio in ratios.items():
+            found[key].append(abs(ratio - 1))
+    return {key: largest(values) for key, values in found.items()}
+
+
+def check_all_measured(trial: Trial, measured: Sized) -> None:
+    """A statement is about all linear layers.
+
+    Raises:
+        RuntimeError: the probe left some out.
+    """
+    if len(measured) != len(trial.factors):
+        raise RuntimeError(f"{len(measured)} of the network's {len(trial.factors)} linear layers were measured")
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest; NaN where one is, which `max` would hide."""
+    return float(np.max(list(values)))
+
+
+def finite(value: float) -> float | None:
+    """A value as it is kept: None where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def measured_with(trial: Trial, mu: float) -> Conditioning:

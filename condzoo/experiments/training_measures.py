@@ -2,10 +2,13 @@
 
 A measure takes an experiment's data and the claim's arguments, and returns {seed: value}; `Missing` says that the
 data have no such value, which leaves the claim not decided.
+What is measured at the start is of all runs, what follows ("end", "all" steps but the first) of those that ended: a
+diverged run recorded its first steps alone, and its seed has no value.
 Shapes: S probed steps, K layers.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,14 +17,16 @@ from condzoo.experiments.readings import (
     Data,
     Missing,
     Values,
+    ended_runs,
     final_metric,
     finals,
     finite_median,
     fitted_slope,
     paired,
+    rows_of,
+    runs_at,
     runs_of,
     spearman,
-    steps_chosen,
     table_of,
 )
 
@@ -32,8 +37,8 @@ def slope_over_depth(data: Data, label: str, quantity: str, at: str = "start", s
     `skip_last` leaves out the classifier, which has another width and no nonlinearity behind it.
     """
     values = {}
-    for run in runs_of(data, label):
-        table = steps_chosen(table_of(run, quantity), at)
+    for run in runs_at(data, label, at):
+        table = rows_of(run, quantity, at)
         table = table[:, : table.shape[1] - skip_last]
         slopes = [fitted_slope(row) for row in table]
         values[run["seed"]] = finite_median(slopes, f"{label}: {quantity}")
@@ -43,8 +48,8 @@ def slope_over_depth(data: Data, label: str, quantity: str, at: str = "start", s
 def spread_over_depth(data: Data, label: str, quantity: str, at: str = "start", skip_last: int = 1) -> Values:
     """Decades between the largest and the smallest layer of a quantity, median over the steps chosen."""
     values = {}
-    for run in runs_of(data, label):
-        table = steps_chosen(table_of(run, quantity), at)
+    for run in runs_at(data, label, at):
+        table = rows_of(run, quantity, at)
         table = table[:, : table.shape[1] - skip_last]
         spreads = [float(np.nanmax(row) - np.nanmin(row)) for row in table if np.isfinite(row).any()]
         values[run["seed"]] = finite_median(spreads, f"{label}: {quantity}")
@@ -58,17 +63,17 @@ def ratio_between(data: Data, label: str, to: str, quantity: str, at: str = "all
     noise, so it is larger than those that are known, and leaving it out would flatter the network that has it.
     """
     values = {}
-    for one, other in paired(data, label, to):
+    for one, other in paired(data, label, to, partial(runs_at, at=at)):
         levels = []
         for run in (one, other):
-            table = steps_chosen(table_of(run, quantity), at)
+            table = rows_of(run, quantity, at)
             table = table[:, -1:] if last else table
             levels.append(np.where(np.isnan(table), np.inf, table) if "kappa" in quantity else table)
         if not all(np.isfinite(level).any() for level in levels):
             raise Missing(f"{quantity} of {label} or {to} is not known at any layer")
         above, below = (float(np.nanmedian(level)) for level in levels)
-        if above == below == math.inf:
-            raise Missing(f"{quantity} of {label} and {to} is not known at most layers")
+        if above == below and math.isinf(above):
+            raise Missing(f"{quantity} of {label} and {to} is {'not known' if above > 0 else '0'} at most layers")
         values[one["seed"]] = float(10 ** (above - below))
     return values
 
@@ -80,7 +85,7 @@ def variation_ratio(data: Data, label: str, to: str, quantity: str) -> Values:
     """
     return {
         one["seed"]: quotient(*(variation(run, quantity) for run in (one, other)))
-        for one, other in paired(data, label, to)
+        for one, other in paired(data, label, to, ended_runs)
     }
 
 
@@ -99,8 +104,8 @@ def variation(run: dict[str, Any], quantity: str) -> float:
 def median_share(data: Data, label: str, quantity: str, at: str = "end", part: str = "all") -> Values:
     """The mean over layers of a share (dying or full units); `part` "upper" and "lower" are halves by depth."""
     values = {}
-    for run in runs_of(data, label):
-        table = steps_chosen(table_of(run, quantity), at)
+    for run in runs_at(data, label, at):
+        table = rows_of(run, quantity, at)
         half = table.shape[1] // 2
         table = {"all": table, "lower": table[:, :half], "upper": table[:, half:]}[part]
         values[run["seed"]] = finite_median(np.nanmean(table, axis=1).tolist(), quantity)
@@ -176,9 +181,9 @@ def converged(data: Data, label: str, below: float) -> Values:
 def collapse(data: Data, label: str, quantity: str) -> Values:
     """Decades by which the first layer's value fell from the first probed step to the last."""
     found = {}
-    for run in runs_of(data, label):
-        first = table_of(run, quantity)[:, 0]
-        if not np.isfinite(first[0]) or np.isnan(first[-1]):  # a last value of 0 is a collapse
+    for run in ended_runs(data, label):
+        first, last = (float(rows_of(run, quantity, at)[0, 0]) for at in ("start", "end"))
+        if not np.isfinite(first) or np.isnan(last):  # a last value of 0 is a collapse
             raise Missing(f"{label}, seed {run['seed']}: {quantity} of the first layer is not finite")
-        found[run["seed"]] = float(first[0] - first[-1])
+        found[run["seed"]] = first - last
     return found

@@ -228,3 +228,73 @@ def test_a_first_layer_that_fell_to_zero_has_collapsed():
     assert judge_claim(collapsed, {"runs": [run]}, "here").outcome == "held"
     run = run_of("a", 1, quantities=by_layer("fisher_lambda_max", [[1e6, 1.0], [None, 1.0]]))
     assert judge_claim(collapsed, {"runs": [run]}, "here").outcome == "not decided"
+
+
+LATER = {
+    *("slope_over_depth", "ratio_between", "variation_ratio", "median_share", "upper_minus_lower", "collapse")
+}  # what they measure follows the start, unless they are asked for it
+
+
+@pytest.mark.parametrize(("name", "index"), [x for x in CLAIMS if load_experiment(x[0]).claims[x[1]].measure in LATER])
+def test_what_a_diverged_run_recorded_is_its_start_alone(name, index):
+    claim = load_experiment(name).claims[index]
+    data = made_up(claim, dict.fromkeys(SEEDS, targets(claim)[0][0]))
+    own = [run for run in data["runs"] if run["label"] == claim.args["label"]]
+    own[1]["status"] = "diverged"
+    verdict = judge_claim(claim, data, name, several=True, seeds=SEEDS)
+    if claim.args.get("at") == "start":
+        assert (verdict.outcome, list(verdict.values)) == ("held", list(SEEDS))
+        return
+    assert (verdict.outcome, verdict.why) == ("not decided", "no value of seed 2")
+    assert list(verdict.values) == [1, 3]
+    for run in own:
+        run["status"] = "diverged"
+    verdict = judge_claim(claim, data, name, several=True, seeds=SEEDS)
+    assert (verdict.outcome, verdict.measured) == ("not decided", f"no run {claim.args['label']!r} ended")
+
+
+@pytest.mark.parametrize("at", ["start", "end", "all"])
+def test_one_step_is_the_start_and_nothing_after_it(at):
+    args = {"label": "a", "to": "b", "quantity": "input_kappa50", "at": at}
+    better = Claim(text="", measure="ratio_between", args=args, below=1, reason="")
+    rows = {"a": [[2.0] * 3], "b": [[8.0] * 3]}
+    data = {"runs": [run_of(label, 1, quantities=by_layer("input_kappa50", r)) for label, r in rows.items()]}
+    verdict = judge_claim(better, data, "here")
+    if at == "start":
+        assert verdict.values == {1: pytest.approx(0.25)}
+    else:
+        assert verdict.outcome == "not decided"
+        assert verdict.why == "a, seed 1: input_kappa50 was measured at one step alone"
+
+
+def test_no_ratio_of_nothing_to_nothing():
+    """Features that have died in both networks: lambda_max is 0, and 0 / 0 is not 1."""
+    args = {"label": "a", "to": "b", "quantity": "input_lambda_max"}
+    level = Claim(text="", measure="ratio_between", args=args, above=0.5, reason="")
+    dead = [[1e4]] * 2 + [[0.0]] * 5
+    data = {"runs": [run_of(x, seed, quantities=by_layer("input_lambda_max", dead)) for x in "ab" for seed in SEEDS]}
+    verdict = judge_claim(level, data, "here", several=True, seeds=SEEDS)
+    assert (verdict.outcome, verdict.measured) == ("not decided", "input_lambda_max of a and b is 0 at most layers")
+
+
+@pytest.mark.parametrize("place", SEEDS)
+def test_nan_of_a_training_is_no_value_whichever_seed_has_it(place):
+    args = {"label": "a", "to": "b", "quantity": "input_lambda_max"}
+    stabler = Claim(text="", measure="variation_ratio", args=args, below=1, reason="")
+    data = made_up(stabler, dict.fromkeys(SEEDS, 0.5))
+    for run in data["runs"]:
+        if run["seed"] == place:  # neither curve moves: 0 decades over 0
+            run["quantities"] = by_layer("input_lambda_max", [[1.0] * 3] * 4)
+    for seeds in (SEEDS, ()):
+        verdict = judge_claim(stabler, data, "here", several=True, seeds=seeds)
+        assert (verdict.outcome, verdict.why) == ("not decided", f"no value of seed {place}")
+        assert list(verdict.values) == [seed for seed in SEEDS if seed != place]
+
+
+@pytest.mark.parametrize("kept", [math.nan, None])
+@pytest.mark.parametrize("place", SEEDS)
+def test_nan_of_a_theorem_is_a_failure_whichever_seed_has_it(place, kept):
+    holds = Claim(text="", measure="largest_error", args={"quantity": "q"}, below=1, reason="")
+    rows = [{"seed": seed, "errors": {"q": kept if seed == place else 0.0}} for seed in SEEDS]
+    verdict = judge_claim(holds, {"trials": rows}, "here", seeds=SEEDS)
+    assert (verdict.outcome, verdict.measured) == ("did not hold", "nan (nan to nan, n = 3)")

@@ -1,9 +1,15 @@
-"""Theorem 2 with an eps that is not 0."""
+"""Theorem 2 with an eps that is not 0; and what a probe that measures nothing would make of the theorems."""
+
+import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from condzoo.experiments.theory import draw_trial, errors_at, theorem_2
+from condzoo.experiments import draw, judge, load_experiment
+from condzoo.experiments.schema import TheorySettings
+from condzoo.experiments.theory import collect_theory, draw_trial, errors_at, proposition_1, theorem_1, theorem_2
 
 
 def test_the_error_of_theorem_2_is_proportional_to_eps():
@@ -19,3 +25,37 @@ def test_errors_at_an_eps_leave_the_trial_as_it_was():
     assert errors_at(trial, 1e-5) == first
     assert max(first.values()) == pytest.approx(100 * max(errors_at(trial, 1e-7).values()), rel=0.1)
     assert all(torch.equal(before[key], value) for key, value in trial.model.state_dict().items())
+
+
+def layer_of(value: float) -> SimpleNamespace:
+    moment = SimpleNamespace(lambda_max=value)
+    return SimpleNamespace(input=moment, output_grad=moment, weight_grad=value)
+
+
+def test_a_probe_that_measures_nan_proves_no_theorem(monkeypatch, tmp_path):
+    """One layer's NaN beside exact ones is kept as null, out of every bound, and can be drawn."""
+
+    def measured(trial, mu):
+        return {f"fc{k}": layer_of(math.nan if k == 1 else 1.0) for k in range(len(trial.factors))}
+
+    monkeypatch.setattr("condzoo.experiments.theory.measured_with", measured)
+    found = collect_theory(TheorySettings(statement="theorem_1", trials=2), [1, 2])
+    assert [row["errors"] for row in found["trials"]] == [{"input": None, "output_grad": None, "weight_grad": None}] * 4
+    made = {"hardware": "any", "date": "today"}
+    data = {"id": "thm1", "scale": "cpu", "seeds": [1, 2], "reductions": [], "made": made, **found}
+    data = json.loads(json.dumps(data, allow_nan=False))
+    assert {verdict.outcome for verdict in judge(load_experiment("thm1"), data)} == {"did not hold"}
+    draw(load_experiment("thm1"), data, tmp_path / "figure.png")
+    for errors in (data["trials"][0]["errors"], data["trials"][2]["errors"]):
+        errors.update(dict.fromkeys(errors, 0.0))  # beside one that is known
+    draw(load_experiment("thm1"), data, tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_probe_that_measures_fewer_layers_proves_no_theorem(left, monkeypatch):
+    first = {f"fc{k}": layer_of(1.0) for k in range(left)}
+    monkeypatch.setattr("condzoo.experiments.theory.measured_with", lambda trial, mu: first)
+    monkeypatch.setattr("condzoo.experiments.theory.measure", lambda *args, **settings: first)
+    for statement in (theorem_1, theorem_2, proposition_1):
+        with pytest.raises(RuntimeError, match=rf"{left} of the network's \d linear layers were measured"):
+            statement(torch.Generator().manual_seed(1))

@@ -15,7 +15,8 @@ def check_parts(recipe: Recipe, images: int, num_classes: int, processes: int) -
     """See that the network can take what each process sees of each batch.
 
     A norm that gets one value a channel, from a single image where its map is a pixel, has no variance. A process that
-    gets no image of a batch runs the network on none, since the others wait for its gradient; not every network can.
+    gets no image of a batch runs the network on none, since the others wait for its gradient; not every network can,
+    and torch's SyncBatchNorm under autocast sends zeros of another dtype than the others send: they hang, or get noise.
 
     Args:
         recipe: checked.
@@ -26,12 +27,14 @@ def check_parts(recipe: Recipe, images: int, num_classes: int, processes: int) -
     Raises:
         ValueError: it could not, in some step of the run.
     """
-    if sees_no_image(recipe, images, processes) and (said := fault_without_images(recipe, num_classes)):
-        raise ValueError(
-            f"data.batch_size: got {recipe.data.batch_size}, with which one of {processes} processes sees no image at "
-            f"the end of an epoch of {images}, and {recipe.model.name} cannot run on none ({said}); take another, "
-            "drop_last = true, or fewer processes"
-        )
+    if sees_no_image(recipe, images, processes):
+        fault = "sync_bn needs some of each" if recipe.sync_bn else fault_without_images(recipe, num_classes)
+        if fault:
+            raise ValueError(
+                f"data.batch_size: got {recipe.data.batch_size}, with which one of {processes} processes sees no image "
+                f"at the end of an epoch of {images}, and {recipe.model.name} cannot run on none ({fault}); take "
+                "another, drop_last = true, or fewer processes"
+            )
     if not sees_single_image(recipe, images, processes):
         return
     norm = norm_without_variance(recipe, num_classes)
@@ -47,22 +50,19 @@ def check_parts(recipe: Recipe, images: int, num_classes: int, processes: int) -
 def sees_single_image(recipe: Recipe, images: int, processes: int) -> bool:
     """Whether a process takes one image alone: of a batch, of a part that is accumulated, of an epoch's last batch.
 
-    With SyncBatchNorm its statistics are of the other processes' images, too.
+    With SyncBatchNorm its statistics are of the other processes' images, too, one of each at least.
     """
-    batches = batch_sizes(recipe, images)
     if recipe.sync_bn and processes > 1:
-        return 1 in batches
+        return False
+    batches = batch_sizes(recipe, images)
     mine = {part for batch in batches for part in (batch // processes, -(-batch // processes))} - {0}
     pieces = {part: -(-part // recipe.accumulate) for part in mine}
     return any(1 in (piece, part % piece) for part, piece in pieces.items())
 
 
 def sees_no_image(recipe: Recipe, images: int, processes: int) -> bool:
-    """Whether a process takes no image of a batch, or with SyncBatchNorm of a part that the others take some of."""
-    batches = batch_sizes(recipe, images)
-    if recipe.sync_bn and processes > 1:
-        return any(min(recipe.accumulate, -(-batch // processes)) > batch // processes for batch in batches)
-    return any(batch < processes for batch in batches)
+    """Whether a process takes no image of a batch that the others take some of."""
+    return any(batch < processes for batch in batch_sizes(recipe, images))
 
 
 def batch_sizes(recipe: Recipe, images: int) -> set[int]:

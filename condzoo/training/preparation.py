@@ -173,25 +173,35 @@ class StepBatch:
     chunks: Iterator[Batch]
 
 
-def readable(training: Training, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches; in place of one that this process of several cannot read, NaN, and nothing after it.
+def readable(training: Training, batches: Iterator[Batch], of_a_step: int = 1) -> Iterator[Batch]:
+    """The batches; in place of one that this process of several cannot read, and of all after it in its step, NaN.
 
-    The others wait for this process's gradient, so it must take part in the step. NaN in one process makes the
-    step unsound in all: none takes it, and all stop at the same place, where they ask for `unreadable`.
+    The others wait for this process's gradient, and for what SyncBatchNorm has of each forward pass, so it must take
+    part in the step. NaN in one process makes the step unsound in all: none takes it, and all stop at the same place,
+    where they ask for `unreadable`.
+
+    Args:
+        training: its parts.
+        batches: this process's part of each.
+        of_a_step: how many of them make a step.
     """
     if training.ranks.world == 1:
         yield from batches
         return
+    taken = 0
     try:
-        yield from batches
+        for batch in batches:
+            yield batch
+            taken += 1
     except FORESEEN as error:
         training.unreadable.append(error)
         shape, device = training.data.image_shape, training.numerics.device
         count = 2 * training.recipe.accumulate  # BatchNorm takes no part of one image
-        yield (
-            torch.full((count, *shape), torch.nan, device=device),
-            torch.zeros(count, dtype=torch.int64, device=device),
-        )
+        for _ in range(of_a_step - taken % of_a_step):
+            yield (
+                torch.full((count, *shape), torch.nan, device=device),
+                torch.zeros(count, dtype=torch.int64, device=device),
+            )
 
 
 def first_unreadable(training: Training) -> None:
@@ -203,12 +213,12 @@ def first_unreadable(training: Training) -> None:
 def pieces(training: Training, x: Tensor, y: Tensor, images: int) -> Iterator[Batch]:
     """This process's part of a batch of `images`, piece by piece, as the recipe accumulates.
 
-    In each forward pass of SyncBatchNorm the processes wait for each other: with it all have as many pieces, of which
-    the last may be empty here, but not in every process.
+    In each forward pass of SyncBatchNorm the processes wait for each other: with it all have as many pieces, and an
+    image of every piece (`check_parts` has seen that there are enough).
     """
     parts, world = training.recipe.accumulate, training.ranks.world
     if training.recipe.sync_bn and world > 1:
-        parts = min(parts, -(-images // world))
+        parts = max(1, min(parts, images // world))
         return zip(x.tensor_split(parts), y.tensor_split(parts), strict=True)
     return zip(x.chunk(parts), y.chunk(parts), strict=True)
 
@@ -219,8 +229,9 @@ def training_steps(training: Training, start: int, stop: int) -> Iterator[StepBa
     while step < stop:
         epoch, first = divmod(step, training.steps_per_epoch)
         if training.full_batch:
-            chunks = readable(training, data.ordered_batches("train", training.plan))
-            yield StepBatch(step, data.size("train"), chunks)
+            images = data.size("train")
+            count = batches_per_epoch(images, training.plan.batch_size, drop_last=False)
+            yield StepBatch(step, images, readable(training, data.ordered_batches("train", training.plan), count))
             step += 1
             continue
         for x, y in readable(training, data.train_batches(training.plan, epoch, first)):

@@ -1,5 +1,6 @@
 """One step against its definition: accumulation, full batch, clipping, averaging, freezing, smoothing."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,10 +144,12 @@ def test_dropout_is_a_function_of_seed_and_step(tiny: Any) -> None:
 
 @pytest.mark.parametrize(
     ("images", "sizes"),
-    [(9, [[2, 1, 1, 1], [1, 1, 1, 1]]), (3, [[1, 1], [1, 0]]), (1, [[1], [0]])],
-    ids=["uneven parts", "fewer images than pieces", "one image"],
+    [(9, [[2, 1, 1, 1], [1, 1, 1, 1]]), (7, [[2, 1, 1], [1, 1, 1]]), (3, [[2], [1]]), (1, [[1], [0]])],
+    ids=["uneven parts", "fewer images than pieces", "less than two for each", "one image, which is refused"],
 )
-def test_with_sync_bn_every_process_has_as_many_pieces(images: int, sizes: list[list[int]], tiny: Any) -> None:
+def test_with_sync_bn_every_process_has_as_many_pieces_and_an_image_of_each(
+    images: int, sizes: list[list[int]], tiny: Any
+) -> None:
     for rank, expected in enumerate(sizes):
         training = prepare(tiny(accumulate=4), CPU, ranks=Ranks(rank, 2))
         mine = torch.arange(rank, images, 2)
@@ -156,6 +159,24 @@ def test_with_sync_bn_every_process_has_as_many_pieces(images: int, sizes: list[
         assert torch.equal(torch.cat([y for _, y in found]), mine)
     alone = list(pieces(prepared(tiny(accumulate=4, sync_bn=True)), torch.zeros(5, 1), torch.zeros(5), 5))
     assert [len(y) for _, y in alone] == [2, 2, 1], "as ever, to the bit"
+
+
+def test_who_cannot_read_an_image_takes_part_in_all_that_is_left_of_a_full_batch(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four batches of 400 make a step, in each of which the other process waits for SyncBatchNorm."""
+    recipe = tiny(**{"optim": {"name": "gd", "lr": 0.1}, "data.batch_size": 400})
+    training = prepare(recipe, CPU, ranks=Ranks(1, 2))
+    whole = training.data.ordered_batches
+
+    def damaged(*arguments: Any) -> Iterator[Any]:
+        yield next(whole(*arguments))
+        raise OSError("damaged image")
+
+    monkeypatch.setattr(type(training.data), "ordered_batches", lambda data, *arguments: damaged(*arguments))
+    chunks = [x for x, _ in next(training_steps(training, 0, 1)).chunks]
+    assert [bool(x.isnan().all()) for x in chunks] == [False, True, True, True]
+    assert [str(error) for error in training.unreadable] == ["damaged image"]
 
 
 PARTS = {

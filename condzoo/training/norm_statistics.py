@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 
 from condzoo.data import Batch
 from condzoo.training.distributed import Ranks, share_buffers
-from condzoo.training.preparation import Training
+from condzoo.training.preparation import Training, pieces
 from condzoo.training.steps import seed_step
 
 IMAGES = 10_000  # of the first epoch, shuffled and augmented as in training
@@ -38,7 +38,7 @@ def evaluated(training: Training) -> Iterator[nn.Module]:
         return
     before = [buffer.clone() for buffer in network.buffers()]
     try:
-        batches = statistics_batches(training)
+        batches: Iterable[Batch] = statistics_batches(training)
         if training.recipe.sync_bn:  # each forward pass waits for all processes: none may fail on the way
             batches = ranks.all_do(lambda: list(batches))
         ranks.all_do(lambda: measure_statistics(training, network, batches))
@@ -49,11 +49,15 @@ def evaluated(training: Training) -> Iterator[nn.Module]:
             buffer.copy_(kept)
 
 
-def statistics_batches(training: Training) -> Iterable[Batch]:
-    """The batches that statistics are measured on; of several processes each takes its part of every one."""
+def statistics_batches(training: Training) -> Iterator[Batch]:
+    """What statistics are measured on: batches, or their pieces where the recipe accumulates, as in training.
+
+    Of several processes each takes its part of every one.
+    """
     size = min(training.plan.batch_size, training.data.size("train"))
     plan = replace(training.plan, batch_size=size, drop_last=True)
-    return itertools.islice(training.data.train_batches(plan, 0), max(1, IMAGES // size))
+    for x, y in itertools.islice(training.data.train_batches(plan, 0), max(1, IMAGES // size)):
+        yield from pieces(training, x, y, size)
 
 
 def measure_statistics(training: Training, network: nn.Module, batches: Iterable[Batch]) -> None:

@@ -73,6 +73,16 @@ def test_the_written_average_has_statistics_of_its_own_weights(
     assert max(float((ratio - 1).abs().max()) for ratio in drift) > 0.1  # the average of the statistics is another
 
 
+def test_statistics_are_measured_on_the_pieces_that_are_trained_on(tiny: Any) -> None:
+    """A whole batch at once may not fit where a third of it does."""
+    training = prepare(tiny(**AVERAGED, accumulate=3), torch.device("cpu"))
+    trained = [x for batch in training_steps(training, 0, 2) for x, _ in batch.chunks]
+    measured = [x for x, _ in norm_statistics.statistics_batches(training)]
+    assert [len(x) for x in trained] == [43, 43, 42] * 2
+    assert len(measured) == 3 * 11
+    assert all(torch.equal(x, other) for x, other in zip(trained, measured, strict=False))
+
+
 def test_an_average_errs_less_by_statistics_of_its_own(tiny: Any, tmp_path: Path) -> None:
     recipe = tiny(**AVERAGED, **{"optim.lr": 0.3, "epochs": 4})
     run = train(recipe, out=tmp_path / "run", device="cpu")

@@ -9,10 +9,12 @@ Shapes: b pieces, g groups, d coordinates, k rows a piece.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -94,22 +96,63 @@ def _plain(op: str, device_type: str) -> AbstractContextManager[None]:
     return _set_plain_before(op) if _set_precision is None else _set_plain(backend, op, _set_precision)
 
 
+@dataclass(frozen=True)
+class _OldSetting:
+    """A setting from before torch 2.9, which torch still has: it moves newer ones, and cannot be read beside others."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+    plain: Any
+    moves: tuple[tuple[str, str], ...]
+
+    def value(self) -> Any:
+        """What it says; None where the newer ones say something else, which is an error of torch."""
+        with warnings.catch_warnings(), suppress(RuntimeError):
+            warnings.simplefilter("ignore")  # torch 2.9 says once that it is old
+            return self.read()
+        return None
+
+
+def _old_products() -> str:
+    torch._C._get_cublas_allow_tf32()  # looks at CUDA's newer setting, the other one at those of CPUs
+    return torch.get_float32_matmul_precision()
+
+
+OLD_PRODUCTS = _OldSetting(
+    _old_products, torch.set_float32_matmul_precision, "highest", (("cuda", "matmul"), ("mkldnn", "matmul"))
+)
+OLD_CUDNN = _OldSetting(
+    torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, False, (("cuda", "conv"), ("cuda", "rnn"))
+)
+
+
 @contextmanager
 def _set_plain(backend: str, op: str, set_precision: Callable[[str, str, str], None]) -> Iterator[None]:
-    """Sets the most general of the settings that decide, so that afterwards each op follows what it followed before."""
-    levels = [("generic", "all"), (backend, "all"), (backend, op)]
-    before = [_precision(*levels[0])]
-    set_precision(*levels[0], "none")  # what has no setting of its own reads as the more general one
-    before += [_precision(*level) for level in levels[1:]]
-    for level, own in zip(levels, before, strict=True):
-        set_precision(*level, "ieee")
-        if _precision(backend, op) == "ieee":
-            break
-        set_precision(*level, own)
-    try:
+    """Sets what decides, and with it the old setting where that agrees with the newer ones: it can be read inside, too.
+
+    `torch.compile` does so. Afterwards each op follows what it followed before.
+    """
+    old = OLD_PRODUCTS if op == "matmul" else OLD_CUDNN if backend == "cuda" else None
+    before = None if old is None else old.value()
+    with ExitStack() as held:
+        moved = [(backend, op)] if old is None or before is None else old.moves
+        for key in moved:
+            held.callback(set_precision, *key, _own_precision(*key, set_precision))
+        if old is not None and before is not None:
+            held.callback(old.write, before)
+            old.write(old.plain)
+        for key in moved:
+            set_precision(*key, "ieee")
         yield
-    finally:
-        set_precision(*level, own)
+
+
+def _own_precision(backend: str, op: str, set_precision: Callable[[str, str, str], None]) -> str:
+    """What an op is set to itself; what has no setting of its own reads as the more general one."""
+    with ExitStack() as held:
+        for level in (("generic", "all"), (backend, "all")):
+            held.callback(set_precision, *level, _precision(*level))
+            set_precision(*level, "none")
+        return _precision(backend, op)
 
 
 @contextmanager

@@ -76,13 +76,15 @@ def readings():
 
 
 @newer
-@pytest.mark.parametrize("where", [*SETTINGS, "products, legacy"])
+@pytest.mark.parametrize("where", [*SETTINGS, "products, legacy", "products of CUDA, legacy"])
 def test_tf32_of_the_newer_settings_is_off_in_products_and_as_it_was_after_them(kit, where):
     batch = kit.images(dtype=torch.float32)
     expected = measure(kit.build("conv"), kit.images(), conv="patches")
     try:
         if where in SETTINGS:
             SETTINGS[where].fp32_precision = "tf32"
+        elif where == "products of CUDA, legacy":
+            torch.backends.cuda.matmul.allow_tf32 = True
         else:
             torch.set_float32_matmul_precision("high")
         before = readings()

@@ -131,3 +131,22 @@ def test_float32_is_float32_whatever_a_notebook_has_set() -> None:
         assert [setting.fp32_precision for setting in settings] == before
     finally:
         torch.set_float32_matmul_precision(own)
+
+
+@pytest.mark.parametrize("products", ["highest", "high", "medium"])
+def test_older_settings_of_float32_can_be_read_where_a_notebook_has_not_mixed_them(products: str) -> None:
+    """torch.compile reads them (in torch 2.9 and 2.10), which from 2.9 on is an error where the newer ones differ."""
+
+    def old() -> tuple[str, bool, bool]:
+        own = torch.get_float32_matmul_precision()
+        return own, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    own = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(products)
+        before = old()
+        with precision.usual_torch():
+            assert old() == ("highest", False, False)
+        assert old() == before == (products, products != "highest", True)
+    finally:
+        torch.set_float32_matmul_precision(own)

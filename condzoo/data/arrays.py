@@ -52,7 +52,7 @@ def channel_moments(images: UInt8[Tensor, "n c h w"]) -> tuple[tuple[float, ...]
 
     Exact: bytes are counted, so the result does not depend on the order of summation.
     """
-    values = torch.arange(256, dtype=torch.float64)
+    values = torch.arange(256, dtype=torch.float64, device="cpu")
     means, stds = [], []
     for channel in images.unbind(1):
         share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()

@@ -108,7 +108,7 @@ def batches_per_epoch(examples: int, batch_size: int, drop_last: bool = True) ->
 def epoch_order(examples: int, seed: int, epoch: int) -> Int64[Tensor, "examples"]:
     """The order of the examples in an epoch; drawn on the CPU, so it is the same for every device."""
     generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
-    return torch.randperm(examples, generator=generator)
+    return torch.randperm(examples, generator=generator, device="cpu")
 
 
 def ordered_parts(examples: int, plan: BatchPlan) -> Iterator[slice]:

@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from condzoo.data.image_files import ImageError, read_image
 from condzoo.data.stored import StoredData, usual_workers
-from condzoo.data.views import View
+from condzoo.data.views import View, on_cpu
 
 FOLDERS = {"train": "train", "test": "val"}
 # ImageNet's colours in bytes: torchvision's, timm's and fb.resnet.torch's constants.
@@ -148,9 +148,10 @@ def check_images(root: str | os.PathLike[str], workers: int | None = None) -> It
     workers = usual_workers() if workers is None else workers
     for source in (data.train, data.test):
         faults = Faults(source)  # type: ignore[arg-type]
-        for found in DataLoader(
-            faults, batch_size=64, num_workers=workers, collate_fn=list, generator=torch.Generator()
-        ):
+        loader = DataLoader(faults, batch_size=64, num_workers=workers, collate_fn=list, generator=torch.Generator())
+        with on_cpu():  # it seeds its workers by a tensor from its generator
+            loaded = iter(loader)
+        for found in loaded:
             yield from (fault for fault in found if fault)
 
 

@@ -24,7 +24,7 @@ from condzoo.data.augment import alternating_flips, cut_out
 from condzoo.data.batches import Batch, BatchPlan, Split, batches_per_epoch, epoch_order, normalizer, ordered_parts
 from condzoo.data.holding_out import held_out
 from condzoo.data.image_files import ImageError
-from condzoo.data.views import View, centre_view, random_view, seeded
+from condzoo.data.views import View, centre_view, on_cpu, random_view, seeded
 
 MOST_WORKERS = 8
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ class StoredData:
             worker_init_fn=functools.partial(outlive_signals, os.getpid()),
         )
         normalize = normalizer(self.mean, self.std, self.device, plan.channels_last)
-        with signals_held():
+        with signals_held(), on_cpu():  # it seeds its workers by a tensor from its generator
             batches_loaded = iter(loader)
         for loaded in batches_loaded:
             if isinstance(loaded, ImageError):
@@ -180,12 +180,13 @@ class Views(Dataset[Any]):
             image, label = self.source.read(index)
         except ImageError as error:
             return error
-        if self.augment is None:
-            return centre_view(image, self.view), label
-        alternates = self.augment == "alternating"
-        flip = bool(alternating_flips(torch.tensor([index]), self.seed, self.epoch)) if alternates else None
-        with seeded(self.seed, self.epoch, index):
-            return random_view(image, self.view, self.augment, flip), label
+        with on_cpu():
+            if self.augment is None:
+                return centre_view(image, self.view), label
+            alternates = self.augment == "alternating"
+            flip = bool(alternating_flips(torch.tensor([index]), self.seed, self.epoch)) if alternates else None
+            with seeded(self.seed, self.epoch, index):
+                return random_view(image, self.view, self.augment, flip), label
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,9 @@ class Stacked:
             if isinstance(view, ImageError):
                 return view
         pairs = [view for view in views if not isinstance(view, ImageError)]
-        labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
+        labels = torch.tensor([label for _, label in pairs], dtype=torch.int64, device="cpu")
         if not pairs:
-            return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8), labels
+            return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8, device="cpu"), labels
         return torch.stack([image for image, _ in pairs]), labels
 
 

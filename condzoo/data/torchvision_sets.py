@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, VisionDataset
 from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from condzoo.data.arrays import LabelledImages
 
@@ -102,13 +102,22 @@ def _fetched(name: str, root: Path) -> str | None:
                 path = root / _folder(name) / file
                 if path.is_file() and not check_integrity(str(path), expected):
                     path.unlink()
-            # Not by its constructor, which fetches nothing where an old version has left processed/*.pt.
-            dataset: Any = object.__new__(CLASSES[name])
-            VisionDataset.__init__(dataset, str(root))
-            dataset.download()
+            _download(name, root)
             return _fault(name, root)
     except (RuntimeError, OSError) as error:
         raise OSError(f"data set {name!r} could not be fetched into {root}: {error}") from error
+
+
+def _download(name: str, root: Path) -> None:
+    """Let torchvision fetch a set, but for the archives that are there, and unpack it."""
+    kind: Any = CLASSES[name]
+    if issubclass(kind, CIFAR10):  # its own way unpacks nothing where the meta file alone is missing
+        download_and_extract_archive(kind.url, str(root), filename=kind.filename, md5=kind.tgz_md5)
+        return
+    # Not by its constructor, which fetches nothing where an old version has left processed/*.pt.
+    dataset = object.__new__(kind)
+    VisionDataset.__init__(dataset, str(root))
+    dataset.download()
 
 
 def _not_found(name: str, roots: Mapping[str, Path]) -> str:
@@ -125,8 +134,8 @@ def _read(name: str, root: Path, train: bool) -> LabelledImages:
     dataset = CLASSES[name]
     if issubclass(dataset, CIFAR10):
         held = dataset(str(root), train=train)
-        images = torch.as_tensor(held.data).permute(0, 3, 1, 2)  # of [n, h, w, c]
-        return LabelledImages(images.contiguous(), torch.as_tensor(held.targets, dtype=torch.int64))
+        images = torch.from_numpy(held.data).permute(0, 3, 1, 2)  # of [n, h, w, c]
+        return LabelledImages(images.contiguous(), torch.tensor(held.targets, dtype=torch.int64, device="cpu"))
     # Not by its constructor, which reads an old version's processed/*.pt in their place.
     prefix = str(root / _folder(name) / ("train" if train else "t10k"))
     images = read_image_file(f"{prefix}-images-idx3-ubyte").unsqueeze(1)  # of [n, h, w]

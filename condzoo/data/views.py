@@ -64,6 +64,12 @@ def seeded(*counters: int) -> Iterator[None]:
         yield
 
 
+def on_cpu() -> contextlib.AbstractContextManager[object]:
+    """Inside, new tensors are on the CPU, those of torch's and torchvision's own functions, too."""
+    # Where they are anyway nothing is entered: a context of a device slows every operation.
+    return torch.device("cpu") if torch.get_default_device().type != "cpu" else contextlib.nullcontext()
+
+
 def centre_view(image: Image.Image, view: View) -> Shaped[Tensor, "3 s s"]:
     """The view of evaluation, as bytes."""
     scaled = F.resize(image, [view.resize] * (2 if view.squash else 1), interpolation=view.mode)

@@ -1,5 +1,6 @@
 """Data sets by name: what is read equals the files, and what is missing or damaged says where."""
 
+import tarfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import torch
 from torchvision import datasets
 
 from condzoo.data import DATASETS, data_info, load_data
+from tests.data.conftest import md5
 
 MakeSet = Callable[[str], dict[str, np.ndarray]]
 ON_DISK = [name for name in DATASETS if name != "digits"]
@@ -258,3 +260,29 @@ def test_a_whole_set_needs_no_lock_where_it_may_not_be_written_to(make_set: Make
     make_set("cifar10")
     load_data("cifar10", tmp_path, download=True)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")
+@pytest.mark.parametrize("content", [None, b"cut off"], ids=["lost", "cut off"])
+@pytest.mark.parametrize("kind", [datasets.CIFAR10, datasets.CIFAR100])
+def test_cifars_meta_file_is_unpacked_again_from_an_archive_that_is_there(
+    kind: type[datasets.CIFAR10],
+    content: bytes | None,
+    make_set: MakeSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torchvision takes a set without it for whole, and fetches nothing; its archive is not fetched again, either."""
+    written = make_set(kind.__name__.lower())
+    with tarfile.open(tmp_path / kind.filename, "w:gz") as archive:
+        archive.add(tmp_path / kind.base_folder, kind.base_folder)
+    monkeypatch.setattr(kind, "tgz_md5", md5(tmp_path / kind.filename))
+    monkeypatch.setattr(kind, "url", "file:///nowhere")
+    meta = tmp_path / kind.base_folder / kind.meta["filename"]
+    meta.unlink()
+    if content is not None:
+        meta.write_bytes(content)
+    with pytest.raises(ValueError, match=f"is damaged: {meta}"):
+        load_data(kind.__name__.lower(), tmp_path)
+    data = load_data(kind.__name__.lower(), tmp_path, download=True)
+    np.testing.assert_array_equal(data.test.labels.numpy(), written["test_labels"])

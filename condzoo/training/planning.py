@@ -22,6 +22,7 @@ from condzoo.training.precision import check_precision, resolve_precision, usual
 from condzoo.training.schema import FullBatch, Recipe
 
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
+TEST_IMAGES = {"digits": 360, "mnist": 10_000, "fashion_mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000}
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000  # ILSVRC 2012
 PASSES = 6  # over what backward needs: written and read forward, read with its gradient, which is written and read
 
@@ -128,7 +129,7 @@ def plan_training(
     seconds += update / (device.reached_bandwidth * device.bandwidth) + communicated / device.link
     flops = traced.flops / in_pass * per_step
     average = traced.parameter_bytes + traced.buffer_bytes if recipe.ema else 0
-    resident = images * math.prod(image_shape(recipe.data)) if recipe.data.name not in STORED else 0
+    resident = images_in_memory(recipe.data.name) * math.prod(image_shape(recipe.data))
     weights = traced.parameter_bytes + traced.buffer_bytes
     held = weights + traced.gradient_bytes + traced.optimizer_bytes + average + activations + resident
     return Plan(
@@ -160,6 +161,11 @@ def plan_training(
         seconds_per_step=seconds,
         seconds=seconds * steps,
     )
+
+
+def images_in_memory(name: str) -> int:
+    """How many images of a data set each device holds, those of every split; 0 where they stay on disk."""
+    return 0 if name in STORED else TRAINING_IMAGES[name] + TEST_IMAGES[name]
 
 
 def data_size(recipe: Recipe, data_root: str | Path | None) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from condzoo.data import BatchPlan, load_data
 from condzoo.models import create_model
 from condzoo.training import load_recipe
 from condzoo.training.accelerators import GPUS, Accelerator, accelerator
-from condzoo.training.planning import TRAINING_IMAGES, kept_for_backward, plan_training, trace
+from condzoo.training.planning import TEST_IMAGES, TRAINING_IMAGES, kept_for_backward, plan_training, trace
 
 A100 = accelerator("a100")
 
@@ -39,7 +39,7 @@ def test_flops_of_the_zoo_are_twice_its_multiply_adds() -> None:
     plan = plan_training(load_recipe("cifar10/resnet20"), A100)
     assert plan.flops_forward_per_image == 2 * 40_551_040
     assert plan.steps == 160 * 390
-    assert plan.data_bytes == 50_000 * 3 * 32 * 32
+    assert plan.data_bytes == 60_000 * 3 * 32 * 32, "the test images are on the device, too"
 
 
 def test_kept_activations_are_those_of_the_real_network() -> None:
@@ -141,8 +141,11 @@ def test_an_unknown_gpu_is_named_with_the_closest() -> None:
     assert accelerator("cpu", threads=2).flops == 2 * accelerator("cpu", threads=1).flops
 
 
-def test_the_known_number_of_training_images_is_that_of_the_data() -> None:
-    assert load_data("digits").size("train") == TRAINING_IMAGES["digits"]
+def test_the_known_numbers_of_images_are_those_of_the_data(tiny: Any) -> None:
+    data = load_data("digits")
+    assert (data.size("train"), data.size("test")) == (TRAINING_IMAGES["digits"], TEST_IMAGES["digits"])
+    held_out = plan_training(tiny(**{"data.validation": 0.1}), A100)
+    assert held_out.data_bytes == plan_training(tiny(), A100).data_bytes == (1437 + 360) * 8 * 8
 
 
 def test_devices_share_every_chunk_of_a_full_batch_as_in_training(tiny: Any) -> None:

@@ -1,27 +1,23 @@
 """Running an experiment, and its data as JSON: what figures, verdicts and the report are made of."""
 
-import datetime
-import json
-import platform
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from condzoo.experiments.data_files import SCHEMA, read_data_file
 from condzoo.experiments.growth import collect_growth
 from condzoo.experiments.initialization import collect_initialization
+from condzoo.experiments.keeping import write_data
 from condzoo.experiments.loading import labels_run, planned_runs, scale_of, settings_of, training_of
+from condzoo.experiments.made import joined, made_here
 from condzoo.experiments.reductions import NOT_IMAGENET, folder_read, folder_reduction, reductions
 from condzoo.experiments.schema import Experiment, InitializationSettings, Settings, TheorySettings
 from condzoo.experiments.theory import collect_theory
 from condzoo.experiments.training import collect_trainings, digest, row_name, run_folder, runs_folder
-from condzoo.training.environment import describe_environment
+from condzoo.training.distributed import launched
 from condzoo.training.events import OnEvent
 from condzoo.training.many_runs import ENGINES
-from condzoo.training.precision import Numerics
-from condzoo.training.run_directory import write_atomically
 
 
 def collect(
@@ -39,8 +35,9 @@ def collect(
 ) -> dict[str, Any]:
     """Run what of an experiment is missing under `out`, and return its data; also written to out (`data_file`).
 
-    What an earlier call with other seeds or curves has written there is not run again; of runs that this one leaves out
-    and whose folders are gone, the file that it replaces is kept as *.json.bak.
+    What an earlier call with other seeds or curves has written there is not run again. Where the file that it replaces
+    is all that is left of something, a copy is kept as *.json.bak, *.json.bak2 ...; where a run fails that this file
+    has, the file stays.
 
     Args:
         experiment: of `load_experiment`.
@@ -56,9 +53,11 @@ def collect(
         A dict of JSON types; `made` says when, on what, of which source.
 
     Raises:
-        ValueError, FileNotFoundError: a scale, curve or engine that there is not; data that are not there.
+        ValueError, FileNotFoundError: a scale, curve or engine that there is not; data that are not there; torchrun
+            started several of this process.
         Stopped: on a signal; the same call goes on.
     """
+    check_alone()
     check_engine(engine)
     chosen, out = scale_of(training_of(experiment), scale), Path(out)
     wanted = list(seeds or chosen.seeds)
@@ -67,10 +66,9 @@ def collect(
         return kept
     labels = curves(experiment, scale, only)
     before = data_before(experiment, scale, out)
-    keep_what_is_left_out(experiment, scale, out, before, wanted, labels)
-    settings = settings_of(experiment, scale)
+    settings, folder = settings_of(experiment, scale), runs_folder(experiment, scale, out)
     if settings is not None:
-        found = collect_settings(settings, wanted, data_root, runs_folder(experiment, scale, out), on_event)
+        found = collect_settings(settings, wanted, data_root, folder, on_event, before)
         found["settings"] = digest(settings)
     else:
         found = collect_trainings(
@@ -84,7 +82,7 @@ def collect(
             data_root=data_root,
             device=device,
             on_event=on_event,
-            before=before.get("runs", []),
+            before=before,
         )
     result: dict[str, Any] = {"schema": SCHEMA, "id": experiment.id, "scale": scale, "seeds": wanted}
     kept_runs = found.pop("kept", 0)
@@ -94,22 +92,24 @@ def collect(
         marks = folder_reduction(folder_read(experiment, scale, data, data_root))
     result |= {
         "reductions": [*reductions(experiment, scale, wanted, labels), *marks],
-        "made": made(found.pop("environment", None), before if kept_runs else None),
+        "made": joined(found.pop("made", []) or [made_here()]),
         **found,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        data_file(experiment, scale, out), (json.dumps(result, allow_nan=False, separators=(",", ":")) + "\n").encode()
-    )
+    write_data(data_file(experiment, scale, out), before, result, folder, on_event)
     return result
 
 
 def collect_settings(
-    settings: Settings, seeds: list[int], data_root: str | Path | None, folder: Path, on_event: OnEvent | None
+    settings: Settings,
+    seeds: list[int],
+    data_root: str | Path | None,
+    folder: Path,
+    on_event: OnEvent | None,
+    before: dict[str, Any],
 ) -> dict[str, Any]:
     """What is measured where nothing is trained, by the settings' kind; networks are kept in the folder."""
     if isinstance(settings, InitializationSettings):
-        return collect_initialization(settings, seeds, data_root, folder, on_event)
+        return collect_initialization(settings, seeds, data_root, folder, on_event, before)
     if isinstance(settings, TheorySettings):
         return collect_theory(settings, seeds, on_event)
     return collect_growth(settings, seeds, on_event)
@@ -121,21 +121,13 @@ def check_engine(engine: str) -> None:
         raise ValueError(f"engine: got {engine!r}, must be one of: {', '.join(ENGINES)}")
 
 
-def keep_what_is_left_out(
-    experiment: Experiment,
-    scale: str,
-    out: Path,
-    before: dict[str, Any],
-    seeds: Sequence[int],
-    labels: Sequence[str] | None,
-) -> None:
-    """Copy the file that is going to be replaced to *.json.bak where it is all that is left of a run."""
-    folder = runs_folder(experiment, scale, out)
-    rows = [row for row in before.get("runs", []) if row["chosen"] and row["status"] != "failed"]
-    left_out = [row for row in rows if row["seed"] not in seeds or (labels is not None and row["label"] not in labels)]
-    if any(not (folder / row_name(row)).is_dir() for row in left_out):
-        path = data_file(experiment, scale, out)
-        write_atomically(path.with_name(f"{path.name}.bak"), path.read_bytes())
+def check_alone() -> None:
+    """ValueError in one of several processes that torchrun started: each would write the same files."""
+    if launched() and os.environ["WORLD_SIZE"] != "1":
+        raise ValueError(
+            f"`reproduce` is one process, and torchrun has started {os.environ['WORLD_SIZE']}; leave torchrun out "
+            "(--engine ray trains many runs at a time)"
+        )
 
 
 def stem(name: str, scale: str) -> str:
@@ -207,27 +199,3 @@ def data_before(experiment: Experiment, scale: str, out: Path) -> dict[str, Any]
     target = data_file(experiment, scale, out)
     data = read_data_file(target) if target.exists() else {}
     return data if (data.get("id"), data.get("scale")) == (experiment.id, scale) else {}
-
-
-def made(environment: dict[str, Any] | None, before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """When, on what and of which source; of the first run where there are runs.
-
-    Args:
-        environment: of that run; None where nothing was trained.
-        before: the data of an earlier call of which runs were kept: their hardware is named, too.
-    """
-    if environment is None and before is not None:
-        return before["made"]
-    if environment is None:
-        numerics = Numerics("fp32", channels_last=False, device=torch.device("cpu"))
-        environment = describe_environment(numerics)
-    hardware = f"{environment['processor']}, {environment['threads']} thread(s), {environment['device']}"
-    earlier = [] if before is None else before["made"]["hardware"].split("; ")
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {
-        "date": today,
-        "hardware": "; ".join(dict.fromkeys([*earlier, hardware])),
-        "torch": environment["packages"]["torch"],
-        "python": platform.python_version(),
-        "commit": (environment["source"] or {}).get("commit"),
-    }

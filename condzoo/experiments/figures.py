@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from condzoo.experiments import matrix_figures, training_figures
+from condzoo.experiments.made import made_on
 from condzoo.experiments.reductions import NOT_IMAGENET, reductions_of
 from condzoo.experiments.schema import Experiment
 from condzoo.probe.picture_style import usual_style
@@ -74,6 +75,5 @@ def small_print(data: dict[str, Any], experiment: Experiment) -> str:
     seeds = ", ".join(map(str, data["seeds"]))
     less = reductions_of(experiment, data)
     reduced = f" Less than the paper's: {'; '.join(less)}." if less else ""
-    made = data["made"]
     began = f"condzoo reproduce {data['id']}, scale {data['scale']}, seeds {seeds}."
-    return f"{began}{reduced} {made['hardware']}, {made['date']}."
+    return f"{began}{reduced} {made_on(data)}, {data['made']['date']}."

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from condzoo.data import BatchPlan, load_data
+from condzoo.experiments.made import by_this_version, made_here
 from condzoo.experiments.schema import InitializationSettings
 from condzoo.experiments.stopping import stopping
-from condzoo.experiments.training import plain_name, rounded
+from condzoo.experiments.training import digest, plain_name, rounded
 from condzoo.models import create_model
 from condzoo.probe import Spectrum, curvature_blocks
 from condzoo.training.events import Message, OnEvent
@@ -26,16 +27,19 @@ def collect_initialization(
     data_root: str | Path | None = None,
     folder: Path | None = None,
     on_event: OnEvent | None = None,
+    before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """lambda_max and kappa_p of every matrix, full and each layer's block, for every network and seed.
 
-    With a folder each network is written there once it is measured, and not measured again.
+    With a folder each network is written there once it is measured. What is there, or in `before`, an earlier call's
+    data, is not measured again, if it was by this version of condzoo with the same settings.
 
     Raises:
         Stopped: on a signal; the same call goes on with the network that was being measured.
     """
-    rows: list[dict[str, Any]] = []
-    seconds = 0.0
+    known = known_networks(before or {}, settings)
+    asked = settings.model_dump(mode="json")
+    found: list[dict[str, Any]] = []
     planned = list(itertools.product(seeds, settings.models))
     with warnings.catch_warnings(), stopping("networks") as stop_where_asked:
         # that a matrix takes minutes; the experiment's file says how many in all
@@ -44,39 +48,57 @@ def collect_initialization(
             stop_where_asked()
             if on_event is not None:
                 on_event(Message(f"[{number}/{len(planned)}] {label}, seed {seed}"))
-            row, spent = measured_once(label, settings, seed, data_root, folder)
-            rows.append(row)
-            seconds += spent
-    return {"networks": rows, "p": settings.p, "seconds": seconds}
+            path = None if folder is None else network_file(folder, label, seed)
+            kept = {} if path is None else read_kept(path)
+            if kept.get("settings") != asked or not by_this_version(kept["made"]):
+                kept = known.get((label, seed)) or measured(label, settings, seed, data_root, path)
+            found.append(kept)
+    return {
+        "networks": [each["network"] for each in found],
+        "p": settings.p,
+        "seconds": sum(each["seconds"] for each in found),
+        "made": [each["made"] for each in found],
+    }
 
 
-def measured_once(
-    label: str, settings: InitializationSettings, seed: int, data_root: str | Path | None, folder: Path | None
-) -> tuple[dict[str, Any], float]:
-    """One network's row and the seconds it took; from the folder where it was measured with the same settings."""
-    path = None if folder is None else folder / f"{plain_name(label)}-seed{seed}.json"
-    asked = settings.model_dump(mode="json")
-    if path is not None and path.exists():
-        kept = read_kept(path)
-        if kept.get("settings") == asked:
-            return kept["network"], kept["seconds"]
+def known_networks(before: dict[str, Any], settings: InitializationSettings) -> dict[tuple[str, int], dict[str, Any]]:
+    """(label, seed) -> what `measured` would return, of an earlier call's data by this version with these settings."""
+    if before.get("settings") != digest(settings) or not by_this_version(before["made"]):
+        return {}
+    share = before["seconds"] / len(before["networks"])  # the data have the seconds of all networks together
+    return {
+        (network["label"], network["seed"]): {"network": network, "seconds": share, "made": before["made"]}
+        for network in before["networks"]
+    }
+
+
+def measured(
+    label: str, settings: InitializationSettings, seed: int, data_root: str | Path | None, path: Path | None
+) -> dict[str, Any]:
+    """One network's row, the seconds it took and on what it was made, written to the path where there is one."""
     began = time.perf_counter()
     row = {"label": label, "seed": seed, "matrices": measure_network(settings.models[label], settings, seed, data_root)}
     seconds = time.perf_counter() - began
+    found = {"settings": settings.model_dump(mode="json"), "network": row, "seconds": seconds, "made": made_here()}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"settings": asked, "network": row, "seconds": seconds}
-        write_atomically(path, json.dumps(kept, allow_nan=False).encode())
-    return row, seconds
+        write_atomically(path, json.dumps(found, allow_nan=False).encode())
+    return found
+
+
+def network_file(folder: Path, label: str, seed: int) -> Path:
+    """Where a network's row is kept."""
+    return folder / f"{plain_name(label)}-seed{seed}.json"
 
 
 def read_kept(path: Path) -> dict[str, Any]:
-    """What was written of a network; empty where the file is damaged: it is measured again."""
+    """What was written of a network; empty where there is none, or it is damaged, or of before it said on what."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return {}
-    return kept if isinstance(kept, dict) and {"network", "seconds"} <= kept.keys() else {}
+    whole = isinstance(kept, dict) and {"network", "seconds"} <= kept.keys() and isinstance(kept.get("made"), dict)
+    return kept if whole else {}
 
 
 def measure_network(

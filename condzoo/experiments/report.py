@@ -10,6 +10,7 @@ from condzoo.experiments.claims import Verdict, judge
 from condzoo.experiments.collecting import stem
 from condzoo.experiments.data_files import read_data_file
 from condzoo.experiments.loading import experiment_ids, labels_run, load_experiment, scale_of, training_of
+from condzoo.experiments.made import made_on
 from condzoo.experiments.planning import estimated_minutes, needs_folder
 from condzoo.experiments.reductions import NOT_IMAGENET, reductions_of
 from condzoo.experiments.schema import SCALES, Experiment
@@ -55,8 +56,8 @@ def overview(experiments: list[Experiment], found: dict[str, list[dict[str, Any]
         for data in found[experiment.id]:
             verdicts: list[str] = [verdict.outcome for verdict in judge(experiment, data)]
             counts = " | ".join(str(verdicts.count(outcome) or "") for outcome in OUTCOMES)
-            made = data["made"]
-            how = f"{data['scale']} | {numbers(data['seeds'])} | {minutes(data)} | {made['hardware']} | {made['date']}"
+            how = f"{data['scale']} | {numbers(data['seeds'])} | {minutes(data)} | {made_on(data)} | "
+            how += data["made"]["date"]
             how += f" | `{command(experiment, data['scale'], data)}`"
             elsewhere = " (**not on ImageNet**)" * any(text.startswith(NOT_IMAGENET) for text in data["reductions"])
             yield f"| {link}{elsewhere} | {counts} | {how} |"
@@ -89,7 +90,7 @@ def scale_section(experiment: Experiment, data: dict[str, Any], figures: str) ->
         yield ""
     yield (
         f"`{command(experiment, data['scale'], data)}`: scale {data['scale']}, seeds {numbers(data['seeds'])}, "
-        f"{made['hardware']}, torch {made['torch']}, {made['date']}, {minutes(data)} minutes in all."
+        f"{made_on(data)}, torch {made['torch']}, {made['date']}, {minutes(data)} minutes in all."
     )
     yield ""
     yield "| claim | paper | measured | bound | verdict |"

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from condzoo.experiments.loading import PlannedRun, planned_runs, training_of
+from condzoo.experiments.made import made_of
 from condzoo.experiments.schema import Experiment, TrainingSettings
 from condzoo.probe import Conditioning, LayerConditioning, read_records
 from condzoo.training import Run
@@ -47,12 +48,12 @@ def collect_trainings(
     data_root: str | Path | None = None,
     device: str | None = None,
     on_event: OnEvent | None = None,
-    before: Sequence[dict[str, Any]] = (),
+    before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train what is not yet there under out/runs, and return the numbers of all runs.
 
     Args:
-        before: runs of an earlier call's data, which need not be there any more.
+        before: an earlier call's data, of which the runs need not be there any more.
         experiment, scale, out, seeds, data, only, engine, data_root, device, on_event: as for `collect`.
 
     Raises:
@@ -62,7 +63,8 @@ def collect_trainings(
     assert experiment.training is not None
     planned = {run_folder(run): run for run in planned_runs(experiment, scale, seeds, data, only)}
     folder = runs_folder(experiment, scale, out)
-    known = known_rows(planned, before, experiment.training)
+    before = before or {}
+    known = known_rows(planned, before.get("runs", []), experiment.training)
     recipes = {name: run.recipe for name, run in planned.items() if name not in known}
     for recipe in {recipe.data.name: recipe for recipe in recipes.values()}.values():
         read_data(recipe, data_root)
@@ -72,7 +74,8 @@ def collect_trainings(
     mark_chosen(rows, training_of(experiment))
     rows = [thinned(row) for row in rows]
     seconds = sum(row["seconds"] or 0.0 for row in rows)
-    return {"runs": rows, "seconds": seconds, "environment": environment_of(runs), "kept": len(known)}
+    made = [*([before["made"]] if known else []), *map(made_of, environments_of(runs))]
+    return {"runs": rows, "seconds": seconds, "made": made, "kept": len(known)}
 
 
 def runs_folder(experiment: Experiment, scale: str, out: Path) -> Path:
@@ -127,6 +130,7 @@ def take_run(planned: PlannedRun, run: Run, settings: TrainingSettings) -> dict[
     row |= {"recipe": digest(planned.recipe), "root": planned.recipe.data.root}
     row |= {key: summary.get(key) for key in ("status", "steps", "train_loss", "test_error", "seconds", "error")}
     row |= {"diverged": summary.get("diverged"), "classes": summary.get("num_classes")}
+    row["precision"] = summary.get("precision")
     row["test_error"] = None if row["status"] == "diverged" else row["test_error"]
     if row["status"] == "failed":
         return row | {"loss": [], "epochs": [], "probed": [], "quantities": {}}
@@ -230,7 +234,7 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
-def environment_of(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """What the first run that has one ran on."""
+def environments_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What each run was begun on and, where it was stopped, taken up on."""
     paths = (run.path / ENVIRONMENT for run in runs)
-    return next((read_json(path)[-1] for path in paths if path.exists()), None)
+    return [environment for path in paths if path.exists() for environment in read_json(path)]

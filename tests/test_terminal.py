@@ -10,7 +10,9 @@ from rich.console import Console
 
 from condzoo.catalog import list_models, look_up
 from condzoo.commands import display
+from condzoo.commands.planning_display import byte_text, duration_text
 from condzoo.commands.progress import TrainingProgress
+from condzoo.experiments import Verdict, load_experiment
 from condzoo.training import Started, StepDone, recipe_headers
 
 LABELS = [f"optim.lr={lr}-seed{seed}" for lr in (0.1, 0.01) for seed in (1, 2)]
@@ -93,6 +95,49 @@ def test_numbers_stay_whole_where_the_terminal_is_narrower_than_they_are(monkeyp
     lines = printed(display.console)
     assert names(lines) == "name" + "─" * 48 + "x" * 30
     assert "123456789   987654321" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_table_of_claims_says_why_one_is_not_decided(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = load_experiment("fig01").claims[:3]
+    monkeypatch.setattr(display, "console", screen(terminal=terminal))
+    verdicts = [
+        Verdict(claims[0], "held", {1: 0.5, 2: 0.5}),
+        Verdict(claims[1], "not decided", {1: 0.5}, "one seed alone, within the bound"),
+        Verdict(claims[2], "not decided", {}, "no seed has a value"),
+    ]
+    display.print_verdicts(verdicts, Path("fig01.png"))
+    lines = printed(display.console)
+    if terminal:
+        assert max(map(len, lines)) <= 80
+        assert {"(one", "alone,", "within", "bound)"} <= {word for line in lines for word in line.split()}
+    else:
+        assert any(line.rstrip().endswith("not decided (one seed alone, within the bound)") for line in lines)
+        assert any("no seed has a value" in line and line.rstrip().endswith("not decided") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0123, "12.3 ms"),
+        (0.9996, "1,000 ms"),
+        (31.5, "31.5 s"),
+        (119.0, "119 s"),
+        (1234.0, "20.6 minutes"),
+        (47 * 3600.0, "47 hours"),
+        (49 * 3600.0, "2.04 days"),
+        (5.12e3 * 3600, "213 days"),
+        (1e9, "11,574 days"),
+    ],
+)
+def test_times_of_a_plan_are_no_powers_of_ten(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+
+
+def test_sizes_of_a_plan_are_no_powers_of_ten() -> None:
+    counts = (999, 1.234e6, 999_600_000, 1.08e9, 1.2345e16)
+    assert [byte_text(count) for count in counts] == ["999 B", "1.23 MB", "1,000 MB", "1.08 GB", "12,345 TB"]
+    assert [display.number(count) for count in (0.5, 999_600, 1.81e9)] == ["0.5", "1,000K", "1.81G"]
 
 
 def started(name: str, steps: int) -> Started:

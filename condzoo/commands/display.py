@@ -35,8 +35,13 @@ def number(value: float) -> str:
     """A count as people read it: 269.7K, 1.81G."""
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+            return f"{short(value / size)}{unit}"
+    return short(value)
+
+
+def short(value: float) -> str:
+    """Three digits, or all before the point: 0.123, 12.3, 1,000; never a power of ten of what is large."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def print_table(
@@ -253,11 +258,12 @@ def print_evaluation(again: "Evaluated", as_json: bool) -> None:
 
 
 def print_verdicts(verdicts: "Sequence[Verdict]", picture: Path) -> None:
-    """One line a claim: its verdict, the measured value, the bound."""
+    """One line a claim: the measured value, the bound, its verdict, and why it is not decided."""
     columns = ("claim", "measured", "bound", "verdict")
-    rows = [
-        (each.claim.text, f"{each.measured} {each.claim.unit}" if each.values else each.why, each.bound, each.outcome)
-        for each in verdicts
-    ]
+    rows = []
+    for each in verdicts:
+        measured = f"{each.measured} {each.claim.unit}" if each.values else each.why
+        why = f" ({each.why})" if each.values and each.why else ""
+        rows.append((each.claim.text, measured, each.bound, each.outcome + why))
     print_table(columns, rows, texts=columns)
     console.print(f"figure: {picture}", soft_wrap=True)

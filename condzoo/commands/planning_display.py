@@ -4,11 +4,13 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from condzoo.commands.display import console, number, print_json
+from condzoo.commands.display import console, number, print_json, short
 
 if TYPE_CHECKING:
     from condzoo.training.planning import Plan
     from condzoo.training.rehearsal import Rehearsal
+
+HOUR = 3600  # seconds
 
 
 def print_plan(plan: "Plan", runs: int, as_json: bool) -> None:
@@ -40,7 +42,7 @@ def print_plan(plan: "Plan", runs: int, as_json: bool) -> None:
         f"({number(plan.flops_forward_per_image)} an image forward)",
         "memory": f"{byte_text(plan.memory_bytes)}{room} a device: {', '.join(held)}{fits}",
         "sent": f"{byte_text(plan.communicated_bytes_per_step)} a step and device (ring all-reduce of the gradient)",
-        "time": f"{1000 * plan.seconds_per_step:.3g} ms a step, {duration_text(plan.seconds)} in all, estimated; "
+        "time": f"{duration_text(plan.seconds_per_step)} a step, {duration_text(plan.seconds)} in all, estimated; "
         "without evaluation, probe and data loading",
     }
     if runs > 1:
@@ -60,7 +62,7 @@ def print_rehearsal(rehearsal: "Rehearsal", as_json: bool) -> None:
         "model": f"{rehearsal.model}, {rehearsal.parameters:,} parameters, {rehearsal.device} in {rehearsal.precision}",
         "data": f"{rehearsal.training_images:,} training and {rehearsal.test_images:,} test images",
         "step 1": f"of {rehearsal.steps:,}: loss {rehearsal.loss:.4f}, gradient norm {rehearsal.grad_norm:.4g}, "
-        f"{rehearsal.seconds:.2g} s{probed}",
+        f"{duration_text(rehearsal.seconds)}{probed}",
     }
     for label, text in rows.items():
         console.print(f"{label:8} {text}", soft_wrap=True)
@@ -71,12 +73,16 @@ def byte_text(count: float) -> str:
     """Bytes as people read them: 1.08 MB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
-            return f"{count / size:.3g} {unit}"
+            return f"{short(count / size)} {unit}"
     return f"{count:.0f} B"
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever fits."""
+    """Milliseconds to days, whichever fits."""
+    if seconds < 1:
+        return f"{short(1000 * seconds)} ms"
     if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:.3g} hours"
+        return f"{short(seconds)} s"
+    if seconds < 2 * HOUR:
+        return f"{short(seconds / 60)} minutes"
+    return f"{short(seconds / HOUR)} hours" if seconds < 48 * HOUR else f"{short(seconds / (24 * HOUR))} days"

@@ -45,8 +45,10 @@ def reproduce(
     otherwise. The same command again goes on where it stopped, and runs nothing that is finished.
     """
     from condzoo.experiments import experiment_ids, load_experiment
+    from condzoo.experiments.collecting import check_alone
     from condzoo.training import parse_seeds
 
+    check_alone()
     if report:
         write_report(Path("docs"))
         return
@@ -81,7 +83,7 @@ def run_experiments(
     """
     from condzoo.commands import display
     from condzoo.experiments.collecting import check_engine
-    from condzoo.experiments.planning import read_data_sets
+    from condzoo.experiments.planning import one_seed_alone, read_data_sets
     from condzoo.experiments.stopping import stopping
 
     check_engine(options["engine"])
@@ -91,6 +93,9 @@ def run_experiments(
     read: set[str] = set()
     with stopping("experiments") as stop_where_asked:
         display.console.print(time_ahead(experiments, scale, out, imagenet, options))
+        if undecided := one_seed_alone(experiments, scale, options["seeds"]):
+            what = f"one seed decides no claim: {', '.join(undecided)}; several do, e.g. by --seeds 1-3"
+            display.console.print(what, style="yellow")
         for experiment in experiments:
             stop_where_asked()
             own = {key: value for key, value in own_options(experiment, imagenet, options).items() if key in DATA}

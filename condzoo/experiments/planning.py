@@ -53,6 +53,12 @@ def share_of_runs(
     return (len(asked) - len(ended)) / len(planned_runs(owner, scale))
 
 
+def one_seed_alone(experiments: Sequence[Experiment], scale: str, seeds: Sequence[int] | None = None) -> list[str]:
+    """The ids of those of which one seed is run, which decides no claim: `judge` asks for several of what is random."""
+    random = [each for each in experiments if each.training is not None or each.initialization is not None]
+    return [each.id for each in random if len(seeds or scale_of(training_of(each), scale).seeds) == 1]
+
+
 def needs_folder(experiment: Experiment) -> bool:
     """Whether the user names a folder of images."""
     settings = training_of(experiment).training

@@ -4,6 +4,8 @@ import pytest
 
 from condzoo.cli import main
 from condzoo.experiments import collect, estimated_minutes, load_experiment
+from condzoo.experiments.planning import one_seed_alone
+from condzoo.training import Stopped
 
 
 def test_a_missing_data_set_is_told_before_the_first_experiment(tmp_path, capsys):
@@ -28,3 +30,37 @@ def test_runs_that_are_finished_take_no_time(tiny, tmp_path):
 def test_the_files_say_what_was_measured():
     expected = {"fig04": 10, "fig09": 35, "fig10": 57, "fig11": 12}
     assert {name: load_experiment(name).scales["cpu"].minutes for name in expected} == expected
+
+
+def test_one_seed_which_decides_no_claim_is_told_before_it_is_run(tiny, tmp_path, monkeypatch, capsys):
+    experiments = [load_experiment(name) for name in ("thm1", "cost", "fig01", "fig05", "fig10", "fig14", "table_a")]
+    assert one_seed_alone(experiments, "paper") == ["fig10", "fig14", "table_a"]
+    assert one_seed_alone(experiments, "paper", [1, 2]) == []
+    assert one_seed_alone(experiments, "cpu", [7]) == ["fig01", "fig05", "fig10", "fig14", "table_a"]
+
+    experiment = tiny("fig01")
+    monkeypatch.setattr("condzoo.experiments.load_experiment", lambda _: experiment)
+    monkeypatch.setattr("condzoo.experiments.collect", lambda *_, **__: (_ for _ in ()).throw(Stopped("enough")))
+    with pytest.raises(SystemExit):
+        main(["reproduce", "fig01", "--out", str(tmp_path)])
+    printed = " ".join(capsys.readouterr().out.split())
+    said = "one seed decides no claim: fig01; several do, e.g. by --seeds 1-3"
+    assert -1 < printed.find(said) < printed.index("[1/1] fig01")
+
+
+def test_one_of_several_processes_is_told_to_leave_torchrun_out(tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        main(["reproduce", "thm1", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip() == (
+        "error: `reproduce` is one process, and torchrun has started 2; leave torchrun out (--engine ray trains many "
+        "runs at a time)"
+    )
+    with pytest.raises(ValueError, match="leave torchrun out"):
+        collect(load_experiment("thm1"), "cpu", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

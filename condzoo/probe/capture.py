@@ -23,7 +23,9 @@ from condzoo.probe.calls import called_on, unreadable
 from condzoo.probe.correlations import correlates, patch_gram, pieces, positions
 from condzoo.probe.function_calls import FunctionCalls
 from condzoo.probe.hooks import Hook, remove
-from condzoo.probe.layers import CONVS, Conv, input_columns, is_measured, output_columns, with_constant
+from condzoo.probe.inner_products import InnerProducts, Watch
+from condzoo.probe.layer_sums import LayerSums
+from condzoo.probe.layers import CONVS, Conv, has_own_forward, input_columns, is_measured, output_columns, with_constant
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, LinearRange, Neurons, RunningNeurons, linear_range
 from condzoo.probe.origins import Origin
@@ -48,16 +50,6 @@ SEEN: dict[str, Callable[[], Any]] = {  # what a Capture records -> nothing reco
     "origin": Origin,
     "_calls": Calls,
 }
-
-
-@dataclass(eq=False)
-class LayerSums:
-    """What one layer has shown so far; `hidden`: why its rows cannot be seen, if so."""
-
-    input: RunningMoment = field(default_factory=RunningMoment)
-    output_grad: RunningMoment = field(default_factory=RunningMoment)
-    samples: int = 0
-    hidden: str | None = None
 
 
 @dataclass(eq=False)
@@ -109,6 +101,7 @@ class Capture:
     origin: Origin = field(default_factory=Origin)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     _functions: FunctionCalls = field(init=False)
+    _products: InnerProducts = field(default_factory=InnerProducts)
     _outer: list[RemovableHandle] = field(default_factory=list)
     _inner: list[RemovableHandle] = field(default_factory=list)
     _calls: Calls = field(default_factory=Calls)
@@ -116,7 +109,7 @@ class Capture:
 
     def __post_init__(self) -> None:
         """The mode that sees ReLUs and layers that are called as functions."""
-        self._functions = FunctionCalls(self.layers, self._count_units, self._on_function)
+        self._functions = FunctionCalls(self.layers, self._count_units, self._on_layer, self._products.note)
 
     def look_at(self, layers: dict[str, nn.Module]) -> None:
         """Read these layers and all ReLUs and attentions that the model has now; for while the hooks are off."""
@@ -143,7 +136,9 @@ class Capture:
         """Hooks on all modules inside the model, or on the model, whose name is empty."""
         handles: list[RemovableHandle] = []
         for name, module in _side(self.layers, inside):
-            handles.append(module.register_forward_hook(Hook(partial(self._on_layer, name)), with_kwargs=True))
+            handles.append(module.register_forward_hook(Hook(partial(self._on_call, name)), with_kwargs=True))
+            if has_own_forward(module):
+                handles.append(module.register_forward_pre_hook(Hook(partial(self._products.begin, name))))
         for name, attention in _side(self.attentions, inside):
             handles += watch(name, attention, self._on_projection)
         for name, module in _side(self.modules, inside):
@@ -167,6 +162,7 @@ class Capture:
         remove(self._outer)
         remove(self._inner)
         self._functions.stop()
+        self._products.clear()
         stop(self._on_projection)
 
     def clear(self) -> None:
@@ -180,20 +176,24 @@ class Capture:
         before = [(part, copy(vars(part))) for part in (*parts, *self.neurons.values())]
         return partial(_put_back, [(self, own), *before])
 
-    def _on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
+    def _on_call(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
+        for call in self._products.calls(name, module, called_on(args, kwargs), h):
+            self._on_layer(name, module, *call)
+
+    def _on_layer(self, name: str, module: nn.Module, x: Any, h: Any, watch: Watch = None, why: str = "") -> None:
+        """Read a call. watch: has the gradients of h read, if h itself is not to; why: it cannot be read."""
         mixed = self._calls.mixed(name)
         if name in self.split or (batch := self._reads(name)) is None:
             return
-        x = called_on(args, kwargs)
         sums = self.sums.setdefault(name, LayerSums())
         sums.samples += batch.samples
         if mixed:
             sums.hidden = MIXED
-        if (why := unreadable(module, x, h)) is not None:
-            sums.hidden = f"{why}: its rows are not seen"
+        if hidden := why or unreadable(module, x, h):
+            sums.hidden = f"{hidden}: its rows are not seen"
             return
         self.dtypes.add(h.dtype)
-        self._relu_calls.note_layout(module, args, h)
+        self._relu_calls.note_layout(module, x, h)
         if (seen := x if self.conv == "channels" else padded_inside(module, x, h)) is None:
             sums.hidden = f"{type(module).__name__} pads its input in a way of its own: its patches are not seen"
             return
@@ -203,7 +203,8 @@ class Capture:
             self.origin.find(name)
         self.origin.passed(name, h)
         if h.requires_grad:
-            watch_gradient(h, partial(self._on_gradient, module, sums.output_grad, batch.scale))
+            read = partial(self._on_gradient, module, sums.output_grad, batch.scale)
+            watch_gradient(h, read) if watch is None else watch(read)
 
     def counts(self) -> tuple[dict[str, Neurons], dict[str, str]]:
         """Dying and full units by ReLU, and the reason by ReLU that cannot be counted."""
@@ -223,10 +224,7 @@ class Capture:
         whole = f"{name.rpartition('.')[0]}.in_proj".lstrip(".")
         if name in self.layers or whole in self.layers:
             self.layers.setdefault(name, layer)  # a part of a packed weight is known only once it is used
-            self._on_layer(name, layer, (x,), {}, h)
-
-    def _on_function(self, name: str, layer: nn.Module, x: Tensor, h: Tensor) -> None:
-        self._on_layer(name, layer, (x,), {}, h)
+            self._on_layer(name, layer, x, h)
 
     def _on_gradient(self, module: nn.Module, moment: RunningMoment, scale: float, grad_h: Tensor) -> None:
         if not self.gradients:

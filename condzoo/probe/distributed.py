@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from condzoo.probe.capture import Capture, LayerSums
+from condzoo.probe.capture import Capture
+from condzoo.probe.layer_sums import LayerSums
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import CHANGING, RunningNeurons
 

@@ -12,10 +12,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from condzoo.probe.arithmetic import SAFETY, data_noise, float64_noise, in_tf32
 from condzoo.probe.attention import parts_of
-from condzoo.probe.capture import Capture, LayerSums
+from condzoo.probe.capture import Capture
 from condzoo.probe.conditioning import LayerConditioning
 from condzoo.probe.eigenvalues import symmetric_eigenvalues
 from condzoo.probe.lanczos import largest_eigenvalues
+from condzoo.probe.layer_sums import LayerSums
 from condzoo.probe.layers import is_measured, kind
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.nulls import Head, structural_nulls, zero_coordinates, zero_sum_remainder

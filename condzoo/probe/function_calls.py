@@ -1,8 +1,8 @@
-"""What a network calls as a function, which no hook sees: ReLUs, and F.linear on the weight of a layer.
+"""What a network calls as a function, which no hook sees: ReLUs, F.linear on the weight of a layer, and its F.conv*.
 
 While the network's forward runs, a torch-function mode sees every call of `F.relu`, `torch.relu`, `x.relu_()`,
-`F.relu6` and `F.linear`; hooks on the modules around say which one made it. `clamp` and `maximum` are not taken for
-ReLUs, nor are products (`x @ layer.weight.T`) for layers.
+`F.relu6`, `F.linear` and `F.conv*`; hooks on the modules around say which one made it. `clamp` and `maximum` are not
+taken for ReLUs, nor are products (`x @ layer.weight.T`) for layers.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.hooks import Hook
+from condzoo.probe.layers import has_own_forward
 from condzoo.probe.neurons import OF_RELU, OF_RELU6, RELUS, LinearRange
 
 OnRelu = Callable[[str, Tensor, LinearRange], None]
 OnLayer = Callable[[str, nn.Module, Tensor, Tensor], None]
+OnProduct = Callable[[str, nn.Module, Tensor, Tensor, Tensor], None]
 
 LINEAR: Any = torch._C._nn.linear  # F.linear, even where another function stands in its place (`attention` puts one)
+CONVOLVING = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+PRODUCTS: set[Any] = {LINEAR, *CONVOLVING}
 CALLS_OF_THEIR_OWN = (nn.Linear, nn.MultiheadAttention)  # whose calls of F.linear are read by other hooks
 
 RELU_FUNCTIONS: dict[Any, tuple[str, LinearRange]] = {
@@ -39,16 +43,19 @@ RELU_FUNCTIONS: dict[Any, tuple[str, LinearRange]] = {
 class FunctionCalls(TorchFunctionMode):
     """Reports (name, output, linear range) of functional ReLUs, and (name, layer, input, output) of functional layers.
 
-    A ReLU's name is that of the module that runs, with the function's at the end; a layer's is its own.
+    A ReLU's name is that of the module that runs, with the function's at the end; a layer's is its own. Of the products
+    inside a layer with a forward of its own it reports (name, layer, input, output, weight).
 
     Args:
-        layers: linear layers among them, by name; may change.
-        on_relu, on_layer: what is reported to.
+        layers: by name; may change.
+        on_relu, on_layer, on_product: what is reported to.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], on_relu: OnRelu, on_layer: OnLayer) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], on_relu: OnRelu, on_layer: OnLayer, on_product: OnProduct
+    ) -> None:
         super().__init__()
-        self.layers, self.on_relu, self.on_layer = layers, on_relu, on_layer
+        self.layers, self.on_relu, self.on_layer, self.on_product = layers, on_relu, on_layer, on_product
         self.running: list[tuple[str, nn.Module]] = []
         self.below: list[TorchFunctionMode] = []  # the modes that were on when this one was entered
 
@@ -62,9 +69,17 @@ class FunctionCalls(TorchFunctionMode):
             if not isinstance(module, RELUS):  # those are counted by their own hooks
                 local, linear = RELU_FUNCTIONS[func]
                 self.on_relu(f"{name}.{local}" if name else local, output, linear)
-        elif func is LINEAR:
-            self._linear(output, *args[:2], **{key: kwargs[key] for key in ("input", "weight") if key in kwargs})
+        elif func in PRODUCTS:
+            self._product(func, output, *args[:2], **{key: kwargs[key] for key in ("input", "weight") if key in kwargs})
         return output
+
+    def _product(self, func: Any, h: Tensor, input: Tensor, weight: Tensor) -> None:
+        name, module = self.running[-1]
+        if self.layers.get(name) is module:
+            if has_own_forward(module):
+                self.on_product(name, module, input, h, weight)
+        elif func is LINEAR:
+            self._linear(h, input, weight)
 
     def _linear(self, h: Tensor, input: Tensor, weight: Tensor) -> None:
         if any(isinstance(module, CALLS_OF_THEIR_OWN) for _, module in self.running):

@@ -29,6 +29,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CHANNELS_FIRST = (*CONVOLUTIONS, *TRANSPOSED)
 MEASURED = (nn.Linear, *CHANNELS_FIRST)
+PLAIN = {kind.forward for kind in MEASURED}
 LINEAR_OF_OTHERS = {"transformers.pytorch_utils.Conv1D"}  # GPT-2's, whose weight is [in, out]
 
 ROWS_A_PIECE = 64  # rows of a linear layer multiplied together before float64 takes over
@@ -53,6 +54,11 @@ def kind(module: nn.Module) -> str:
 def is_measured(module: nn.Module) -> bool:
     """Whether this is a linear or convolution layer."""
     return isinstance(module, MEASURED) or any(_full(base) in LINEAR_OF_OTHERS for base in type(module).__mro__)
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether a layer's class has a forward of its own, which may do more than multiply."""
+    return type(layer).forward not in PLAIN
 
 
 def _full(kind: type) -> str:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from condzoo.probe import Probe, distributed, read_records
-from condzoo.probe.capture import LayerSums, capture_of
+from condzoo.probe.capture import capture_of
 from condzoo.probe.distributed import sum_over_ranks
 from condzoo.probe.finishing import finish
+from condzoo.probe.layer_sums import LayerSums
 
 PROCESSES = Path(__file__).parent / "processes.py"
 EXACT = ["ddp", "ddp_uneven", "ddp_accumulated", "fully_shard", "fully_shard_accumulated", "fully_shard_attention"]

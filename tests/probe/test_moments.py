@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from condzoo.probe import Probe, arithmetic, measure, moments
-from condzoo.probe.capture import LayerSums, capture_of
+from condzoo.probe.capture import capture_of
 from condzoo.probe.distributed import sum_over_ranks
+from condzoo.probe.layer_sums import LayerSums
 from condzoo.probe.moments import RunningMoment
 
 

@@ -62,13 +62,15 @@ class Renamed(nn.Linear):
 
 
 class Pair(nn.Linear):
+    """Its product is no call of a function, nor is that of the class below."""
+
     def forward(self, x):
-        return super().forward(x), self.bias
+        return x @ self.weight.T + self.bias, self.bias
 
 
 class Scaled(nn.Linear):
     def forward(self, x):
-        return super().forward(x.double() / 255)
+        return (x.double() / 255) @ self.weight.T + self.bias
 
 
 def nested(x):

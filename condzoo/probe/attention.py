@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.hooks import Hook
+from condzoo.probe.wrappers import in_transform
 
 Report = Callable[[str, nn.Module, Tensor, Tensor], None]
 Watcher = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
@@ -54,6 +55,10 @@ def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[R
     called: list[nn.Module] = []  # the output projection, while a subclass calls it: its own hooks see that
 
     def watcher(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> None:
+        if in_transform():  # which weight this is cannot be told; all of them are in it
+            for each, layer in {**layers, "out_proj": attention.out_proj}.items():
+                report(f"{name}.{each}" if name else each, layer, x, h)
+            return
         local = _local_name(attention, weight)
         if local is not None and not called:
             layer = attention.out_proj if local == "out_proj" else layers.get(local) or _layer(weight, bias)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from condzoo.probe import Probe, curvature, measure
@@ -55,6 +56,47 @@ def test_layers_called_inside_a_transform_are_skipped_by_name(batched):
     assert list(found) == ["head"]
     assert all("inside a transform of torch.func" in why for why in found.skipped.values())
     assert {"potential.0", "potential.2"} <= set(found.skipped)
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x)[0].mean(1))
+
+
+def test_attention_inside_transforms_is_left_to_run_and_skipped_by_name():
+    class Force(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.head = Tokens(), nn.Linear(6, 3).double()
+
+        def forward(self, x):
+            return self.head(grad(lambda z: self.tokens(z).sum())(x).mean(1))
+
+    model, x, y = Tokens(), torch.randn(4, 5, 6).double(), torch.arange(4) % 3
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights, x, y):
+        return F.cross_entropy(functional_call(model, weights, (x,)), y)
+
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        plain = vmap(grad(loss), (None, 0, 0))(weights, x[:, None], y[:, None])
+        with Probe(model) as probe:
+            probed = vmap(grad(loss), (None, 0, 0))(weights, x[:, None], y[:, None])
+            grad(loss)(weights, x, y)
+            F.cross_entropy(model(x), y).backward()
+            probe.step()
+        found = measure(Force(), (x, y))
+    assert all(torch.equal(probed[name], plain[name]) for name in plain)
+    assert (list(probe.latest), probe.latest.skipped) == (["attention.in_proj", "attention.out_proj", "head"], {})
+    assert list(found) == ["head"]
+    inside = {"tokens.attention.in_proj", "tokens.attention.out_proj", "tokens.head"}
+    assert all("inside a transform of torch.func" in found.skipped[name] for name in inside)
 
 
 @pytest.mark.parametrize("matrix", ["hessian", "ggn"])

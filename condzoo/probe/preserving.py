@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from condzoo.probe.wrappers import uncompiled, without_reentrant_checkpoints
+
+OF_ALL = vars(nn.Module()).keys()  # hooks, modes, ...
 
 _inside = 0  # measurements under way
 
@@ -29,10 +32,10 @@ def at_rest() -> bool:
 def preserved(model: nn.Module, seed: int) -> Iterator[None]:
     """Inside, the random streams start from `seed` and every parameter asks for gradients.
 
-    Afterwards, also after an exception: buffers (BatchNorm's statistics and counters), which parameters the model has,
-    requires_grad and the random streams are as before: torch's on the CPU and the model's devices, Python's `random`
-    and numpy's global one, which transforms of images draw from. What parameters hold, .grad and modes are for
-    the caller to leave alone.
+    Afterwards, also after an exception: buffers (BatchNorm's statistics and counters; those a pass has registered are
+    gone), attributes of modules that have some, which parameters the model has, requires_grad and the random streams
+    are as before: torch's on the CPU and the model's devices, Python's `random` and numpy's global one, which
+    transforms of images draw from. What parameters hold, .grad and modes are for the caller to leave alone.
 
     Raises:
         ValueError: a lazy layer, which its first batch would change for good.
@@ -86,6 +89,9 @@ def _what_restores(model: nn.Module) -> list[Callable[[], None]]:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             restore.append(partial(_restore_parameter, module, name, parameter))
+        of_others = {*OF_ALL, *module._parameters.keys()}
+        attributes = _attributes(module, of_others)
+        restore.append(partial(_restore_entries, module, dict(module._buffers.items()), attributes, of_others))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 version = None if buffer.layout == torch.strided else buffer._version
@@ -104,10 +110,50 @@ def _is_sharded(*parameters: nn.Parameter | None) -> bool:
     return any(hasattr(parameter, "placements") for parameter in parameters)
 
 
+def _attributes(module: nn.Module, of_others: set[str]) -> dict[str, Any]:
+    """A module's own attributes, and where one is a dict, also what is in it."""
+    own = {key: value for key, value in vars(module).items() if key not in of_others}
+    return {key: (value, dict(value) if type(value) is dict else None) for key, value in own.items()}
+
+
+def _restore_entries(
+    module: nn.Module, buffers: dict[str, Tensor | None], attributes: dict[str, Any], of_others: set[str]
+) -> None:
+    """Which buffers the module has, and with them the attributes: some say what the buffers hold, as a cache's length.
+
+    Lists are left alone: they are where a network collects what it is to be asked for afterwards.
+
+    Args:
+        module: left alone if it has no buffers.
+        buffers, attributes: before.
+        of_others: names to leave alone: torch's, and those of parameters, in whose place FSDP puts whole ones.
+    """
+    if isinstance(module, torch.jit.ScriptModule) or not (buffers or module._buffers):
+        return
+    new = module._buffers.keys() - buffers
+    module._non_persistent_buffers_set.difference_update(new)
+    for name in new:
+        del module._buffers[name]
+    module._buffers.update({name: None for name, buffer in buffers.items() if buffer is None})
+    for key in _attributes(module, of_others).keys() - attributes:
+        del vars(module)[key]
+    for key, (value, entries) in attributes.items():
+        vars(module)[key] = value
+        if entries is not None and not _same(value, entries):
+            value.clear()
+            value.update(entries)
+
+
+def _same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    return now.keys() == before.keys() and all(now[key] is before[key] for key in before)
+
+
 def _restore_buffer(module: nn.Module, name: str, buffer: Tensor, values: Tensor, version: int | None) -> None:
     """version: of a sparse buffer, which `torch.equal` does not take."""
     module._buffers[name] = buffer
     if not torch.equal(buffer, values) if version is None else buffer._version != version:
         # Not as a change: a backward pass of the caller's that is still to come may have saved the buffer.
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(buffer):
+            if version is None and buffer.shape != values.shape:  # an observer's, which its first batch makes larger
+                buffer.resize_(values.shape)
             buffer.copy_(values)

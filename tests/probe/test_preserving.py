@@ -52,24 +52,84 @@ def test_sparse_buffers_are_put_back(layout):
     assert all(torch.equal(value.to_dense(), before[name]) for name, value in model.state_dict().items())
 
 
-class Grows(nn.Module):
+class Shrinks(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("memory", torch.zeros(2))
 
     def forward(self, x):
-        self.memory.resize_(self.memory.numel() + 1)
+        self.memory.set_(torch.ones(1).expand(2))
         return x
 
 
 def test_a_buffer_that_cannot_be_put_back_keeps_no_other_from_it(kit):
     x, y = kit.images(dtype=torch.float32)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.BatchNorm1d(4), Grows(), nn.BatchNorm1d(4))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.BatchNorm1d(4), Shrinks(), nn.BatchNorm1d(4))
     before = [value.clone() for name, value in model.state_dict().items() if "memory" not in name]
-    with pytest.raises(RuntimeError, match="must match"):
+    with pytest.raises(RuntimeError, match="single memory location"):
         measure(model, (x, y))
     after = [value for name, value in model.state_dict().items() if "memory" not in name]
     assert all(map(torch.equal, before, after))
+
+
+class Observed(nn.Module):
+    """Learns the range of its outputs, as quantization-aware training does, and makes buffers as it first runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.register_buffer("low", torch.tensor([]))
+        self.register_buffer("high", torch.tensor([7.0]))
+        self.register_buffer("mask", None)
+
+    def forward(self, x):
+        h = self.layer(x)
+        for buffer, value in ((self.low, h.detach().amin(0)), (self.high, h.detach().amax(0))):
+            buffer.resize_(value.shape)
+            buffer.copy_(value)
+        if self.mask is None:
+            self.mask = torch.ones(3)
+        if not hasattr(self, "scale"):
+            self.register_buffer("scale", torch.ones(1), persistent=False)
+        return h * self.mask * self.scale
+
+
+def test_buffers_that_a_pass_resizes_or_makes_are_put_back():
+    model, batch = Observed(), (torch.randn(8, 5), torch.arange(8) % 3)
+    measure(model, batch)
+    curvature(model, *batch, "grad_moment")
+    assert [*model._buffers] == ["low", "high", "mask"]
+    assert model.mask is None
+    assert (model.low.tolist(), model.high.tolist()) == ([], [7.0])
+    assert not model._non_persistent_buffers_set
+
+
+class Rotary(nn.Module):
+    """Lengthens its frequencies with its input as Hugging Face's dynamic RoPE does, and keeps its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequencies", torch.ones(3))
+        self.longest, self.cache, self.outputs = 4, {"kept": 1}, []
+
+    def forward(self, h):
+        if len(h) > self.longest:
+            self.longest, self.grown = len(h), True
+            self.register_buffer("frequencies", torch.full((3,), 2.0))
+        self.cache["last"] = h
+        self.outputs.append(h * self.frequencies)
+        return self.outputs[-1]
+
+
+def test_attributes_beside_buffers_go_back_with_them():
+    model, batch = nn.Sequential(nn.Linear(5, 3), Rotary()), (torch.randn(8, 5), torch.arange(8) % 3)
+    cache = model[1].cache
+    measure(model, batch)
+    assert (model[1].longest, hasattr(model[1], "grown")) == (4, False)
+    assert model[1].cache is cache
+    assert cache == {"kept": 1}
+    assert model[1].frequencies.tolist() == [1, 1, 1]
+    assert len(model[1].outputs) == 1, "a list is where a network collects"
 
 
 class Codes(nn.Module):

@@ -1,7 +1,8 @@
 """What an exact curvature matrix will cost, estimated on this machine before it is computed.
 
 Counted are the products that form the matrix (on its smaller Gram side) and its eigenvalues; seconds come
-from the rate of one float64 product of 512 x 512 matrices, timed when it is first asked for (about 10 ms).
+from the rate of one float64 product of 512 x 512 matrices, timed when it is first asked for (about 10 ms),
+once a number of threads.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Cost:
     Attributes:
         side: of the matrix that is decomposed.
         operations: floating-point operations of the products that form it.
-        seconds: of all of it, on this machine as it is now; right within a factor of about two.
+        seconds: of all of it, on this machine as it was when it was first asked for a cost; right within a factor of
+            about two.
     """
 
     side: int

@@ -1,4 +1,4 @@
-"""A model's modules by the names its author gave them, whatever wraps them: DDP, FSDP, torch.compile, checkpointing."""
+"""A model's modules by their author's names, whatever wraps them: DDP, FSDP, Fabric, torch.compile, checkpointing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
 REPLICATED = (DistributedDataParallel, nn.DataParallel)
-# attributes under which FullyShardedDataParallel, checkpoint_wrapper and torch.compile keep what they wrap
-INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+FABRIC = "_forward_module"  # the attribute under which Lightning's Fabric keeps what it wraps
+# the same of FullyShardedDataParallel, checkpoint_wrapper and torch.compile
+INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", FABRIC)
 IN_THREADS = (
     "nn.DataParallel over several devices runs copies of the model in threads, whose hooks cannot be told "
     "apart; train with DistributedDataParallel instead, or measure the model inside it (model.module)"
@@ -32,9 +33,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """The model inside DDP or DataParallel, which runs by itself in this process; else the model."""
-    while isinstance(model, REPLICATED):
-        model = model.module
+    """The model inside DDP, DataParallel or Fabric's wrapper, which runs by itself in this process; else the model."""
+    while isinstance(model, nn.Module) and (isinstance(model, REPLICATED) or FABRIC in model._modules):
+        inner = _inside(model)
+        assert inner is not None
+        model = inner
     return model
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from condzoo.checkpoints.folder import (
@@ -85,7 +86,8 @@ def verify_checkpoint(path: str | Path, data_root: str | Path | None = None) -> 
     else:
         release = release_by_name(str(path))
         place = release_folder(release)
-    rows = tuple(checks(place, release, data_root))
+    with torch.device("cpu"):  # whatever default the caller has set: seeded generators are of one device
+        rows = tuple(checks(place, release, data_root))
     return Verification(release.name if release else place.resolve().name, place, rows)
 
 
@@ -99,8 +101,9 @@ def verify_released(data_root: str | Path | None = None) -> Iterator[Verificatio
         place, rows = Path(release.name), list[Check]()
         try:
             place = release_folder(release)
-            for row in checks(place, release, data_root):
-                rows.append(row)
+            with torch.device("cpu"):
+                for row in checks(place, release, data_root):
+                    rows.append(row)
         except (ValueError, OSError) as error:
             rows.append(Check("reached", False, str(error).splitlines()[0]))
         yield Verification(release.name, place, tuple(rows))

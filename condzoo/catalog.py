@@ -3,12 +3,13 @@
 import functools
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 TABLES = Path(__file__).parent / "models" / "tables"
 RELEASED = Path(__file__).parent / "models" / "released.toml"
+SIZES = ("input_size", "num_classes", "params", "macs")  # what weights of a tag may have of their own
 
 
 @dataclass(frozen=True)
@@ -109,23 +110,23 @@ def look_up(name: str) -> ModelInfo:
     """`model_info`, without importing what the tables do not need."""
     arch, _, tag = name.partition(".")
     ours, plain = read_catalog()
-    if arch in ours and tag:
-        from condzoo.models.released import find_release
+    row = ours.get(arch) or plain.get(arch)
+    if row is not None and not tag:
+        return row
+    from timm.models import is_model
 
-        find_release(arch, tag)
-    if arch in ours:
-        return ours[arch]
-    if arch in plain and not tag:
-        return plain[arch]
     from condzoo.models import describe
-    from condzoo.models.registry import check_timm_weights
+    from condzoo.models.released import find_release
 
-    info = plain.get(arch) or ModelInfo(name=arch, **describe(arch))
-    if tag and arch not in plain and info.family != "timm":
+    if arch in ours:
+        own = find_release(arch, tag).input
+        if all(own.get(key, getattr(row, key)) == getattr(row, key) for key in ("input_size", "num_classes")):
+            return ours[arch]
+    if row is None and tag and not is_model(arch):
+        describe(arch)  # says what is wrong with the name
         raise ValueError(f"no weights are released for {arch!r}: it is not one of the registered models")
-    if tag:
-        check_timm_weights(name, arch, tag)
-    return info
+    built = describe(name)  # the tag's weights may be of other images or classes than the architecture's
+    return ModelInfo(name=arch, **built) if row is None else replace(row, **{key: built[key] for key in SIZES})
 
 
 def released_names(name: str) -> list[str]:

@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 
 from condzoo.catalog import model_info, read_catalog
 from condzoo.checkpoints.folder import CONVERSION
-from condzoo.checkpoints.foreign import has_projections, read_foreign, translate
+from condzoo.checkpoints.foreign import channels_of, has_projections, read_foreign, translate
 from condzoo.checkpoints.writing import (
     check_free,
     check_tag,
@@ -32,7 +32,8 @@ from condzoo.checkpoints.writing import (
 )
 from condzoo.models import create_model, insert_last_bn
 from condzoo.models.last_bn_insertion import drops_by_call, find_head
-from condzoo.models.registry import create_timm_model
+from condzoo.models.registry import FAMILIES
+from condzoo.models.timm_models import create_timm_model, current_name
 from condzoo.models.weight_files import sha256
 
 OWN_ROOT = Path("converted")  # the repository's checkpoints/ holds what is released
@@ -76,7 +77,7 @@ def convert(
 
     Taken by their own names: condzoo's, torchvision's and timm's keys, akamaster's CIFAR ResNets (another order of
     channels) and chenyaofo's (option-B shortcuts: the network gets `projection=True`). Plain weights go into a
-    `_lastbn` network too: its last BN is then the identity.
+    `_lastbn` network too: its last BN is then the identity. A first convolution says how many channels images have.
 
     Args:
         source: the file.
@@ -95,17 +96,26 @@ def convert(
         FileNotFoundError, FileExistsError: no such file; a checkpoint of that name.
     """
     content, state, said = read_foreign(Path(os.path.expanduser(source)))
-    target = check_free(root_of(out, OWN_ROOT) / f"{model_info(model).name}.{check_tag(tag)}")
+    info = model_info(model)
+    target = check_free(root_of(out, OWN_ROOT) / f"{info.name}.{check_tag(tag)}")
     classes = next((len(v) for k, v in state.items() if k in ("fc.weight", "linear.weight") and v.ndim), None)
-    args: dict[str, Any] = (
-        {"projection": True} if has_projections(state) and model_info(model).family == "cifar_resnet" else {}
-    )
-    network: Any = create_model(model, num_classes=classes, **args).eval()
+    args: dict[str, Any] = {"projection": True} if has_projections(state) and info.family == "cifar_resnet" else {}
+    channels = channels_of(state, FAMILIES[info.family].first_conv) if info.family in FAMILIES else None
+    network: Any = create_model(model, num_classes=classes, in_chans=channels, **args).eval()
     state, note = translate(state, network, str(source))
     network.load_state_dict(state)
-    fields = standardization(mean, std, network.pretrained_cfg["input_size"][0])
-    origin = Origin(said, sha256(content), note, license, preprocessing_known=bool(fields))
-    return write(target, network, tag, origin, fields, args=args)
+    fields = images_of(network.pretrained_cfg, channels)
+    given = standardization(mean, std, channels or network.pretrained_cfg["input_size"][0])
+    origin = Origin(said, sha256(content), note, license, preprocessing_known=bool(given))
+    return write(target, network, tag, origin, fields | given, args=args)
+
+
+def images_of(cfg: Mapping[str, Any], channels: int | None) -> dict[str, Any]:
+    """The fields of a config for images of another number of channels, which are as the usual ones on average."""
+    if channels in (None, cfg["input_size"][0]):
+        return {}
+    mean, std = ((sum(cfg[key]) / len(cfg[key]),) * channels for key in ("mean", "std"))
+    return {"input_size": (channels, *cfg["input_size"][1:]), "mean": mean, "std": std}
 
 
 def convert_last_bn(
@@ -123,7 +133,8 @@ def convert_last_bn(
     """Make the last-BN twin of a classifier of timm's, with the same function in eval mode (`insert_last_bn`).
 
     Args:
-        source: "timm/resnet50.a1_in1k" (with timm's own weights), or with `weights` the architecture alone.
+        source: "timm/resnet50.a1_in1k" (with timm's own weights), or with `weights` the architecture alone; an older
+            name of timm's stands for what it is today.
         weights: a state dict of it in a file, instead of timm's own.
         calibrate: folder of images, one folder a class as torchvision's ImageFolder; with it the last linear layer's
             input is standardized on them. Without, the last BN is the identity.
@@ -139,7 +150,7 @@ def convert_last_bn(
         ValueError: not a model of timm's, no single linear head, or a folder without images.
         FileNotFoundError, FileExistsError: as for `convert`.
     """
-    name = source.removeprefix("timm/")
+    name = current_name(source.removeprefix("timm/"))
     arch = name.split(".", 1)[0]
     if not timm.is_model(name) or arch in read_catalog()[0]:
         raise ValueError(not_timms(source, arch))

@@ -1,12 +1,15 @@
 """The catalogue answers from the tables, without torch, and says what create_model builds."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 
 import pytest
+import timm
 
 from condzoo.catalog import list_models, model_info
+from condzoo.models import released
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110, 230, 1202)
 
@@ -85,6 +88,20 @@ def test_a_tag_that_there_is_not_is_an_error_for_any_name():
         model_info("resnet50.nonsense")
     with pytest.raises(ValueError, match="no weights are released for 'mlp12x64': it is not one of the registered"):
         model_info("mlp12x64.authors")
+
+
+def test_info_of_a_tag_is_of_the_network_that_it_builds(tmp_path, monkeypatch):
+    info = model_info("vit_tiny_patch16_224.augreg_in21k")
+    assert (info.name, info.num_classes, info.params) == ("vit_tiny_patch16_224", 21_843, 9_740_115)
+    plain = model_info("cifar_resnet8")
+    (tmp_path / "index.toml").write_text('["cifar_resnet8.mine"]\nsha256 = "0"\nnum_classes = 100\n')
+    monkeypatch.setattr(released, "INDEX", tmp_path / "index.toml")
+    config = dataclasses.replace(timm.get_pretrained_cfg("cifar_resnet8"), num_classes=100)
+    monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, "cifar_resnet8.mine", config)
+    info = model_info("cifar_resnet8.mine")
+    assert info == dataclasses.replace(plain, num_classes=100, params=info.params, macs=info.macs)
+    built = timm.create_model("cifar_resnet8.mine")
+    assert (info.params, info.macs) == (sum(p.numel() for p in built.parameters()), plain.macs + 64 * 90)
 
 
 def test_asking_for_a_model_registers_all_with_timm():

@@ -38,8 +38,25 @@ NESTED = (
 )
 DEEPEST = 3  # a pickle may hold itself
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder.", "ema.", "ema_model.")
+
+
+class Unread:
+    """What stands for numpy's numbers and arrays, a best accuracy beside the weights, say: nothing of them is read."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 # what timm's training script, and others, keep beside the weights; it only holds values
 PLAIN: list[Any] = [argparse.Namespace]
+# by names, in place of numpy's own, whose reader trusts what a pickle says of memory
+PLAIN += [(Unread, name) for name in ("numpy.dtype", "numpy.ndarray")]
+PLAIN += [
+    (Unread, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("scalar", "_reconstruct")
+]
 # option-B shortcuts' weights: chenyaofo's and torchvision's name, akamaster's and condzoo's
 PROJECTION = re.compile(r"^(layer\d+\.\d+)\.(?:downsample|shortcut)\.")
 
@@ -133,6 +150,12 @@ def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if all(key.startswith(prefix) for key in stripped):
                 stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
     return stripped
+
+
+def channels_of(state: Mapping[str, Tensor], first_conv: str | None) -> int | None:
+    """Channels of the images that a first convolution of this name takes; None where the weights have no such one."""
+    weight = state.get(f"{first_conv}.weight")
+    return weight.shape[1] if weight is not None and weight.ndim == 4 else None
 
 
 def has_projections(state: Mapping[str, Tensor]) -> bool:

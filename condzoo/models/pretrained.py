@@ -1,7 +1,7 @@
 """Released weights as timm's models take them: configs by tag, and state dicts checked before timm sees them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.models import PretrainedCfg
@@ -33,11 +33,20 @@ def chosen_release(arch: str, pretrained: bool, given: dict[str, Any]) -> Releas
     Raises:
         ValueError: no such release.
     """
-    config, overlay = given.get("pretrained_cfg"), given.get("pretrained_cfg_overlay") or {}
-    if isinstance(config, dict | PretrainedCfg) or any(overlay.get(source) for source in SOURCES):
+    if brings_weights(given):
         return None
+    config = given.get("pretrained_cfg")
     release = find_release(arch, config) if pretrained or config else None
     return release if pretrained else None
+
+
+def brings_weights(given: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a call of timm.create_model say themselves where weights are.
+
+    That is a whole `pretrained_cfg`, which takes the place of any by name, or an overlay with a source.
+    """
+    config, overlay = given.get("pretrained_cfg"), given.get("pretrained_cfg_overlay") or {}
+    return isinstance(config, dict | PretrainedCfg) or any(overlay.get(source) for source in SOURCES)
 
 
 def released_config(

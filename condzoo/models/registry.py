@@ -11,10 +11,9 @@ import functools
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -24,8 +23,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from condzoo.models.head import check_input_size, check_sizes
-from condzoo.models.initializers import init_weights
 from condzoo.models.pretrained import chosen_release, fit_weights, released_config, tagged_configs
+from condzoo.models.timm_models import create_timm_model
 
 TABLES = Path(__file__).parent / "tables"
 NUMBERS = re.compile(r"\d+")  # what siblings differ in
@@ -107,7 +106,12 @@ def pretrained_config(family: Family, name: str) -> dict[str, Any]:
 def build_network(
     family: Family, name: str, args: dict[str, Any], pretrained: bool = False, **kwargs: Any
 ) -> nn.Module:
-    """timm's entry point of one model: what timm.create_model calls."""
+    """timm's entry point of one model: what timm.create_model calls.
+
+    Raises:
+        ValueError: as `create_model`.
+    """
+    check_new_weights(kwargs.get("init"), pretrained)
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     if "input_size" in kwargs:  # timm would fill in the table's in_chans
         check_input_size(kwargs["input_size"])
@@ -126,8 +130,9 @@ def build_network(
             pretrained_filter_fn=fit_weights,
             **{**args, **kwargs},
         )
+    for part in model.modules():  # with features_only, the network inside has a config of its own
+        getattr(part, "pretrained_cfg", {}).pop("state_dict", None)
     config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    config.pop("state_dict", None)
     if "input_size" in kwargs:  # an MLP takes these images alone: timm's transforms are made by what is said here
         config["input_size"] = (kwargs["in_chans"], *kwargs["input_size"][1:])
     return model if dtype is None else model.to(dtype)
@@ -158,13 +163,15 @@ def create_model(
             released weights).
         pretrained: load released weights.
         num_classes: outputs; 0 returns the classifier's input; None keeps the data set's.
-        init: a scheme of `init_weights` in place of the family's own.
+        init: a scheme of `init_weights` in place of the family's own; for new weights only.
         last_bn_init: gamma of the last BN, "ones" or, as the authors' code has it, "uniform".
         **model_kwargs: as timm's: in_chans, drop_rate, global_pool, features_only, out_indices ...
 
     Raises:
-        ValueError: an unknown name (with the closest ones), depth, `init`, `last_bn_init` or size.
+        ValueError: an unknown name (with the closest ones), depth, `init`, `last_bn_init` or size; `init` beside
+            trained weights.
     """
+    check_new_weights(init, pretrained, model_kwargs.get("checkpoint_path"))
     in_chans = model_kwargs.get("in_chans")
     check_sizes(10 if num_classes is None else num_classes, 1 if in_chans is None else in_chans)
     if num_classes is not None:
@@ -194,36 +201,14 @@ def create_model(
     return network
 
 
-def create_timm_model(
-    name: str,
-    pretrained: bool = False,
-    init: str | None = None,
-    last_bn_init: str = "ones",
-    model_kwargs: Mapping[str, Any] = MappingProxyType({}),
-) -> nn.Module:
-    """A network of timm's own, delegated to timm; `init` is applied to it afterwards.
-
-    Raises:
-        ValueError: a tag, or weights, that timm does not have; `last_bn_init`.
-    """
-    if last_bn_init != "ones":
-        raise ValueError(f"last_bn_init is for networks with a last BN; {name!r} is timm's own and has none")
-    arch, _, tag = name.partition(".")
-    if is_model(arch) and (tag or pretrained):
-        check_timm_weights(name, arch, tag)
-    model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
-    return model if init is None else init_weights(model, init)
-
-
-def check_timm_weights(name: str, arch: str, tag: str) -> None:
-    """ValueError where timm has no weights of this tag, or none at all."""
-    known = timm.list_pretrained(f"{arch}.*") + ([arch] if arch in timm.list_pretrained(arch) else [])
-    if not known:
-        raise ValueError(f"timm has no pretrained weights for {arch!r}")
-    if tag and name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"timm has no weights {name!r}; {hint}it has: {', '.join(known)}")
+def check_new_weights(init: str | None, pretrained: bool, checkpoint_path: Any = None) -> None:
+    """ValueError where an initializer is asked for beside trained weights, of which one would undo the other."""
+    if init is not None and (pretrained or checkpoint_path):
+        loads = "pretrained=True" if pretrained else "checkpoint_path"
+        raise ValueError(
+            f"init={init!r} is for new weights, and {loads} loads trained ones; leave one out "
+            "(condzoo.init_weights changes the weights of a network that is there)"
+        )
 
 
 def sibling(name: str) -> tuple[Family, dict[str, Any]]:
@@ -271,6 +256,7 @@ def describe(name: str) -> dict[str, Any]:
         raise ValueError(f"{name} cannot be built: {error}") from error
     config = model.pretrained_cfg
     input_size = tuple(getattr(model, "input_size", None) or config["input_size"])
+    model.requires_grad_(False)  # the counter's hooks find no gradient function of some views (CaiT's, PiT's tokens)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, *input_size, device="meta"))
     weighted = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())

@@ -134,6 +134,32 @@ def test_a_pickled_network_becomes_a_checkpoint(tmp_path):
     assert "from weights.pth" in (made.parent / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("channels", "name"), [(1, "cifar_resnet8"), (4, "cifar_preresnet8_lastbn")])
+def test_the_first_convolution_says_how_many_channels_images_have(tmp_path, channels, name):
+    torch.manual_seed(0)
+    source = create_model(name, in_chans=channels).eval()
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    made = convert(tmp_path / "weights.pth", name, out=tmp_path / "out")
+    x = torch.randn(2, channels, 32, 32)
+    assert torch.equal(load_checkpoint(made)(x), source(x))
+    assert torch.equal(timm.create_model(f"local-dir:{made}", pretrained=True).eval()(x), source(x))
+    assert verify_checkpoint(made).ok
+    config, _ = config_and_card(made)
+    assert config["input_size"] == [channels, 32, 32]
+    assert config["mean"] == pytest.approx([(0.4914 + 0.4824 + 0.4467) / 3] * channels)
+    given = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
+    config, _ = config_and_card(convert(tmp_path / "weights.pth", name, out=tmp_path / "out", tag="given", **given))
+    assert (config["mean"], config["std"]) == ([0.5] * channels, [0.25] * channels)
+
+
+def test_an_older_name_of_timms_is_converted_as_what_it_is_today(tmp_path, monkeypatch):
+    monkeypatch.setattr("condzoo.models.timm_models.get_deprecated_models", lambda: {"older_vit": "test_vit.r160_in1k"})
+    made_up("test_vit", tmp_path / "weights.pth")
+    made = convert_last_bn("timm/older_vit", weights=tmp_path / "weights.pth", out=tmp_path / "out")
+    assert made.name == "test_vit.converted"
+    assert "from weights.pth['state_dict'] for timm/test_vit.r160_in1k" in config_and_card(made)[1]
+
+
 def test_a_card_names_only_what_loads_it(tmp_path):
     """timm has no entry for a size that is not registered."""
     for name, by_timm in (("cifar_resnet8", True), ("mlp5x12", False)):

@@ -4,6 +4,7 @@ import argparse
 import pickle
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -221,6 +222,26 @@ def test_the_options_of_a_training_stand_beside_the_weights(tmp_path):
     assert read_foreign(tmp_path / "w.pth")[1].keys() == {"a"}
     torch.save({"args": argparse.Namespace(path=Payload(tmp_path / "run"))}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="without running code: it asks for"):
+        read_foreign(tmp_path / "w.pth")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("core", [b"numpy._core", b"numpy.core"])  # of numpy 2, and before
+def test_numpys_numbers_and_arrays_may_stand_beside_the_weights(tmp_path, core):
+    beside = {"best_acc": np.float64(93.2), "epoch": np.int64(3), "losses": np.arange(3.0), "names": np.array(["a"])}
+    path = tmp_path / "w.pth"
+    torch.save({**beside, "state_dict": {"a": torch.ones(2)}}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(re.sub(rb"numpy\._?core", core, path.read_bytes()))
+    assert read_foreign(path)[1].keys() == {"a"}
+
+
+def test_of_numpys_arrays_nothing_is_built_or_run(tmp_path):
+    torch.save({"a": np.ones(2)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="holds no state dict: it is a dict of other things than tensors by name"):
+        read_foreign(tmp_path / "w.pth")
+    hidden = np.array([Payload(tmp_path / "run")], dtype=object)
+    torch.save({"state_dict": {"a": torch.ones(2)}, "best": hidden}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"without running code: it asks for (_?io|builtins)\.open"):
         read_foreign(tmp_path / "w.pth")
     assert not (tmp_path / "run").exists()
 

@@ -252,11 +252,23 @@ def test_any_other_mlp_is_built_by_its_name(name: str, layers: int):
         ("mlp4x24", {"input_size": 12}, r"input_size must be .* an integer of at least 1, got 12"),
         ("mlp4x24", {"input_size": (1, 12.0, 12)}, r"input_size must be .* got \(1, 12\.0, 12\)"),
         ("mlp3x10", {"input_size": (1, 0, 12)}, r"input_size must be .* got \(1, 0, 12\)"),
+        (
+            "mlp8x24.mnist",
+            {"pretrained": True, "init": "he"},
+            r"init='he' is for new weights, and",
+        ),
+        ("test_resnet", {"pretrained": True, "init": "he"}, r"pretrained=True loads trained ones; leave one out"),
+        ("mlp3x10", {"checkpoint_path": "w.pth", "init": "he"}, r"checkpoint_path loads trained ones; leave one out"),
     ],
 )
 def test_errors_name_what_came_and_what_is_allowed(name: str, options: dict, text: str):
     with pytest.raises(ValueError, match=text):
         condzoo.create_model(name, **options)
+
+
+def test_timm_too_refuses_an_initializer_beside_trained_weights():
+    with pytest.raises(ValueError, match="init='he' is for new weights, and pretrained=True loads trained ones"):
+        timm.create_model("mlp8x24", pretrained=True, init="he")
 
 
 def test_a_name_that_timm_has_one_day_is_left_to_timm():

@@ -9,7 +9,8 @@ from torch import nn
 
 from condzoo.checkpoints import list_checkpoints, load_checkpoint
 from condzoo.cli import main
-from condzoo.models import create_model, init_weights
+from condzoo.models import create_model, init_weights, insert_last_bn
+from condzoo.models.released import find_release, release_folder
 from condzoo.validation import validate
 from condzoo.validation.promises import check_last_bn, check_scaling, check_size
 from condzoo.validation.subject import prepare
@@ -54,6 +55,9 @@ def test_a_model_of_each_family_keeps_its_promises(name):
         ("mlp4x24", {"input_size": (1, 8, 8), "bias": False}, {"function", "conditioning"}),
         ("mlp4x24_lastbn", {"last_bn_init": "uniform"}, {"conditioning"}),
         ("cifar_resnet8", {"drop_rate": 0.5}, set()),
+        ("cifar_resnet8", {"last_bn": True}, {"function", "conditioning"}),
+        ("cifar_resnet8", {"norm": False}, {"function", "conditioning"}),
+        ("mlp4x24_lastbn", {"last_bn": False, "norm": True}, {"function", "conditioning"}),
     ],
 )
 def test_other_arguments_than_the_recorded_skip_the_checks_against_records(name, arguments, skipped):
@@ -360,6 +364,27 @@ def test_the_model_is_left_as_it_was():
     assert not model.training
     assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_last_bn_that_was_put_in_is_checked_as_one_of_the_networks_own():
+    torch.manual_seed(0)
+    model = insert_last_bn(create_model("cifar_preresnet8"))
+    found = validate(model)
+    assert found.ok, found.table()
+    assert {check.name for check in found.checks if check.skipped} == {"function", "conditioning"}
+    assert "last BN" in {check.name for check in found.checks}
+    model.last_bn_hook.remove()
+    assert "last BN" in broken(validate(model).checks)
+
+
+def test_a_path_is_a_checkpoint_and_anything_else_an_error():
+    folder = release_folder(find_release("mlp8x24_bn", None))
+    found = validate(folder)
+    assert found.ok, found.table()
+    assert found.model == str(folder)
+    assert "weights" not in {check.name for check in found.checks}
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int '3'"):
+        validate(3)
 
 
 def test_a_network_that_is_not_of_the_zoo_has_no_promises():

@@ -76,8 +76,12 @@ def folder_at(path: Path) -> Path:
     return folder
 
 
-def read_folder(path: Path) -> CheckpointFolder:
+def read_folder(path: Path, linked: bool = False) -> CheckpointFolder:
     """Read a checkpoint's folder, or the one that a path to its model.safetensors lies in.
+
+    Args:
+        path: the folder.
+        linked: its files may be symbolic links: for the package's own, which some installers make so.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -86,13 +90,13 @@ def read_folder(path: Path) -> CheckpointFolder:
     folder = folder_at(path)
     if not (folder / SUMS).exists() and (folder / RUN_SUMMARY).exists():
         raise ValueError(f"{folder} is a run directory; `condzoo release {folder} --tag TAG` makes a checkpoint of it")
-    sums = read_sums(folder)
+    sums = read_sums(folder, linked)
     present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}  # hidden: never read
     for name in sorted(present - sums.keys() - {SUMS}):
         raise ValueError(f"{folder / name} is not listed in {SUMS}; a checkpoint holds nothing else")
     files = {}
     for name, wanted in sums.items():
-        files[name] = read_plain_file(folder / name)
+        files[name] = read_plain_file(target_of(folder / name, linked))
         if sha256(files[name]) != wanted:
             raise ValueError(f"{folder / name} is not as it was summed: SHA-256 differs from {SUMS}; get it again")
     return check_complete(CheckpointFolder(folder, files))
@@ -115,8 +119,13 @@ def require(folder: CheckpointFolder, name: str) -> bytes:
     return folder.files[name]
 
 
-def read_sums(folder: Path) -> dict[str, str]:
-    """The sums by file name, as `sha256sum` writes them.
+def target_of(path: Path, linked: bool) -> Path:
+    """The path, or with `linked` what it is a link to."""
+    return Path(os.path.realpath(path)) if linked else path
+
+
+def read_sums(folder: Path, linked: bool = False) -> dict[str, str]:
+    """The sums by file name, as `sha256sum` writes them; `linked` as for `read_folder`.
 
     Raises:
         ValueError: no such file, or a line that is not a sum and a plain name (no `/`, no `..`).
@@ -126,7 +135,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         raise ValueError(f"{folder} has no {SUMS}; it is no checkpoint{within and ', but holds '}{within}")
     try:
         # not splitlines: to it a vertical tab, one bit from a newline, ends a line, too
-        lines = read_plain_file(folder / SUMS).decode("ascii").removesuffix("\n").split("\n")
+        lines = read_plain_file(target_of(folder / SUMS, linked)).decode("ascii").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{folder / SUMS} is not plain text: {error}") from error
     sums: dict[str, str] = {}

@@ -64,7 +64,7 @@ def read_checkpoint(path_or_name: str | Path) -> CheckpointFolder:
     if is_path(path_or_name):
         return read_folder(Path(path_or_name))
     release = release_by_name(str(path_or_name))
-    folder = read_folder(release_folder(release))
+    folder = read_folder(release_folder(release), linked=True)
     check_released(release, folder.files[WEIGHTS], folder.path / WEIGHTS)
     return folder
 

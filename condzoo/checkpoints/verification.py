@@ -80,14 +80,15 @@ def verify_checkpoint(path: str | Path, data_root: str | Path | None = None) -> 
         ValueError, FileNotFoundError: no such checkpoint, or no data under an explicit `data_root`. A file that is
             wrong is a row that failed, not an exception.
     """
-    if is_path(path):
+    by_path = is_path(path)
+    if by_path:
         place = folder_at(Path(path))
         release = read_index().get(place.resolve().name)
     else:
         release = release_by_name(str(path))
         place = release_folder(release)
     with torch.device("cpu"):  # whatever default the caller has set: seeded generators are of one device
-        rows = tuple(checks(place, release, data_root))
+        rows = tuple(checks(place, release, data_root, linked=not by_path))
     return Verification(release.name if release else place.resolve().name, place, rows)
 
 
@@ -102,17 +103,17 @@ def verify_released(data_root: str | Path | None = None) -> Iterator[Verificatio
         try:
             place = release_folder(release)
             with torch.device("cpu"):
-                for row in checks(place, release, data_root):
+                for row in checks(place, release, data_root, linked=True):
                     rows.append(row)
         except (ValueError, OSError) as error:
             rows.append(Check("reached", False, str(error).splitlines()[0]))
         yield Verification(release.name, place, tuple(rows))
 
 
-def checks(place: Path, release: Release | None, data_root: str | Path | None) -> Iterator[Check]:
-    """The rows; stops after a failure that leaves nothing to check further."""
+def checks(place: Path, release: Release | None, data_root: str | Path | None, linked: bool) -> Iterator[Check]:
+    """The rows; stops after a failure that leaves nothing to check further. `linked` as for `read_folder`."""
     try:
-        folder = read_folder(place)
+        folder = read_folder(place, linked)
         model = load_weights(folder)
     except (ValueError, OSError) as error:
         yield Check("files", False, str(error))

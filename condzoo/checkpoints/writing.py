@@ -164,10 +164,14 @@ def refresh_cards(root: Path) -> None:
 
 
 def add_to_index(name: str, weights_sum: str, cfg: dict[str, Any], default: bool) -> None:
-    """Write a release's row into the package's index; as default it takes the place of the one before."""
+    """Write a release's row into the package's index; as default it takes the place of the one before.
+
+    It is the default, too, where it was before or is its model's only one.
+    """
     rows: dict[str, dict[str, Any]] = {}
     arch = name.split(".", 1)[0]
     known = released.read_index()
+    default = default or (name in known and known[name].default)
     default = default or not any(release.arch == arch and release.name != name for release in known.values())
     for other in known.values():
         rows[other.name] = {"sha256": other.sha256, "default": other.default and not (default and other.arch == arch)}

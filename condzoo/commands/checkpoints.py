@@ -33,13 +33,16 @@ def release(
     """
     from condzoo.checkpoints.hub import push as upload
     from condzoo.models.released import HUB_OWNER
+    from condzoo.release import is_listed, released_before
     from condzoo.release import release as make_release
-    from condzoo.release import released_before
 
     if not push and (dry_run or owner is not None):
         raise ValueError("--dry-run and --owner say how to --push; give that too, or leave them out")
     made = released_before(runs, tag, out=out) if push else None
-    folder = make_release(runs, tag, out=out, data_root=data_root, default=default) if default or not made else made
+    if made and not default and is_listed(made):
+        folder = made
+    else:  # also of one that was stopped before index and table had it
+        folder = make_release(runs, tag, out=out, data_root=data_root, default=default)
     typer.echo(f"{'released before: ' if made else 'released '}{folder}")
     if push:
         uploaded = upload(folder, owner=owner or HUB_OWNER, dry_run=dry_run)

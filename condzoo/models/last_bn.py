@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 GAMMA_INITS = ("ones", "uniform")
+ADDED_BIAS = "bias_added_for_last_bn"  # attribute of a head that had no bias before it took a last BN's statistics
 
 
 def check_module(model: object) -> None:
@@ -81,8 +82,8 @@ def accept_plain_weights(model: nn.Module) -> None:
     """Let `model.load_state_dict` take the state dict of the network without the last BN.
 
     Where a state dict has all of the network but no `last_bn.*`, the last BN becomes the identity in eval
-    mode: the outputs are the plain network's, and no key counts as missing. A state dict that lacks other keys
-    too leaves the last BN alone.
+    mode: the outputs are the plain network's, and no key counts as missing. So does a bias that `insert_last_bn` gave
+    the head (`ADDED_BIAS`), as zero. A state dict that lacks other keys too leaves the last BN alone.
     """
     model.register_load_state_dict_pre_hook(fill_in_last_bn)
 
@@ -93,9 +94,12 @@ def fill_in_last_bn(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
     own = prefix + "last_bn."
     if not isinstance(bn, _BatchNorm) or any(key.startswith(own) for key in state_dict):
         return
+    added = {f"{prefix}{name}.bias": m.bias for name, m in model.named_modules() if hasattr(m, ADDED_BIAS)}
     body = [prefix + key for key in model.state_dict() if not key.startswith("last_bn.")]
     # BatchNorm itself does without this counter: older published weights lack it
-    body = [key for key in body if not key.endswith("num_batches_tracked")]
+    body = [key for key in body if not key.endswith("num_batches_tracked") and key not in added]
     if all(key in state_dict for key in body):
         device = next((state_dict[key].device for key in body), bn.weight.device)
+        for key, bias in added.items():
+            state_dict.setdefault(key, torch.zeros_like(bias, device=device))
         state_dict.update({own + name: value for name, value in identity_state(bn, device).items()})

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from condzoo.models.last_bn import ADDED_BIAS
+
 
 @dataclass(frozen=True)
 class HeadInput:
@@ -139,6 +141,7 @@ def standardize_(last_bn: nn.BatchNorm1d, head: nn.Linear, seen: HeadInput) -> N
     shift = weight @ mu
     if head.bias is None:
         head.bias = nn.Parameter(shift.to(head.weight))
+        setattr(head, ADDED_BIAS, True)
     else:
         head.bias.copy_(head.bias.double() + shift)
     head.weight.copy_(weight * sigma)

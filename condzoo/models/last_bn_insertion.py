@@ -47,7 +47,8 @@ def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = No
         batches: calibration data: one tensor, or an iterable of x or (x, y). None makes the last BN the identity.
             With it, the last BN takes mean and variance of the head's input over all batches (each example
             weighs the same; the variance is the biased one) and the head's weight and bias absorb them: its
-            input is standardized and the logits are the same. A head without a bias gets one.
+            input is standardized and the logits are the same. A head without a bias gets one, which plain weights, as
+            they have none, set to zero.
 
     Returns:
         `model`, with `model.last_bn`.

@@ -153,7 +153,7 @@ def read_release(release: Release) -> dict[str, Tensor]:
         ValueError: not the file that was released (its SHA-256 differs from the index's).
     """
     path = release_folder(release) / WEIGHTS
-    content = read_plain_file(path)
+    content = read_plain_file(Path(os.path.realpath(path)))  # some installers make a package's files links
     check_released(release, content, path)
     return parse_weights(content, str(path))
 
@@ -212,7 +212,8 @@ def fetch_into(cache: Path, release: Release) -> Path:
             looked = ", ".join(str(folder) for folder in checkpoint_folders())
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FileNotFoundError(
-                f"{release.name} is in none of {looked}, and the Hub did not give it: {reason}"
+                f"{release.name} is in none of {looked}, and the Hub did not give it: {reason}; the repository has it: "
+                f"{CACHE_VARIABLE}=CLONE, the path of a clone, takes it from there"
             ) from error
         if sha256(content) != release.sha256:
             raise ValueError(f"the Hub's {release.name} is not the released file: its SHA-256 differs; not kept")

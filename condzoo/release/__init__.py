@@ -1,5 +1,5 @@
 """`release`: a checkpoint's folder from finished runs."""
 
-from condzoo.release.making import release, released_before
+from condzoo.release.making import is_listed, release, released_before
 
-__all__ = ["release", "released_before"]
+__all__ = ["is_listed", "release", "released_before"]

@@ -15,10 +15,13 @@ import torch
 from timm import is_model
 from timm.layers import DropBlock2d, DropPath
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from condzoo.catalog import ModelInfo, list_models, model_info, read_catalog
 from condzoo.models import create_model
+from condzoo.models.last_bn import check_module
+from condzoo.models.registry import FAMILIES, sibling
 from condzoo.probe.wrappers import unwrapped
 
 
@@ -47,6 +50,7 @@ def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
             torch.default_generator.manual_seed(seed)
             model, changed = create_model(info.name), {}
     else:
+        check_module(name_or_model)
         # inside what torch.compile or DDP made; also of one that is frozen, or on a GPU
         model = copy.deepcopy(unwrapped(name_or_model)).cpu().requires_grad_(True)
         arch = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
@@ -96,11 +100,28 @@ def changed_arguments(model: Any, info: ModelInfo) -> dict[str, Any]:
             found["in_chans"] = first.in_channels
         if model.global_pool.pool_type != "avg":
             found["global_pool"] = model.global_pool.pool_type
+    built = registered_arguments(info.name)
+    found |= {key: value for key, value in variant(model).items() if built.get(key, value) != value}
     if info.family == "cifar_resnet" and any(name.endswith(".shortcut.0") for name, _ in weighted(model)):
         found["projection"] = True
     if getattr(model, "last_bn_init", "ones") != "ones":
         found["last_bn_init"] = model.last_bn_init
     return found | getattr(model, "other_arguments", {})
+
+
+def registered_arguments(name: str) -> dict[str, Any]:
+    """What the zoo's class is called with for a network of this name."""
+    rows = next((family.rows for family in FAMILIES.values() if name in family.rows), None)
+    return sibling(name)[1] if rows is None else rows[name]["args"]
+
+
+def variant(model: nn.Module) -> dict[str, bool]:
+    """The keywords that make a family's variants, as a network has them; a last BN also where it was put in later."""
+    body = (m for name, m in model.named_modules() if not name.startswith(("last_bn", "fc")))
+    return {
+        "norm": any(isinstance(m, _BatchNorm) for m in body),
+        "last_bn": isinstance(getattr(model, "last_bn", None), nn.Module),
+    }
 
 
 def with_arguments(info: ModelInfo, changed: Mapping[str, Any]) -> ModelInfo:
@@ -112,7 +133,10 @@ def with_arguments(info: ModelInfo, changed: Mapping[str, Any]) -> ModelInfo:
         built = create_model(info.name, **changed)
     classes = changed.get("num_classes", info.num_classes)
     params, macs = size_of(built, size)
-    return replace(info, input_size=size, num_classes=classes, params=params, macs=macs)
+    norm = "bn" if changed.get("norm", info.norm == "bn") else "none"
+    last_bn = changed.get("last_bn", info.last_bn)
+    found = replace(info, input_size=size, num_classes=classes, params=params, macs=macs)
+    return replace(found, norm=norm, last_bn=last_bn)
 
 
 def size_of(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class Validation:
         return "\n".join(f"{self.model:32} {what:4}  {c.name:12} {c.detail}" for c, what in rows)
 
 
-def validate(name_or_model: str | nn.Module, *, seed: int = 0, trained: bool = False) -> Validation:
+def validate(name_or_model: str | Path | nn.Module, *, seed: int = 0, trained: bool = False) -> Validation:
     """Build a model of the zoo and check what its family promises; a model given as such is left as it is.
 
     Checks: recorded parameters and multiply-adds; the function, by its logits with fixed weights; initial weights;
@@ -49,23 +50,29 @@ def validate(name_or_model: str | nn.Module, *, seed: int = 0, trained: bool = F
     those that training does not end: size, function, finite, scaling, last BN (`verify` holds their conditioning
     against what was recorded with them).
 
-    A network of the zoo built with other arguments (`num_classes=100`) is held against one built with the same; what
-    only the registered one has a record of is skipped, and says so. Dropout is left out of all checks.
+    A network of the zoo built with other arguments (`num_classes=100`), or given a last BN by `insert_last_bn`, is
+    held against one built with the same; what only the registered one has a record of is skipped, and says so.
+    Dropout is left out of all checks.
 
     Args:
-        name_or_model: a registered name; a released checkpoint's ("arch.tag"); or a network of the zoo at its
-            default initialization.
+        name_or_model: a registered name; a checkpoint by its released name ("arch.tag") or path; or a network of the
+            zoo at its default initialization.
         seed: of the initialization, where it is built here, and of the images.
         trained: the network given is trained; a checkpoint by its name is known to be.
 
     Raises:
         ValueError: an unknown name, or a network that is not of the zoo (it has no promises to hold).
+        TypeError: neither a name nor a path nor a module.
     """
-    released = isinstance(name_or_model, str) and "." in name_or_model
     with torch.device("cpu"):  # whatever default the caller has set: seeded generators are of one device
-        subject = prepare(load_checkpoint(str(name_or_model)) if released else name_or_model, seed)
-        checks = _all_checks(subject, fresh=not (released or trained))
-    return Validation(str(name_or_model) if released else subject.info.name, checks)
+        model: str | nn.Module
+        if isinstance(name_or_model, Path) or (isinstance(name_or_model, str) and "." in name_or_model):
+            said, model, trained = str(name_or_model), load_checkpoint(name_or_model), True
+        else:
+            said, model = "", name_or_model
+        subject = prepare(model, seed)
+        checks = _all_checks(subject, fresh=not trained)
+    return Validation(said or subject.info.name, checks)
 
 
 def _all_checks(subject: Subject, fresh: bool) -> tuple[Check, ...]:

@@ -171,6 +171,22 @@ def test_a_push_that_failed_is_repeated_with_the_same_command(hub, runs, tmp_pat
     assert len(hub.files["someone/mlp4x24_bn.digits"]) == 9
 
 
+def test_a_release_that_was_stopped_before_it_was_listed_is_listed_as_it_is_pushed(runs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = ["release", *map(str, runs), "--tag", "digits", "--out", str(out), "--push", "--dry-run"]
+    with monkeypatch.context() as broken:
+        broken.setattr("condzoo.release.making.write_table", lambda root: fail())
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+    assert stop.value.code == 2
+    assert not (out / "README.md").exists()
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert not stop.value.code
+    assert capsys.readouterr().out.startswith("released before: ")
+    assert "[mlp4x24_bn.digits]" in (out / "README.md").read_text()
+
+
 def test_a_release_becomes_the_default_and_is_pushed_again(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(released, "INDEX", tmp_path / "released.toml")
     (tmp_path / "released.toml").touch()

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 import condzoo
-from condzoo.checkpoints import load_checkpoint
-from condzoo.checkpoints.folder import write_sums
+from condzoo.checkpoints import load_checkpoint, verify_checkpoint
+from condzoo.checkpoints.folder import read_folder, write_sums
+from condzoo.checkpoints.loading import read_checkpoint
 from condzoo.checkpoints.writing import serialize
 from condzoo.data import BatchPlan, load_data
 from condzoo.evaluating import evaluate_again
@@ -97,6 +98,27 @@ def test_a_loaded_model_does_not_drag_its_weights_along(index):
     config = create_model(NAME, pretrained=True).pretrained_cfg
     assert "state_dict" not in config
     assert (config["architecture"], config["tag"]) == ("mlp4x24_bn", "digits")
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "hook", "getter"])
+def test_features_do_not_drag_the_weights_along(index, feature_cls):
+    model = timm.create_model(NAME, pretrained=True, features_only=True, feature_cls=feature_cls)
+    assert not any("state_dict" in (getattr(part, "pretrained_cfg", None) or {}) for part in model.modules())
+
+
+def test_a_package_that_was_installed_as_links_has_its_checkpoints(index, checkpoint, images):
+    """As uv (--link-mode symlink) and Bazel install them; a folder that is given by its path has none."""
+    folder = released.cache_folder() / NAME
+    for file in list(folder.iterdir()):
+        file.unlink()
+        file.symlink_to(checkpoint / file.name)
+    assert torch.equal(load_checkpoint(NAME)(images), load_checkpoint(checkpoint)(images))
+    assert read_checkpoint(NAME).files == read_folder(checkpoint).files
+    found = verify_checkpoint(NAME)
+    assert found.ok, found.rows
+    with pytest.raises(ValueError, match="is a symbolic link; a checkpoint's files must be plain files"):
+        load_checkpoint(folder)
+    assert not verify_checkpoint(folder).ok
 
 
 def test_another_number_of_classes_keeps_the_body_and_has_a_new_head(index, checkpoint):

@@ -414,6 +414,8 @@ def test_the_index_gets_a_row_and_one_default_a_model(tmp_path, monkeypatch):
     assert [(r.tag, r.default) for r in ours] == [("third", True), ("first", False), ("second", False)]
     assert ours[0].input["mean"] == (0.5,)
     assert "tag" not in ours[0].input
+    add_to_index("mlp100x256.third", "0" * 64, cfg, False)  # made again
+    assert [(r.tag, r.default) for r in released.releases_of("mlp100x256")] == [(r.tag, r.default) for r in ours]
     only = next(name for name, release in before.items() if len(released.releases_of(release.arch)) == 1)
     add_to_index(only, "0" * 64, cfg, False)  # made again: still the one its model's name stands for
     assert released.read_index()[only].default

@@ -48,6 +48,14 @@ def test_a_head_without_a_bias_gets_one():
     model = insert_last_bn(copy.deepcopy(plain), data())
     torch.testing.assert_close(model(data()), plain(data()), rtol=1e-5, atol=1e-5)
     assert model.out.bias.abs().max() > 0
+    again = copy.deepcopy(model)
+    again.load_state_dict(plain.state_dict())  # which has none
+    assert torch.equal(again.out.bias, torch.zeros(3))
+    torch.testing.assert_close(again(data()), plain(data()))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(data()), model(data()))
+    with pytest.raises(RuntimeError, match=r"hidden\.weight"):
+        again.load_state_dict({"out.weight": plain.out.weight})
     assert insert_last_bn(plain).out.bias is None  # the identity needs none
 
 

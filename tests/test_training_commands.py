@@ -224,7 +224,7 @@ def test_a_dry_run_takes_a_step_and_writes_nothing(capsys, tmp_path, monkeypatch
     code, out, _ = run(capsys, "train", *TINY, "--set", "probe.every=1", "--dry-run")
     assert code == 0
     assert "1,437 training and 360 test images" in out
-    assert re.search(r"step 1   of 330: loss \d\.\d+, gradient norm [\d.]+, .* s, 4 layers probed", out)
+    assert re.search(r"step 1   of 330: loss \d\.\d+, gradient norm [\d.]+, [\d.]+ m?s, 4 layers probed", out)
     first = json.loads(run(capsys, "train", *TINY, "--dry-run", "--json")[1])
     assert not list(tmp_path.iterdir()), "nothing is written"
     run(capsys, "train", *TINY, "--max-steps", "1", "--out", "real", "--set", "log_every=1")

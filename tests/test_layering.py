@@ -20,7 +20,7 @@ ALLOWED = {
     "checkpoints": {"models", "data", "probe"},
     "exit_codes": set(),
     "validation": {"models", "probe", "catalog", "checkpoints"},
-    "evaluating": {"data", "checkpoints", "training"},
+    "evaluating": {"models", "data", "catalog", "checkpoints", "training"},
     "probing": {"models", "data", "probe", "catalog", "checkpoints", "evaluating", "training"},
     "conversion": {"models", "catalog", "checkpoints"},
     "release": {"models", "data", "probe", "catalog", "checkpoints", "training"},

@@ -16,6 +16,7 @@ from condzoo.checkpoints.records import Config, Conversion, InputConfig, Metrics
 from condzoo.checkpoints.remeasuring import read_images
 from condzoo.data import IMAGE_FOLDER, DataSet, ImageData, StoredData, load_data
 from condzoo.models import create_model
+from condzoo.models.timm_models import current_name
 from condzoo.training import Evaluation, evaluate, evaluate_run, load_run
 from condzoo.training.precision import Numerics, resolve_device, usual_torch
 from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY
@@ -102,7 +103,7 @@ def timms_images(
         ValueError: no such network, or a data set of other images or classes.
     """
     model_info(name)  # says what is wrong with the name
-    known = timm.get_pretrained_cfg(name)
+    known = timm.get_pretrained_cfg(current_name(name))
     assert known is not None, "`model_info` has found it"
     fields = known.to_dict()
     described = resolve_data_config(pretrained_cfg=fields)  # where it says nothing, what is usual for timm

@@ -170,6 +170,13 @@ def test_a_trained_network_of_timms_is_evaluated_on_images_as_its_weights_saw_th
         evaluate_again("resnet50.a7_in1k", data_root=wide, device="cpu")
 
 
+@pytest.mark.filterwarnings("ignore:Mapping deprecated model name")
+def test_an_older_name_of_timms_has_the_images_of_what_it_is_today(wide: Path) -> None:
+    for name in ("tv_resnet50", "tv_resnet50.tv_in1k"):
+        with pytest.raises(ValueError, match=rf"^data: imagefolder has 2 classes, {name} tells 1000 apart$"):
+            evaluate_again(name, data_root=wide, device="cpu")
+
+
 def test_what_is_doubtful_stands_in_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     print_evaluation(Evaluated(Evaluation(3, 4, 0.5), None, "doubtful"), as_json=True)
     printed = json.loads(capsys.readouterr().out)

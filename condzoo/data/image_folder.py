@@ -66,7 +66,7 @@ def load_image_folder(
     test, test_classes = scan_split(test_folder)
     if test_only:
         nothing = FolderImages(train_folder, np.array([], dtype=np.bytes_), np.array([], dtype=np.int64))
-        train, classes = nothing, class_names(train_folder) if train_folder.is_dir() else test_classes
+        train, classes = nothing, class_names(train_folder) or test_classes
     else:
         train, classes = scan_split(train_folder)
     check_classes(root, classes, test_classes, num_classes)
@@ -74,7 +74,9 @@ def load_image_folder(
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """The names of the class folders in a folder, sorted."""
+    """The names of the class folders in a folder, sorted; none where there is no such folder."""
+    if not folder.is_dir():
+        return ()
     return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
 
 

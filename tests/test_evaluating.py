@@ -161,7 +161,7 @@ def test_a_trained_network_of_timms_is_evaluated_on_images_as_its_weights_saw_th
     shutil.rmtree(wide / "train")
     found = evaluate_again(name, data_root=wide, device="cpu")
     assert asked == [((name,), {"pretrained": True})]
-    logits = net(shown_by_timm(known.to_dict(), wide))
+    logits = net(shown_by_timm(known.to_dict(), wide)).detach()
     assert found.evaluation.correct == int((logits.argmax(1) == torch.tensor([0, 1])).sum())
     assert found.evaluation.loss == pytest.approx(float(nn.functional.cross_entropy(logits, torch.tensor([0, 1]))))
     assert found.recorded is None

@@ -58,7 +58,7 @@ def evaluate_again(
     Raises:
         ValueError, FileNotFoundError: no such run or checkpoint; no data; a data set that is not the target's.
     """
-    folder = Path(target).parent if Path(target).name in (MODEL, RECIPE, SUMMARY) else Path(target)
+    folder = folder_of(target)
     of_runs = (folder / SUMMARY).is_file() or any(folder.glob(f"*/{SUMMARY}"))  # shards of a sweep have no summary.json
     if of_runs or ((folder / RECIPE).is_file() and not (folder / CONFIG).is_file()):
         return run_again(folder, data, data_root, device)
@@ -111,6 +111,12 @@ def timms_images(
     images = prepared_images(cfg, data, data_root, test_only=test_only)
     check_fit(images, cfg.input_size, cfg.num_classes, name)
     return fields | described, images
+
+
+def folder_of(target: str | Path) -> Path:
+    """The folder that is meant by a path, which may be that of a file in it."""
+    path = Path(target)
+    return path.parent if path.name in (MODEL, RECIPE, SUMMARY) else path
 
 
 def run_again(folder: Path, data: str | None, data_root: str | Path | None, device: str | None) -> Evaluated:

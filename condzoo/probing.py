@@ -20,12 +20,11 @@ from condzoo.data import (
     epoch_order,
     load_data,
 )
-from condzoo.evaluating import checkpoint_images, timms_images
+from condzoo.evaluating import checkpoint_images, folder_of, timms_images
 from condzoo.models import create_model
 from condzoo.probe import Conditioning, measure
 from condzoo.training import load_run, read_data
 from condzoo.training.precision import resolve_device
-from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY
 
 PAPER_CROP = 20  # pixels: the usual box of MNIST's digits, where the paper's 12x12 images leave the size open
 
@@ -90,13 +89,11 @@ def answer(question: Question) -> Conditioning:
 def network_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
     """The network, and the images it takes."""
     arch, _, tag = question.target.partition(".")
-    ours = arch in list_models()
-    if (Path(question.target) / SUMS).is_file() or (ours and tag):
+    ours, folder = arch in list_models(), folder_of(question.target)
+    if (folder / SUMS).is_file() or (ours and tag):
         return checkpoint_and_data(question)
-    if (Path(question.target).parent / RECIPE).is_file() and Path(question.target).name in (MODEL, RECIPE, SUMMARY):
-        return network_and_data(replace(question, target=str(Path(question.target).parent)))
-    if Path(question.target).is_dir():
-        run = load_run(question.target)
+    if folder.is_dir():
+        run = load_run(folder)
         if question.data not in (None, run.recipe.data.name):
             raise ValueError(f"the run was trained on {run.recipe.data.name}, got --data {question.data}; leave it out")
         return run.load_model(), read_data(run.recipe, question.data_root)

@@ -210,13 +210,14 @@ def spread_text(number: Mapping[str, Any], scale: float) -> str:
 def run_labels(runs: "Sequence[Run]") -> "dict[str, Run]":
     """Runs by the short name that tells them apart: the model where it differs, else the folder."""
     models = {run.recipe.model.name: run for run in runs}
-    return models if len(models) == len(runs) else dict(zip(folder_labels([r.path for r in runs]), runs, strict=True))
+    return models if len(models) == len(runs) else dict(zip(path_labels([r.path for r in runs]), runs, strict=True))
 
 
-def folder_labels(folders: "Sequence[Path]") -> list[str]:
-    """Folders by their names; by their whole paths where two have the same."""
-    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]  # "." has none
-    return [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)]
+def path_labels(paths: "Sequence[Path]") -> list[str]:
+    """Folders by their names, files by theirs without the suffix; by the whole paths where two have the same."""
+    whole = [Path(os.path.abspath(path)) for path in paths]  # "." has no name
+    names = [path.stem if path.is_file() else path.name for path in whole]
+    return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
 
 
 def last_layer_texts(run: "Run") -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """The command `condzoo plot`: pictures of what was measured."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -40,15 +39,14 @@ def plot(
 
 
 def labels_of(runs: list[Path]) -> list[str]:
-    """Runs by their folders' names, other files by their own; by their paths where two have the same.
+    """Runs and measurements by their `path_labels`.
 
     Raises:
         ValueError: one is given twice.
     """
-    shown = [run.parent if run.name == RECORDS else run for run in runs]
-    whole = [Path(os.path.abspath(path)) for path in shown]  # "." has no name
-    names = [path.stem if path.is_file() else path.name for path in whole]
-    labels = [str(path) if names.count(name) > 1 else name for path, name in zip(shown, names, strict=True)]
+    from condzoo.commands.display import path_labels
+
+    labels = path_labels([run.parent if run.name == RECORDS else run for run in runs])
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} is given twice")

@@ -221,8 +221,9 @@ class Capture:
             moment.add(with_constant(columns) if bias else columns, self.precision)
 
     def _on_projection(self, name: str, layer: nn.Module, x: Tensor, h: Tensor) -> None:
-        whole = f"{name.rpartition('.')[0]}.in_proj".lstrip(".")
-        if name in self.layers or whole in self.layers:
+        inside, _, local = name.rpartition(".")
+        is_part = local != "out_proj" and f"{inside}.in_proj".lstrip(".") in self.layers
+        if name in self.layers or is_part:
             self.layers.setdefault(name, layer)  # a part of a packed weight is known only once it is used
             self._on_layer(name, layer, x, h)
 

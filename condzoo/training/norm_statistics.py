@@ -61,7 +61,7 @@ def statistics_batches(training: Training) -> Iterator[Batch]:
 
 
 def measure_statistics(training: Training, network: nn.Module, batches: Iterable[Batch]) -> None:
-    """BatchNorm's statistics anew, the mean over batches.
+    """BatchNorm's statistics anew, the mean over the batches, which are `statistics_batches`' pieces.
 
     Stochastic depth and dropout draw as in the first step: what is written has the statistics that were evaluated.
     """

@@ -71,6 +71,14 @@ def test_a_packed_weight_used_in_parts_is_named_and_the_function_is_restored():
     assert F.linear is before
 
 
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("asked", ["in_proj", "out_proj"])
+def test_a_projection_that_is_asked_for_is_measured_alone(asked, cross):
+    found = measure(WithModule(cross).double(), batch(), layers=[f"attention.{asked}"])
+    names = {"in_proj": ["q_proj", "kv_proj"] if cross else ["in_proj"], "out_proj": ["out_proj"]}[asked]
+    assert list(found) == [f"attention.{name}" for name in names]
+
+
 def test_the_function_is_restored_when_attention_raises():
     before = F.linear
     model = WithModule(cross=False).double()

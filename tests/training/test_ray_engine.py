@@ -7,13 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from condzoo.training import Message, Notice, Run, Stopped, ray_engine, run_all
 from condzoo.training.attempts import RunOptions
-from condzoo.training.ray_engine import absolute_data_root, data_variable, remote_attempt
+from condzoo.training.ray_engine import (
+    Resources,
+    absolute_data_root,
+    data_variable,
+    default_gpus,
+    remote_attempt,
+    run_all_on_ray,
+)
 from condzoo.training.recipe import recipe_tables
 
 ray = pytest.importorskip("ray")
@@ -26,25 +34,34 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Two CPUs of this machine; a worker has one thread, as the runs in this process have, whatever the caller sets."""
+    """Two CPUs of this machine, and a cluster of this process's own.
+
+    A worker has one thread, as the runs in this process have, whatever the caller sets.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         yield
         ray.shutdown()
 
 
 def workers() -> list[int]:
-    """Process ids of Ray's workers that are at a run now (Ray writes the task into the command line)."""
-    found = []
+    """Process ids of this process's own Ray workers that are at a run now (Ray writes the task into their titles)."""
+    titles, parents = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            title = (folder / "cmdline").read_bytes()
+            stat, title = (folder / "stat").read_text(), (folder / "cmdline").read_bytes()
         except OSError:  # it ended
             continue
-        if title.startswith(b"ray::") and b"remote_attempt" in title:
-            found.append(int(folder.name))
-    return found
+        parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
+        titles[int(folder.name)] = title
+
+    def own(pid: int) -> bool:
+        """Others' runs on this machine are children of another process."""
+        return pid == os.getpid() or (pid in parents and own(parents[pid]))
+
+    runs = (pid for pid, title in titles.items() if title.startswith(b"ray::") and b"remote_attempt" in title)
+    return [pid for pid in runs if own(pid)]
 
 
 def once_there(folder: Path, pattern: str, act: Callable[[], Any]) -> threading.Thread:
@@ -101,6 +118,63 @@ def test_what_no_machine_has_is_refused(tiny: Any, tmp_path: Path, cluster: None
         run_all({"run": tiny()}, tmp_path, engine="ray", cpus_per_run=64)
     with pytest.raises(ValueError, match="device: got 'cuda:1', must be cpu or cuda on Ray"):
         run_all({"run": tiny()}, tmp_path, engine="ray", device="cuda:1")
+
+
+class FakeRay:
+    """A cluster of one machine with two GPUs, of which a run ends as it begins; notes what each task asks for."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.exceptions = SimpleNamespace(RayError=RuntimeError)
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 4.0, "GPU": 2.0}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": self.cluster_resources()}]
+
+    def remote(self, function: Any) -> Any:
+        def options(**asked: Any) -> Any:
+            self.asked.append(asked)
+            return SimpleNamespace(remote=lambda *arguments: "a run")
+
+        return SimpleNamespace(options=options)
+
+    def wait(self, pending: list[str], **options: Any) -> tuple[list[str], list[str]]:
+        return pending, []
+
+    def get(self, reference: str) -> dict[str, str]:
+        return {"status": "failed", "error": "no machine"}
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "gpus"),
+    [(None, None, 1.0), ("cuda", None, 1.0), ("cpu", None, 0.0), (None, 0.5, 0.5), ("cuda", 2, 2), (None, 0, 0)],
+)
+def test_a_run_is_placed_by_the_gpus_it_takes(
+    device: Any, wanted: Any, gpus: float, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One where the cluster has any, none for a run on the CPU, a fraction where runs share one."""
+    fake = FakeRay()
+    monkeypatch.setattr(ray_engine, "connected", lambda: fake)
+    events: list[Any] = []
+    options = RunOptions(device=device, on_event=events.append)
+    runs = run_all_on_ray({"run": tiny()}, tmp_path, options, Resources(wanted, cpus=3))
+    assert [(asked["num_gpus"], asked["num_cpus"], asked["max_retries"]) for asked in fake.asked] == [(gpus, 3, 3)]
+    assert events[0].text == f"1 runs on Ray, {gpus:g} GPUs and 3 CPUs each, into {tmp_path}"
+    assert runs["run"].summary["error"] == "no machine"
+
+
+def test_without_gpus_in_the_cluster_a_run_takes_none() -> None:
+    nowhere = SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0})
+    assert [default_gpus(nowhere, device) for device in (None, "cuda", "cpu")] == [0.0, 0.0, 0.0]
+
+
+def test_more_gpus_than_a_machine_has_are_refused(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_engine, "connected", FakeRay)
+    text = r"a run needs 4 GPUs and 1 CPUs, and no machine of the Ray cluster has them \(2 GPUs and 4 CPUs\)"
+    with pytest.raises(ValueError, match=text):
+        run_all({"run": tiny()}, tmp_path, engine="ray", gpus_per_run=4)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker in /proc")

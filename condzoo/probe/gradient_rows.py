@@ -18,6 +18,8 @@ from condzoo.probe.finiteness import checked_finite, nonfinite
 from condzoo.probe.label_draws import equivalent_draws, few_enough
 from condzoo.probe.label_models import (
     ONE_BY_ONE,
+    SOFTMAX,
+    check_softmax,
     checked_distribution,
     class_axis,
     gradients_one_by_one,
@@ -26,7 +28,7 @@ from condzoo.probe.label_models import (
 )
 from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import CHANNELS_FIRST, samples_interact
-from condzoo.probe.losses import Loss, logits_of, mean_loss
+from condzoo.probe.losses import Loss, logits_of, mean_loss, own_loss_of
 from condzoo.probe.row_reading import by_sample, read
 
 ELSEWHERE = "a layer whose weight is used otherwise than by its own call"
@@ -137,17 +139,14 @@ def label_signals(loss: Loss | None, output: Any, y: Any, matrix: str, samples: 
     """What to pull back through the logits for the expectation over the loss's distribution, each like the logits.
 
     Raises:
-        ValueError: the loss stands for none, or the logits have another shape; of tokens flattened into the first
-            dimension it is not known whose they are.
+        ValueError: the loss stands for none, is the model's own and no cross-entropy, or the logits have another shape.
     """
-    predicted = logits_of(output)
-    kind = checked_distribution(loss, predicted, f"matrix={matrix!r}", tokens=matrix != "ggn")
-    if len(predicted) != samples:
-        raise ValueError(
-            f"matrix={matrix!r} needs an output whose first dimension is the {samples} samples, got "
-            f"{list(predicted.shape)}; return tokens as [n, classes, ...], not flattened"
-        )
-    return weighted_gradients(kind, predicted, class_axis(kind, output, predicted, y))
+    predicted, asked = logits_of(output), f"matrix={matrix!r}"
+    kind = checked_distribution(loss, predicted, asked, tokens=matrix != "ggn", samples=samples)
+    axis = class_axis(kind, output, predicted, y)
+    if kind in SOFTMAX:
+        check_softmax(own_loss_of(output) if loss is None else None, predicted, axis, asked)
+    return weighted_gradients(kind, predicted, axis)
 
 
 def _width(module: nn.Module) -> int:

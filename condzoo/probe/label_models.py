@@ -38,6 +38,8 @@ MODULES: tuple[tuple[type[nn.Module], Distribution], ...] = (
     (nn.BCEWithLogitsLoss, "bernoulli"),
 )
 ONE_BY_ONE = 512  # backward passes a batch, up to which each sample's label is a pass of its own under batch statistics
+ZERO_SUM = 1e-3  # of its absolute values, that the gradient of a cross-entropy may have as its sum over the classes
+OTHERS = "pass loss=nn.MSELoss() or nn.BCEWithLogitsLoss(), or use the labels of the data (labels='data')"
 ALLOWED = "cross-entropy (softmax), NLL (log-probabilities), MSE (Gaussian) or BCE with logits (Bernoulli) of torch"
 
 
@@ -51,13 +53,17 @@ def distribution_of(loss: Any) -> Distribution | None:
     return by_class or (FUNCTIONS.get(loss) if callable(loss) and loss.__hash__ else None)
 
 
-def checked_distribution(loss: Any, output: Any, asked: str, *, tokens: bool = True) -> Distribution:
+def checked_distribution(
+    loss: Any, output: Any, asked: str, *, tokens: bool = True, samples: int | None = None
+) -> Distribution:
     """The distribution, if the loss has one and the output its shape.
 
     Args:
         loss, output: of the model.
         asked: what needs it, for the error ("labels='model'").
         tokens: a softmax may be over many labels a sample.
+        samples: of the batch, which the output's first dimension must be: of tokens flattened into it, it is not known
+            whose they are. None: any.
 
     Raises:
         ValueError: a free callable, or an output of another shape; says what is allowed.
@@ -76,7 +82,41 @@ def checked_distribution(loss: Any, output: Any, asked: str, *, tokens: bool = T
         raise ValueError(f"{asked} needs logits {allowed}, got {shape}; use the labels of the data (labels='data')")
     if not (tensor and output.ndim and output.is_floating_point()):
         raise ValueError(f"{asked} needs a model output that is a tensor [n, ...], got {shape}")
+    if samples is not None and len(output) != samples:
+        raise ValueError(
+            f"{asked} needs an output whose first dimension is the {samples} samples, got {shape}; return tokens as "
+            "[n, classes, ...], not flattened"
+        )
     return found
+
+
+def check_softmax(own: Tensor | None, logits: Tensor, axis: int, asked: str) -> None:
+    """See that labels can come from a softmax over the classes.
+
+    Args:
+        own: the loss that the model returned, where that is the loss: it need not be a cross-entropy.
+        logits: with their classes along `axis`.
+        asked: what needs it, for the error.
+
+    Raises:
+        ValueError: there is one class, or d own / d logits, a multiple of p - y under a softmax, has another sum
+            over the classes than 0.
+    """
+    if logits.shape[axis] == 1:
+        raise ValueError(
+            f"{asked} takes labels from a softmax, which has no meaning for one class (logits {list(logits.shape)}); "
+            f"{OTHERS}"
+        )
+    grad = None if own is None else _gradient(own, logits)
+    if own is None or grad is None:
+        return
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    rest, size = (float(part.sum(dtype=wide)) for part in (grad.sum(axis, dtype=wide).abs(), grad.abs()))
+    # Confident logits leave p - y little but the rounding of p, which is near 1, for each of a sample's labels.
+    eps, labels = torch.finfo(own.dtype).eps, logits[0].numel() / logits.shape[axis]
+    rounding = 4 * eps * labels * _scale(logits.dtype)
+    if rest > max(ZERO_SUM, 4 * eps, 4 * torch.finfo(logits.dtype).eps) * size + rounding:
+        raise ValueError(f"{asked} takes labels from a softmax, and the model's own loss is no cross-entropy; {OTHERS}")
 
 
 def class_axis(kind: Distribution, output: Any, logits: Tensor, target: Any) -> int:
@@ -119,10 +159,28 @@ def counted_outputs(value: Tensor | None, logits: Tensor, axis: int) -> Tensor |
 
     None where there is no loss, or it does not come from these logits: all count then.
     """
-    if value is None:
-        return None
-    (grad,) = torch.autograd.grad(value, logits, retain_graph=True, allow_unused=True)
+    grad = None if value is None else _gradient(value, logits)
     return None if grad is None else (grad != 0).any(axis, keepdim=True).expand_as(grad)
+
+
+def unsure(logits: Tensor, axis: int) -> Tensor:
+    """Logits of the same shape that are sure of no class: a loss's gradients at these do not vanish in any dtype."""
+    shape = [-1 if i == axis else 1 for i in range(logits.ndim)]
+    ramp = torch.linspace(-1, 0, logits.shape[axis], dtype=logits.dtype, device=logits.device)
+    return ramp.reshape(shape).expand(logits.shape).clone().requires_grad_()
+
+
+def _gradient(value: Tensor, logits: Tensor) -> Tensor | None:
+    """d value / d logits times `_scale`; None where it does not come from these logits."""
+    if not (value.requires_grad and logits.requires_grad):
+        return None
+    scale = torch.full_like(value, _scale(logits.dtype))
+    return torch.autograd.grad(value, logits, scale, retain_graph=True, allow_unused=True)[0]
+
+
+def _scale(dtype: torch.dtype) -> float:
+    """What keeps gradients of a mean from vanishing in float16; p - y is at most 1."""
+    return 2.0**15 if dtype == torch.float16 else 1.0
 
 
 def _by_label(kind: Distribution, tensor: Tensor, axis: int) -> Float[Tensor, "n t k"]:

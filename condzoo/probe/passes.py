@@ -97,9 +97,15 @@ class Passes:
 
     def _from_model(self, output: Any, y: Any, value: Tensor | None) -> None:
         logits = losses.logits_of(output)
-        kind = label_models.checked_distribution(self.loss, logits, f"labels={self.labels!r}")
+        asked = f"labels={self.labels!r}"
+        kind = label_models.checked_distribution(self.loss, logits, asked, samples=self.capture.batch)
         axis = label_models.class_axis(kind, output, logits, y)
-        counted = label_models.counted_outputs(value, logits, axis) if kind in label_models.SOFTMAX else None
+        counted = None
+        if kind in label_models.SOFTMAX:
+            holds_own = self.loss is None and losses.own_loss_of(output) is not None
+            own = losses.mean_loss(None, output, y, self.capture.batch, self.reduction) if holds_own else None
+            label_models.check_softmax(own, logits, axis, asked)
+            counted = self._counted(value, logits, axis, y, own=holds_own)
         self.capture.gradients = True
         if self.labels == "sample":
             self._backward(logits, label_models.drawn_gradient(kind, logits, self.generator, axis, counted))
@@ -120,6 +126,14 @@ class Passes:
                 self.capture.further = c > 0
                 self._backward(logits, signal)
         self.capture.gradients = self.capture.further = False
+
+    def _counted(self, value: Tensor | None, logits: Tensor, axis: int, y: Any, *, own: bool) -> Tensor | None:
+        """Which outputs have a part in the loss; for a loss of torch's however confident the network is."""
+        if value is None or own:
+            return label_models.counted_outputs(value, logits, axis)
+        unsure = label_models.unsure(logits, axis)
+        value = losses.mean_loss(self.loss, unsure, y, self.capture.batch, self.reduction)
+        return label_models.counted_outputs(value, unsure, axis)
 
     def _from_data(self, value: Tensor, count: int) -> None:
         self.total_loss, self.sees_loss = self.total_loss + float(value.detach()) * count, True

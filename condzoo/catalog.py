@@ -21,7 +21,8 @@ class ModelInfo:
         family: the table it stands in, e.g. "cifar_resnet".
         dataset: the data it is made for; `input_size` (C, H, W) and `num_classes` are that data's.
         depth: weight layers, as the name counts them.
-        norm: "bn" or "none": normalization of the body.
+        norm: normalization of the body: "bn" or "none"; of timm's own models also "ln" (LayerNorm, RMSNorm) or "gn"
+            (GroupNorm), whichever most of its layers are.
         last_bn: whether a BatchNorm stands before the last linear layer.
         params: parameters; `macs`: multiply-adds of convolutions and linear layers for one image.
         source: where the architecture is from.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 
 from condzoo.integrations.settings import check_settings
 from condzoo.probe import Probe
+from condzoo.probe.batches import batch_size
 
 
 class ProbeCallback(pl.Callback):
@@ -22,6 +27,8 @@ class ProbeCallback(pl.Callback):
     Args:
         every: optimizer steps from one measurement to the next, as in `Probe`.
         out: folder for `conditioning.jsonl`; None takes the trainer's `log_dir`, else its `default_root_dir`.
+        samples: how many samples a batch has, or a tensor whose leading dimension they are, as
+            `lambda batch: batch.num_graphs`; None takes the first tensor in it.
         settings: any other keyword of `Probe` but `start_step`: layers, conv, precision, kappa, tensorboard ...
             `loss_scale` is what the loss is multiplied by besides the trainer's own factors; a `scaler` takes the
             place of the trainer's.
@@ -33,9 +40,18 @@ class ProbeCallback(pl.Callback):
         probe: the `Probe`, from the start of training on; `probe.latest` is the last measurement.
     """
 
-    def __init__(self, every: int = 100, *, out: str | Path | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        every: int = 100,
+        *,
+        out: str | Path | None = None,
+        samples: Callable[[Any], Tensor | SupportsIndex] | None = None,
+        **settings: Any,
+    ) -> None:
         check_settings(every, out, settings)
-        self.every, self.out, self.settings = every, out, settings
+        if samples is not None and not callable(samples):
+            raise TypeError(f"samples must be a function of a batch, as lambda batch: len(batch), got {samples!r}")
+        self.every, self.out, self.samples, self.settings = every, out, samples, settings
         self.probe: Probe | None = None
         self._steps = 0  # the trainer's, which counts those of every optimizer
         self._taken = 0  # as the records number them: one a batch, or so many accumulated ones
@@ -71,9 +87,28 @@ class ProbeCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """`training_step` follows, which may call any part of the module."""
+        """`training_step` follows, which may call any part of the module.
+
+        Raises:
+            TypeError: nothing says how many samples the batch has.
+        """
         assert self.probe is not None
-        self.probe.begin(batch)
+        if self.probe.due:
+            self.probe.begin(self._counted(batch))
+
+    def _counted(self, batch: Any) -> Any:
+        """The batch, or a tensor with as many samples."""
+        if self.samples is not None:
+            found = self.samples(batch)
+            return found if isinstance(found, Tensor) and found.ndim else torch.empty(operator.index(found), 0)
+        try:
+            batch_size(batch)
+        except TypeError as error:
+            raise TypeError(
+                f"{error}; pass ProbeCallback(samples=lambda batch: ...), the number of samples in a batch, as "
+                "batch.num_graphs or len(batch), or a tensor whose leading dimension they are"
+            ) from None
+        return batch
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -119,6 +119,7 @@ def init_weights(
     generators: dict[torch.device, torch.Generator] = {}
     for layer in layers:
         init_layer_(layer, fill, generator_on(layer.weight.device, seed, generators))
+    zero_biases_(model)
     return model
 
 
@@ -151,7 +152,7 @@ def fans_of(layer: Weighted) -> Fans:
 
 @torch.no_grad()
 def init_layer_(layer: Weighted, fill: Fill, generator: torch.Generator | None = None) -> None:
-    """Draw one layer's weight with a function of this module, and zero its bias."""
+    """Draw one layer's weight with a function of this module."""
     weight, fans = layer.weight, fans_of(layer)
     if weight.is_meta:  # nothing to draw, and drawing it takes most of the time of building there
         return
@@ -165,8 +166,14 @@ def init_layer_(layer: Weighted, fill: Fill, generator: torch.Generator | None =
         c_in, c_out, *kernel = weight.shape
         drawn = drawn.reshape(groups, c_out, c_in // groups, *kernel).transpose(1, 2)
     weight.copy_(drawn.reshape(weight.shape))
-    if layer.bias is not None:
-        layer.bias.zero_()
+
+
+@torch.no_grad()
+def zero_biases_(model: nn.Module) -> None:
+    """Zero every layer's bias: layers that share a weight may each have their own."""
+    for layer in model.modules():
+        if isinstance(layer, Weighted) and layer.bias is not None:
+            layer.bias.zero_()
 
 
 def generator_on(

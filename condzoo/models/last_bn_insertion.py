@@ -10,6 +10,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from condzoo.models.last_bn import (
@@ -19,11 +20,20 @@ from condzoo.models.last_bn import (
     check_module,
     reset_to_identity_,
 )
-from condzoo.models.last_bn_calibration import is_pooled, standardize_, watch_head
+from condzoo.models.last_bn_calibration import (
+    HeadInput,
+    is_pooled,
+    largest_change,
+    outputs,
+    put_back_,
+    refuse_fixed,
+    standardize_,
+    watch_head,
+)
+from condzoo.models.last_bn_heads import find_head, parent_of, possible_heads, refuse_several, refuse_sibling
 
-# where torchvision's models, and most others without timm's get_classifier, keep their head
-HEAD_NAMES = ("fc", "classifier", "heads", "head", "last_linear")
 DROPOUT_NAMES = ("head_drop", "head_dropout", "drop", "dropout")
+ROUNDING = 0.01  # of the largest output: what may change by float32's or float64's
 LIBRARIES = ("timm", "torchvision")  # whose classifiers run their dropout and head in the order they are registered
 
 
@@ -56,7 +66,7 @@ def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = No
     Raises:
         ValueError: the model already has a last BN, has no single linear head, applies a functional dropout
             before it, is an nn.Sequential, or is compiled or wrapped (DDP); fewer than 2 examples or features that are
-            not finite; with batches, a head whose weight or bias is no parameter.
+            not finite; with batches, a head whose weight or bias is no parameter of its own, or outputs that change.
         TypeError: a model that is no module; a batch that is not a floating-point tensor.
 
     Source: arXiv:2002.10801, sec. 5.
@@ -68,20 +78,56 @@ def insert_last_bn(model: nn.Module, batches: Tensor | Iterable[Any] | None = No
         raise ValueError("an nn.Sequential would run model.last_bn as its last layer; wrap it in a module of its own")
     refuse_wrapped(model)
     head = find_head(model)
+    refuse_sibling(model, head)
     refuse_functional_dropout(model, head)
     last_bn = reset_to_identity_(build_last_bn(head.in_features).to(head.weight))
     dropout = feeding_dropout(model, head)
-    if batches is not None:
+    if batches is None:
+        put_in(model, last_bn, head, dropout)
+    else:
+        refuse_fixed(model, head)
         candidate = dropout_before(model, head)
-        seen = watch_head(model, head, candidate, batches)
-        standardize_(last_bn, head, seen)
-        dropout = candidate if seen.from_dropout else None
-    model.last_bn = last_bn.train(model.training)
-    attach(model, head, dropout)
+        seen = watch_head(model, head, candidate, batches, possible_heads(model, head))
+        refuse_several(model, [*seen.siblings, head], "that read the same features; a last BN needs one linear head")
+        put_in_calibrated(model, last_bn, head, candidate if seen.from_dropout else None, seen)
     accept_plain_weights(model)
     if hasattr(model, "reset_classifier"):
         model.reset_classifier = partial(reset_classifier, model)  # type: ignore[assignment]
     return model
+
+
+def put_in(model: nn.Module, last_bn: nn.BatchNorm1d, head: nn.Linear, dropout: nn.Module | None) -> None:
+    """The last BN in its place, in the model's mode."""
+    model.last_bn = last_bn.train(model.training)
+    attach(model, head, dropout)
+
+
+def put_in_calibrated(
+    model: Any, last_bn: nn.BatchNorm1d, head: nn.Linear, dropout: nn.Module | None, seen: HeadInput
+) -> None:
+    """The last BN in its place with the statistics that were seen, which the head absorbs.
+
+    Raises:
+        ValueError: the outputs on the last batch change; the model is then as it was.
+    """
+    had = {"last_bn": model.last_bn} if hasattr(model, "last_bn") else {}
+    before, weight = outputs(model, seen.last), head.weight.detach().clone()
+    bias = None if head.bias is None else head.bias.detach().clone()
+    standardize_(last_bn, head, seen)
+    put_in(model, last_bn, head, dropout)
+    change = largest_change(before, outputs(model, seen.last))
+    if change <= max(ROUNDING, 4 * torch.finfo(weight.dtype).eps ** 0.5):
+        return
+    model.last_bn_hook.remove()
+    del model.last_bn, model.last_bn_hook
+    vars(model).update(had)  # None, in a network of the zoo
+    put_back_(head, weight, bias)
+    raise ValueError(
+        f"a last BN changes the outputs of this {type(model).__name__} by {change:.2g} of the largest, so none was put "
+        "in: the head's weight is used outside of the head's call (F.linear, a parameter over the same memory), the "
+        f"head is compiled, or {str(weight.dtype).removeprefix('torch.')} is too coarse; mend that, or leave out the "
+        "batches"
+    )
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -91,56 +137,6 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise ValueError(f"{name} would not know the last BN; insert it into model.module first, then wrap that")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(f"a compiled {name} would not run the last BN; insert it first, then compile the model")
-
-
-def find_head(model: nn.Module) -> nn.Linear:
-    """The last linear layer of a classifier: by timm's get_classifier, torchvision's names, or as the last layer.
-
-    Raises:
-        ValueError: no head, more than one, one that ends in another layer, or none that is plainly the last.
-    """
-    heads = {id(head): head for head in map(partial(head_in, model), find_classifiers(model))}
-    if len(heads) > 1:  # a layer of a head's name, and another layer after it
-        classes = getattr(model, "num_classes", None)
-        heads = {key: head for key, head in heads.items() if head.out_features == classes} or heads
-    if len(heads) > 1:
-        names = [name for name, module in model.named_modules() if id(module) in heads]
-        raise ValueError(
-            f"the head of {type(model).__name__} may be {' or '.join(names)}; "
-            "set model.num_classes, or give only the head one of the names " + ", ".join(HEAD_NAMES)
-        )
-    return next(iter(heads.values()))
-
-
-def head_in(model: nn.Module, classifier: Any) -> nn.Linear:
-    """The last linear layer of the part that may hold the head; errors as `find_head`."""
-    name = type(model).__name__
-    if isinstance(classifier, tuple | list | nn.ModuleList):
-        raise ValueError(f"{name} has {len(classifier)} heads; a last BN needs one linear head")
-    layers = [m for m in classifier.modules() if any(True for _ in m.parameters(recurse=False))]
-    if not layers:
-        raise ValueError(f"{name} has no classifier (num_classes=0?); a last BN needs one linear head")
-    classes = getattr(model, "num_classes", None)
-    heads = [m for m in layers if isinstance(m, nn.Linear) and m.out_features == classes]
-    if len(heads) > 1 and classifier is not model:
-        raise ValueError(f"{name} has {len(heads)} heads; a last BN needs one linear head")
-    if not isinstance(layers[-1], nn.Linear):
-        raise ValueError(f"the head of {name} ends in {layers[-1]}; a last BN needs one linear head")
-    return layers[-1]
-
-
-def find_classifiers(model: Any) -> list[Any]:
-    """The modules that may hold the head (timm's tuple of heads is one); the model itself where nothing names them.
-
-    A module with a name that is common for a head may be a hidden layer of a network of no library: where another
-    linear layer is registered after it, that one may be the head, too.
-    """
-    if hasattr(model, "get_classifier"):
-        return [model.get_classifier()]
-    named = [m for m in (getattr(model, name, None) for name in HEAD_NAMES) if isinstance(m, nn.Module)]
-    last = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))][-1:]
-    after = [m for m in last if isinstance(m, nn.Linear) and all(m is not part for n in named for part in n.modules())]
-    return named + after or [model]
 
 
 def feeding_dropout(model: nn.Module, head: nn.Module) -> nn.Module | None:
@@ -166,11 +162,6 @@ def dropout_before(model: nn.Module, head: nn.Module) -> nn.Module | None:
     dropout = next((m for m in (before, *named) if isinstance(m, nn.Dropout)), None)
     places = [m for _, m in model.named_modules(remove_duplicate=False) if m is dropout]
     return dropout if len(places) == 1 else None
-
-
-def parent_of(model: nn.Module, head: nn.Module) -> nn.Module | None:
-    """The module that `head` is a direct part of; none where it is the model itself."""
-    return next((m for m in model.modules() if any(child is head for child in m.children())), None)
 
 
 def drops_by_call(model: Any, head: nn.Linear) -> bool:

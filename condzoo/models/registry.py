@@ -11,6 +11,7 @@ import functools
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from condzoo.models.timm_models import create_timm_model
 
 TABLES = Path(__file__).parent / "tables"
 NUMBERS = re.compile(r"\d+")  # what siblings differ in
+NORMS = {"bn": ("BatchNorm",), "ln": ("LayerNorm", "RMSNorm", "RmsNorm"), "gn": ("GroupNorm",)}  # in a class's name
 DEEPEST = 10_000  # layers: where a digit too many was typed, no network that takes minutes to build
 
 
@@ -118,7 +120,8 @@ def build_network(
         kwargs.setdefault("in_chans", kwargs["input_size"][0])
     release = chosen_release(name, pretrained, kwargs)
     if release is not None:  # what the index says, checked here, instead of a file that timm would read
-        kwargs["pretrained_cfg"] = released_config(release, pretrained_config(family, name), family.build, args)
+        usual = pretrained_config(family, name)
+        kwargs["pretrained_cfg"] = released_config(release, usual, family.build, args, kwargs)
     elif not kwargs.get("pretrained_cfg"):  # new weights: of the table's sizes, whatever data a release was trained on
         kwargs["pretrained_cfg"] = pretrained_config(family, name)
     with torch.device(device) if device is not None else contextlib.nullcontext():
@@ -260,13 +263,12 @@ def describe(name: str) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, *input_size, device="meta"))
     weighted = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
-    norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) and n != "last_bn"]
     family, args = (None, {}) if is_model(name) else sibling(name)
     return dict(
         family=family.name if family else "timm",
         dataset=family.shared["dataset"] if family else "imagenet",
         depth=args.get("depth") or args.get("layers") or weighted,
-        norm="bn" if norms else "none",
+        norm=norm_of(model),
         last_bn=hasattr(model, "last_bn"),
         input_size=input_size,
         num_classes=config["num_classes"],
@@ -274,3 +276,16 @@ def describe(name: str) -> dict[str, Any]:
         macs=counter.get_total_flops() // 2,
         source=family.shared["source"] if family else "timm",
     )
+
+
+def norm_of(model: nn.Module) -> str:
+    """What most of the body's normalization layers are, a name of `NORMS`, or "none"; the last BN is not the body's.
+
+    By the names of their classes and those these derive from: timm has frozen BatchNorms and RMS norms that derive
+    from none of torch's.
+    """
+    found: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        classes = " ".join(c.__name__ for c in type(module).__mro__)
+        found.update(norm for norm, parts in NORMS.items() if name != "last_bn" and any(p in classes for p in parts))
+    return max(found, key=found.__getitem__, default="none")

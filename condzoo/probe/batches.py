@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -67,7 +69,7 @@ def batch_size(x: Any) -> int:
     """Samples in a batch: the leading dimension of the first tensor in it, also inside dicts and tuples.
 
     Of a list of images [c, h, w], or of dicts with one each, as first argument, which detection models take, it is
-    the length; of a PackedSequence the number of sequences.
+    the length; of a PackedSequence the number of sequences. Dataclasses are looked into where there is no other tensor.
 
     Args:
         x: a tensor, the model's arguments in a tuple, list or dict, or a call: [arguments, keywords].
@@ -75,7 +77,8 @@ def batch_size(x: Any) -> int:
     Raises:
         TypeError: there is no tensor in it.
     """
-    found = next((size for argument in _arguments(x) for size in _leading(argument)), None)
+    sizes = (size for inside in (False, True) for argument in _arguments(x) for size in _leading(argument, inside))
+    found = next(sizes, None)
     if found is None and _is_call(x):
         raise TypeError(
             f"the model is called on {_names(_arguments(x))}, with no tensor in it whose leading dimension says how "
@@ -101,7 +104,8 @@ def _is_call(x: Any) -> bool:
     return isinstance(x, list) and len(x) == 2 and isinstance(x[0], tuple) and isinstance(x[1], Mapping)
 
 
-def _leading(x: Any) -> Iterator[int]:
+def _leading(x: Any, inside: bool) -> Iterator[int]:
+    """The leading dimensions of the tensors in an argument; of those in dataclasses only with `inside`."""
     if isinstance(x, Tensor):
         if x.ndim:
             yield x.shape[0]
@@ -111,7 +115,14 @@ def _leading(x: Any) -> Iterator[int]:
         yield len(x)
     elif isinstance(x, (Mapping, tuple, list)):
         for part in x.values() if isinstance(x, Mapping) else x:
-            yield from _leading(part)
+            yield from _leading(part, inside)
+    elif inside and _is_dataclass(x):
+        for field in fields(x):
+            yield from _leading(getattr(x, field.name, None), inside)
+
+
+def _is_dataclass(x: Any) -> bool:
+    return is_dataclass(x) and not isinstance(x, type)
 
 
 def _is_sample(x: Any) -> bool:
@@ -151,6 +162,13 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return type(value)(*(mapped(v, change) for v in value))
     if isinstance(value, (tuple, list)):
         return type(value)(mapped(v, change) for v in value)
+    if _is_dataclass(value):
+        changed = copy.copy(value)
+        for field in fields(value):
+            if hasattr(value, field.name):
+                part = mapped(getattr(value, field.name), change)
+                object.__setattr__(changed, field.name, part)  # a frozen one's, too
+        return changed
     return value
 
 

@@ -1,5 +1,6 @@
 """The callback in real Lightning runs: the records of a plain loop over the same batches, and the same weights."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -226,3 +227,37 @@ def test_a_scaler_that_is_given_is_undone():
         callback.on_train_end(trainer, module)
         latest.append(callback.probe.latest)
     same_records(latest[:1], latest[1:])
+
+
+@dataclass
+class Held:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class OfObjects(Module):
+    """Takes its batches apart where they are no pairs."""
+
+    def training_step(self, batch, index):
+        return super().training_step((batch.x, batch.y), index)
+
+
+def fit_on(kind, folder, **settings):
+    from condzoo.integrations.lightning import ProbeCallback
+
+    callback, quiet = ProbeCallback(every=2, **settings), ("logger", "enable_checkpointing", "enable_progress_bar")
+    batches = DataLoader([kind(x=x, y=y) for x, y in loader()], batch_size=None, collate_fn=lambda batch: batch)
+    options = dict.fromkeys(quiet, False) | {"enable_model_summary": False, "max_steps": 3, "num_sanity_val_steps": 0}
+    pl.Trainer(accelerator="cpu", default_root_dir=folder, callbacks=[callback], **options).fit(
+        OfObjects(), batches, batches
+    )
+    return read_records(folder)
+
+
+def test_batches_that_are_objects(tmp_path):
+    expected = fit_on(Held, tmp_path / "dataclass")
+    assert [(r.step, r.samples) for r in expected] == [(0, 4), (2, 4)]
+    for i, samples in enumerate((lambda batch: batch.y, lambda batch: len(batch.y), lambda batch: torch.tensor(4))):
+        same_records(fit_on(SimpleNamespace, tmp_path / str(i), samples=samples), expected)
+    with pytest.raises(TypeError, match=r"got SimpleNamespace; pass ProbeCallback\(samples=lambda batch: \.\.\.\)"):
+        fit_on(SimpleNamespace, tmp_path / "untold")

@@ -157,6 +157,9 @@ def test_a_shared_weight_is_one_layer():
     before = one.weight.detach().clone()
     init_weights(nn.Sequential(one, two), "scaled", factors=[2.0])
     assert torch.equal(two.weight, 2 * before)
+    init_weights(nn.Sequential(one, two), "he", seed=0)
+    assert not one.bias.any()
+    assert not two.bias.any()  # its own, beside the weight that both have
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

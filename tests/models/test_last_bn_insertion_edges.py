@@ -424,3 +424,112 @@ def test_empty_batches_count_for_nothing() -> None:
 def test_an_empty_pooled_map_passes() -> None:
     model = insert_last_bn(torchvision.models.GoogLeNet(num_classes=3, aux_logits=False, init_weights=False)).eval()
     assert model.dropout(torch.randn(0, 1024, 1, 1)).shape == (0, 1024, 1, 1)
+
+
+class Tied(nn.Module):
+    """A decoder whose last layer has the weight of its embedding, here of weighted tokens [B, 10]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(10, 4), nn.Linear(4, 4)
+        self.lm_head = nn.Linear(4, 10, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, p: Tensor) -> Tensor:
+        return self.lm_head(self.mix(p @ self.embed.weight).relu())
+
+
+class SameMemory(Tied):
+    """Tied by memory alone: the head's weight is a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head.weight = nn.Parameter(self.embed.weight.detach())
+        self.last_bn = None
+
+
+class ByFunction(Tied):
+    """Uses the head's weight, which no other module has, by a function call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Identity()
+
+    def forward(self, p: Tensor) -> Tensor:
+        return self.lm_head(self.mix(p @ self.lm_head.weight).relu())
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (Tied, r"the head's weight is also that of 'embed', so it cannot absorb .* untie it \(head.weight = nn.Param"),
+        (SameMemory, r"a last BN changes the outputs of this SameMemory by .* used outside of the head's call"),
+        (ByFunction, r"a last BN changes the outputs of this ByFunction by"),
+    ],
+)
+def test_a_head_whose_weight_is_used_elsewhere_is_refused_and_left_alone(build: type[Tied], text: str) -> None:
+    torch.manual_seed(0)
+    net, x = build().eval(), torch.rand(40, 10)
+    before, keys = net(x), list(net.state_dict())
+    with pytest.raises(ValueError, match=text):
+        insert_last_bn(net, x)
+    assert torch.equal(net(x), before)
+    assert list(net.state_dict()) == keys
+    assert getattr(net, "last_bn", None) is None
+    assert net.lm_head.bias is None
+    torch.testing.assert_close(insert_last_bn(copy.deepcopy(net))(x), before)  # the identity is nothing to absorb
+    if build is not ByFunction:
+        net.lm_head.weight = nn.Parameter(net.lm_head.weight.detach().clone())
+        torch.testing.assert_close(insert_last_bn(net, x)(x), before, rtol=1e-5, atol=1e-5)
+
+
+class TwoHeads(nn.Module):
+    """Two heads under names that say nothing, of k classes and of 3."""
+
+    def __init__(self, k: int = 3, first: str = "age", last: str = "gender", between: bool = False) -> None:
+        super().__init__()
+        self.body, self.names = nn.Linear(6, 8), (first, last)
+        setattr(self, first, nn.Linear(8, k))
+        self.norm = nn.LayerNorm(8) if between else nn.Identity()
+        setattr(self, last, nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.body(x).relu())
+        return torch.cat([getattr(self, name)(h) for name in self.names], 1)
+
+
+@pytest.mark.parametrize(
+    ("net", "calibrated", "text"),
+    [
+        (TwoHeads(), False, "TwoHeads has 2 heads of the same sizes; a last BN needs one linear head: age, gender; wh"),
+        (TwoHeads(), True, "has 2 heads of the same sizes"),
+        (TwoHeads(5), True, "TwoHeads has 2 heads that read the same features; .*: age, gender"),
+        (TwoHeads(between=True), True, "has 2 heads that read the same features"),
+        (TwoHeads(3, "distillation", "classifier", True), True, "that read the same features; .*: distillation, clas"),
+    ],
+)
+def test_two_heads_under_other_names_are_refused(net: nn.Module, calibrated: bool, text: str) -> None:
+    keys = list(net.state_dict())
+    with pytest.raises(ValueError, match=text):
+        insert_last_bn(net, data() if calibrated else None)
+    assert list(net.state_dict()) == keys
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_name_or_a_method_says_which_of_two_heads_is_meant() -> None:
+    plain = TwoHeads(5, "auxiliary", "classifier").eval()  # of other sizes, beside the one with a head's name
+    model = insert_last_bn(copy.deepcopy(plain), data())
+    torch.testing.assert_close(model(data()), plain(data()), rtol=1e-5, atol=1e-5)
+
+    class Says(TwoHeads):
+        def get_classifier(self) -> nn.Module:
+            return self.age
+
+    told = Says().eval()
+    expected = told(data())
+    torch.testing.assert_close(insert_last_bn(told, data())(data()), expected, rtol=1e-5, atol=1e-5)
+    assert len(told.age._forward_pre_hooks) == 1
+    same = nn.Module()  # square layers one after the other are no two heads
+    same.first, same.second = nn.Linear(8, 8), nn.Linear(8, 8)
+    same.forward = lambda x: same.second(same.first(x))
+    assert insert_last_bn(same, torch.randn(9, 8)).last_bn.num_features == 8

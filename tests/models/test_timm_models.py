@@ -1,12 +1,16 @@
-"""timm's own networks by `create_model`: older names, tags, and weights that the caller brings."""
+"""timm's own networks: older names, tags, weights that the caller brings, and what `model_info` says of them."""
 
 import re
 
 import pytest
 import timm
 import torch
+from timm.layers import FrozenBatchNormAct2d, RmsNorm2d
+from torch import nn
 
+from condzoo.catalog import model_info
 from condzoo.models import create_model
+from condzoo.models.registry import norm_of
 from condzoo.models.timm_models import current_name
 
 
@@ -49,3 +53,26 @@ def test_weights_that_the_caller_brings_need_none_of_timms(tmp_path, monkeypatch
     for given in ({"pretrained_cfg_overlay": {"file": str(tmp_path / "w.pth")}}, {"pretrained_cfg": config}):
         loaded = create_model("test_resnet", pretrained=True, **given).state_dict()
         assert all(torch.equal(value, loaded[key]) for key, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("test_resnet", "bn"),
+        ("test_vit", "ln"),
+        ("test_convnext", "ln"),
+        ("resnetv2_50x1_bit", "gn"),
+        ("poolformer_s12", "gn"),
+        ("test_nfnet", "none"),
+    ],
+)
+def test_the_normalization_of_timms_networks_is_named(name, norm):
+    assert model_info(name).norm == norm
+
+
+def test_frozen_batch_norm_and_rms_norm_are_named_and_most_layers_decide():
+    assert norm_of(nn.Sequential(FrozenBatchNormAct2d(3))) == "bn"
+    assert norm_of(nn.Sequential(nn.RMSNorm(3), nn.BatchNorm1d(3), RmsNorm2d(3))) == "ln"
+    model = nn.Module()
+    model.last_bn = nn.BatchNorm1d(3)
+    assert norm_of(model) == "none"

@@ -401,3 +401,28 @@ def test_a_packed_sequence_is_one_argument_and_as_many_samples_as_sequences():
         assert torch.allclose(found["head"].output_grad.eigenvalues, expected, rtol=1e-4, atol=1e-9)
     moved = on_device(packed._replace(sorted_indices=torch.arange(3)), torch.device("meta"))
     assert [t.device.type for t in (moved.data, moved.sorted_indices, moved.batch_sizes)] == ["meta", "meta", "cpu"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A batch as a dataclass; its first field is no tensor."""
+
+    name: str
+    x: Tensor
+    y: Tensor
+
+
+def test_a_dataclass_is_looked_into_where_there_is_no_other_tensor():
+    (x, y), model = data(), OfObjects().double()
+    batch = Held("a", x, y)
+    expected = measure(Plain().double(), (x, y))["head"].output_grad.eigenvalues
+    with Probe(model) as probe:
+        F.cross_entropy(model(batch), y).backward()
+        probe.step()
+    for found in (probe.latest, measure(model, (batch, y))):
+        assert found.samples == len(x)
+        assert torch.equal(found["head"].output_grad.eigenvalues, expected)
+    assert batch_size([(Held("a", x[:3], y), x), {}]) == len(x)
+    assert on_device(batch, torch.device("meta")).x.is_meta
+    assert batch.x is x
+    assert measure(model, (batch, y), certify=True).certificate["head"]["output_grad_lambda_max"] < 1e-9

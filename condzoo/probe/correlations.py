@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from condzoo.probe.arithmetic import LONGEST_SUM, plain_convolutions
+from condzoo.probe.patches import every, sides
 
 FEWEST_CHANNELS = 16  # of fewer, convolutions leave more noise in as many rows, and unfolding takes no longer
 CONVOLUTION = 2  # times as much noise (squared) as products leave in as many rows
@@ -41,7 +42,7 @@ def correlates(conv: nn.Module, x: Tensor) -> bool:
         return False
     if x.shape[1] < FEWEST_CHANNELS:
         return False
-    if set(conv.stride) | set(conv.dilation) != {1} or conv.kernel_size == (1, 1):
+    if {*every(conv, conv.stride), *every(conv, conv.dilation)} != {1} or conv.kernel_size == (1, 1):
         return False
     if 2 * positions(conv, x) < x.shape[2] * x.shape[3]:  # the border terms would cancel most of the sum
         return False
@@ -134,7 +135,7 @@ def _correlations_float64(x: Float[Tensor, "n c h w"], kh: int, kw: int) -> Floa
 
 
 def _output_size(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    left, right, top, bottom = sides(conv)
     kh, kw = conv.kernel_size
     return x.shape[2] + top + bottom - kh + 1, x.shape[3] + left + right - kw + 1
 
@@ -148,7 +149,7 @@ def _images_of_a_border_sum(x: Float[Tensor, "n c h w"], conv: nn.Conv2d) -> int
 
 def _outside_of(x: Float[Tensor, "n c h w"], conv: nn.Conv2d) -> tuple[list[Lines], list[Lines]]:
     """The rows, and the columns, that W_u leaves out, for every offset u along that dimension."""
-    left, _, top, _ = conv._reversed_padding_repeated_twice
+    left, _, top, _ = sides(conv)
     height, width = _output_size(conv, x)
     rows = [_outside(x.shape[2], height, u - top) for u in range(conv.kernel_size[0])]
     return rows, [_outside(x.shape[3], width, u - left) for u in range(conv.kernel_size[1])]

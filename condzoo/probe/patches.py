@@ -20,9 +20,29 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 def padded(x: Float[Tensor, "n c *hw"], conv: Convolution) -> Float[Tensor, "n c *padded"]:
     """The input with the convolution's own padding around it, whatever its mode."""
-    sides = conv._reversed_padding_repeated_twice  # of nn.Conv*: also right for padding="same"
+    around = sides(conv)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, sides, mode=mode) if any(sides) else x
+    return F.pad(x, around, mode=mode) if any(around) else x
+
+
+def sides(conv: Convolution) -> list[int]:
+    """How much a convolution pads on both sides of each dimension, the last one first, as F.pad takes it.
+
+    Of zeros that is what `padding` says when it is called, which networks that are dilated later set anew.
+    """
+    if conv.padding_mode != "zeros":
+        return list(conv._reversed_padding_repeated_twice)
+    if isinstance(conv.padding, str):
+        reach = [d * (k - 1) for d, k in zip(every(conv, conv.dilation), conv.kernel_size, strict=True)]
+        reach = reach if conv.padding == "same" else [0] * len(reach)
+        return [side for total in reversed(reach) for side in (total // 2, total - total // 2)]
+    return [side for side in reversed(every(conv, conv.padding)) for _ in range(2)]
+
+
+def every(conv: Convolution, setting: int | tuple[int, ...]) -> tuple[int, ...]:
+    """A convolution's setting for each dimension; set after construction it may be one number for all."""
+    numbers = (setting,) if isinstance(setting, int) else tuple(setting)
+    return numbers * len(conv.kernel_size) if len(numbers) == 1 else numbers
 
 
 def unfolded(
@@ -66,14 +86,16 @@ def padded_inside(module: nn.Module, x: Float[Tensor, "n c *hw"], h: Float[Tenso
 
     if not isinstance(module, (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame)):
         return None
-    return pad_same(x, list(module.kernel_size), list(module.stride), list(module.dilation))
+    stride, dilation = every(module, module.stride), every(module, module.dilation)
+    return pad_same(x, list(module.kernel_size), list(stride), list(dilation))
 
 
 def _positions(frame: Float[Tensor, "n c *padded"], conv: Convolution) -> list[int]:
     """Output positions along each dimension."""
+    dilation, stride = every(conv, conv.dilation), every(conv, conv.stride)
     return [
-        (frame.shape[2 + i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
-        for i in range(len(conv.kernel_size))
+        (size - d * (k - 1) - 1) // step + 1
+        for size, d, k, step in zip(frame.shape[2:], dilation, conv.kernel_size, stride, strict=True)
     ]
 
 
@@ -89,7 +111,6 @@ def _side_by_side(
 
 
 def _window(shift: tuple[int, ...], sizes: list[int], conv: Convolution) -> tuple[slice, ...]:
-    starts = [s * d for s, d in zip(shift, conv.dilation, strict=True)]
-    return tuple(
-        slice(a, a + (n - 1) * stride + 1, stride) for a, n, stride in zip(starts, sizes, conv.stride, strict=True)
-    )
+    starts = [s * d for s, d in zip(shift, every(conv, conv.dilation), strict=True)]
+    steps = every(conv, conv.stride)
+    return tuple(slice(a, a + (n - 1) * step + 1, step) for a, n, step in zip(starts, sizes, steps, strict=True))

@@ -116,3 +116,34 @@ def test_an_eigenvalue_above_the_floor_is_right_to_five_percent(precision):
         known = expected[: found.rank]
         assert found.rank > 9
         assert bool(((found.eigenvalues[: found.rank] - known).abs() < 0.05 * known).all())
+
+
+def measured(conv, x):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    return measure(model, (x, torch.zeros(len(x), dtype=torch.long)), conv="patches")
+
+
+@pytest.mark.parametrize(
+    ("built", "settings"),
+    [
+        ({"dilation": 2, "padding": 2}, {"stride": (1, 1), "dilation": (2, 2), "padding": (2, 2)}),
+        ({"dilation": 2, "padding": 2}, {"stride": 1, "dilation": 2, "padding": 2}),
+        ({"padding": 3}, {"stride": (1, 1), "padding": (3, 3)}),
+        ({"padding": (0, 2)}, {"stride": 1, "padding": (0, 2)}),
+        ({"dilation": 2, "padding": "same"}, {"stride": 1, "dilation": (2, 2), "padding": "same"}),
+        ({}, {"stride": 1, "padding": "valid"}),
+    ],
+)
+@pytest.mark.parametrize("channels", [3, 16])
+def test_padding_that_is_set_after_construction_is_the_one_that_torch_takes(channels, built, settings):
+    """As networks for segmentation are made of classifiers: smaller strides, dilation and padding to match."""
+    torch.manual_seed(0)
+    x = torch.randn(20, channels, 9, 10).double()
+    late = nn.Conv2d(channels, 4, 3, stride=2, padding=1)
+    for name, value in settings.items():
+        setattr(late, name, value)
+    found, expected = (measured(conv, x) for conv in (late, nn.Conv2d(channels, 4, 3, **built)))
+    assert not found.skipped
+    assert torch.allclose(found["0"].input.eigenvalues, expected["0"].input.eigenvalues, rtol=1e-9)
+    assert found["0"].input.rows == expected["0"].input.rows

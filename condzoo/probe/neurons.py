@@ -81,16 +81,29 @@ class UnitLayout:
     Attributes:
         channels_first: that layer puts its units along dimension 1, a linear layer along the last.
         shape: of that layer's output.
+        alone: that output is of one sample, without a batch dimension, as torch's convolutions allow.
     """
 
     channels_first: bool = False
     shape: tuple[int, ...] = ()
+    alone: bool = False
+
+    def of_one(self, shape: tuple[int, ...]) -> bool:
+        """Whether an output, too, is of one sample without a batch dimension."""
+        return self.alone and len(shape) == len(self.shape)
 
     def units_second(self, shape: tuple[int, ...]) -> bool:
-        """Whether an output's units are along dimension 1: not those of [n, h, w, d] after a linear layer."""
-        if len(shape) <= 3:
-            return len(shape) == 2 or self.channels_first
-        return self.channels_first or shape != self.shape
+        """Whether an output's units are along dimension 1.
+
+        Not those of [n, t, d] and [n, h, w, d] after a linear layer; but where that layer's units [n, d] were the
+        gates of channels [n, d, t], or its output was transposed.
+        """
+        if self.channels_first or len(shape) == 2:
+            return True
+        if len(shape) == 3:
+            width = self.shape[-1:]
+            return shape[1:2] == width != shape[2:] and shape[:-1] != self.shape[:-1]
+        return shape != self.shape
 
 
 @dataclass(eq=False)

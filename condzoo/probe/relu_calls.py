@@ -28,7 +28,8 @@ class ReluCalls:
     def note_layout(self, module: nn.Module, _: Any, h: Any) -> None:
         """Remember where the units are in what follows this layer."""
         if isinstance(h, Tensor):
-            self._layout = UnitLayout(isinstance(module, CHANNELS_FIRST), tuple(h.shape))
+            alone = isinstance(module, CHANNELS_FIRST) and h.ndim == len(module.kernel_size) + 1
+            self._layout = UnitLayout(isinstance(module, CHANNELS_FIRST), tuple(h.shape), alone)
 
     def add(self, neurons: dict[str, RunningNeurons], name: str, output: Tensor, linear: LinearRange) -> None:
         """Look at the output of the next call of this ReLU; its further ones count as `name` and "#1", "#2", ..."""
@@ -41,4 +42,5 @@ class ReluCalls:
             units.hidden = f"a ReLU whose output is a {got}: its units are not seen"
             return
         with torch.no_grad(), torch._C.DisableTorchFunction():
+            output = output[None] if self._layout.of_one(tuple(output.shape)) else output
             units.add(output, channels_first=self._layout.units_second(tuple(output.shape)), linear=linear)

@@ -210,3 +210,76 @@ def test_units_after_a_linear_layer_on_images_with_channels_last_are_the_last_di
     assert (found.units, found.rows) == (7, 6 * 25)
     both = measure(Net(True), (x, y)).neurons
     assert (both["relu"].units, both["relu#1"].units) == (7, 3)
+
+
+class Gated(nn.Module):
+    """A convolution over time whose channels are scaled by a linear gate [n, c] before the ReLU; channel 1 is off."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.gate = nn.Conv1d(8, 8, 3, padding=1), nn.ReLU(), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+        with torch.no_grad():
+            self.conv.bias[1] = -99.0
+
+    def forward(self, x):
+        h = self.conv(x)
+        return self.head(self.relu(h * self.gate(h.mean(2)).sigmoid()[:, :, None]).mean(2))
+
+
+class Turned(nn.Module):
+    """A linear layer on [n, t, d] whose output is transposed before the ReLU; unit 1 is off."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.relu, self.head = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)
+        with torch.no_grad():
+            self.first.bias[1] = -99.0
+
+    def forward(self, x):
+        return self.head(self.relu(self.first(x.mT).mT).mean(2))
+
+
+class Halved(nn.Module):
+    """A linear layer on [n, t, d] half of whose outputs pass the ReLU, as gated units have it; unit 1 is off."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.relu, self.head = nn.Linear(4, 16), nn.ReLU(), nn.Linear(8, 3)
+        with torch.no_grad():
+            self.first.bias[1] = -99.0
+
+    def forward(self, x):
+        gated, gate = self.first(x.mT).chunk(2, dim=2)
+        return self.head((self.relu(gated) * gate).mean(1))
+
+
+@pytest.mark.parametrize("model", [Gated, Turned, Halved])
+@pytest.mark.parametrize("steps", [16, 50])
+def test_units_of_three_dimensions_after_a_linear_layer_are_its_outputs(model, steps):
+    torch.manual_seed(0)
+    x = torch.randn(16, 8 if model is Gated else 4, steps)
+    found = measure(model(), (x, torch.randint(3, (16,)))).neurons["relu"]
+    assert (found.units, found.dying, found.rows) == (8, 1, 16 * steps)
+
+
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d])
+def test_units_of_images_that_come_without_a_batch_dimension_are_channels(conv):
+    class PerImage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu, self.head = conv(3, 4, 3), nn.ReLU(), nn.Linear(4, 3)
+            with torch.no_grad():
+                self.conv.bias[1] = -99.0
+
+        def forward(self, x):
+            return self.head(torch.stack([self.relu(self.conv(image)).flatten(1).mean(1) for image in x]))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 11) if conv is nn.Conv2d else torch.randn(2, 3, 11)
+    found = measure(PerImage(), (x, torch.randint(3, (2,)))).neurons
+    positions = 63 if conv is nn.Conv2d else 9
+    assert {name: (u.units, u.dying, u.rows) for name, u in found.items()} == {
+        "relu": (4, 1, positions),
+        "relu#1": (4, 1, positions),
+    }

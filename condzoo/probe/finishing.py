@@ -176,8 +176,10 @@ def _spectrum(
     """values: m = d, or the number of vectors where that is smaller, or 1 without kappa; noise: over E[x_i^2]."""
     dim, largest = moment.dim, max(0.0, float(values.max()))
     diagonal = float(moment.diagonal().max())
-    of_data = max(data_noise(moment.dtype, diagonal, moment.grain), SAFETY * noise * diagonal)
-    floor = of_data + moment.noise / max(1, moment.rows) + float64_noise(dim, largest)
+    # A block of side 1 is a sum of squares: rounding moves it by a part of itself, however small it is beside others.
+    apart = dim == 1
+    of_data = max(data_noise(moment.dtype, 0.0 if apart else diagonal, moment.grain), SAFETY * noise * diagonal)
+    floor = of_data + moment.noise / max(1, moment.rows) + (0.0 if apart else float64_noise(dim, largest))
     how = f"{'float32' if moment.fast else 'float64'} products of {str(moment.dtype).removeprefix('torch.')} data"
     if not kappa:
         return from_blocks(values, floor, moment.vectors, arithmetic=how, size=dim * values.shape[0])

@@ -225,7 +225,10 @@ class RunningMoment:
             product = multiply(False)
             noise = arithmetic.float32_noise(product, pieces)
             # Squares of float32 data above 1e19 overflow, and those below 1e-19 vanish, though the data is as it is.
-            holds = math.isfinite(noise) and noise >= rows * torch.finfo(torch.float32).tiny
+            vanishing = rows * torch.finfo(torch.float32).tiny
+            holds = math.isfinite(noise) and noise >= vanishing
+            if product.shape[1] == 1:  # sums of squares, of which nothing cancels
+                noise = arithmetic.SAFETY * vanishing
             if holds and not (precision == "auto" and arithmetic.reaches_under(product, noise)):
                 self.fast = True
                 return product, noise

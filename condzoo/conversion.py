@@ -34,7 +34,7 @@ from condzoo.models import create_model, insert_last_bn
 from condzoo.models.last_bn_insertion import drops_by_call, find_head
 from condzoo.models.registry import FAMILIES
 from condzoo.models.timm_models import create_timm_model, current_name
-from condzoo.models.weight_files import sha256
+from condzoo.models.weight_files import in_float32, sha256
 
 OWN_ROOT = Path("converted")  # the repository's checkpoints/ holds what is released
 CALIBRATION_BATCH = 64
@@ -63,6 +63,7 @@ class Origin:
     preprocessing_known: bool
 
 
+@in_float32()
 def convert(
     source: str | Path,
     model: str,
@@ -118,6 +119,7 @@ def images_of(cfg: Mapping[str, Any], channels: int | None) -> dict[str, Any]:
     return {"input_size": (channels, *cfg["input_size"][1:]), "mean": mean, "std": std}
 
 
+@in_float32()
 def convert_last_bn(
     source: str,
     *,

@@ -173,7 +173,7 @@ def translate(state: Mapping[str, Tensor], network: nn.Module, source: str) -> t
         ValueError: weights of another network; names the first key that differs.
     """
     cifar = type(network).__name__ == "CifarResNet"
-    state, note, reordered = dict(state), "Keys and values as they were.", False
+    state, note, reordered = dict(state), "The network's own keys, and its order of channels.", False
     if cifar and has_projections(state):
         state, note = from_projections(state), "Option-B shortcuts, renamed to condzoo's keys."
     elif cifar and "linear.weight" in state:
@@ -182,19 +182,31 @@ def translate(state: Mapping[str, Tensor], network: nn.Module, source: str) -> t
         state = with_fc(state)
         note, reordered = "Channels of the second and third stage put in condzoo's order.", True
     expected = network.state_dict()
-    for key, value in expected.items():
-        if key.endswith(COUNTER):
-            state.setdefault(key, torch.zeros_like(value))
-        elif key in state and state[key].is_floating_point():
-            state[key] = state[key].to(value.dtype)
-            if not torch.isfinite(state[key]).all():
-                raise ValueError(f"{source}: {key!r} has values beyond those of {value.dtype}")
+    note += cast_values_(state, expected, source)
     if not any(key.startswith("last_bn.") and not key.endswith("_tracked") for key in state):
         expected = {key: value for key, value in expected.items() if not key.startswith("last_bn.")}
         state = {key: value for key, value in state.items() if not key.startswith("last_bn.")}
         note += " The last BN is the identity." if hasattr(network, "last_bn") else ""
     check_state(state, expected, source)
     return (from_akamaster(state) if reordered else state), note
+
+
+def cast_values_(state: dict[str, Tensor], expected: Mapping[str, Tensor], source: str) -> str:
+    """Give the weights the network's dtypes, and the batch counters that are not there, in place; say from which.
+
+    Raises:
+        ValueError: values that the network's dtype does not have.
+    """
+    cast = set()
+    for key, value in expected.items():
+        if key.endswith(COUNTER):
+            state.setdefault(key, torch.zeros_like(value))
+        elif key in state and state[key].is_floating_point() and state[key].dtype != value.dtype:
+            cast.add(f"{state[key].dtype} to {value.dtype}")
+            state[key] = state[key].to(value.dtype)
+            if not torch.isfinite(state[key]).all():
+                raise ValueError(f"{source}: {key!r} has values beyond those of {value.dtype}")
+    return f" Values cast from {', '.join(sorted(cast))}." if cast else ""
 
 
 def from_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import is_model
 from torch import nn
 
@@ -23,7 +24,7 @@ from condzoo.checkpoints.remeasuring import logits_difference
 from condzoo.models import create_model, insert_last_bn
 from condzoo.models.pretrained import SOURCES
 from condzoo.models.released import Release, check_released, find_release, read_index, release_folder
-from condzoo.models.weight_files import as_saved, check_state, sha256
+from condzoo.models.weight_files import as_saved, check_state, in_float32, sha256
 
 # of the largest logit: what no other CPU's arithmetic moves, reduced matrix products included; `verify` is stricter
 OTHER_FUNCTION = 0.05
@@ -93,14 +94,15 @@ def is_path(path_or_name: str | Path) -> bool:
 
 
 def load_folder(folder: CheckpointFolder) -> nn.Module:
-    """The network of a folder, which gives the logits that the folder expects.
+    """The network of a folder, which gives the logits that the folder expects, in torch's default dtype.
 
     Raises:
         ValueError: files that are damaged, disagree, or do not fit the network.
     """
     model = load_weights(folder)
     try:
-        difference = logits_difference(model, read_record(folder, EXPECTED, Expected))
+        with in_float32():  # half precision moves logits further than another function's need be
+            difference = logits_difference(model, read_record(folder, EXPECTED, Expected))
     except RuntimeError as error:
         raise ValueError(
             f"{folder.path}: the network of {CONFIG} takes no images of its input_size: {error}"
@@ -110,11 +112,11 @@ def load_folder(folder: CheckpointFolder) -> nn.Module:
             f"{folder.path}: its files disagree on the function: with {CONFIG} and {WEIGHTS} the logits are "
             f"{difference:.1e} of the largest off those of {EXPECTED}"
         )
-    return model
+    return model.to(torch.get_default_dtype())
 
 
 def load_weights(folder: CheckpointFolder) -> nn.Module:
-    """The network of a folder, its weights compared key by key before anything large is built.
+    """The network of a folder in float32, its weights compared key by key before anything large is built.
 
     Raises:
         ValueError: files that are damaged, disagree, or do not fit the network.
@@ -128,7 +130,8 @@ def load_weights(folder: CheckpointFolder) -> nn.Module:
         raise ValueError(f"{folder.path / CONFIG} describes no network: {error}") from error
     check_state(state, network.state_dict(), folder.source(WEIGHTS))
     check_size(folder, config, network)
-    model: Any = network_of_config(config)
+    with in_float32():
+        model: Any = network_of_config(config)
     model.load_state_dict(state)
     model.pretrained_cfg = model.default_cfg = described(config)
     return model.eval()

@@ -13,6 +13,7 @@ from timm.models import is_model
 from condzoo.checkpoints.folder import CONFIG, CONVERSION, METRICS, CheckpointFolder
 from condzoo.checkpoints.loading import read_recipe
 from condzoo.checkpoints.records import Config, Conversion, InputConfig, Metrics, read_conditioning, read_record
+from condzoo.models.released import read_index
 from condzoo.probe import Spectrum
 
 STORED = ("imagefolder", "hfds")  # data sets that are whatever lies in the folder
@@ -20,8 +21,12 @@ IMAGENET_TEST = 50_000  # images of ImageNet-1k's validation set
 PUBLISHED = Path(__file__).with_name("published.toml")
 
 
-def model_card(folder: CheckpointFolder) -> str:
+def model_card(folder: CheckpointFolder, own: bool | None = None) -> str:
     """The checkpoint's README.md, with the Hub's front matter.
+
+    Args:
+        folder: the checkpoint.
+        own: whether it is one of condzoo's own releases, which load by their name; None: what the index says.
 
     Raises:
         ValueError: a file it is made from is missing or wrong.
@@ -38,7 +43,14 @@ def model_card(folder: CheckpointFolder) -> str:
         dataset, license = "", record.license
         parts = [f"## Origin\nMade from {record.origin}{origin_sum(record)}. {record.note}"]
     head = [front_matter(license, dataset), f"# {name}", opening(config, record.parameters, dataset)]
-    return "\n\n".join([*head, usage(name, config, folder.trained), preprocessing(config, record), *parts]) + "\n"
+    own = is_released(name, record) if own is None else own
+    return "\n\n".join([*head, usage(name, config, own), preprocessing(config, record), *parts]) + "\n"
+
+
+def is_released(name: str, record: Metrics | Conversion) -> bool:
+    """Whether the package's index has these weights under this name."""
+    release = read_index().get(name)
+    return release is not None and release.sha256 == record.sha256
 
 
 def front_matter(license: str, dataset: str) -> str:
@@ -62,15 +74,15 @@ def opening(config: Config, parameters: int, dataset: str) -> str:
     )
 
 
-def usage(name: str, config: Config, trained: bool) -> str:
-    """How to load it from a folder; and a trained one by its name, which may be one of condzoo's own releases."""
-    own = "  # one of condzoo's own releases"
+def usage(name: str, config: Config, own: bool) -> str:
+    """How to load it from a folder; and one of condzoo's own releases by its name."""
+    note = "  # one of condzoo's own releases"
     lines = ["import condzoo", "", f'model = condzoo.load_checkpoint("FOLDER/{name}")  # this folder, in eval mode']
-    lines += [f'model = condzoo.load_checkpoint("{name}"){own}'] if trained else []
+    lines += [f'model = condzoo.load_checkpoint("{name}"){note}'] if own else []
     if is_model(config.architecture) and not config.insert_last_bn:  # of other sizes timm has no entry
         lines += ["", "import timm, condzoo.models", ""]
         lines += [f'model = timm.create_model("local-dir:FOLDER/{name}", pretrained=True)']
-        lines += [f'model = timm.create_model("{name}", pretrained=True){own}'] if trained else []
+        lines += [f'model = timm.create_model("{name}", pretrained=True){note}'] if own else []
     return "\n".join(["## Use", "```python", *lines, "```"])
 
 

@@ -37,8 +37,7 @@ def fixed_input(shape: tuple[int, int, int, int]) -> Tensor:  # [B, C, H, W]
 @torch.no_grad()
 def logits_of(model: nn.Module, shape: tuple[int, int, int, int]) -> Tensor:  # [B, K]
     """Logits on `fixed_input`, in eval mode."""
-    images = fixed_input(shape).to(next(model.parameters()).dtype)  # torch's default where that is not float32
-    return model.eval()(images)
+    return model.eval()(fixed_input(shape))
 
 
 def logits_difference(model: nn.Module, expected: Expected) -> float:

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+import condzoo
 from condzoo.checkpoints.folder import (
     CARD,
+    CONFIG,
     EXPECTED,
     METRICS,
     RECIPE,
@@ -21,7 +24,7 @@ from condzoo.checkpoints.folder import (
 )
 from condzoo.checkpoints.loading import is_path, load_weights, read_recipe, release_by_name
 from condzoo.checkpoints.model_card import model_card
-from condzoo.checkpoints.records import Expected, Metrics, read_conditioning, read_record
+from condzoo.checkpoints.records import Config, Expected, Metrics, read_conditioning, read_record
 from condzoo.checkpoints.remeasuring import (
     count_correct,
     eigenvalue_difference,
@@ -34,7 +37,7 @@ from condzoo.checkpoints.remeasuring import (
 )
 from condzoo.data import DataSet
 from condzoo.models.released import Release, read_index, release_folder
-from condzoo.models.weight_files import sha256
+from condzoo.models.weight_files import in_float32, sha256
 
 LOGITS_TOLERANCE = 1e-4  # of the largest logit: what other hardware's order of summation may move
 # of lambda_max, on the kind of processor that recorded it. Before training BatchNorm divides by smaller variances:
@@ -87,7 +90,7 @@ def verify_checkpoint(path: str | Path, data_root: str | Path | None = None) -> 
     else:
         release = release_by_name(str(path))
         place = release_folder(release)
-    with torch.device("cpu"):  # whatever default the caller has set: seeded generators are of one device
+    with torch.device("cpu"), in_float32():  # whatever default the caller has set: generators are of one device
         rows = tuple(checks(place, release, data_root, linked=not by_path))
     return Verification(release.name if release else place.resolve().name, place, rows)
 
@@ -102,7 +105,7 @@ def verify_released(data_root: str | Path | None = None) -> Iterator[Verificatio
         place, rows = Path(release.name), list[Check]()
         try:
             place = release_folder(release)
-            with torch.device("cpu"):
+            with torch.device("cpu"), in_float32():
                 for row in checks(place, release, data_root, linked=True):
                     rows.append(row)
         except (ValueError, OSError) as error:
@@ -127,7 +130,7 @@ def checks(place: Path, release: Release | None, data_root: str | Path | None, l
         yield from check_on_data(folder, model, data_root)
 
 
-def attempt(check: str, function: Callable[..., tuple[bool, str]], *arguments: Any) -> Check:
+def attempt(check: str, function: Callable[..., tuple[bool | None, str]], *arguments: Any) -> Check:
     """One row; whatever its files make of it, a check that cannot be done has failed."""
     try:
         return Check(check, *function(*arguments))
@@ -138,16 +141,18 @@ def attempt(check: str, function: Callable[..., tuple[bool, str]], *arguments: A
 
 
 def check_index(folder: CheckpointFolder, release: Release | None) -> Check:
-    """The weights' SHA-256 against the package's index."""
+    """The weights' SHA-256, and how images are prepared, against the package's index."""
     if release is None:
         return Check("index", None, f"{folder.path.resolve().name} is not a released name; its own sums hold")
     here = sha256(folder.files[WEIGHTS])
-    detail = (
-        f"SHA-256 {here[:12]}..."
-        if here == release.sha256
-        else f"{here[:12]}..., the index has {release.sha256[:12]}..."
-    )
-    return Check("index", here == release.sha256, detail)
+    if here != release.sha256:
+        return Check("index", False, f"{here[:12]}..., the index has {release.sha256[:12]}...")
+    described = read_record(folder, CONFIG, Config).pretrained_cfg
+    for field, wanted in release.input.items():
+        found = getattr(described, field, None)
+        if found != wanted:
+            return Check("index", False, f"{CONFIG} has {field} = {found}, the index has {wanted}")
+    return Check("index", True, f"SHA-256 {here[:12]}...")
 
 
 def check_logits(folder: CheckpointFolder, model: nn.Module) -> tuple[bool, str]:
@@ -156,14 +161,16 @@ def check_logits(folder: CheckpointFolder, model: nn.Module) -> tuple[bool, str]
     return difference <= LOGITS_TOLERANCE, f"largest difference {difference:.1e} of the largest logit"
 
 
-def check_card(folder: CheckpointFolder) -> tuple[bool, str]:
-    """README.md is what `model_card` makes of the other files."""
-    same = folder.text(CARD) == model_card(folder)
+def check_card(folder: CheckpointFolder) -> tuple[bool | None, str]:
+    """README.md is what `model_card` makes of the other files; not known of one that another version has worded."""
+    if folder.text(CARD) == model_card(folder):
+        return True, f"{CARD} is up to date"
+    maker = read_record(folder, METRICS, Metrics).packages.get("condzoo") if folder.trained else None
+    if maker not in (None, condzoo.__version__):
+        return None, f"made by condzoo {maker}, and not as {condzoo.__version__} words it"
     return (
-        same,
-        "README.md is up to date"
-        if same
-        else "README.md is not what the other files say (refresh_cards in condzoo.checkpoints.writing makes it again)",
+        False,
+        f"{CARD} is not what the other files say (refresh_cards in condzoo.checkpoints.writing makes it again)",
     )
 
 
@@ -186,7 +193,12 @@ def check_on_data(folder: CheckpointFolder, model: nn.Module, data_root: str | P
 
 
 def check_accuracy(folder: CheckpointFolder, model: nn.Module, data: DataSet) -> tuple[bool, str]:
-    """The number of test images classified rightly."""
+    """The number of test images classified rightly, and that config.json standardizes images as it was counted on."""
+    described = read_record(folder, CONFIG, Config).pretrained_cfg
+    for field, values, own in (("mean", described.mean, data.mean), ("std", described.std, data.std)):
+        wanted = tuple(value / 255 for value in own)  # as `release` writes them; some are sums over the images
+        if not np.allclose(values, wanted, rtol=1e-6, atol=0):
+            return False, f"{CONFIG} has {field} = {values}, the recipe's data has {wanted}"
     metrics = read_record(folder, METRICS, Metrics)
     correct, images = count_correct(model, data), data.size("test")
     same = (correct, images) == (metrics.test_correct, metrics.test_images)

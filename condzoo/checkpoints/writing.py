@@ -110,7 +110,12 @@ def timm_config(model: Any, tag: str, input_fields: Mapping[str, Any]) -> dict[s
 
 
 def write_checkpoint(
-    target: Path, model: nn.Module, weights: bytes, config: dict[str, Any], records: Mapping[str, Any]
+    target: Path,
+    model: nn.Module,
+    weights: bytes,
+    config: dict[str, Any],
+    records: Mapping[str, Any],
+    own: bool | None = None,
 ) -> Path:
     """Write the folder under a temporary name, load it again, then rename it.
 
@@ -118,17 +123,25 @@ def write_checkpoint(
         target: the folder, `arch.tag`; must not exist.
         weights: of `serialize`.
         records: further files by name: bytes as they are, text, or what is written as JSON.
+        own: as for `model_card`.
 
     Raises:
         FileExistsError: the target is there, or beside it a README.md that is not the table of checkpoints.
-        ValueError: the files do not make a checkpoint that loads.
+        ValueError: the files do not make a checkpoint that loads; logits that are not finite.
     """
-    check_free(target).parent.mkdir(parents=True, exist_ok=True)
+    check_free(target)
+    shape = (EXPECTED_IMAGES, *config["pretrained_cfg"]["input_size"])
+    logits = logits_of(model, shape)
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"{target.name}: the network's logits are not finite on the fixed input; these weights are of a diverged "
+            "training, or of another network"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as temporary:
         folder = Path(temporary) / target.name
         folder.mkdir()
-        shape = (EXPECTED_IMAGES, *config["pretrained_cfg"]["input_size"])
-        expected = {"shape": shape, "logits": logits_of(model, shape).tolist()}
+        expected = {"shape": shape, "logits": logits.tolist()}
         for name, content in {**records, WEIGHTS: weights, CONFIG: config, EXPECTED: expected}.items():
             if isinstance(content, bytes):
                 (folder / name).write_bytes(content)
@@ -137,7 +150,7 @@ def write_checkpoint(
             else:
                 write_json(folder / name, content)
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        (folder / CARD).write_text(model_card(CheckpointFolder(folder, files)), encoding="utf-8")
+        (folder / CARD).write_text(model_card(CheckpointFolder(folder, files), own), encoding="utf-8")
         write_sums(folder)
         load_folder(read_folder(folder))
         folder.rename(target)

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from condzoo.models.released import Release, find_release, read_release, releases_of, weights_path
+from condzoo.models.released import Release, find_release, places, read_release, releases_of, weights_path
 from condzoo.models.weight_files import as_saved, check_state
 
 SOURCES = ("file", "url", "state_dict", "hf_hub_id")  # where a timm config may take weights from
@@ -33,11 +33,32 @@ def chosen_release(arch: str, pretrained: bool, given: dict[str, Any]) -> Releas
     Raises:
         ValueError: no such release.
     """
-    if brings_weights(given):
-        return None
     config = given.get("pretrained_cfg")
-    release = find_release(arch, config) if pretrained or config else None
+    release = described_release(arch, given)
+    if release is None and not brings_weights(given):
+        release = find_release(arch, config) if pretrained or config else None
     return release if pretrained else None
+
+
+def described_release(arch: str, given: Mapping[str, Any]) -> Release | None:
+    """The release whose own config, as `tagged_configs` gave it to timm, a call hands back; None for any other.
+
+    timm does so itself (its scripts take `model.pretrained_cfg`): it is checked, and fetched, as by its name.
+    """
+    config = {**config_fields(given), **(given.get("pretrained_cfg_overlay") or {})}
+    if any(config.get(source) for source in (*SOURCES, "source") if source != "file"):
+        return None
+    tag, file = config.get("tag"), str(config.get("file"))
+    known = releases_of(arch) if tag else []
+    return next((r for r in known if r.tag == tag and file in map(str, places(r))), None)
+
+
+def config_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a whole `pretrained_cfg` of a call; none where it has none, or a tag."""
+    config = given.get("pretrained_cfg")
+    if isinstance(config, PretrainedCfg):
+        return config.to_dict()
+    return dict(config) if isinstance(config, dict) else {}
 
 
 def brings_weights(given: Mapping[str, Any]) -> bool:
@@ -46,17 +67,22 @@ def brings_weights(given: Mapping[str, Any]) -> bool:
     That is a whole `pretrained_cfg`, which takes the place of any by name, or an overlay with a source.
     """
     config, overlay = given.get("pretrained_cfg"), given.get("pretrained_cfg_overlay") or {}
-    return isinstance(config, dict | PretrainedCfg) or any(overlay.get(source) for source in SOURCES)
+    return (bool(config) and isinstance(config, dict | PretrainedCfg)) or any(overlay.get(source) for source in SOURCES)
 
 
 def released_config(
-    release: Release, config: dict[str, Any], build: Callable[..., nn.Module], args: dict[str, Any]
+    release: Release,
+    config: dict[str, Any],
+    build: Callable[..., nn.Module],
+    args: dict[str, Any],
+    given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """timm's config of a release with its weights in it: read, hash-checked, compared with the network as released.
 
     Args:
         config: of the model without weights.
         build, args: what builds it.
+        given: the call's keyword arguments: the fields of a config in them stay.
 
     Raises:
         ValueError: not the released file, or not this network's.
@@ -67,7 +93,7 @@ def released_config(
     with as_saved():
         reference = build(**{**args, "num_classes": config["num_classes"], "in_chans": config["input_size"][0]})
     check_state(state, reference.state_dict(), release.name)
-    return {**config, "file": str(weights_path(release)), "state_dict": state}
+    return {**config, **config_fields(given), "file": str(weights_path(release)), "state_dict": state}
 
 
 def fit_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -134,10 +134,15 @@ def cache_folder() -> Path:
 
 def find_folder(release: Release) -> Path | None:
     """The folder that holds a release here, or None."""
-    for folder in checkpoint_folders():
-        if (folder / release.name / WEIGHTS).is_file():
-            return folder / release.name
+    for place in places(release):
+        if os.path.isfile(place):  # Path's raises where the cache cannot be looked into, and every import asks
+            return place.parent
     return None
+
+
+def places(release: Release) -> list[Path]:
+    """The files that are looked for under a release's name, in this order."""
+    return [folder / release.name / WEIGHTS for folder in checkpoint_folders()]
 
 
 def weights_path(release: Release) -> Path:

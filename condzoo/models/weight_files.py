@@ -87,7 +87,7 @@ def parse_weights(content: bytes, source: str, *, finite: bool = True) -> dict[s
             ) from error
         raise ValueError(f"{source} is not a readable safetensors file: {error}; get it again") from error
     for key, value in state.items():
-        if finite and value.is_floating_point() and not torch.isfinite(value.float()).all():
+        if finite and value.is_floating_point() and not torch.isfinite(value.double()).all():
             raise ValueError(f"{source}: {key!r} has values that are not finite; these weights cannot be used")
     return state
 
@@ -102,12 +102,18 @@ def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def as_saved() -> Iterator[None]:
-    """Networks built inside are as files have them, in float32 whatever the default is, and hold no values."""
+    """Networks built inside are as files have them, and hold no values."""
+    with in_float32(), torch.device("meta"):
+        yield
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """What is built and calculated inside is so in float32, whatever torch's default is."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("meta"):
-            yield
+        yield
     finally:
         torch.set_default_dtype(before)
 

@@ -78,7 +78,7 @@ def release(
         CONDITIONING: {"at_init": to_record(start), "at_end": to_record(end)},
         PICTURE: picture(run, f"{target.name}, seed {run.recipe.seed}", end),
     }
-    write_checkpoint(target, model, weights, config, records)
+    write_checkpoint(target, model, weights, config, records, own=in_repository(target) or None)
     return enlist(target, default)
 
 

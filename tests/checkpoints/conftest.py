@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from condzoo.checkpoints.folder import read_folder, write_sums
+from condzoo.checkpoints.model_card import model_card
 from condzoo.models import released
 from condzoo.release import release
 from condzoo.training import train
@@ -74,6 +76,8 @@ def index(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     fields = "".join(f"{key} = {cfg[key]}\n" for key in ("mean", "std", "crop_pct", "num_classes", "input_size"))
     file.write_text(f'["{checkpoint.name}"]\nsha256 = "{digest}"\ndefault = true\n{fields}')
     monkeypatch.setattr(released, "INDEX", file)
+    (checkpoint / "README.md").write_text(model_card(read_folder(checkpoint)))  # as of a release: by its name, too
+    write_sums(checkpoint)
     monkeypatch.setenv(released.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(released, "download", lambda *arguments: pytest.fail("the Hub was asked"))
     (tmp_path / "cache").mkdir()

@@ -367,6 +367,11 @@ def test_parsing_gives_back_what_was_saved():
     assert all(torch.equal(parsed[key], state[key]) for key in state)
 
 
+def test_values_beyond_float32_are_finite():
+    state = {"a": torch.tensor([1e300], dtype=torch.float64)}
+    assert torch.equal(parse_weights(save(state), "file")["a"], state["a"])
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '{"at_init": 1, "at_end": 2}'])
 def test_a_record_of_conditioning_that_is_none_names_the_file(checkpoint, text):
     (checkpoint / "conditioning.json").write_text(text)

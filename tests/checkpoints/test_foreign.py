@@ -1,6 +1,7 @@
 """Weights of other projects: akamaster's channel order, wrapped and nested state dicts, pickles with code in them."""
 
 import argparse
+import json
 import pickle
 import re
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
-from condzoo.checkpoints import load_checkpoint
+from condzoo.checkpoints import load_checkpoint, verify_checkpoint
 from condzoo.checkpoints.foreign import from_akamaster, read_foreign, translate
 from condzoo.conversion import convert
 from condzoo.models import create_model
@@ -361,6 +362,40 @@ def test_values_beyond_float32_are_named():
     state["fc.weight"] *= 1e300
     with pytest.raises(ValueError, match=r"file: 'fc\.weight' has values beyond those of torch\.float32"):
         translate(state, create_model("cifar_resnet8"), "file")
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "words"),
+    [
+        (lambda state: state, "The network's own keys, and its order of channels."),
+        (
+            lambda state: {f"module.{key}": value.double() for key, value in state.items()},
+            "The network's own keys, and its order of channels. Values cast from torch.float64 to torch.float32.",
+        ),
+    ],
+)
+def test_the_record_says_what_was_done_to_the_weights(tmp_path, wrapped, words):
+    torch.save(wrapped(create_model("mlp4x24").state_dict()), tmp_path / "w.pth")
+    made = convert(tmp_path / "w.pth", "mlp4x24", out=tmp_path)
+    assert json.loads((made / "conversion.json").read_text())["note"] == words
+
+
+def test_weights_are_converted_whatever_the_default_dtype_is(tmp_path):
+    torch.save(create_model("mlp4x24").state_dict(), tmp_path / "w.pth")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = convert(tmp_path / "w.pth", "mlp4x24", out=tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert verify_checkpoint(made).ok
+
+
+def test_weights_of_a_diverged_training_are_no_checkpoint(tmp_path):
+    state = {key: value * 1e30 for key, value in create_model("mlp4x24").state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"mlp4x24\.converted: the network's logits are not finite on the fixed input"):
+        convert(tmp_path / "w.pth", "mlp4x24", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_old_files_without_batch_counters_and_in_half_precision_load():

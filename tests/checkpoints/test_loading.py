@@ -1,7 +1,9 @@
 """Checkpoints by path and by name: where they are looked for, what is checked, what timm's users do with them."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import condzoo
-from condzoo.checkpoints import load_checkpoint, verify_checkpoint
+from condzoo.checkpoints import load_checkpoint, verify_checkpoint, verify_released
 from condzoo.checkpoints.folder import read_folder, write_sums
 from condzoo.checkpoints.loading import read_checkpoint
 from condzoo.checkpoints.writing import serialize
@@ -202,6 +204,21 @@ def test_the_first_place_that_has_it_counts(index, checkpoint, tmp_path, monkeyp
     assert released.find_folder(released.find_release("mlp4x24_bn", "digits")) == repository / NAME
 
 
+def test_a_cache_that_cannot_be_looked_into_is_one_that_lacks_it(index, monkeypatch):
+    """The home of another user, say: every import asks where releases are."""
+    stat = os.stat
+
+    def refuse(path, *args, **kwargs):
+        if str(path).startswith(str(released.cache_folder())):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    release = released.find_release("mlp4x24_bn", "digits")
+    assert released.find_folder(release) is None
+    assert released.weights_path(release) == released.cache_folder() / NAME / "model.safetensors"
+
+
 def test_the_cache_follows_its_variables(monkeypatch, tmp_path):
     monkeypatch.setenv("CONDZOO_CACHE", str(tmp_path / "own"))
     assert released.cache_folder() == tmp_path / "own" / "checkpoints"
@@ -218,6 +235,46 @@ def test_a_file_of_another_hash_is_refused_by_name_even_where_its_own_sums_hold(
     for load in (load_checkpoint, lambda name: timm.create_model(name, pretrained=True)):
         with pytest.raises(ValueError, match=rf"is not the file released as {NAME}: its SHA-256 is .* released was"):
             load(NAME)
+
+
+@pytest.mark.parametrize("form", [dict, lambda config: timm.models.PretrainedCfg(**config)])
+def test_timms_own_config_of_a_release_stands_for_its_name(index, checkpoint, monkeypatch, form):
+    """As timm's scripts hand `model.pretrained_cfg` back: checked by the index, and fetched where it is not here."""
+    config = create_model(NAME, pretrained=True).pretrained_cfg | {"mean": (0.25,)}
+    folder = released.cache_folder() / NAME
+
+    def build():
+        return timm.create_model("mlp4x24_bn", pretrained=True, pretrained_cfg=form(config))
+
+    assert equal_states(build(), stored(checkpoint))
+    assert build().pretrained_cfg["mean"] == (0.25,)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"is not the file released as {NAME}: its SHA-256 is"):
+        build()
+    shutil.rmtree(folder)
+    monkeypatch.setattr(released, "download", lambda repository, target: shutil.copytree(checkpoint, target))
+    assert equal_states(build(), stored(checkpoint))
+
+
+def test_weights_that_a_config_names_elsewhere_are_the_callers_own(index, checkpoint, tmp_path):
+    state = stored(checkpoint)
+    state["fc.weight"] += 1
+    save_file(state, tmp_path / "own.safetensors")
+    config = create_model(NAME, pretrained=True).pretrained_cfg
+    for own in (
+        {"pretrained_cfg": config | {"file": str(tmp_path / "own.safetensors")}},
+        {"pretrained_cfg": config | {"state_dict": state}},
+        {"pretrained_cfg": config, "pretrained_cfg_overlay": {"file": str(tmp_path / "own.safetensors")}},
+    ):
+        assert equal_states(timm.create_model("mlp4x24_bn", pretrained=True, **own), state)
+
+
+def test_an_empty_config_is_none(index, checkpoint):
+    """As for timm's own networks."""
+    for create in (create_model, timm.create_model):
+        assert equal_states(create("mlp4x24_bn", pretrained=True, pretrained_cfg={}), stored(checkpoint))
 
 
 @pytest.mark.parametrize("use", [evaluate_again, lambda name: answer(Question(name, batches=1))])
@@ -259,6 +316,20 @@ def test_weights_load_whatever_the_default_dtype_is(index, checkpoint, images):
             torch.testing.assert_close(model(images.double()).float(), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_good_folder_is_good_where_the_default_is_half_precision(index, checkpoint, monkeypatch, dtype):
+    monkeypatch.setattr("condzoo.checkpoints.loading.OTHER_FUNCTION", 1e-4)  # what half precision does not keep
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in stored(checkpoint).items()}
+    torch.set_default_dtype(dtype)
+    try:
+        assert equal_states(load_checkpoint(checkpoint), state)
+        verifications = verify_checkpoint(checkpoint), *verify_released()
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(verification.ok for verification in verifications), verifications
 
 
 def test_a_network_from_a_folder_is_described_as_the_folder_says(checkpoint):

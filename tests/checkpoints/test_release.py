@@ -392,7 +392,7 @@ def test_a_release_that_was_stopped_late_is_finished_by_the_same_call(
 
 
 def test_a_failure_on_the_way_leaves_nothing(finished_runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("condzoo.checkpoints.writing.model_card", lambda folder: 1 / 0)
+    monkeypatch.setattr("condzoo.checkpoints.writing.model_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         release(finished_runs, "digits", out=tmp_path)
     assert list(tmp_path.iterdir()) == []

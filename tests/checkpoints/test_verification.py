@@ -201,6 +201,28 @@ def test_a_stale_card_is_found(checkpoint):
     assert failed(verification) == ["model card"]
 
 
+@pytest.mark.parametrize(("version", "known"), [("0.0.1", None), (None, False)])
+def test_a_card_in_the_words_of_another_version_is_not_checked(checkpoint, version, known):
+    edit_json(checkpoint, "metrics.json", lambda metrics: metrics["packages"].update(condzoo=version))
+    with (checkpoint / "README.md").open("a") as card:
+        card.write("In other words.\n")
+    write_sums(checkpoint)
+    row = rows(verify_checkpoint(checkpoint))["model card"]
+    assert row.ok is known
+    assert ("made by condzoo 0.0.1" in row.detail) == (known is None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "also"), [("mean", [0.5], ["accuracy"]), ("std", [0.001], ["accuracy"]), ("crop_pct", 0.5, [])]
+)
+def test_images_prepared_otherwise_than_they_were_are_found(checkpoint, index, field, value, also):
+    edit_json(checkpoint, "config.json", lambda config: config["pretrained_cfg"].update({field: value}))
+    resum(checkpoint)
+    verification = verify_checkpoint(checkpoint)
+    assert failed(verification) == ["index", *also]
+    assert f"config.json has {field} = " in rows(verification)["index"].detail
+
+
 def test_a_damaged_file_is_the_only_row(checkpoint):
     (checkpoint / "model.safetensors").write_bytes(b"")
     verification = verify_checkpoint(checkpoint)

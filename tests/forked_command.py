@@ -3,18 +3,18 @@
 import os
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from condzoo.cli import main
+from tests.forked import LIMIT, forked, wait_until
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended, and what it printed."""
+    """How a command ended (None: it had to be killed), and what it printed."""
 
-    code: int
+    code: int | None
     out: str
     err: str
 
@@ -22,24 +22,21 @@ class Ended:
 def interrupted(args: list[str], when: str, folder: Path) -> Ended:
     """`condzoo ARGS`, sent a SIGINT once it prints a line that begins with `when`; its output goes to the folder."""
     out, err = folder / "stdout.txt", folder / "stderr.txt"
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            sys.stdout, sys.stderr = out.open("w", buffering=1), err.open("w", buffering=1)
-            main(args)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        finally:
-            os._exit(code)
-    while not any(line.startswith(when) for line in printed(out).splitlines()):
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return Ended(os.waitstatus_to_exitcode(status), printed(out), printed(err))
-        time.sleep(0.01)
-    os.kill(child, signal.SIGINT)
-    _, status = os.waitpid(child, 0)
-    return Ended(os.waitstatus_to_exitcode(status), printed(out), printed(err))
+
+    def command() -> None:
+        sys.stdout, sys.stderr = out.open("w", buffering=1), err.open("w", buffering=1)
+        main(args)
+
+    def begun() -> bool:
+        return not process.is_alive() or any(line.startswith(when) for line in printed(out).splitlines())
+
+    with forked(command) as process:
+        wait_until(begun, process)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+        process.join(LIMIT)
+        code = process.exitcode
+    return Ended(code, printed(out), printed(err))
 
 
 def printed(path: Path) -> str:

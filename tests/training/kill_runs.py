@@ -10,12 +10,12 @@ alone. Every process is forked from this one, so that a kill costs no imports.
 import argparse
 import hashlib
 import json
-import os
 import random
 import signal
 import time
-import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 
 from condzoo.training import reports, train
 from condzoo.training.recipe import parse_recipe
+from tests.forked import LIMIT, forked
 from tests.training.timeless import timeless
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -36,11 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def start(folder: Path, variant: str) -> int:
-    """Fork a process that trains into the folder; returns its number."""
-    child = os.fork()
-    if child:
-        return child
+def training(folder: Path, variant: str) -> AbstractContextManager[BaseProcess]:
+    """A process that trains into the folder, killed as the block ends."""
     recipe = parse_recipe(
         {
             "iterations": 16,  # eleven an epoch
@@ -53,30 +51,22 @@ def start(folder: Path, variant: str) -> int:
             **VARIANTS[variant],
         }
     )
-    try:
-        train(recipe, out=folder, device="cpu")
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+    return forked(lambda: train(recipe, out=folder, device="cpu"))
 
 
 def killed_until_done(folder: Path, variant: str, pauses: Sequence[float]) -> tuple[int, int]:
     """Train, killed after each pause of so many seconds; (kills until it was through, those of them while writing)."""
     torn = 0
-    for killed, pause in enumerate(pauses):
-        before, child = half_written(folder), start(folder, variant)
-        time.sleep(pause)
-        if os.waitpid(child, os.WNOHANG)[0]:
+    for killed, pause in enumerate((*pauses, LIMIT)):
+        before = half_written(folder)
+        with training(folder, variant) as process:
+            process.join(pause)
+        if process.exitcode == 0:
             return killed, torn
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        if process.exitcode != -signal.SIGKILL:
+            break
         torn += bool(half_written(folder) - before)
-    child = start(folder, variant)
-    _, status = os.waitpid(child, 0)
-    if status:
-        raise RuntimeError(f"the run did not go on after {len(pauses)} kills: status {status}")
-    return len(pauses), torn
+    raise RuntimeError(f"the run did not go on after {killed} kills: exit code {process.exitcode}")
 
 
 def half_written(folder: Path) -> set[tuple[str, int]]:

@@ -1,9 +1,10 @@
 """Train in several processes on this machine, each forked from this one, so that a process costs no imports.
 
 A case trains one or more runs into folders of a folder and returns run -> what each process's call of `train`
-came to: "done", or the error's class and text.
+came to: "done", the error's class and text, or the exit code of a process that crashed.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from PIL import Image
 from condzoo.training import Recipe, StepDone, preparation, train, train_seeds
 from condzoo.training.recipe import parse_recipe
 from condzoo.training.rehearsal import rehearse
+from tests.forked import forked
 
 Outcomes = list[list[str]]
 
@@ -62,23 +65,28 @@ def in_processes(world: int, action: Callable[[int], Any], folder: Path) -> Outc
     """What an action came to in each of `world` processes, given their ranks."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if not child:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-            os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            try:
-                action(rank)
-                outcome = ["done"]
-            except BaseException as error:
-                outcome = [type(error).__name__, str(error)]
-            (folder / f"outcome{rank}.json").write_text(json.dumps(outcome))
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
-    return [json.loads((folder / f"outcome{rank}.json").read_text()) for rank in range(world)]
+    files = [folder / f"outcome{rank}.json" for rank in range(world)]
+    for file in files:
+        file.unlink(missing_ok=True)  # an earlier run's
+
+    def run(rank: int) -> None:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        try:
+            action(rank)
+            outcome = ["done"]
+        except BaseException as error:
+            outcome = [type(error).__name__, str(error)]
+        files[rank].write_text(json.dumps(outcome))
+
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(forked(partial(run, rank))) for rank in range(world)]
+        for process in processes:
+            process.join()
+    return [
+        json.loads(file.read_text()) if process.exitcode == 0 else [f"exit code {process.exitcode}"]
+        for file, process in zip(files, processes, strict=True)
+    ]
 
 
 def trained(folder: Path, recipe: Recipe, **arguments: Any) -> Callable[[int], Any]:

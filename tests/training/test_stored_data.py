@@ -3,8 +3,8 @@
 import os
 import shutil
 import signal
+import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from condzoo.training import (
 )
 from condzoo.training.rehearsal import rehearse
 from condzoo.training.resume import newest_checkpoint, save_checkpoint
+from tests.forked import LIMIT, forked, wait_until
 from tests.training.timeless import timeless
 
 STORED: dict[str, Any] = {
@@ -94,19 +95,16 @@ def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch(tiny: Any, tmp_path: Pa
     assert equal(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_killed_run_ends_where_an_undisturbed_one_does(tiny: Any, tmp_path: Path, folders: Any) -> None:
     root = folders()
     recipe = tiny(**{**STORED, "data.workers": 1, "epochs": 4})
     trained(recipe, tmp_path / "whole", root)
     killed = tmp_path / "killed"
-    child = os.fork()
-    if child == 0:
-        trained(recipe, killed, root, on_event=lambda event: time.sleep(0.1))
-        os._exit(0)
-    while not list(killed.glob("checkpoints/*5.json")):
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with forked(lambda: trained(recipe, killed, root, on_event=lambda event: time.sleep(0.1))) as process:
+        wait_until(lambda: list(killed.glob("checkpoints/*5.json")), process)
+    assert process.exitcode == -signal.SIGKILL
     assert not (killed / "summary.json").exists()
     trained(recipe, killed, root)
     assert equal(tmp_path / "whole", killed)
@@ -120,20 +118,20 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_until_the_run_is_saved(
     small = {"model.name": "mlp4x24", "eval_every": 0}
     root, recipe = folders(), tiny(**{**STORED, **small, "data.workers": 2, "epochs": 40})
     stopped = tmp_path / "stopped"
-    child = os.fork()
-    if child == 0:
+
+    def training() -> None:
         os.setsid()
         try:
             trained(recipe, stopped, root, max_steps=60, on_event=lambda event: time.sleep(0.02))
         except Stopped as error:
-            os._exit(error.exit_code)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(1)
-    while not list(stopped.glob("checkpoints/*4.json")):  # the second epoch: workers are being started or at work
-        time.sleep(0.01)
-    os.killpg(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+            sys.exit(error.exit_code)
+
+    with forked(training) as process:
+        # the second epoch: workers are being started or at work
+        wait_until(lambda: list(stopped.glob("checkpoints/*4.json")), process)
+        os.killpg(process.pid, signal.SIGTERM)
+        process.join(LIMIT)
+    assert process.exitcode == 75
     events: list[Any] = []
     saved = int(max(stopped.glob("checkpoints/*.json")).stem.removeprefix("step_"))
     assert trained(recipe, stopped, root, max_steps=saved + 1, on_event=events.append).summary["steps"] == saved + 1

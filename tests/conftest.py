@@ -12,7 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+# No time limit of an example: the machine may be shared.
+settings.register_profile("condzoo", deadline=None)
+settings.load_profile("condzoo")
+
+# With these rich and typer write as to a terminal, which is other texts than the tests expect.
+for variable in ("FORCE_COLOR", "TTY_COMPATIBLE", "GITHUB_ACTIONS", "PY_COLORS"):
+    os.environ.pop(variable, None)
 
 # Real images for development lie beside the repository, when they are there at all.
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"

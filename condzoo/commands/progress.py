@@ -4,7 +4,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -29,7 +29,7 @@ class TrainingProgress:
             BarColumn(bar_width=None, table_column=Column(max_width=10)),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
             console=console,
             disable=not console.is_terminal,
         )
@@ -74,23 +74,22 @@ class TrainingProgress:
         where = f"{event.parameters:,} parameters, {event.device} in {event.precision}, into {event.path}"
         self.say(f"{name}: {where}{resumed}")
         self.began = time.monotonic()
-        self.task = self.bar.add_task(name, total=event.last_step, completed=event.start_step, state="")
+        self.task = self.bar.add_task(name, total=event.last_step, completed=event.start_step, state="", left="")
 
     def step(self, event: StepDone) -> None:
         """Loss, accuracy, speed, and the conditioning of the last layer's input when it was last probed."""
         loss = f"{event.loss:.3f}" if event.loss < 1e3 else f"{event.loss:.3g}"
         state = f"loss {loss}  acc {event.accuracy:.1%}  {event.images_per_second:,.0f} images/s"
-        last_layer = event.last_layer or {}
+        last_layer, left = event.last_layer or {}, time_text(self.seconds_left(event))
         if self.task is not None and not self.bar.disable:
             kappa = next((f"  kappa {value:.3g}" for name, value in last_layer.items() if "kappa" in name), "")
-            self.bar.update(self.task, completed=event.step + 1, state=state + kappa)
+            self.bar.update(self.task, completed=event.step + 1, state=state + kappa, left=left)
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            left = f"  {time_text(self.seconds_left(event))} left"
             conditioning = f"  last layer: {conditioning_text(last_layer)}" if last_layer else ""
-            self.say(f"step {event.step + 1}  {state}{conditioning}{left}")
+            self.say(f"step {event.step + 1}  {state}{conditioning}  {left} left")
 
     def seconds_left(self, event: StepDone) -> float:
-        """Until the last step, at the speed of this run so far."""
+        """Until the last step, at the speed of this run so far; rich's own would forget steps 30 seconds apart."""
         assert self.started is not None
         done = event.step + 1 - self.started.start_step
         return (self.started.last_step - event.step - 1) * (time.monotonic() - self.began) / done

@@ -11,7 +11,7 @@ GO_ON = "run the same command to go on"
 
 @contextlib.contextmanager
 def stopping(what: str) -> Iterator[Callable[[], None]]:
-    """Note signals while a row of pieces is worked through; a second one ends the piece at work.
+    """Note signals while a row of pieces is worked through; a second Ctrl-C ends the piece at work.
 
     Args:
         what: the pieces, in the plural.
@@ -20,7 +20,7 @@ def stopping(what: str) -> Iterator[Callable[[], None]]:
         What to call before each piece; it raises `Stopped` where a signal has come.
 
     Raises:
-        Stopped: on a second signal, or a Ctrl-C that Python turned into a KeyboardInterrupt.
+        Stopped: on a second Ctrl-C, or one that Python turned into a KeyboardInterrupt.
     """
     with stop_signals(patient=launched()) as request:
 

@@ -19,9 +19,10 @@ class Stopped(RuntimeError):
 
 @dataclass
 class StopRequest:
-    """The signal that asked the run to stop; 0 while none has."""
+    """The signal that asked the run to stop; 0 while none has. `interrupted`: one of those that came is SIGINT."""
 
     number: int = 0
+    interrupted: bool = False
 
     @property
     def asked(self) -> str:
@@ -37,16 +38,19 @@ class _Note:
     patient: bool
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.request.number and not self.patient:
-            raise KeyboardInterrupt
-        self.request.number = number
+        if number == signal.SIGINT:
+            if self.request.interrupted and not self.patient:
+                raise KeyboardInterrupt
+            self.request.interrupted = True
+        self.request.number = self.request.number or number
 
 
 @contextlib.contextmanager
 def stop_signals(patient: bool = False) -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGINT instead of dying of them; a second one raises KeyboardInterrupt at once.
+    """Note SIGTERM and SIGINT instead of dying of them; a second SIGINT (Ctrl-C) raises KeyboardInterrupt at once.
 
-    `patient`: it does not. A launcher passes on a signal that each of its processes may have had already.
+    SIGTERM does not, whatever came before: batch systems send SIGINT, then SIGTERM, and then wait for a while.
+    `patient`: nor does SIGINT. A launcher passes on a signal that each of its processes may have had already.
     Within another `stop_signals` (a run among many) the request is the same: a signal stops both.
     Outside the main thread, where Python delivers no signals, nothing is changed; nor is a handler that was not set
     from Python, which could not be put back.

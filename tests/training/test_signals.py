@@ -31,3 +31,26 @@ def test_a_handler_from_outside_python_is_left_alone(foreign: signal.Signals, mo
                 assert within is request
     assert request.number == other
     assert handlers == before
+
+
+def raised(*numbers: signal.Signals, patient: bool = False) -> tuple[int, bool]:
+    """What the request notes of signals that come one after the other, and whether the last ended it at once."""
+    with stop_signals(patient) as request:
+        for number in numbers[:-1]:
+            signal.raise_signal(number)
+        try:
+            signal.raise_signal(numbers[-1])
+        except KeyboardInterrupt:
+            return request.number, True
+    return request.number, False
+
+
+def test_only_a_second_ctrl_c_ends_a_run_at_once() -> None:
+    """LSF sends SIGINT, ten seconds later SIGTERM, and then waits: that is the time in which a run saves."""
+    term, ctrl_c = signal.SIGTERM, signal.SIGINT
+    assert raised(ctrl_c, term) == (ctrl_c, False)
+    assert raised(term, term, term) == (term, False)
+    assert raised(term, ctrl_c) == (term, False)
+    assert raised(term, ctrl_c, ctrl_c) == (term, True)
+    assert raised(ctrl_c, ctrl_c) == (ctrl_c, True)
+    assert raised(ctrl_c, ctrl_c, patient=True) == (ctrl_c, False)

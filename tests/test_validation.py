@@ -1,5 +1,7 @@
 """validate holds the zoo's promises, and catches a network that breaks one, by the right check."""
 
+import copy
+import shutil
 from collections import OrderedDict
 
 import numpy as np
@@ -314,7 +316,7 @@ def test_the_last_bn_bounds_what_grows_with_depth_without_it():
 def test_a_released_checkpoint_keeps_the_promises_that_training_does_not_end(name):
     validation = validate(name)
     assert validation.ok, validation.table()
-    assert {"size", "finite", "scaling"} <= {check.name for check in validation.checks}
+    assert {"size", "finite", "eval mode", "scaling"} <= {check.name for check in validation.checks}
     assert "weights" not in {check.name for check in validation.checks}
 
 
@@ -324,6 +326,19 @@ def test_trained_weights_are_held_against_what_applies_to_them():
     assert {"weights", "conditioning"} <= broken(validate(model).checks)
     model.fc.weight.data[0, 0] = float("nan")
     assert "finite" in broken(validate(model, trained=True).checks)
+
+
+@pytest.mark.parametrize(
+    ("value", "logits"), [(float("nan"), "logits are not finite"), (float("inf"), "logits are finite")]
+)
+def test_statistics_of_training_that_are_not_finite_are_named(value, logits):
+    """Every other check is in train mode, and does not see them."""
+    model = create_model("cifar_resnet8")
+    model.layer1[0].bn1.running_var[0] = value
+    checks = validate(model, trained=True).checks
+    assert broken(checks) == {"eval mode"}
+    (detail,) = (check.detail for check in checks if check.name == "eval mode")
+    assert detail == f"{logits}; not finite: layer1.0.bn1.running_var"
 
 
 def test_theorem_1_holds_with_biases_that_are_scaled_along():
@@ -385,6 +400,20 @@ def test_a_path_is_a_checkpoint_and_anything_else_an_error():
     assert "weights" not in {check.name for check in found.checks}
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int '3'"):
         validate(3)
+
+
+def test_a_path_needs_no_dot_and_a_networks_name_stays_one(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    shutil.copytree(release_folder(find_release("mlp8x24_bn", None)), folder)
+    monkeypatch.chdir(tmp_path)
+    expected = validate(folder)
+    for text in (str(folder), "mine"):
+        found = validate(text)
+        assert (found.model, found.checks) == (text, expected.checks)
+    (tmp_path / "mlp4x24").mkdir()
+    assert "weights" in {check.name for check in validate("mlp4x24").checks}
+    with pytest.raises(ValueError, match="unknown model 'mlp4x24x'"):
+        validate("mlp4x24x")
 
 
 def test_a_network_that_is_not_of_the_zoo_has_no_promises():
@@ -451,6 +480,29 @@ def test_a_default_device_of_the_callers_is_left_out():
         assert torch.empty(1).is_meta
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_the_callers_modes_without_gradients_are_left_out(off):
+    torch.manual_seed(0)
+    expected = validate(create_model("mlp4x24"))
+    assert expected.ok, expected.table()
+    with off():
+        torch.manual_seed(0)
+        model = create_model("mlp4x24")
+        assert validate(model) == expected
+        assert not torch.is_grad_enabled()
+    assert validate(model) == expected
+
+
+def test_a_network_with_synchronized_norms_is_the_one_without():
+    torch.manual_seed(0)
+    model = create_model("cifar_resnet8_lastbn")
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    found = validate(synchronized)
+    assert found.ok, found.table()
+    assert found == validate(model)
+    assert isinstance(synchronized.bn1, nn.SyncBatchNorm)
 
 
 def test_a_compiled_network_is_the_one_inside():

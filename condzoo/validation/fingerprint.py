@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 RECORD = Path(__file__).parents[1] / "models" / "fingerprints.json"
 IMAGES = 8
@@ -43,7 +44,7 @@ def fill_(model: nn.Module) -> None:
             values *= 0.1
         parameter.copy_(values)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(module, _BatchNorm):
             module.weight.add_(1)
 
 

@@ -93,6 +93,16 @@ def check_finite(subject: Subject) -> Check:
     )
 
 
+def check_evaluation(subject: Subject) -> Check:
+    """In eval mode, by the running statistics that training left, the logits are finite; so is every buffer."""
+    bad = [n for n, b in subject.model.named_buffers() if not bool(torch.isfinite(b).all())]
+    model = copy.deepcopy(subject.model).eval()
+    with torch.no_grad():
+        finite = bool(torch.isfinite(model(subject.x)).all())
+    detail = f"logits are {'finite' if finite else 'not finite'}"
+    return Check("eval mode", finite and not bad, detail + (f"; not finite: {', '.join(bad[:3])}" if bad else ""))
+
+
 def check_signals(subject: Subject) -> Check:
     """The root mean square of the layers' inputs stays, or grows, or shrinks, as the family's initializer says."""
     rms = input_magnitudes(subject)

@@ -22,7 +22,15 @@ from condzoo.catalog import ModelInfo, list_models, model_info, read_catalog
 from condzoo.models import create_model
 from condzoo.models.last_bn import check_module
 from condzoo.models.registry import FAMILIES, sibling
+from condzoo.probe.copying import copied
 from condzoo.probe.wrappers import unwrapped
+
+
+class OneProcess(_BatchNorm):
+    """A BatchNorm over inputs with any number of dimensions, as SyncBatchNorm is."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,8 @@ def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
             model, changed = create_model(info.name), {}
     else:
         check_module(name_or_model)
-        # inside what torch.compile or DDP made; also of one that is frozen, or on a GPU
-        model = copy.deepcopy(unwrapped(name_or_model)).cpu().requires_grad_(True)
+        # inside what torch.compile or DDP made; also of one that is frozen, on a GPU, or made in inference mode
+        model = copied(unwrapped(name_or_model)).cpu().requires_grad_(True)
         arch = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
         wrapped = not hasattr(model, "get_classifier")  # features_only=True: stages without a head
         if not arch or wrapped or (arch not in list_models() and is_model(arch)):
@@ -61,6 +69,7 @@ def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
         changed = changed_arguments(model, info)
         info = with_arguments(info, changed)
         without_dropout(model)
+        without_synchronization(model)
     batch = 64 if info.family == "mlp" else 16 if info.depth <= 110 else 8
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *small_input(info), generator=generator, dtype=torch.float64)
@@ -155,6 +164,13 @@ def without_dropout(model: nn.Module) -> None:
             module.p = 0.0
         elif isinstance(module, DropPath | DropBlock2d):
             module.drop_prob = 0.0
+
+
+def without_synchronization(model: nn.Module) -> None:
+    """BatchNorms that take their own batch's statistics, as SyncBatchNorm's do in one process, on any device."""
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = OneProcess  # type: ignore[assignment]  # its parameters and buffers are a BatchNorm's
 
 
 def small_input(info: ModelInfo) -> tuple[int, int, int]:

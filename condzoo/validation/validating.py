@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from condzoo.checkpoints import load_checkpoint
+from condzoo.checkpoints.loading import is_path
 from condzoo.validation.initial_conditioning import initial_records
 from condzoo.validation.promises import (
     Check,
     check_conditioning,
+    check_evaluation,
     check_finite,
     check_function,
     check_initialization,
@@ -20,7 +22,7 @@ from condzoo.validation.promises import (
     check_signals,
     check_size,
 )
-from condzoo.validation.subject import Subject, prepare
+from condzoo.validation.subject import Subject, prepare, zoo_info
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ def validate(name_or_model: str | Path | nn.Module, *, seed: int = 0, trained: b
     Checks: recorded parameters and multiply-adds; the function, by its logits with fixed weights; initial weights;
     signal magnitudes over depth; finite forward and backward; scale invariance (BN) or homogeneity (Theorem 1); the
     last BN's bound; conditioning at initialization against the record shipped for the model. Of trained weights
-    those that training does not end: size, function, finite, scaling, last BN (`verify` holds their conditioning
-    against what was recorded with them).
+    those that training does not end: size, function, finite, scaling, last BN, and finite logits in eval mode, by the
+    statistics that training left (`verify` holds their conditioning against what was recorded with them).
 
     A network of the zoo built with other arguments (`num_classes=100`), or given a last BN by `insert_last_bn`, is
     held against one built with the same; what only the registered one has a record of is skipped, and says so.
@@ -64,15 +66,27 @@ def validate(name_or_model: str | Path | nn.Module, *, seed: int = 0, trained: b
         ValueError: an unknown name, or a network that is not of the zoo (it has no promises to hold).
         TypeError: neither a name nor a path nor a module.
     """
-    with torch.device("cpu"):  # whatever default the caller has set: seeded generators are of one device
+    # whatever the caller has set: seeded generators are of one device, and checks differentiate
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
         model: str | nn.Module
-        if isinstance(name_or_model, Path) or (isinstance(name_or_model, str) and "." in name_or_model):
+        if isinstance(name_or_model, Path) or (isinstance(name_or_model, str) and is_checkpoint(name_or_model)):
             said, model, trained = str(name_or_model), load_checkpoint(name_or_model), True
         else:
             said, model = "", name_or_model
         subject = prepare(model, seed)
         checks = _all_checks(subject, fresh=not trained)
     return Validation(said or subject.info.name, checks)
+
+
+def is_checkpoint(text: str) -> bool:
+    """Whether this is a checkpoint's released name ("arch.tag") or path, and not a network's name."""
+    if "." in text:
+        return True
+    try:
+        zoo_info(text)
+    except ValueError:
+        return is_path(text)
+    return False
 
 
 def _all_checks(subject: Subject, fresh: bool) -> tuple[Check, ...]:
@@ -84,6 +98,7 @@ def _all_checks(subject: Subject, fresh: bool) -> tuple[Check, ...]:
         "weights": (fresh, check_initialization),
         "signals": (fresh, check_signals),
         "finite": (True, check_finite),
+        "eval mode": (not fresh, check_evaluation),
         "scaling": (True, check_scaling),
         "last BN": (subject.info.last_bn, check_last_bn),
         "conditioning": (fresh and recorded, check_conditioning),

@@ -31,7 +31,14 @@ from condzoo.probe.spectra import Spectrum
 
 
 def curvature_blocks(
-    model: nn.Module, x: Any, y: Any, matrix: str = "fisher", *, loss: Loss | None = None, seed: SupportsIndex = 0
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    matrix: str = "fisher",
+    *,
+    loss: Loss | None = None,
+    seed: SupportsIndex = 0,
+    reduction: str | None = None,
 ) -> dict[str | None, Spectrum]:
     """`curvature` of the whole network, under None, and of each layer's block, under its name; arguments as there.
 
@@ -46,15 +53,15 @@ def curvature_blocks(
     """
     seed = whole_seed(seed)
     checked("matrix", matrix, MATRICES)
-    model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
+    model, x, y, loss = in_float64_copies(model, x, y, matrix, loss, reduction)
     layers = exact_layers(model, None)
     columns = _columns(layers)
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         if formed_whole(model, matrix):
-            formed, vectors = whole_matrix(model, layers, x, y, loss, matrix)
+            formed, vectors = whole_matrix(model, layers, x, y, loss, matrix, reduction)
             blocks = {name: formed[own][:, own] for name, own in columns.items()}
             return {name: spectrum_of_matrix(part, vectors) for name, part in [(None, formed), *blocks.items()]}
-        rows = rows_of(model, layers, x, y, loss, matrix, seed)
+        rows = rows_of(model, layers, x, y, loss, matrix, seed, reduction=reduction)
     samples, parameters = batch_size(x), sum(p.numel() for p in own_parameters(layers))
     found: dict[str | None, Spectrum] = {None: spectrum_of_rows(rows, samples, parameters)}
     for name, own in columns.items():

@@ -17,21 +17,24 @@ def made_inside(model: nn.Module) -> bool:
     return any(t.is_inference() for t in chain(model.parameters(), model.buffers()) if not is_lazy(t))
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy of the model, which autograd takes whatever inference mode is on or the model was made in.
 
     Attention maps or features that its modules have kept, and the weights of pruned layers, are parts of a graph, which
     torch refuses to copy: of these the copy has the values alone. In lists, tuples and dicts they are found, too.
+    `memo` gets what became of the model's parts, as `copy.deepcopy` keeps it.
     """
+    memo = {} if memo is None else memo
     with torch.inference_mode(False):
         kept = [part for module in model.modules() for part in tree_leaves(vars(module)) if isinstance(part, Tensor)]
-        return copy.deepcopy(model, {id(part): part.detach().clone() for part in kept if not part.is_leaf})
+        memo |= {id(part): part.detach().clone() for part in kept if not part.is_leaf}
+        return copy.deepcopy(model, memo)
 
 
-def copy_in_float64(model: nn.Module) -> nn.Module:
+def copy_in_float64(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """`copied`, in float64 throughout: where its forward pass makes float32 (`x.float() / 255`), layers widen it."""
     with torch.inference_mode(False):
-        wide = copied(model).double()
+        wide = copied(model, memo).double()
         for module in wide.modules():
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             if any(tensor.is_floating_point() for tensor in own) and not isinstance(module, torch.jit.ScriptModule):

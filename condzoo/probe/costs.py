@@ -33,22 +33,25 @@ class Cost:
         operations: floating-point operations of the products that form it.
         seconds: of all of it, on this machine as it was when it was first asked for a cost; right within a factor of
             about two.
+        held: numbers that the backward passes hold at once, about.
     """
 
     side: int
     operations: float
     seconds: float
+    held: int = 0
 
     @property
     def bytes(self) -> int:
-        """Memory for the matrix and the solver's copy of it, in float64."""
-        return 2 * 8 * self.side**2
+        """Memory for the matrix and the solver's copy of it, and for what is held, in float64."""
+        return 8 * (2 * self.side**2 + self.held)
 
 
-def cost(side: int, operations: float, passes: float = 0.0) -> Cost:
+def cost(side: int, operations: float, passes: float = 0.0, held: int = 0) -> Cost:
     """The cost of a matrix of this side formed with so many operations, after `passes` seconds of backward passes."""
     eigenvalues = EIGENVALUES * 4 / 3 * side**3
-    return Cost(side, operations, passes + (operations + eigenvalues) / products_a_second(torch.get_num_threads()))
+    seconds = passes + (operations + eigenvalues) / products_a_second(torch.get_num_threads())
+    return Cost(side, operations, seconds, held)
 
 
 @cache
@@ -68,8 +71,8 @@ def announce(expected: Cost, what: str) -> None:
     if expected.seconds > LONG:
         warnings.warn(
             f"{what}: about {expected.seconds / 60:.1f} minutes and {expected.bytes / 1e9:.1f} GB for a matrix of "
-            f"side {expected.side:,}; fewer samples or block='<layer>' cost less, and top_curvature(...) gives the "
-            "largest eigenvalues without the matrix",
+            f"side {expected.side:,}; fewer samples or block='<layer>' (of a report layers=['<layer>']) cost less, "
+            "and top_curvature(...) gives the largest eigenvalues without the matrix",
             UserWarning,
             stacklevel=4,
         )
@@ -93,9 +96,14 @@ def announce_passes(seconds: float, passes: int, numbers: int = 0, each: str = B
         )
 
 
+def too_large(side: int) -> bool:
+    """Whether a matrix is too large to be decomposed."""
+    return side > LARGEST
+
+
 def check_side(side: int) -> None:
     """A ValueError where a matrix is too large to be decomposed."""
-    if side > LARGEST:
+    if too_large(side):
         raise ValueError(
             f"the matrix to decompose has side {side:,}, at most {LARGEST:,} is possible; pass fewer samples, "
             "or block='<layer>' for one layer's block; condzoo.probe.top_curvature has the largest eigenvalues alone"

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, SupportsIndex
 
 import torch
@@ -32,14 +33,16 @@ from condzoo.probe.copying import copy_in_float64
 from condzoo.probe.costs import announce, check_side, cost
 from condzoo.probe.finiteness import checked_finite
 from condzoo.probe.gradient_rows import Unfactored, gradient_rows, refuse_faults, unavailable
+from condzoo.probe.hooks import counted_outputs
 from condzoo.probe.label_models import checked_distribution, distribution_of
 from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import check_module, choose, samples_interact
-from condzoo.probe.losses import Loss, logits_of, loss_in_float64, mean_loss, name_of
+from condzoo.probe.loss_copies import loss_beside, wide
+from condzoo.probe.losses import REDUCTIONS, Loss, differentiable, logits_of, mean_loss, name_of
 from condzoo.probe.preserving import preserved
 from condzoo.probe.row_spectra import eigenvalues, spectrum_of_rows
 from condzoo.probe.sample_gradients import DenseRows, sample_gradients
-from condzoo.probe.second_derivatives import ggn_matrix, hessian_matrix
+from condzoo.probe.second_derivatives import ggn_matrix, hessian_matrix, rows_at_once
 from condzoo.probe.spectra import Spectrum, from_blocks
 from condzoo.probe.weights import own_weight
 from condzoo.probe.wrappers import replica
@@ -56,6 +59,7 @@ def curvature(
     *,
     loss: Loss | None = None,
     seed: SupportsIndex = 0,
+    reduction: str | None = None,
 ) -> Spectrum:
     """Full spectrum of an exact curvature matrix, by a float64 copy of the model in the mode it is in.
 
@@ -65,15 +69,18 @@ def curvature(
         y: [N] targets; may be None for "fisher" and "ggn", which look at their shape alone.
         matrix: "fisher" F, "grad_moment" M, "hessian" H or "ggn" G.
         block: a layer's name for its diagonal block alone, None for the whole network.
-        loss: as in `measure`; F needs one that stands for a distribution, G the cross-entropy.
+        loss: as in `measure`; F needs one that stands for a distribution, G the cross-entropy. It sees the float64
+            copy: one that uses the model itself is a module that holds it; a function that does is an error.
         seed: of dropout, and of F's random signs (above).
+        reduction: as in `measure`, for M and H.
 
     Returns:
         P eigenvalues, in loss / parameter^2. Those that N samples cannot reach are exactly 0. A Hessian's
         may be negative.
 
     Raises:
-        ValueError: an unknown matrix or block, a missing y, or a matrix too large to decompose.
+        ValueError: an unknown matrix or block, a missing y, a function as loss that uses the model itself, or a matrix
+            too large to decompose.
 
     Warns:
         UserWarning: before it starts, with the estimated time and memory, if it will take over a minute.
@@ -82,23 +89,25 @@ def curvature(
     """
     seed = whole_seed(seed)
     checked("matrix", matrix, MATRICES)
-    model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
+    model, x, y, loss = in_float64_copies(model, x, y, matrix, loss, reduction)
     layers = exact_layers(model, block)
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         if formed_whole(model, matrix):
-            return spectrum_of_matrix(*whole_matrix(model, layers, x, y, loss, matrix))
-        rows = rows_of(model, layers, x, y, loss, matrix, seed)
+            return spectrum_of_matrix(*whole_matrix(model, layers, x, y, loss, matrix, reduction))
+        rows = rows_of(model, layers, x, y, loss, matrix, seed, reduction=reduction)
     return spectrum_of_rows(rows, batch_size(x), sum(p.numel() for p in own_parameters(layers)))
 
 
 def in_float64_copies(
-    model: nn.Module, x: Any, y: Any, matrix: str, loss: Loss | None
+    model: nn.Module, x: Any, y: Any, matrix: str, loss: Loss | None, reduction: str | None
 ) -> tuple[nn.Module, Any, Any, Loss | None]:
     """The model, a batch on its device and the loss, in float64; the model is a copy.
 
     Raises:
-        ValueError: the matrix needs targets, or another loss, or the batch is empty.
+        ValueError: the matrix needs targets, or another loss, the batch is empty, or there is no such reduction.
     """
+    if reduction is not None:
+        checked("reduction", reduction, REDUCTIONS)
     if y is None and matrix in ("grad_moment", "hessian"):
         raise ValueError(f"matrix={matrix!r} needs targets y; 'fisher' does without")
     check_module(model)
@@ -106,10 +115,11 @@ def in_float64_copies(
     if not batch_size(x):
         raise ValueError("the batch holds no sample: its leading dimension is 0")
     with torch.inference_mode(False):  # what is copied inside has no gradients, or wrong ones
-        model = copy_in_float64(replica(model))
+        memo: dict[int, Any] = {}
+        original, model = replica(model), copy_in_float64(replica(model), memo)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         batch = on_device(in_float64((x, y)), device)
-        return model, *batch, loss_in_float64(loss)
+        return model, *batch, loss_beside(loss, original, memo, wide)
 
 
 def own_parameters(layers: Mapping[str, nn.Module]) -> list[Tensor]:
@@ -148,6 +158,7 @@ def rows_of(
     matrix: str,
     seed: int,
     *,
+    reduction: str | None,
     decomposed: bool = True,
 ) -> list[LayerRows] | list[DenseRows]:
     """Every sample's gradients: by factors, a layer an entry, or where one has none as they are.
@@ -158,9 +169,13 @@ def rows_of(
         ValueError: no layer is called, or one has no factors and under batch statistics no gradients either.
     """
     try:
-        return called_rows(gradient_rows(model, dict(layers), x, y, loss, matrix, seed, decomposed=decomposed))
+        return called_rows(
+            gradient_rows(model, dict(layers), x, y, loss, matrix, seed, reduction=reduction, decomposed=decomposed)
+        )
     except Unfactored:
-        found = None if samples_interact(model) else sample_gradients(model, own_parameters(layers), x, y, loss, matrix)
+        if samples_interact(model):
+            raise
+        found = sample_gradients(model, own_parameters(layers), x, y, loss, matrix, reduction)
         if found is None:
             raise
         return [found]
@@ -185,7 +200,13 @@ def formed_whole(model: nn.Module, matrix: str) -> bool:
 
 
 def whole_matrix(
-    model: nn.Module, layers: Mapping[str, nn.Module], x: Any, y: Any, loss: Loss | None, matrix: str
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    x: Any,
+    y: Any,
+    loss: Loss | None,
+    matrix: str,
+    reduction: str | None,
 ) -> tuple[Tensor, int | None]:
     """H or G [P, P] of the batch as one function, and how many vectors G is made of (None: H is of none).
 
@@ -194,17 +215,21 @@ def whole_matrix(
     parameters = own_parameters(layers)
     side = sum(p.numel() for p in parameters)
     check_side(side)
-    output = call(model, x)
+    with counted_outputs(m for m in model.modules() if not any(True for _ in m.children())) as sizes:
+        output = call(model, x)
     logits = checked_finite(logits_of(output))
+    rows = rows_at_once(sum(sizes))
+    held = rows * sum(sizes)
     if matrix == "hessian":
-        value = checked_finite(mean_loss(loss, output, y, batch_size(x)), "the loss")
-        announce(cost(side, 0.0, 3 * side * _seconds_of_backward(value, parameters)), "exact Hessian")
-        return hessian_matrix(value, parameters), None
+        value = differentiable(checked_finite(mean_loss(loss, output, y, batch_size(x), reduction), "the loss"))
+        announce(cost(side, 0.0, 3 * side * _seconds_of_backward(value, parameters), held), "exact Hessian")
+        return hessian_matrix(value, parameters, rows), None
     checked_distribution(loss, logits, "matrix='ggn'", tokens=False)
+    differentiable(logits)
     vectors = logits.numel()
     passes = vectors * _seconds_of_backward(logits.sum(), parameters)
-    announce(cost(side, 2.0 * vectors * side**2, passes), "exact generalized Gauss-Newton matrix")
-    return ggn_matrix(logits, parameters), vectors
+    announce(cost(side, 2.0 * vectors * side**2, passes, held), "exact generalized Gauss-Newton matrix")
+    return ggn_matrix(logits, parameters, rows), vectors
 
 
 def spectrum_of_matrix(matrix: Tensor, vectors: int | None) -> Spectrum:
@@ -219,11 +244,19 @@ def check_loss(matrix: str, loss: Loss | None) -> None:
     """G is the cross-entropy's: of its logits' Hessian diag(p) - p p^T, which class weights would change.
 
     Raises:
-        ValueError: matrix="ggn" with another loss.
+        ValueError: matrix="ggn" with another loss, of a class that computes it in a way of its own, or with weights.
     """
-    if matrix == "ggn" and (distribution_of(loss) != "softmax" or getattr(loss, "weight", None) is not None):
+    if matrix != "ggn":
+        return
+    inner: Any = loss
+    weighted = False
+    while isinstance(inner, partial):
+        inner, weighted = inner.func, weighted or inner.keywords.get("weight") is not None
+    own_forward = isinstance(inner, nn.Module) and type(inner).forward is not nn.CrossEntropyLoss.forward
+    weighted = weighted or getattr(inner, "weight", None) is not None
+    if distribution_of(inner) != "softmax" or own_forward or weighted:
         raise ValueError(
-            f"matrix='ggn' needs the cross-entropy loss without class weights, got {name_of(loss)}; "
+            f"matrix='ggn' needs torch's cross-entropy loss without class weights, got {name_of(loss)}; "
             "'fisher' takes more losses, 'hessian' and 'grad_moment' any"
         )
 

@@ -28,7 +28,7 @@ from condzoo.probe.label_models import (
 )
 from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import CHANNELS_FIRST, samples_interact
-from condzoo.probe.losses import Loss, logits_of, mean_loss, own_loss_of
+from condzoo.probe.losses import Loss, differentiable, logits_of, mean_loss, own_loss_of
 from condzoo.probe.row_reading import by_sample, read
 
 ELSEWHERE = "a layer whose weight is used otherwise than by its own call"
@@ -50,6 +50,7 @@ def gradient_rows(
     matrix: str,
     seed: int,
     *,
+    reduction: str | None = None,
     each: bool = False,
     decomposed: bool = True,
 ) -> dict[str, LayerRows]:
@@ -58,13 +59,14 @@ def gradient_rows(
     For "grad_moment" with labels y, else for the expectation over the loss's distribution; `seed` is of its signs.
 
     Args:
+        reduction: of the loss, for "grad_moment"; None: what the loss says itself.
         each: take the layers one by one, each with its `fault`; else they are parts of one matrix, which needs all.
         decomposed: that matrix is to be decomposed: say before the backward passes if it is too large.
 
     Raises:
         Unfactored: a layer whose gradient is not of this form (transposed convolutions), or that is not called
             as a module (projections inside nn.MultiheadAttention).
-        ValueError: the network's output or the loss is not finite.
+        ValueError: the network's output or the loss is not finite, or no parameter has a part in it.
     """
     inside = set(model.modules())
     for name, module in layers.items():
@@ -79,11 +81,12 @@ def gradient_rows(
             refuse_faults(rows)
         logits = checked_finite(logits_of(output))
         if matrix == "grad_moment":
-            value = checked_finite(mean_loss(loss, output, y, count), "the loss")
+            value = differentiable(checked_finite(mean_loss(loss, output, y, count, reduction), "the loss"))
             _backward(value, layers, rows, None)
             _check_order(model, logits, value, layers, rows)
         else:
             signals = label_signals(loss, output, y, matrix, count)
+            differentiable(logits)
             _expect(model, layers, rows, logits, signals, seed, decomposed=decomposed and not each)
     finally:
         for handle in handles:
@@ -203,7 +206,8 @@ def _check_order(
     gradient of one sample alone is what the value, a function of the logits [N, ...], gives through its logits.
     """
     layer = next(iter(rows.values()))
-    if samples_interact(model) or not isinstance(logits, Tensor) or len(logits) != layer.samples:
+    apart = isinstance(logits, Tensor) and logits.requires_grad and len(logits) == layer.samples
+    if samples_interact(model) or not apart:
         return
     (signal,) = torch.autograd.grad(value, logits, retain_graph=True, allow_unused=True)
     if signal is None or not all(_agree(logits, signal, layers, rows, slice(None)).values()):

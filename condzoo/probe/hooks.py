@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -21,6 +24,22 @@ class Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         """What a copy is made of."""
         return Hook, (_nothing,)
+
+
+@contextmanager
+def counted_outputs(modules: Iterable[nn.Module]) -> Iterator[list[int]]:
+    """How many numbers are in the output of each call of the modules, in the forward passes inside."""
+    counts: list[int] = []
+
+    def note(module: nn.Module, args: Any, h: Any) -> None:
+        counts.append(h.numel() if isinstance(h, Tensor) else 0)
+
+    scripted = torch.jit.ScriptModule  # takes no hooks
+    handles = [module.register_forward_hook(note) for module in modules if not isinstance(module, scripted)]
+    try:
+        yield counts
+    finally:
+        remove(handles)
 
 
 def remove(handles: list[RemovableHandle]) -> None:

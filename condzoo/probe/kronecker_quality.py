@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from condzoo.probe.arguments import checked, whole_seed
 from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size
+from condzoo.probe.costs import too_large
 from condzoo.probe.exact import in_float64_copies
 from condzoo.probe.finishing import NO_GRADIENT, NOT_CALLED
 from condzoo.probe.gradient_rows import gradient_rows
@@ -131,6 +132,7 @@ def kronecker_report(
     layers: Sequence[str] | None = None,
     loss: Loss | None = None,
     seed: SupportsIndex = 0,
+    reduction: str | None = None,
 ) -> KroneckerReport:
     """Each layer's exact block of F or M against its Kronecker approximation, from the same rows, in float64.
 
@@ -142,12 +144,14 @@ def kronecker_report(
         layers: names or shell patterns; None takes all linear and convolution layers.
         loss: as in `curvature`.
         seed: of dropout, and of F's random signs where `curvature` takes some.
+        reduction: as in `curvature`.
 
     Returns:
-        A `KroneckerReport`: layer name to `KroneckerQuality`; eigenvalues in loss / parameter^2.
+        A `KroneckerReport`: layer name to `KroneckerQuality`; eigenvalues in loss / parameter^2. A layer whose block
+        is too large to decompose is in `skipped`.
 
     Raises:
-        ValueError: an unknown matrix or layer, a missing y, or a block too large to decompose.
+        ValueError: an unknown matrix or layer, or a missing y.
 
     Source: arXiv:2002.10801, Proposition 1; for convolutions arXiv:1602.01407.
 
@@ -156,7 +160,7 @@ def kronecker_report(
     """
     seed = whole_seed(seed)
     checked("matrix", matrix, MATRICES)
-    model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
+    model, x, y, loss = in_float64_copies(model, x, y, matrix, loss, reduction)
     chosen, skipped = choose(model, layers)
     inside = set(model.modules())
     blocks: dict[str, nn.Module] = {
@@ -166,14 +170,21 @@ def kronecker_report(
     }
     skipped |= {n: f"the exact block of {_what(m)} is not available" for n, m in chosen.items() if n not in blocks}
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
-        rows = gradient_rows(model, blocks, x, y, loss, matrix, seed, each=True) if blocks else {}
+        rows = gradient_rows(model, blocks, x, y, loss, matrix, seed, reduction=reduction, each=True) if blocks else {}
     samples = batch_size(x)
     skipped |= {n: f"the exact block of {layer.fault} is not available" for n, layer in rows.items() if layer.fault}
     rows = {n: layer for n, layer in rows.items() if not layer.fault}
     reached = {n: layer for n, layer in rows.items() if any(bool(g.any()) for calls in layer.grads for g in calls)}
-    found = {n: _quality(blocks[n], layer, samples) for n, layer in reached.items()}
+    skipped |= {n: why for n, layer in reached.items() if (why := _beyond(layer))}
+    found = {n: _quality(blocks[n], layer, samples) for n, layer in reached.items() if n not in skipped}
     skipped |= {n: NO_GRADIENT if n in rows else NOT_CALLED for n in blocks if n not in reached and n not in skipped}
     return KroneckerReport(found, skipped, matrix, "train" if model.training else "eval", samples)
+
+
+def _beyond(rows: LayerRows) -> str:
+    """Why a layer's exact block cannot be decomposed; empty where it can."""
+    side = min(rows.vectors, rows.parameters)
+    return f"its exact block is too large to decompose (side {side:,}); pass fewer samples" if too_large(side) else ""
 
 
 def _quality(module: nn.Module, rows: LayerRows, samples: int) -> KroneckerQuality:

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condzoo.probe.batches import in_float64, on_device
+from condzoo.probe.batches import on_device
 from condzoo.probe.label_models import SOFTMAX, classes_second, distribution_of
 
 Labels = Literal["data", "model", "sample"]
 LABELS = ("data", "model", "sample")
 REDUCTIONS = ("mean", "sum")
+NOTHING = "the loss does not depend on the model's parameters, or it has none: nothing to measure"
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -68,15 +69,6 @@ def masked_labels(loss: Any, target: Any) -> tuple[int, int]:
     return int((target == ignored).sum()), target.numel()
 
 
-def loss_in_float64(loss: Any) -> Any:
-    """The loss with its own tensors, such as class weights, in float64."""
-    if isinstance(loss, nn.Module):
-        return copy.deepcopy(loss).double()
-    if isinstance(loss, partial):
-        return partial(loss_in_float64(loss.func), *in_float64(loss.args), **in_float64(loss.keywords))
-    return loss
-
-
 def loss_on(loss: Any, device: torch.device) -> Any:
     """The loss with its own tensors, such as class weights, on a device; a copy where they are elsewhere."""
     if isinstance(loss, nn.Module):
@@ -114,6 +106,17 @@ def mean_loss(loss: Loss | None, output: Any, target: Any, batch: int, reduction
     if value.ndim == 1:
         return value.mean()
     return value / batch if (reduction or reduction_of(loss)) == "sum" else value
+
+
+def differentiable(value: Tensor) -> Tensor:
+    """The value, of which there are gradients.
+
+    Raises:
+        ValueError: no parameter has a part in it that autograd knows.
+    """
+    if not value.requires_grad:
+        raise ValueError(NOTHING)
+    return value
 
 
 def _cross_entropy(output: Any, target: Any) -> Tensor:

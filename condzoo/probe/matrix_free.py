@@ -25,11 +25,12 @@ from condzoo.probe.exact import (
 )
 from condzoo.probe.finiteness import checked_finite, nonfinite
 from condzoo.probe.gradient_rows import SAME
+from condzoo.probe.hooks import counted_outputs
 from condzoo.probe.label_models import checked_distribution, distribution_of
 from condzoo.probe.lanczos import TopEigenvalues, largest_eigenvalues
 from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import samples_interact
-from condzoo.probe.losses import Loss, logits_of, mean_loss
+from condzoo.probe.losses import Loss, differentiable, logits_of, mean_loss
 from condzoo.probe.preserving import preserved
 from condzoo.probe.sample_gradients import MOST, DenseRows
 
@@ -50,6 +51,7 @@ def top_curvature(
     loss: Loss | None = None,
     tolerance: float = 1e-8,
     seed: SupportsIndex = 0,
+    reduction: str | None = None,
 ) -> TopEigenvalues:
     """The k largest eigenvalues of F, M, H or G without forming it; arguments as in `curvature`.
 
@@ -65,18 +67,18 @@ def top_curvature(
     """
     seed = whole_seed(seed)
     checked("matrix", matrix, MATRICES)
-    model, x, y, loss = in_float64_copies(model, x, y, matrix, loss)
+    model, x, y, loss = in_float64_copies(model, x, y, matrix, loss, reduction)
     layers = exact_layers(model, block)
     parameters = own_parameters(layers)
     dim, device = sum(p.numel() for p in parameters), parameters[0].device
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         if matrix == "hessian":
-            product: Product | None = _hessian_product(_checked_loss(model, x, y, loss), parameters)
+            product: Product | None = _hessian_product(_checked_loss(model, x, y, loss, reduction), parameters)
         else:
             product = _jacobian_product(model, layers, x, loss, matrix)
         if product is None:
             with preserved(model, seed):  # dropout as in a first forward pass
-                rows = rows_of(model, layers, x, y, loss, matrix, seed, decomposed=False)
+                rows = rows_of(model, layers, x, y, loss, matrix, seed, reduction=reduction, decomposed=False)
             product, dim = _rows_product(rows, batch_size(x)), sum(layer.parameters for layer in rows)
         return largest_eigenvalues(_on_cpu(product, device), dim, k, tolerance=tolerance, seed=seed)
 
@@ -91,10 +93,10 @@ def _on_cpu(product: Product, device: torch.device) -> Product:
     return checked
 
 
-def _checked_loss(model: nn.Module, x: Any, y: Any, loss: Loss | None) -> Tensor:
+def _checked_loss(model: nn.Module, x: Any, y: Any, loss: Loss | None, reduction: str | None) -> Tensor:
     output = call(model, x)
     checked_finite(logits_of(output))
-    return checked_finite(mean_loss(loss, output, y, batch_size(x)), "the loss")
+    return differentiable(checked_finite(mean_loss(loss, output, y, batch_size(x), reduction), "the loss"))
 
 
 def _jacobian_product(
@@ -104,23 +106,15 @@ def _jacobian_product(
     interacting = samples_interact(model)
     if matrix == "grad_moment" or (matrix == "fisher" and (interacting or distribution_of(loss) != "softmax")):
         return None
-    sizes: list[int] = []
-
-    def note(module: nn.Module, args: Any, h: Any) -> None:
-        sizes.append(h.numel() if isinstance(h, Tensor) else 0)
-
-    handles = [module.register_forward_hook(note) for module in layers.values()]
-    try:
+    with counted_outputs(layers.values()) as sizes:
         logits = checked_finite(logits_of(call(model, x)))
-    finally:
-        for handle in handles:
-            handle.remove()
     if matrix == "ggn":
         checked_distribution(loss, logits, "matrix='ggn'", tokens=False)
+        differentiable(logits)
     parameters = own_parameters(layers)
     if interacting:
         return _ggn_product(logits, parameters)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch_size(x):
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch_size(x) or not logits.requires_grad:
         return None
     count = sum(p.numel() for p in parameters)
     classes = logits.shape[1]

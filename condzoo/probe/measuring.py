@@ -17,7 +17,8 @@ from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.copying import copied, copy_in_float64, made_inside
 from condzoo.probe.layers import choose
-from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_in_float64, loss_on
+from condzoo.probe.loss_copies import as_it_is, loss_beside, on, wide
+from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_on
 from condzoo.probe.narrow_draws import narrow_draws
 from condzoo.probe.passes import Passes
 from condzoo.probe.preserving import preserved
@@ -60,7 +61,8 @@ def measure(
             a pass a sample and class, and in batches of more than 512 of these a pass a class with a random
             sign a sample, whose mean is the expectation.
         loss: callable of (output, y), a mean or sum over the batch or one number a sample. None: the loss
-            that the model returns in its output, else cross-entropy.
+            that the model returns in its output, else cross-entropy. With `certify`, or another device, a copy of
+            the model runs, and a loss that uses the model itself must be a module that holds it.
         layers: names or shell patterns ("layer4.*"); None measures all.
         conv: "channels": every position of a feature map is a row; "patches": every patch is (K-FAC).
         device: where to measure; None: where the model is. Elsewhere copies of the model and the loss are used.
@@ -92,9 +94,13 @@ def measure(
     elsewhere = where is not None and any(p.device != where for p in model.parameters())
     with torch.inference_mode(False):  # what is made inside has no gradients
         if elsewhere or made_inside(model):
-            model = copied(model) if where is None else copied(model).to(where)
+            memo: dict[int, Any] = {}
+            original, model = model, copied(model, memo)
+            model = model if where is None else model.to(where)
+            loss = loss_beside(loss, original, memo, as_it_is if where is None else on(where))
             chosen, skipped = choose(model, layers)
-        loss = loss if where is None else loss_on(loss, where)
+        elif where is not None:
+            loss = loss_on(loss, where)
     capture = capture_of(model, chosen, conv=conv, precision=precision, bias=bias, kappa=kappa)
     if reduction is not None:
         checked("reduction", reduction, REDUCTIONS)
@@ -129,10 +135,12 @@ def certificate(model: nn.Module, batch: list[tuple[Any, Any]], options: dict[st
     """
     own = measure(model, batch, precision="float64", **options)
     with torch.inference_mode(False):
-        wide = [(in_float64(x), in_float64(y)) for x, y in batch]
-        options["loss"] = loss_in_float64(options["loss"])
+        batch = [(in_float64(x), in_float64(y)) for x, y in batch]
+        memo: dict[int, Any] = {}
+        copy = copy_in_float64(model, memo)
+        options["loss"] = loss_beside(options["loss"], model, memo, wide)
     with narrow_draws(model):
-        exact = measure(copy_in_float64(model), wide, precision="float64", **options)
+        exact = measure(copy, batch, precision="float64", **options)
     found: dict[str, dict[str, float]] = {}
     for name in own.keys() & exact.keys():
         found[name] = {}

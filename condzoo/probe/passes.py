@@ -146,7 +146,7 @@ class Passes:
         used = {name: [weight] for name, weight in self.weights.items()} | self.computed
         inputs = [p for p in [*self.inputs, *chain(*self.computed.values())] if p.requires_grad]
         if not inputs or not value.requires_grad:
-            raise ValueError("the loss does not depend on the model's parameters, or it has none: nothing to measure")
+            raise ValueError(losses.NOTHING)
         grads = torch.autograd.grad(value, inputs, signal, retain_graph=keep, allow_unused=True)
         found = {id(p): grad for p, grad in zip(inputs, grads, strict=True) if grad is not None}
         of_weights = {name: [found[id(w)] for w in weights if id(w) in found] for name, weights in used.items()}

@@ -24,6 +24,8 @@ def read(rows: LayerRows, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     """Add a call of a layer to its rows, in a forward hook; where they are not the samples', it says so there."""
     if rows.fault or within_backward():
         return  # activation checkpointing repeats a forward pass that was read
+    if isinstance(h, Tensor) and not h.requires_grad:
+        return  # under torch.no_grad: nothing flows back through this call
     x = called_on(args, kwargs)
     rows.fault = _unfit(module, x, h, rows.samples)
     seen = None if rows.fault else padded_inside(module, x.detach(), h)

@@ -74,7 +74,13 @@ class DenseRows:
 
 
 def sample_gradients(
-    model: nn.Module, parameters: Sequence[Tensor], x: Any, y: Any, loss: Loss | None, matrix: str
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    x: Any,
+    y: Any,
+    loss: Loss | None,
+    matrix: str,
+    reduction: str | None = None,
 ) -> DenseRows | None:
     """The gradients of every sample, in the order draw by draw; None where the loss is no function of the logits alone.
 
@@ -83,10 +89,11 @@ def sample_gradients(
     """
     output, samples = call(model, x), batch_size(x)
     predicted = checked_finite(logits_of(output))
-    if not isinstance(predicted, Tensor):
+    if not isinstance(predicted, Tensor) or not predicted.requires_grad:
         return None
-    value = checked_finite(mean_loss(loss, output, y, samples), "the loss") if matrix == "grad_moment" else None
-    if value is not None:
+    value = None
+    if matrix == "grad_moment":
+        value = checked_finite(mean_loss(loss, output, y, samples, reduction), "the loss")
         (signal,) = torch.autograd.grad(value, predicted, retain_graph=True, allow_unused=True)
         if signal is None:
             return None

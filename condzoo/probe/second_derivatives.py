@@ -11,22 +11,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ROWS = 128  # vectors pulled back at once
+ROWS = 128  # vectors pulled back at once, at most
+NUMBERS = 1 << 27  # numbers in the gradients of all outputs for these vectors together: 1 GB
 
 
-def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor]) -> Float[Tensor, "p p"]:
+def rows_at_once(outputs: int) -> int:
+    """How many vectors are pulled back at once through a network whose modules have so many outputs together."""
+    return max(1, min(ROWS, NUMBERS // max(1, outputs)))
+
+
+def hessian_matrix(loss: Tensor, parameters: Sequence[Tensor], rows: int = ROWS) -> Float[Tensor, "p p"]:
     """d^2 loss / dw^2, symmetrized against round-off."""
     first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     gradient = torch.cat([g.flatten() for g in first])
     if not gradient.requires_grad:  # the loss is linear in all of them
         return gradient.new_zeros((gradient.numel(), gradient.numel()))
-    hessian = pulled_back(
-        gradient, parameters, torch.eye(gradient.numel(), dtype=gradient.dtype, device=gradient.device)
-    )
+    side = gradient.numel()
+    hessian = gradient.new_empty((side, side))
+    for start in range(0, side, rows):
+        units = gradient.new_zeros((min(rows, side - start), side))
+        units.diagonal(start).fill_(1)
+        hessian[start : start + rows] = pulled_back(gradient, parameters, units)
     return (hessian + hessian.T) / 2
 
 
-def ggn_matrix(logits: Float[Tensor, "n k"], parameters: Sequence[Tensor]) -> Float[Tensor, "p p"]:
+def ggn_matrix(logits: Float[Tensor, "n k"], parameters: Sequence[Tensor], rows: int = ROWS) -> Float[Tensor, "p p"]:
     """(1/N) J^T H J for softmax cross-entropy, J the Jacobian of all logits as one function of the batch.
 
     H = diag(p) - p p^T = S S^T with S = diag(sqrt p) - p sqrt(p)^T, so it is a sum of outer products of
@@ -36,22 +45,22 @@ def ggn_matrix(logits: Float[Tensor, "n k"], parameters: Sequence[Tensor]) -> Fl
     p = logits.detach().softmax(dim=1)
     factors = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :]  # [n, k, column]
     total = logits.new_zeros((sum(w.numel() for w in parameters),) * 2)
-    for sample in range(0, samples, max(1, ROWS // classes)):
-        chosen = range(sample, min(samples, sample + max(1, ROWS // classes)))
+    for sample in range(0, samples, max(1, rows // classes)):
+        chosen = range(sample, min(samples, sample + max(1, rows // classes)))
         signals = logits.new_zeros((len(chosen), classes, samples, classes))
         for i, n in enumerate(chosen):
             signals[i, :, n] = factors[n].T
-        rows = pulled_back(logits, parameters, signals.flatten(0, 1))
-        total.addmm_(rows.T, rows)
+        pulled = pulled_back(logits, parameters, signals.flatten(0, 1), rows)
+        total.addmm_(pulled.T, pulled)
     return total / samples
 
 
 def pulled_back(
-    outputs: Tensor, parameters: Sequence[Tensor], signals: Float[Tensor, m * shape]
+    outputs: Tensor, parameters: Sequence[Tensor], signals: Float[Tensor, m * shape], rows: int = ROWS
 ) -> Float[Tensor, "m p"]:
-    """Each signal's gradient of all parameters together, as a row."""
+    """Each signal's gradient of all parameters together, as a row; `rows` of them at once."""
     parts = []
-    for some in signals.split(ROWS):
+    for some in signals.split(rows):
         try:
             parts.append(_rows(outputs, parameters, some, True))
         except RuntimeError:  # vmap cannot run dropout that checkpointing repeats, or some backward of a user's

@@ -14,11 +14,13 @@ from condzoo.probe import (
     costs,
     curvature,
     curvature_blocks,
+    exact,
     kronecker_report,
     label_draws,
     measure,
     row_spectra,
     sample_gradients,
+    second_derivatives,
     top_curvature,
 )
 
@@ -669,3 +671,94 @@ def test_layers_called_on_a_row_at_a_time_have_their_gradients_themselves():
     rows = torch.stack([torch.cat([g.flatten() for g in own]) for own in grads])
     expected = torch.linalg.eigvalsh(rows @ rows.T / 2).flip(0)
     assert torch.allclose(curvature(model, x, y, "grad_moment").eigenvalues[:2], expected, rtol=1e-10)
+
+
+class Behind(nn.Module):
+    """A backbone under torch.no_grad, on which the head alone is trained; or all of it."""
+
+    def __init__(self, everything):
+        super().__init__()
+        torch.manual_seed(0)
+        self.everything, self.backbone, self.head = everything, nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.backbone(x).tanh()
+            if self.everything:
+                return self.head(h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "hessian", "ggn"])
+def test_a_layer_without_gradients_counts_as_one_that_is_not_called(matrix):
+    model, x, y = Behind(False).double(), torch.randn(8, 6).double(), torch.arange(8) % 3
+    head = curvature(model, x, y, matrix, block="head").eigenvalues
+    whole = curvature(model, x, y, matrix).eigenvalues
+    expected = torch.cat([head, torch.zeros(35).double()]).sort(descending=True).values
+    assert torch.allclose(whole, expected, atol=1e-15)
+    assert float(top_curvature(model, x, y, matrix).values[0]) == pytest.approx(float(head[0]))
+    assert torch.equal(curvature_blocks(model, x, y, matrix)["head"].eigenvalues, head)
+    if matrix in ("fisher", "grad_moment"):
+        report = kronecker_report(model, x, y, matrix)
+        assert list(report) == ["head"]
+        assert report.skipped == {"backbone": "not called in the forward pass, or only without gradients"}
+
+
+@pytest.mark.parametrize("classes", [3, 70])
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "hessian", "ggn"])
+def test_an_output_without_gradients_is_one_error(matrix, classes):
+    model, x, y = Behind(True).double(), torch.randn(8, 6).double(), torch.arange(8) % 3
+    model.head = nn.Linear(5, classes).double()
+    asked = [curvature, curvature_blocks, top_curvature]
+    for ask in [*asked, kronecker_report] if matrix in ("fisher", "grad_moment") else asked:
+        with pytest.raises(ValueError, match="the loss does not depend on the model's parameters, or it has none"):
+            ask(model, x, y, matrix)
+
+
+def test_a_loss_beside_detached_logits_is_the_outputs_own():
+    class Own(nn.Sequential):
+        def forward(self, x):
+            logits = super().forward(x)
+            return {"loss": F.cross_entropy(logits, torch.arange(8) % 3), "logits": logits.detach()}
+
+    torch.manual_seed(0)
+    model, x, y = Own(nn.Linear(6, 3)).double(), torch.randn(8, 6).double(), torch.arange(8) % 3
+    found, expected = (curvature(m, x, y, "grad_moment").eigenvalues for m in (model, model[0]))
+    assert torch.allclose(found, expected, atol=1e-15)
+
+
+class Focal(nn.CrossEntropyLoss):
+    def forward(self, output, y):
+        each = F.cross_entropy(output, y, reduction="none")
+        return ((1 - (-each).exp()) ** 2 * each).mean()
+
+
+def test_the_ggn_is_of_plain_cross_entropy_alone(kit):
+    model, (x, y), weight = networks(kit, "mlp"), kit.images(6), torch.tensor([1.0, 5, 20, 2])
+    weighted = functools.partial(F.cross_entropy, weight=weight)
+    for loss in (nn.CrossEntropyLoss(weight=weight), weighted, functools.partial(weighted), Focal()):
+        for ask in (curvature, curvature_blocks, top_curvature):
+            with pytest.raises(ValueError, match="needs torch's cross-entropy loss without class weights, got"):
+                ask(model, x, y, "ggn", loss=loss)
+    plain = curvature(model, x, y, "ggn", block="5").eigenvalues
+    smooth = functools.partial(F.cross_entropy, label_smoothing=0.1, weight=None)  # the same second derivatives
+    for loss in (nn.CrossEntropyLoss(), F.cross_entropy, smooth):
+        assert torch.equal(curvature(model, x, y, "ggn", block="5", loss=loss).eigenvalues, plain)
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+def test_fewer_vectors_at_once_go_through_a_network_of_many_outputs(kit, monkeypatch, matrix):
+    model, (x, y), pulled = networks(kit, "conv").train(), kit.images(6), []
+    model.append(nn.BatchNorm1d(4).double())  # G of the batch as one function
+    expected = curvature(model, x, y, matrix).eigenvalues
+    of_rows = second_derivatives._rows
+    monkeypatch.setattr(
+        second_derivatives, "_rows", lambda o, p, some, b: pulled.append(len(some)) or of_rows(o, p, some, b)
+    )
+    outputs = 6 * (16 + 16 + 4 + 4 + 4 + 4)  # of the convolutions, the ReLU, and what follows
+    monkeypatch.setattr(second_derivatives, "NUMBERS", 7 * outputs)
+    announced = []
+    monkeypatch.setattr(exact, "announce", lambda expected, what: announced.append(expected.held))
+    assert torch.allclose(curvature(model, x, y, matrix).eigenvalues, expected, rtol=1e-9, atol=1e-12)
+    assert max(pulled) == {"hessian": 7, "ggn": 4}[matrix]
+    assert announced == [7 * outputs]

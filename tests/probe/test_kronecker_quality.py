@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from condzoo.probe import curvature, kronecker_report, measure
+from condzoo.probe import costs, curvature, kronecker_report, measure
 
 
 def network():
@@ -152,3 +152,16 @@ def test_a_report_of_no_layer_names_why(matrix):
     assert len(report) == 0
     assert report.skipped == {"0": "the exact block of a layer whose weight is computed is not available"}
     assert "skipped 0" in report.table()
+
+
+def test_a_block_too_large_is_skipped_and_the_others_are_there(monkeypatch):
+    monkeypatch.setattr(costs, "LARGEST", 80)
+    report = kronecker_report(network(), *data(60))
+    assert list(report) == ["0", "2"]
+    assert report.skipped["5"] == "its exact block is too large to decompose (side 111); pass fewer samples"
+
+
+def test_the_announcement_names_what_the_report_takes(monkeypatch):
+    monkeypatch.setattr(costs, "products_a_second", lambda threads: 1.0)
+    with pytest.warns(UserWarning, match=r"block='<layer>' \(of a report layers=\['<layer>'\]\) cost less"):
+        kronecker_report(network(), *data(6), layers=["5"])

@@ -11,30 +11,6 @@ import timm
 from condzoo.catalog import list_models, model_info
 from condzoo.models import released
 
-CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110, 230, 1202)
-
-
-def contract_names():
-    """Every name of the contract's table of models, spelled out independently of the zoo's own tables."""
-    for depth in CIFAR_DEPTHS:
-        for family in ("resnet", "vgg"):
-            for suffix in ("", "_nobn", "_lastbn", "_nobn_lastbn"):
-                yield f"cifar_{family}{depth}{suffix}"
-        for suffix in ("", "_nofinalbn", "_lastbn"):
-            yield f"cifar_preresnet{depth}{suffix}"
-    yield from ("cifar_vgg16", "cifar_vgg16_lastbn")
-    for depth in (18, 34, 50, 101, 152):
-        yield f"resnet{depth}_lastbn"
-    for depth in (18, 50):
-        yield from (f"preresnet{depth}", f"preresnet{depth}_lastbn")
-    for size in ("4x24", "4x36", "5x256", "8x24", "20x256", "100x256"):
-        for suffix in ("", "_bn", "_lastbn"):
-            yield f"mlp{size}{suffix}"
-
-
-def test_the_zoo_is_exactly_the_contracts_table():
-    assert sorted(list_models()) == sorted(contract_names())
-
 
 @pytest.mark.parametrize(
     ("name", "params"),

@@ -1,4 +1,4 @@
-"""Every command and snippet of the README runs, and its generated table is up to date."""
+"""Every command and snippet of the README and command of docs/recipes.md runs; the table of models is up to date."""
 
 import re
 import shlex
@@ -13,11 +13,15 @@ from condzoo.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line.removeprefix("$ ")
-    for block in re.findall(r"```console\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-]
+
+
+def commands_of(page: str) -> list[str]:
+    """The lines that a page gives for a shell, without their prompts."""
+    blocks = re.findall(r"```console\n(.*?)```", page, re.S)
+    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+
+
+COMMANDS = commands_of(README)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 TRAININGS = ("condzoo train", "condzoo sweep")
 MADE = ("make demo", "make test")
@@ -55,6 +59,16 @@ def test_the_commands_without_real_data_run_in_their_order(tmp_path, monkeypatch
     assert (tmp_path / "mlp.png").exists()
 
 
+def test_the_commands_of_the_page_on_recipes_run_in_their_order(tmp_path, monkeypatch, capsys):
+    """Trainings are of a smaller network."""
+    monkeypatch.chdir(tmp_path)
+    commands = commands_of((ROOT / "docs/recipes.md").read_text(encoding="utf-8"))
+    assert len(commands) == 7
+    for command in commands:
+        small = " --set model.name=cifar_resnet8_nobn_lastbn" if command.startswith(TRAININGS) else ""
+        assert run(command + small, capsys, probed=False).strip()
+
+
 @pytest.mark.real_data
 def test_the_commands_on_real_data_run(tmp_path, data_root, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -76,6 +90,7 @@ def test_what_make_demo_runs_ends_in_a_table_and_a_picture(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     planned = subprocess.run(["make", "demo", "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     command = next(line for line in planned.splitlines() if "condzoo sweep" in line).split("-m ", 1)[1]
+    assert commands_of((ROOT / "docs/demo.md").read_text(encoding="utf-8")) == [command]
     out = run(command, capsys)
     assert "cifar_resnet20_nobn_lastbn" in out
     assert "picture: runs/demo/conditioning.png" in out

@@ -1,6 +1,7 @@
-"""What a terminal of 80 columns shows: every number and name of a table, and the bar of a training."""
+"""What a terminal of 80 columns shows: every number and name of a table, a training's bar, and its lines elsewhere."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,21 @@ def test_the_bar_of_a_training_fits_80_columns() -> None:
     drawn, _, state = line.partition("123456/450449 ")
     assert state == "loss 2.303  acc 12.3%  12,345 images/s  kappa 1.23e+03 --:--"
     assert len(drawn) > len("12:34:56") - len("--:--"), "hours have room, too"
+
+
+def test_off_a_terminal_a_line_each_half_minute_has_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("condzoo.commands.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    console = screen(terminal=False)
+    with TrainingProgress(console) as progress:
+        progress(replace(started("run", 150), start_step=50))
+        for seconds, step in ((29.0, 56), (40.0, 59), (69.0, 70)):
+            clock.now = 1000.0 + seconds
+            progress(StepDone(step, 0, 2.3026, 0.1234, 0.1, 12_345.0, {"lambda_max": 51.3, "kappa_50": 1234.0}))
+    assert printed(console) == [
+        "cifar_resnet20: 269,722 parameters, cpu in fp32, into run, going on from step 50",
+        "step 60  loss 2.303  acc 12.3%  12,345 images/s  last layer: lambda_max 51.3  kappa_50 1.23e+03  0:06:00 left",
+    ]
 
 
 def test_a_run_that_failed_leaves_no_bar() -> None:

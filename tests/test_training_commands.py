@@ -280,6 +280,14 @@ def test_a_plan_prints_every_quantity(capsys, tmp_path, monkeypatch):
     assert (plan["runs"], plan["seconds_of_all_runs"]) == (3, 3 * plan["seconds"])
 
 
+def test_a_plan_says_where_it_does_not_fit(capsys):
+    words = ("train", "cifar10/resnet20", "--plan", "--set", "data.batch_size=50000", "--gpu")
+    for gpu, fits in (("h200", True), ("t4", False)):
+        _, out, _ = run(capsys, *words, gpu)
+        memory = next(line for line in out.splitlines() if line.startswith("memory"))
+        assert memory.endswith("  DOES NOT FIT") is not fits
+
+
 def test_eval_of_a_run_and_of_its_release_are_as_recorded(capsys, tmp_path):
     trained = tmp_path / "run"
     run(capsys, "train", *SHORT, "--out", trained)

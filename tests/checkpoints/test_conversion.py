@@ -204,6 +204,19 @@ def test_a_last_bn_twin_is_the_same_function(tmp_path, photos, name, calibrated)
     assert verify_checkpoint(made).ok
 
 
+def test_the_command_makes_a_calibrated_twin(tmp_path, photos):
+    plain, weights = made_up("test_vit", tmp_path / "weights.pth"), str(tmp_path / "weights.pth")
+    options = ["--weights", weights, "--calibrate", str(photos), "--tag", "mine", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "timm/test_vit", "--last-bn", *options])
+    assert not stop.value.code
+    twin = load_checkpoint(tmp_path / "out" / "test_vit.mine")
+    x = torch.randn(2, *timm.data.resolve_data_config({}, model=plain)["input_size"])
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert twin.last_bn.running_mean.abs().max() > 0
+
+
 def test_calibration_standardizes_the_classifier_s_input(tmp_path, photos):
     plain = made_up("resnet18", tmp_path / "weights.pth")
     made = convert_last_bn("timm/resnet18", weights=tmp_path / "weights.pth", calibrate=photos, out=tmp_path)

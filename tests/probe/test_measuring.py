@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import weakref
 from collections import OrderedDict
 from functools import partial
 
@@ -108,6 +109,20 @@ def test_splitting_and_reordering_batches_changes_nothing(kit):
         close(parts[name].output_grad, layer.output_grad.eigenvalues)
         assert parts[name].weight_grad == pytest.approx(layer.weight_grad, rel=1e-9)
         assert (parts[name].samples, parts[name].positions) == (24, layer.positions)
+
+
+def test_batches_are_let_go_one_after_the_other(kit):
+    """So a loader of any length is measured in the memory of a few; the first stays, for `certify`."""
+    given = []
+
+    def loader():
+        for seed in range(30):
+            assert sum(x() is not None for x in given) <= 3
+            x, y = kit.images(4, seed=seed)
+            given.append(weakref.ref(x))
+            yield x, y
+
+    assert measure(kit.build("mlp"), loader())["1"].samples == 30 * 4
 
 
 def test_gradients_are_quadratic_in_the_scale_of_the_loss_and_know_its_reduction(kit):

@@ -1,6 +1,8 @@
 """The plan of a training against closed forms, the real network on a CPU, and one step that is taken."""
 
 import itertools
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from condzoo.models import create_model
 from condzoo.training import load_recipe
 from condzoo.training.accelerators import GPUS, Accelerator, accelerator
 from condzoo.training.planning import TEST_IMAGES, TRAINING_IMAGES, kept_for_backward, plan_training, trace
+from condzoo.training.preparation import prepare, training_steps
+from condzoo.training.steps import take_step
 
 A100 = accelerator("a100")
 
@@ -82,6 +86,37 @@ def test_devices_share_the_batch_and_exchange_the_gradient(tiny: Any) -> None:
         plan_training(tiny(), A100, 200)
     with pytest.raises(ValueError, match=r"gpus: got 0, must be from 1 to data.batch_size \(128\)"):
         plan_training(tiny(), A100, 0)
+
+
+def test_memory_and_time_are_sums_of_what_they_consist_of(tiny: Any) -> None:
+    plan = plan_training(tiny(ema=0.9), A100, 2)
+    parts = [plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes, plan.average_bytes]
+    parts += [plan.activation_bytes, plan.data_bytes]
+    assert all(parts)
+    assert plan.memory_bytes == sum(parts)
+    assert plan.seconds == 22 * plan.seconds_per_step
+
+
+def test_a_step_of_several_devices_takes_what_their_link_does(tiny: Any) -> None:
+    slow = replace(A100, link=A100.link / 1e6)
+    one, four, slow_one, slow_four = (plan_training(tiny(), gpu, count) for gpu in (A100, slow) for count in (1, 4))
+    assert slow_one.seconds_per_step == one.seconds_per_step
+    longer = four.communicated_bytes_per_step * (1 / slow.link - 1 / A100.link)
+    assert slow_four.seconds_per_step - four.seconds_per_step == pytest.approx(longer)
+
+
+def test_the_time_of_a_step_is_about_what_one_takes_here(tiny: Any) -> None:
+    """Of the processor, whatever else it has to do: within a factor of 10."""
+    recipe = tiny(**{"model.name": "cifar_resnet8", "data.resize": 16, "precision": "fp32"})
+    training = prepare(recipe, torch.device("cpu"))
+    first, *others = training_steps(training, 0, 6)
+    take_step(training, first)
+    began = time.process_time()
+    for batch in others:
+        take_step(training, batch)
+    measured = (time.process_time() - began) / len(others)
+    planned = plan_training(recipe, accelerator("cpu", threads=1)).seconds_per_step
+    assert measured / 10 < planned < 10 * measured
 
 
 def test_imagenet_can_be_planned_where_it_is_not(tmp_path: Path) -> None:

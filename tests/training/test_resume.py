@@ -434,6 +434,22 @@ def test_a_read_only_run_directory_is_left_as_it_is(tiny: Any, tmp_path: Path) -
         run.path.chmod(0o755)
 
 
+def test_a_run_directory_on_a_read_only_file_system_is_left_as_it_is(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(tiny(), out=tmp_path / "run", max_steps=2, device="cpu")
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+    def refuse(lock: FileLock) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("condzoo.training.run_directory.FileLock.acquire", refuse)
+    said = r"Read-only file system: no run can be written here; use another --out: '.*run'"
+    with pytest.raises(OSError, match=said):
+        train(tiny(), out=run.path, device="cpu")
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("damage", [b'{"status"', b"\xff\xfe\x00" * 200, b"\x00" * 600, b"[" * 10_000])
 @pytest.mark.parametrize("name", ["summary.json", "environment.json", "metrics.jsonl"])
 def test_a_damaged_record_is_named_and_can_be_made_again(name: str, damage: bytes, tiny: Any, tmp_path: Path) -> None:

@@ -34,11 +34,11 @@ from condzoo.probe.costs import announce, check_side, cost
 from condzoo.probe.finiteness import checked_finite
 from condzoo.probe.gradient_rows import Unfactored, gradient_rows, refuse_faults, unavailable
 from condzoo.probe.hooks import counted_outputs
-from condzoo.probe.label_models import checked_distribution, distribution_of
+from condzoo.probe.label_models import check_softmax, checked_distribution, distribution_of
 from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import check_module, choose, samples_interact
 from condzoo.probe.loss_copies import loss_beside, wide
-from condzoo.probe.losses import REDUCTIONS, Loss, differentiable, logits_of, mean_loss, name_of
+from condzoo.probe.losses import REDUCTIONS, Loss, differentiable, logits_of, mean_loss, name_of, own_loss_of
 from condzoo.probe.preserving import preserved
 from condzoo.probe.row_spectra import eigenvalues, spectrum_of_rows
 from condzoo.probe.sample_gradients import DenseRows, sample_gradients
@@ -225,6 +225,7 @@ def whole_matrix(
         announce(cost(side, 0.0, 3 * side * _seconds_of_backward(value, parameters), held), "exact Hessian")
         return hessian_matrix(value, parameters, rows), None
     checked_distribution(loss, logits, "matrix='ggn'", tokens=False)
+    check_softmax(own_loss_of(output) if loss is None else None, logits, 1, "matrix='ggn'")
     differentiable(logits)
     vectors = logits.numel()
     passes = vectors * _seconds_of_backward(logits.sum(), parameters)

@@ -26,11 +26,11 @@ from condzoo.probe.exact import (
 from condzoo.probe.finiteness import checked_finite, nonfinite
 from condzoo.probe.gradient_rows import SAME
 from condzoo.probe.hooks import counted_outputs
-from condzoo.probe.label_models import checked_distribution, distribution_of
+from condzoo.probe.label_models import check_softmax, checked_distribution, distribution_of
 from condzoo.probe.lanczos import TopEigenvalues, largest_eigenvalues
 from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import samples_interact
-from condzoo.probe.losses import Loss, differentiable, logits_of, mean_loss
+from condzoo.probe.losses import Loss, differentiable, logits_of, mean_loss, own_loss_of
 from condzoo.probe.preserving import preserved
 from condzoo.probe.sample_gradients import MOST, DenseRows
 
@@ -107,10 +107,13 @@ def _jacobian_product(
     if matrix == "grad_moment" or (matrix == "fisher" and (interacting or distribution_of(loss) != "softmax")):
         return None
     with counted_outputs(layers.values()) as sizes:
-        logits = checked_finite(logits_of(call(model, x)))
+        output = call(model, x)
+    logits = checked_finite(logits_of(output))
     if matrix == "ggn":
         checked_distribution(loss, logits, "matrix='ggn'", tokens=False)
         differentiable(logits)
+    if isinstance(logits, Tensor) and logits.ndim == 2:
+        check_softmax(own_loss_of(output) if loss is None else None, logits, 1, f"matrix={matrix!r}")
     parameters = own_parameters(layers)
     if interacting:
         return _ggn_product(logits, parameters)

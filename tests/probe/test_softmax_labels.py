@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from condzoo.probe import curvature, measure
+from condzoo.probe import curvature, measure, top_curvature
 
 SAMPLES = 16
 
@@ -15,15 +15,16 @@ SAMPLES = 16
 class Own(nn.Module):
     """Returns a loss of its own with its logits [n, k], as Hugging Face's models do when called with labels."""
 
-    def __init__(self, classes, loss, factor=1.0):
+    def __init__(self, classes, loss, factor=1.0, body=None):
         super().__init__()
         torch.manual_seed(0)
         self.body, self.head, self.loss = nn.Linear(5, 4), nn.Linear(4, classes), loss
+        self.whole = body
         with torch.no_grad():
             self.head.weight.mul_(factor)
 
     def forward(self, x, labels=None):
-        logits = self.head(torch.tanh(self.body(x)))
+        logits = self.head(torch.tanh(self.body(x))) if self.whole is None else self.whole(x)
         return {"logits": logits} if labels is None else {"logits": logits, "loss": self.loss(logits, labels)}
 
 
@@ -58,6 +59,12 @@ def test_a_models_own_loss_that_is_no_cross_entropy_has_no_softmax(name, labels)
         measure(Own(classes, loss), batch(y), labels=labels)
     with pytest.raises(ValueError, match=rf"matrix='fisher' {message}"):
         curvature(Own(classes, loss), batch(y), y, "fisher")
+    for matrix in ("fisher", "ggn"):
+        with pytest.raises(ValueError, match=rf"matrix='{matrix}' {message}"):
+            top_curvature(Own(classes, loss), batch(y), y, matrix)
+    normed = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, classes))  # whose G is formed whole
+    with pytest.raises(ValueError, match=rf"matrix='ggn' {message}"):
+        curvature(Own(classes, loss, body=normed), batch(y), y, "ggn")
     assert measure(Own(classes, loss), batch(y)).loss_name == "output.loss"
     explicit = nn.BCEWithLogitsLoss() if name == "several labels" else nn.MSELoss()
     found = measure(Own(classes, loss), (batch(y)["x"], None), labels="model", loss=explicit)

@@ -72,11 +72,11 @@ def patch_gram(x: Float[Tensor, "n c h w"], conv: nn.Conv2d, wide: bool) -> Floa
     """
     channels, (kh, kw) = x.shape[1], conv.kernel_size
     x = x.contiguous() if wide else x.float().contiguous()
-    every = _correlations_float64(x, kh, kw) if wide else _correlations_float32(x, kh, kw)
+    shifted = _correlations_float64(x, kh, kw) if wide else _correlations_float32(x, kh, kw)
     offsets = list(itertools.product(range(kh), range(kw)))
     shift = [[(v[0] - u[0] + kh - 1) * (2 * kw - 1) + v[1] - u[1] + kw - 1 for v in offsets] for u in offsets]
     index = torch.tensor(shift, device=x.device)
-    gram = every.permute(2, 3, 0, 1).flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+    gram = shifted.permute(2, 3, 0, 1).flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
     for images in x.split(_images_of_a_border_sum(x, conv)):
         border = Border(images, conv, wide)
         places: list[int] = []
@@ -142,7 +142,7 @@ def _output_size(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
 
 def _images_of_a_border_sum(x: Float[Tensor, "n c h w"], conv: nn.Conv2d) -> int:
     """How many images' rows or columns outside some W_u float32 adds."""
-    lines = [len(outside) for sides in _outside_of(x, conv) for outside in sides]
+    lines = [len(outside) for axis in _outside_of(x, conv) for outside in axis]
     length = max(size + reach for size, reach in zip(x.shape[2:], conv.kernel_size, strict=True))
     return max(1, LONGEST_SUM // (max(1, *lines) * length))
 

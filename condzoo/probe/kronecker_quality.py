@@ -139,7 +139,7 @@ def kronecker_report(
     Args:
         model: any module; a float64 copy in the mode it is in is used.
         x: [N, ...] inputs, or a dict or tuple of the model's arguments.
-        y: targets; None for "fisher", which does not look at them.
+        y: targets; may be None for "fisher", which looks at their shape alone.
         matrix: "fisher" (labels from the model) or "grad_moment" (labels from the data).
         layers: names or shell patterns; None takes all linear and convolution layers.
         loss: as in `curvature`.

@@ -21,7 +21,7 @@ from condzoo.probe.costs import A_SAMPLE_AND_CLASS, announce_passes
 from condzoo.probe.finiteness import checked_finite
 from condzoo.probe.gradient_rows import SAME, label_signals
 from condzoo.probe.label_models import gradients_one_by_one
-from condzoo.probe.losses import Loss, logits_of, mean_loss
+from condzoo.probe.losses import Loss, differentiable, logits_of, mean_loss
 from condzoo.probe.second_derivatives import pulled_back
 
 MOST = 500_000_000  # numbers in the gradients together: 4 GB
@@ -85,7 +85,7 @@ def sample_gradients(
     """The gradients of every sample, in the order draw by draw; None where the loss is no function of the logits alone.
 
     Raises:
-        ValueError: they are too many to hold, or the output or the loss is not finite.
+        ValueError: they are too many to hold, the output or the loss is not finite, or no parameter has a part in it.
     """
     output, samples = call(model, x), batch_size(x)
     predicted = checked_finite(logits_of(output))
@@ -93,7 +93,7 @@ def sample_gradients(
         return None
     value = None
     if matrix == "grad_moment":
-        value = checked_finite(mean_loss(loss, output, y, samples, reduction), "the loss")
+        value = differentiable(checked_finite(mean_loss(loss, output, y, samples, reduction), "the loss"))
         (signal,) = torch.autograd.grad(value, predicted, retain_graph=True, allow_unused=True)
         if signal is None:
             return None

@@ -589,6 +589,12 @@ def test_a_loss_that_sees_more_than_the_logits_has_no_gradients_a_sample():
         curvature(model, x, y, "grad_moment")
 
 
+def test_a_loss_without_gradients_is_one_error_for_layers_without_factors_too():
+    model = nn.Sequential(nn.ConvTranspose1d(3, 2, 2), nn.Flatten())
+    with pytest.raises(ValueError, match="the loss does not depend on the model's parameters, or it has none"):
+        curvature(model, torch.randn(6, 3, 4), torch.arange(6), "grad_moment", loss=lambda h, y: h.detach().sum())
+
+
 def test_too_many_gradients_are_refused(monkeypatch):
     monkeypatch.setattr(sample_gradients, "MOST", 1000)
     with pytest.raises(

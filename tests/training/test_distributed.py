@@ -46,6 +46,12 @@ def equal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_process_that_crashes_is_not_taken_for_an_earlier_one(tmp_path: Path) -> None:
+    assert rank_runs.in_processes(2, lambda rank: None, tmp_path) == [["done"], ["done"]]
+    crashed = rank_runs.in_processes(2, lambda rank: os._exit(3) if rank else None, tmp_path)
+    assert crashed == [["done"], ["exit code 3"]]
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     return timeless(run / "metrics.jsonl")
 

@@ -153,7 +153,9 @@ def probe(
 
 @app.command()
 def validate(
-    name: Annotated[str | None, typer.Argument(help="A model's name, or a released checkpoint's; or --all.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A model's name, a released MODEL.TAG, or a checkpoint's folder; or --all.")
+    ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Every model of the zoo, and every released checkpoint (minutes).")
     ] = False,
@@ -163,8 +165,8 @@ def validate(
 
     Size, cost and function as recorded, initial weights, signals over depth, finite gradients, scale invariance (or
     Theorem 1), the last BN's bound, and conditioning at initialization against the record shipped for the model; of
-    a released checkpoint (MODEL.TAG) those that training does not end. One line a check: ok, FAIL, or skip with the
-    reason why it does not apply; exit 1 where one does not hold.
+    trained weights those that training does not end, and finite logits in eval mode. One line a check: ok, FAIL, or
+    skip with the reason why it does not apply; exit 1 where one does not hold.
     """
     from condzoo.catalog import list_models
     from condzoo.checkpoints import list_checkpoints

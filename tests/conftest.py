@@ -12,11 +12,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
-# No time limit of an example: the machine may be shared.
-settings.register_profile("condzoo", deadline=None)
+# No time limit of an example, nor of drawing them: the machine may be shared.
+settings.register_profile("condzoo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("condzoo")
 
 # With these rich and typer write as to a terminal, which is other texts than the tests expect.

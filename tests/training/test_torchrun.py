@@ -68,6 +68,7 @@ def test_a_worker_that_is_killed_among_two_agents_is_started_again_and_goes_on(t
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     command += ["--max-restarts", "2", "--rdzv-id", "killed", "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
+    command += ["--rdzv-conf", "keep_alive_max_attempt=60"]  # of 5 seconds: on a busy machine an agent may be late
     command += ["--rdzv-endpoint", f"127.0.0.1:{port}", str(program), str(path), str(out), str(tmp_path / "was killed")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     logs = [(tmp_path / f"agent{node}.txt").open("w+") for node in range(2)]

@@ -31,7 +31,8 @@ from condzoo.checkpoints.writing import (
     write_table,
 )
 from condzoo.models import create_model, insert_last_bn
-from condzoo.models.last_bn_insertion import drops_by_call, find_head
+from condzoo.models.last_bn_heads import find_head
+from condzoo.models.last_bn_insertion import drops_by_call
 from condzoo.models.registry import FAMILIES
 from condzoo.models.timm_models import create_timm_model, current_name
 from condzoo.models.weight_files import in_float32, sha256

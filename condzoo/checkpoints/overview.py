@@ -19,7 +19,9 @@ TITLE = "# Released checkpoints"
 NOT_MEASURED = "-"
 TWINS = ("_lastbn", "_bn")  # what a twin's name has after its plain network's; an MLP has both
 # fields of a recipe that decide a result, beside network, seed and data set
-DECIDING = re.compile(r"epochs|iterations|precision|ema|grad_clip|freeze|model\.init|(data|optim|schedule|loss)\..*")
+DECIDING = re.compile(
+    r"epochs|iterations|precision|ema|grad_clip|accumulate|freeze|model\.(init|drop_rate)|(data|optim|schedule|loss)\..*"
+)
 PLACES = ("data.root", "data.download", "data.workers")
 
 

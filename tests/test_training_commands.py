@@ -373,13 +373,16 @@ def test_ctrl_c_among_several_seeds_saves_and_the_same_command_goes_on(capsys, t
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_reaches_the_command_as_it_is_started(tmp_path):
-    command = [sys.executable, "-m", "condzoo", "train", *TINY, "--set", "epochs=10000", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "condzoo", "train", *TINY, "--set", "epochs=1000", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, err = process.communicate(timeout=120)
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 1/"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 75
     assert re.fullmatch(r"stopped by SIGINT at step \d+; run the same command to go on\n", err)
 

@@ -257,7 +257,7 @@ def check_loss(matrix: str, loss: Loss | None) -> None:
     weighted = weighted or getattr(inner, "weight", None) is not None
     if distribution_of(inner) != "softmax" or own_forward or weighted:
         raise ValueError(
-            f"matrix='ggn' needs torch's cross-entropy loss without class weights, got {name_of(loss)}; "
+            f"matrix='ggn' needs the cross-entropy loss of torch without class weights, got {name_of(loss)}; "
             "'fisher' takes more losses, 'hessian' and 'grad_moment' any"
         )
 

@@ -744,7 +744,7 @@ def test_the_ggn_is_of_plain_cross_entropy_alone(kit):
     weighted = functools.partial(F.cross_entropy, weight=weight)
     for loss in (nn.CrossEntropyLoss(weight=weight), weighted, functools.partial(weighted), Focal()):
         for ask in (curvature, curvature_blocks, top_curvature):
-            with pytest.raises(ValueError, match="needs torch's cross-entropy loss without class weights, got"):
+            with pytest.raises(ValueError, match="needs the cross-entropy loss of torch without class weights, got"):
                 ask(model, x, y, "ggn", loss=loss)
     plain = curvature(model, x, y, "ggn", block="5").eigenvalues
     smooth = functools.partial(F.cross_entropy, label_smoothing=0.1, weight=None)  # the same second derivatives

@@ -33,7 +33,7 @@ from condzoo.probe.copying import copy_in_float64
 from condzoo.probe.costs import announce, check_side, cost
 from condzoo.probe.finiteness import checked_finite
 from condzoo.probe.gradient_rows import Unfactored, gradient_rows, refuse_faults, unavailable
-from condzoo.probe.hooks import counted_outputs
+from condzoo.probe.hooks import output_sizes
 from condzoo.probe.label_models import check_softmax, checked_distribution, distribution_of
 from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import check_module, choose, samples_interact
@@ -215,7 +215,7 @@ def whole_matrix(
     parameters = own_parameters(layers)
     side = sum(p.numel() for p in parameters)
     check_side(side)
-    with counted_outputs(m for m in model.modules() if not any(True for _ in m.children())) as sizes:
+    with output_sizes(m for m in model.modules() if not any(True for _ in m.children())) as sizes:
         output = call(model, x)
     logits = checked_finite(logits_of(output))
     rows = rows_at_once(sum(sizes))

@@ -27,7 +27,7 @@ class Hook:
 
 
 @contextmanager
-def counted_outputs(modules: Iterable[nn.Module]) -> Iterator[list[int]]:
+def output_sizes(modules: Iterable[nn.Module]) -> Iterator[list[int]]:
     """How many numbers are in the output of each call of the modules, in the forward passes inside."""
     counts: list[int] = []
 

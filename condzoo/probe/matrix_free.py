@@ -25,7 +25,7 @@ from condzoo.probe.exact import (
 )
 from condzoo.probe.finiteness import checked_finite, nonfinite
 from condzoo.probe.gradient_rows import SAME
-from condzoo.probe.hooks import counted_outputs
+from condzoo.probe.hooks import output_sizes
 from condzoo.probe.label_models import check_softmax, checked_distribution, distribution_of
 from condzoo.probe.lanczos import TopEigenvalues, largest_eigenvalues
 from condzoo.probe.layer_rows import LayerRows
@@ -106,7 +106,7 @@ def _jacobian_product(
     interacting = samples_interact(model)
     if matrix == "grad_moment" or (matrix == "fisher" and (interacting or distribution_of(loss) != "softmax")):
         return None
-    with counted_outputs(layers.values()) as sizes:
+    with output_sizes(layers.values()) as sizes:
         output = call(model, x)
     logits = checked_finite(logits_of(output))
     if matrix == "ggn":

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from condzoo.models.last_bn import ADDED_BIAS
 
+ROUNDING = 0.01  # of the largest output: what may change by float32's or float64's
+
 
 @dataclass(frozen=True)
 class HeadInput:
@@ -70,6 +72,7 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for module, training in modes.items():
                 module.training = training
+            torch.clear_autocast_cache()  # inside the caller's autocast it has the head's weight as it was
 
 
 @torch.inference_mode(False)
@@ -218,6 +221,14 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     """The floating-point tensors that a model returns in eval mode."""
     with evaluating(model, x.device):
         return [t for t in tensors_in(model(x)) if t.is_floating_point()]
+
+
+def rounding(weight: Tensor, returned: Iterable[Tensor]) -> float:
+    """What share of the largest output rounding may change: of weight, outputs or autocast, whichever is coarsest."""
+    dtypes = {weight.dtype, *(t.dtype for t in returned)}
+    if torch.is_autocast_enabled(weight.device.type):
+        dtypes.add(torch.get_autocast_dtype(weight.device.type))
+    return max(ROUNDING, *(4 * torch.finfo(dtype).eps ** 0.5 for dtype in dtypes))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -10,7 +10,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from condzoo.models.last_bn import (
@@ -27,13 +26,13 @@ from condzoo.models.last_bn_calibration import (
     outputs,
     put_back_,
     refuse_fixed,
+    rounding,
     standardize_,
     watch_head,
 )
 from condzoo.models.last_bn_heads import find_head, parent_of, possible_heads, refuse_several, refuse_sibling
 
 DROPOUT_NAMES = ("head_drop", "head_dropout", "drop", "dropout")
-ROUNDING = 0.01  # of the largest output: what may change by float32's or float64's
 LIBRARIES = ("timm", "torchvision")  # whose classifiers run their dropout and head in the order they are registered
 
 
@@ -116,7 +115,7 @@ def put_in_calibrated(
     standardize_(last_bn, head, seen)
     put_in(model, last_bn, head, dropout)
     change = largest_change(before, outputs(model, seen.last))
-    if change <= max(ROUNDING, 4 * torch.finfo(weight.dtype).eps ** 0.5):
+    if change <= rounding(weight, before):
         return
     model.last_bn_hook.remove()
     del model.last_bn, model.last_bn_hook

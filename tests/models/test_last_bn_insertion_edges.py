@@ -483,6 +483,16 @@ def test_a_head_whose_weight_is_used_elsewhere_is_refused_and_left_alone(build: 
         torch.testing.assert_close(insert_last_bn(net, x)(x), before, rtol=1e-5, atol=1e-5)
 
 
+def test_the_rounding_of_autocast_is_no_change_of_the_function() -> None:
+    """Which keeps the weights that it has cast, whatever changes them, until it ends."""
+    model, x = seeded_net().eval(), data()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(x)
+        insert_last_bn(model, x)
+        torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(model(x), seeded_net().eval()(x), rtol=1e-5, atol=1e-5)
+
+
 class TwoHeads(nn.Module):
     """Two heads under names that say nothing, of k classes and of 3."""
 

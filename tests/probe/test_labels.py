@@ -143,7 +143,7 @@ def test_outputs_that_do_not_fit_the_distribution_are_explained():
 def test_the_ggn_is_the_cross_entropys_alone():
     weighted = nn.CrossEntropyLoss(weight=torch.ones(3).double())
     for loss, name in ((nn.MSELoss(), "MSELoss"), (weighted, "CrossEntropyLoss")):
-        with pytest.raises(ValueError, match=rf"'ggn' needs torch's cross-entropy .* without class weights, got {name}"):
+        with pytest.raises(ValueError, match=rf"'ggn' needs the cross-entropy .* without class weights, got {name}"):
             curvature(network(), inputs(), None, "ggn", loss=loss)
 
 

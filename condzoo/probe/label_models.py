@@ -113,7 +113,9 @@ def check_softmax(own: Tensor | None, logits: Tensor, axis: int, asked: str) -> 
     wide = torch.promote_types(grad.dtype, torch.float32)
     rest, size = (float(part.sum(dtype=wide)) for part in (grad.sum(axis, dtype=wide).abs(), grad.abs()))
     # Confident logits leave p - y little but the rounding of p, which is near 1, for each label: the loss may be a sum.
-    eps, labels = torch.finfo(own.dtype).eps, logits.numel() / logits.shape[axis]
+    # Half precision's rounding of a sum would let any loss pass: there it is held to be a mean over the samples.
+    eps = torch.finfo(own.dtype).eps
+    labels = (logits if eps < ZERO_SUM / 2 else logits[0]).numel() / logits.shape[axis]
     rounding = 4 * eps * labels * _scale(logits.dtype)
     if rest > max(ZERO_SUM, 4 * eps, 4 * torch.finfo(logits.dtype).eps) * size + rounding:
         raise ValueError(f"{asked} takes labels from a softmax, and the model's own loss is no cross-entropy; {OTHERS}")

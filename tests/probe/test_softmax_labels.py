@@ -71,6 +71,16 @@ def test_a_models_own_loss_that_is_no_cross_entropy_has_no_softmax(name, labels)
     assert found["head"].output_grad.lambda_max > 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["several numbers", "several labels"])
+def test_the_rounding_of_half_precision_lets_no_other_loss_pass(name, dtype):
+    classes, loss, y, why = NO_SOFTMAX[name]
+    many = batch(y.repeat(8, 1).to(dtype))
+    many["x"] = many["x"].repeat(8, 1).to(dtype)
+    with pytest.raises(ValueError, match=why):
+        measure(Own(classes, loss).to(dtype), many, labels="model")
+
+
 def test_one_class_has_no_softmax_whoever_says_that_there_is_one():
     for loss in (None, nn.CrossEntropyLoss()):
         with pytest.raises(ValueError, match=r"no meaning for one class \(logits \[16, 1\]\)" + INSTEAD):

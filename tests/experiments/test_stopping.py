@@ -45,11 +45,11 @@ def test_a_signal_while_a_figure_is_drawn_ends_with_the_code_to_go_on(number, ti
     assert capsys.readouterr().err.strip() == said
 
 
-def test_a_second_signal_ends_the_piece_at_work():
+def test_a_second_ctrl_c_ends_the_piece_at_work():
     def signalled_twice():
         with stopping("networks"):
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(number)
 
     with pytest.raises(Stopped, match="stopped within one of the networks; run the same command to go on"):
         signalled_twice()

@@ -107,26 +107,28 @@ def put_in_calibrated(
     """The last BN in its place with the statistics that were seen, which the head absorbs.
 
     Raises:
-        ValueError: the outputs on the last batch change; the model is then as it was.
+        ValueError: the outputs on the last batch change. The model is then as it was, as after any other error.
     """
     had = {"last_bn": model.last_bn} if hasattr(model, "last_bn") else {}
     before, weight = outputs(model, seen.last), head.weight.detach().clone()
     bias = None if head.bias is None else head.bias.detach().clone()
     standardize_(last_bn, head, seen)
     put_in(model, last_bn, head, dropout)
-    change = largest_change(before, outputs(model, seen.last))
-    if change <= rounding(weight, before):
-        return
-    model.last_bn_hook.remove()
-    del model.last_bn, model.last_bn_hook
-    vars(model).update(had)  # None, in a network of the zoo
-    put_back_(head, weight, bias)
-    raise ValueError(
-        f"a last BN changes the outputs of this {type(model).__name__} by {change:.2g} of the largest, so none was put "
-        "in: the head's weight is used outside of the head's call (F.linear, a parameter over the same memory), the "
-        f"head is compiled, or {str(weight.dtype).removeprefix('torch.')} is too coarse; mend that, or leave out the "
-        "batches"
-    )
+    try:
+        change = largest_change(before, outputs(model, seen.last))
+        if change > rounding(weight, before):
+            raise ValueError(
+                f"a last BN changes the outputs of this {type(model).__name__} by {change:.2g} of the largest, so none "
+                "was put in: the head's weight is used outside of the head's call (F.linear, a parameter over the same "
+                f"memory), the head is compiled, or {str(weight.dtype).removeprefix('torch.')} is too coarse; mend "
+                "that, or leave out the batches"
+            )
+    except BaseException:  # a Ctrl-C, too
+        model.last_bn_hook.remove()
+        del model.last_bn, model.last_bn_hook
+        vars(model).update(had)  # None, in a network of the zoo
+        put_back_(head, weight, bias)
+        raise
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -483,6 +483,24 @@ def test_a_head_whose_weight_is_used_elsewhere_is_refused_and_left_alone(build: 
         torch.testing.assert_close(insert_last_bn(net, x)(x), before, rtol=1e-5, atol=1e-5)
 
 
+def test_an_error_in_the_last_pass_leaves_the_model_as_it_was() -> None:
+    """Ctrl-C, or no memory, when the last BN is in and its outputs are looked at."""
+    model, x = seeded_net().eval(), data()
+    before, keys = model(x), list(model.state_dict())
+    passes: list[int] = []
+
+    def third(module: nn.Module, args: tuple) -> None:
+        passes.append(1)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+
+    with model.register_forward_pre_hook(third), pytest.raises(KeyboardInterrupt):
+        insert_last_bn(model, x)
+    assert torch.equal(model(x), before)
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(insert_last_bn(model, x)(x), before, rtol=1e-5, atol=1e-5)
+
+
 def test_the_rounding_of_autocast_is_no_change_of_the_function() -> None:
     """Which keeps the weights that it has cast, whatever changes them, until it ends."""
     model, x = seeded_net().eval(), data()

@@ -19,6 +19,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from condzoo.training.meeting import agents_store, fresh_part
 from condzoo.training.precision import resolve_device
 
 T = TypeVar("T")
@@ -103,9 +104,18 @@ def join(device: str | torch.device | None) -> tuple[Ranks, torch.device]:
     own = _own_device(device)
     if not dist.is_initialized():
         # Tensors of a CPU go by gloo even where those of GPUs go by NCCL: agreeing on a number stops no GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", **_meeting())
         atexit.register(_leave)
     return Ranks(dist.get_rank(), dist.get_world_size()), own
+
+
+def _meeting() -> dict[str, Any]:
+    """Under torchrun, arguments for torch's group: where processes of an earlier start left nothing."""
+    store = agents_store()
+    if store is None:
+        return {}
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return {"store": fresh_part(store, rank, processes), "rank": rank, "world_size": processes}
 
 
 def meeting_place() -> torch.device:

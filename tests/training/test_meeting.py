@@ -1,0 +1,71 @@
+"""Processes of one start meet each other in a store that has what processes of earlier starts left."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from condzoo.training import meeting
+from condzoo.training.meeting import agents_store, fresh_part
+
+
+@pytest.fixture
+def server() -> dist.TCPStore:
+    """What an agent keeps for all starts of its processes."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30), wait_for_workers=False)
+
+
+def client(server: dist.TCPStore) -> dist.TCPStore:
+    return dist.TCPStore(
+        "127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False
+    )
+
+
+def met(server: dist.TCPStore, processes: int) -> list[bytes]:
+    """Each process writes where it listens, and reads where the first one does."""
+
+    def start(rank: int) -> bytes:
+        store = fresh_part(client(server), rank, processes)
+        if rank == 0:
+            assert not store.check(["address"]), "something is there already"
+            store.set("address", f"of start {server.add('starts', 1)}")
+        return store.get("address")
+
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(start, reversed(range(processes))))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_every_start_has_a_part_of_the_store_of_its_own(server: dist.TCPStore, processes: int) -> None:
+    for number in (1, 2, 3):
+        assert met(server, processes) == [f"of start {number}".encode()] * processes
+
+
+def test_what_processes_left_that_died_before_they_were_answered_harms_nobody(server: dist.TCPStore) -> None:
+    hall = dist.PrefixStore("condzoo", server)
+    hall.set("hello of 1", "of one that is gone")
+    hall.set("hello of 2", "of another")
+    assert met(server, 3) == [b"of start 1"] * 3
+
+
+def test_one_that_does_not_come_is_an_error_of_the_first(
+    server: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "PATIENCE", timedelta(seconds=0.1))
+    with pytest.raises(TimeoutError, match=r"of 3 processes \[1, 2\] have not come within 0:00:00.1"):
+        fresh_part(client(server), 0, 3)
+
+
+def test_only_torchruns_agents_have_a_store(server: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    assert agents_store() is None
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert agents_store() is None
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    store = agents_store()
+    assert store is not None
+    store.set("key", "value")
+    assert server.get("key") == b"value"

@@ -230,9 +230,11 @@ class Gated(nn.Module):
 class Turned(nn.Module):
     """A linear layer on [n, t, d] whose output is transposed before the ReLU; unit 1 is off."""
 
+    width = 8
+
     def __init__(self):
         super().__init__()
-        self.first, self.relu, self.head = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)
+        self.first, self.relu, self.head = nn.Linear(4, self.width), nn.ReLU(), nn.Linear(8, 3)
         with torch.no_grad():
             self.first.bias[1] = -99.0
 
@@ -240,14 +242,10 @@ class Turned(nn.Module):
         return self.head(self.relu(self.first(x.mT).mT).mean(2))
 
 
-class Halved(nn.Module):
-    """A linear layer on [n, t, d] half of whose outputs pass the ReLU, as gated units have it; unit 1 is off."""
+class Halved(Turned):
+    """Half of the linear layer's outputs pass the ReLU, as gated units have it."""
 
-    def __init__(self):
-        super().__init__()
-        self.first, self.relu, self.head = nn.Linear(4, 16), nn.ReLU(), nn.Linear(8, 3)
-        with torch.no_grad():
-            self.first.bias[1] = -99.0
+    width = 16
 
     def forward(self, x):
         gated, gate = self.first(x.mT).chunk(2, dim=2)

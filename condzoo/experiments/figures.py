@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from condzoo.experiments import matrix_figures, training_figures
+from condzoo.experiments import curve_figures, matrix_figures, training_figures
 from condzoo.experiments.made import made_on
 from condzoo.experiments.reductions import NOT_IMAGENET, reductions_of
 from condzoo.experiments.schema import Experiment
@@ -23,8 +23,8 @@ TITLE = 10.5  # characters an inch
 DRAWERS: dict[str, Callable[[Any, dict[str, Any], Experiment], None]] = {
     "layers": training_figures.layers,
     "units": training_figures.layers,
-    "curves": training_figures.curves,
-    "errors": training_figures.errors,
+    "curves": curve_figures.curves,
+    "errors": curve_figures.errors,
     "last_layer": training_figures.last_layer,
     "explosion": training_figures.explosion,
     "initialization": matrix_figures.initialization,

@@ -1,4 +1,4 @@
-"""Figures of trainings: by layer and iteration, by epoch, errors by depth."""
+"""Figures of trainings by layer and iteration, and what all figures of trainings share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,6 @@ NAMES = {
 }
 COLOURS = "viridis"
 MARKERS = "osD^v<>"
-MARKED = 40  # points a curve, above which they are a line without markers
 
 
 def name_of(quantity: str) -> str:
@@ -99,13 +98,31 @@ def longest(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def title_of(label: str, runs: Sequence[dict[str, Any]]) -> str:
-    """A curve's label with the point of its grid that was chosen, how it ended where it diverged, and what is drawn."""
+    """A curve's label with the point of its grid that was chosen, how many seeds had no end, and which one is drawn."""
     variant = ", ".join(f"{field.split('.')[-1]} {value:g}" for field, value in runs[0]["variant"].items())
-    diverged = sum(run["status"] == "diverged" for run in runs)
-    drawn = longest(runs)
-    lines = [label, variant, f"{diverged} of {len(runs)} diverged" if diverged else ""]
-    lines.append(f"layers: seed {drawn['seed']}" if drawn is not runs[0] else "")
-    return "\n".join(line for line in lines if line)
+    drawn = f"layers: seed {longest(runs)['seed']}" if len(runs) > 1 else ""
+    return "\n".join(line for line in (label, variant, fates(runs), drawn) if line)
+
+
+def fates(runs: Sequence[dict[str, Any]]) -> str:
+    """How many runs of a curve diverged or failed, in words; empty where none did."""
+    counts = {fate: sum(run["status"] == fate for run in runs) for fate in ("diverged", "failed")}
+    return ", ".join(f"{count} of {len(runs)} {fate}" for fate, count in counts.items() if count)
+
+
+def named(label: str, runs: Sequence[dict[str, Any]]) -> str:
+    """A curve's label in a legend, with what became of the seeds that did not end."""
+    found = fates(runs)
+    return f"{label} ({'x: ' * ('diverged' in found)}{found})" if found else label
+
+
+def cross_where_diverged(
+    ax: Axes, run: dict[str, Any], times: Sequence[float], values: Sequence[float | None], color: str
+) -> None:
+    """Mark the last known value of a run that diverged; nothing of others, or where none is known."""
+    known = [(t, v) for t, v in zip(times, values, strict=True) if v is not None and np.isfinite(v)]
+    if run["status"] == "diverged" and known:
+        ax.plot(*known[-1], "x", color=color)
 
 
 def draw_layers(ax: Axes, run: dict[str, Any], quantity: str) -> None:
@@ -134,11 +151,9 @@ def draw_losses(ax: Axes, runs: Sequence[dict[str, Any]], epoch: int | None = No
             losses = [loss for _, loss in run["loss"]]
             shown = np.array([np.nan if loss is None else loss for loss in losses], dtype=float)
             color = OKABE_ITO[i % len(OKABE_ITO)]
-            diverged = run["status"] == "diverged"
-            label = f"seed {run['seed']}" + (" (x: diverged)" if diverged else "")
+            label = f"seed {run['seed']}" + " (x: diverged)" * (run["status"] == "diverged")
             ax.plot(steps, shown, color=color, lw=0.9, label=label)
-            if diverged:
-                ax.plot(steps[-1], shown[-1], "x", color=color)
+            cross_where_diverged(ax, run, steps, losses, color)
     ax.set_yscale("log")
     tidy(ax)
     if len(runs) > 1:
@@ -161,20 +176,21 @@ def plain_numbers(ax: Axes) -> None:
 
 
 def explosion(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
-    """A column a curve: lambda_max over the layers, one line an iteration (first seed)."""
+    """A column a curve: lambda_max over the layers, one line an iteration, of the seed that went farthest."""
     labels = labels_of(data)
     quantity = experiment.figure.quantities[0]
     figure.set_size_inches(4.6 * len(labels) + 0.6, 4.4)
     axes = figure.subplots(1, len(labels), squeeze=False)
     for ax, label in zip(axes[0], labels, strict=True):
-        run = chosen_runs(data, label)[0]
+        runs = chosen_runs(data, label)
+        run = longest(runs)
         table = run["quantities"].get(quantity, {"values": []})
         if not table["values"]:
             ax.text(0.5, 0.5, f"not measured ({run['status']})", transform=ax.transAxes, ha="center", fontsize=8)
         for i, (step, values) in enumerate(zip(run["probed"], table["values"], strict=True)):
             color = colormaps[COLOURS](i / max(1, len(run["probed"]) - 1) * 0.9)
             ax.plot(np.array(values, dtype=float), color=color, lw=1.1, label=f"iteration {step}")
-        ax.set(yscale="log", xlabel="layer, from the input", title=title_of(label, [run]))
+        ax.set(yscale="log", xlabel="layer, from the input", title=title_of(label, runs))
         tidy(ax)
     axes[0, 0].set_ylabel(name_of(quantity))
     drawn = [ax for ax in axes[0] if ax.lines]
@@ -182,93 +198,25 @@ def explosion(figure: Any, data: dict[str, Any], experiment: Experiment) -> None
         drawn[-1].legend(fontsize=7, frameon=False)
 
 
-def curves(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
-    """A panel a metric at each epoch's end, a line a curve: the median over seeds, a band over their range."""
-    columns = experiment.figure.columns
-    epoch = steps_an_epoch(experiment, data)
-    figure.set_size_inches(4.2 * len(columns) + 0.4, 4.2)
-    axes = figure.subplots(1, len(columns), squeeze=False)[0]
-    for ax, column in zip(axes, columns, strict=True):
-        for i, label in enumerate(labels_of(data)):
-            draw_curve(ax, chosen_runs(data, label), column, i, label, epoch)
-        ax.set(xlabel=time_name(epoch), title=name_of(column))
-        if column == "train_loss":
-            ax.set_yscale("log")
-            plain_numbers(ax)
-        tidy(ax)
-    axes[-1].legend(fontsize=7, frameon=False)
-
-
-def draw_curve(
-    ax: Axes, runs: Sequence[dict[str, Any]], column: str, index: int, label: str, epoch: int | None = None
-) -> None:
-    """The median of one metric over seeds, with its range; of a run within an epoch the loss as it was logged."""
-    factor = 100.0 if column.endswith("error") else 1.0
-    rows = {run["seed"]: {e["step"]: e[column] for e in run["epochs"] if e[column] is not None} for run in runs}
-    if column == "train_loss" and all(len(row) < 2 for row in rows.values()):
-        rows = {run["seed"]: smoothed(run["loss"]) for run in runs}
-    steps = sorted({step for row in rows.values() for step in row})
-    if not steps:
-        return
-    found = [[factor * row[step] for row in rows.values() if step in row] for step in steps]
-    times = [step / (epoch or 1) for step in steps]
-    marker = MARKERS[index % len(MARKERS)] if len(steps) < MARKED else None
-    style = {"color": OKABE_ITO[index % len(OKABE_ITO)], "marker": marker, "markersize": 3}
-    ax.plot(times, [np.median(values) for values in found], label=label, lw=1.3, **style)  # type: ignore[arg-type]
-    low, high = [min(v) for v in found], [max(v) for v in found]
-    if len(steps) > 1:
-        ax.fill_between(times, low, high, color=style["color"], alpha=0.15, lw=0)
-    else:  # a band needs a width
-        ax.vlines(times, low, high, color=style["color"], alpha=0.4)
-
-
-def smoothed(losses: Sequence[Sequence[Any]]) -> dict[int, float]:
-    """Step -> the median of the nine logged losses around it, fewer at the ends."""
-    known = [(int(step), float(loss)) for step, loss in losses if loss is not None]
-    return {
-        step: float(np.median([loss for _, loss in known[max(0, i - 4) : i + 5]])) for i, (step, _) in enumerate(known)
-    }
-
-
-def errors(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
-    """Test error of each run at the end: a column a curve, a point a seed, a bar at the median; how many diverged."""
-    labels = labels_of(data)
-    figure.set_size_inches(max(8.0, 0.75 * len(labels) + 1.5), 4.8)
-    ax = figure.subplots()
-    for i, label in enumerate(labels):
-        runs = chosen_runs(data, label)
-        known = [100 * run["test_error"] for run in runs if run["test_error"] is not None]
-        color = OKABE_ITO[i % 2]
-        ax.plot([i] * len(known), known, MARKERS[i % 2], color=color, alpha=0.8)
-        if known:
-            ax.hlines(np.median(known), i - 0.25, i + 0.25, color=color)
-        fates = {fate: sum(run["status"] == fate for run in runs) for fate in ("diverged", "failed")}
-        text = ", ".join(f"{count} of {len(runs)} {fate}" for fate, count in fates.items() if count)
-        if text:
-            above = ax.get_xaxis_transform()  # at the upper edge, wherever the errors lie
-            ax.text(i, 0.98, text, transform=above, rotation=90, ha="center", va="top", fontsize=7, color=color)
-    ax.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
-    ax.set_ylabel(f"{name_of('test_error')}\n(points: seeds; bars: medians)")
-    ax.set_xlim(-0.6, len(labels) - 0.4)
-    tidy(ax)
-
-
 def last_layer(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
-    """A panel a quantity: the last layer's value over the iterations, a line a curve and seed."""
+    """A panel a quantity: the last layer's value over the iterations, a line a seed, a cross where it diverged."""
     quantities = experiment.figure.quantities
     figure.set_size_inches(4.4 * (len(quantities) + 1) + 0.4, 4.2)
     axes = figure.subplots(1, len(quantities) + 1, squeeze=False)[0]
     for i, label in enumerate(labels_of(data)):
-        style: dict[str, Any] = {"color": OKABE_ITO[i % len(OKABE_ITO)], "lw": 1.2}
-        for j, run in enumerate(chosen_runs(data, label)):
-            name = {"label": label} if j == 0 else {}
+        runs, color = chosen_runs(data, label), OKABE_ITO[i % len(OKABE_ITO)]
+        for j, run in enumerate(runs):
+            style: dict[str, Any] = {"color": color, "lw": 1.2} | ({"label": named(label, runs)} if j == 0 else {})
             marker = {"marker": MARKERS[i % len(MARKERS)], "markersize": 3}
             for ax, quantity in zip(axes, quantities, strict=False):
                 rows = run["quantities"].get(quantity, {"values": []})["values"]
                 values = np.array([row[-1] for row in rows], dtype=float)
-                ax.plot(run["probed"], values, **style, **marker, **name)
-            if run["loss"]:
-                axes[-1].plot(*zip(*run["loss"], strict=True), **style, **name)
+                ax.plot(run["probed"], values, **style, **marker)
+                cross_where_diverged(ax, run, run["probed"], values, color)
+            losses = np.array([loss for _, loss in run["loss"]], dtype=float)
+            steps = [step for step, _ in run["loss"]]
+            axes[-1].plot(steps, losses, **style)
+            cross_where_diverged(axes[-1], run, steps, losses, color)
     for ax, quantity in zip(axes, [*quantities, "loss"], strict=True):
         ax.set(yscale="log", xlabel="iteration", title=name_of(quantity))
         tidy(ax)

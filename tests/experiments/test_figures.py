@@ -5,11 +5,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from condzoo.experiments import load_experiment
+from condzoo.experiments.curve_figures import curves, errors
 from condzoo.experiments.loading import planned_runs
 from condzoo.experiments.matrix_figures import draw_values, growth
 from condzoo.experiments.training_figures import (
-    curves,
-    errors,
     explosion,
     labels_of,
     last_layer,
@@ -38,15 +37,17 @@ def probed_run(label: str, seed: int, steps: int, status: str = "done") -> dict:
 
 def test_the_layers_of_the_longest_run_are_drawn_and_its_seed_is_named():
     experiment = load_experiment("fig09")
-    runs = [probed_run("plain", 1, 1, "diverged"), probed_run("plain", 2, 5), probed_run("BN", 1, 5)]
+    runs = [probed_run("plain", 1, 1, "diverged"), probed_run("plain", 2, 5)]
+    runs += [probed_run("BN", 1, 5), probed_run("BN", 2, 5), probed_run("one seed", 1, 5)]
     figure = Figure()
     layers(figure, {"scale": "cpu", "runs": runs}, experiment)
-    plain, bn = figure.axes[0], figure.axes[3]
+    plain, bn, alone = figure.axes[0], figure.axes[3], figure.axes[6]
     assert [line.get_ydata()[0] for line in plain.lines] == [2.0, 20.0, 200.0]
     assert [line.get_ydata()[0] for line in bn.lines] == [1.0, 10.0, 100.0]
     assert plain.get_ylabel() == "plain\n1 of 2 diverged\nlayers: seed 2"
-    assert bn.get_ylabel() == "BN"
-    assert labels_of({"runs": runs}) == ["plain", "BN"]
+    assert bn.get_ylabel() == "BN\nlayers: seed 1"
+    assert alone.get_ylabel() == "one seed"
+    assert labels_of({"runs": runs}) == ["plain", "BN", "one seed"]
 
 
 def test_a_run_that_diverged_is_a_cross_of_its_own_colour():
@@ -57,6 +58,70 @@ def test_a_run_that_diverged_is_a_cross_of_its_own_colour():
     assert cross.get_marker() == "x"
     assert cross.get_color() == line.get_color()
     assert [text.get_text() for text in figure.axes[2].get_legend().get_texts()] == ["seed 1", "seed 2 (x: diverged)"]
+
+
+def test_a_run_whose_last_loss_is_not_known_is_a_cross_where_the_one_before_was():
+    figure = Figure()
+    lost = probed_run("plain", 2, 1, "diverged") | {"loss": [[0, 4.0], [1, 9.0], [2, None]]}
+    layers(figure, {"scale": "cpu", "runs": [probed_run("plain", 1, 5), lost]}, load_experiment("fig11"))
+    (cross,) = [line for line in figure.axes[1].lines if line.get_marker() == "x"]
+    assert (list(cross.get_xdata()), list(cross.get_ydata())) == ([1], [9.0])
+
+
+def epochs_of(*errors: float) -> list[dict]:
+    """A row for each end of an epoch of 390 steps."""
+    return [
+        {"step": 390 * n, "train_loss": 1.0, "train_error": error, "test_error": error}
+        for n, error in enumerate(errors, start=1)
+    ]
+
+
+def test_a_seed_that_diverged_is_no_part_of_the_median_and_is_said():
+    """It has a row at the step where it ended, which no other seed has."""
+    good = [run_of("11111", seed, epochs=epochs_of(0.5, 0.4, 0.3)) for seed in (1, 2)]
+    end = {"step": 1000, "train_loss": None, "train_error": 0.9, "test_error": 0.9}
+    lost = run_of("11111", 3, status="diverged", epochs=[*epochs_of(0.6, 0.7), end])
+    none_ended = run_of("00001", 1, status="diverged", epochs=epochs_of(0.8), loss=[[0, 7.0]])
+    figure = Figure()
+    curves(figure, {"scale": "paper", "runs": [*good, lost, none_ended]}, load_experiment("fig12"))
+    loss, _, error = figure.axes
+    line, cross, empty, other = error.lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1.0, 2.0, 3.0], [50.0, 40.0, 30.0])
+    assert (cross.get_marker(), list(cross.get_ydata()), cross.get_color()) == ("x", [90.0], line.get_color())
+    assert cross.get_xdata()[0] == pytest.approx(1000 / 390)
+    assert (len(empty.get_xdata()), other.get_marker()) == (0, "x")
+    assert [list(line.get_ydata()) for line in loss.lines if line.get_marker() == "x"] == [[1.0], [7.0]]
+    names = [text.get_text() for text in error.get_legend().get_texts()]
+    assert names == ["11111 (x: 1 of 3 diverged)", "00001 (x: 1 of 1 diverged)"]
+
+
+def test_the_last_layer_of_a_run_that_diverged_ends_in_a_cross():
+    experiment = load_experiment("fig15")
+
+    def run(seed: int, steps: int, status: str) -> dict:
+        kept = {name: {"layers": ["fc"], "values": [[2.0]] * steps} for name in experiment.figure.quantities}
+        return probed_run("ResNet", seed, steps, status) | {"quantities": kept}
+
+    figure = Figure()
+    last_layer(figure, {"runs": [run(1, 5, "done"), run(2, 3, "diverged")]}, experiment)
+    for ax in figure.axes:
+        (cross,) = [line for line in ax.lines if line.get_marker() == "x"]
+        assert list(cross.get_xdata()) == [2]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["ResNet (x: 1 of 2 diverged)"]
+
+
+def test_the_seed_whose_first_iterations_are_whole_is_drawn_and_named():
+    experiment = load_experiment("fig11")
+
+    def run(seed: int, steps: int, status: str) -> dict:
+        run = probed_run("a", seed, steps, status)
+        return run | {"quantities": dict.fromkeys(experiment.figure.quantities, run["quantities"]["input_kappa50"])}
+
+    figure = Figure()
+    explosion(figure, {"runs": [run(1, 1, "diverged"), run(2, 7, "done"), run(3, 7, "done")]}, experiment)
+    (ax,) = figure.axes
+    assert ax.get_title() == "a\n1 of 3 diverged\nlayers: seed 2"
+    assert [line.get_ydata()[0] for line in ax.lines] == [2.0] * 7
 
 
 def test_one_point_is_seen():

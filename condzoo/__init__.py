@@ -37,6 +37,9 @@ _DEFINED_IN = {
     "list_checkpoints": "condzoo.checkpoints",
 }
 
+# `condzoo.probe.top_curvature` needs no import of its own
+_PACKAGES = ("checkpoints", "data", "integrations", "models", "probe", "training", "validation")
+
 __all__ = [*_DEFINED_IN, "__version__"]
 
 if TYPE_CHECKING:
@@ -58,6 +61,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return import_module(f"condzoo.{name}")
     if name not in _DEFINED_IN:
         raise AttributeError(f"module 'condzoo' has no attribute {name!r}")
     value = getattr(import_module(_DEFINED_IN[name]), name)
@@ -66,4 +71,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_PACKAGES])

@@ -28,6 +28,10 @@ app = typer.Typer(
 )
 
 
+SMALLER_BATCHES = "; use a smaller data.batch_size, or a larger accumulate"
+LESS_MEMORY = {"train": SMALLER_BATCHES, "sweep": SMALLER_BATCHES, "probe": "; use a smaller --batch-size"}
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"condzoo {__version__}")
@@ -202,41 +206,48 @@ for other in (
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every foreseen failure is one line on stderr and an exit code, not a traceback."""
+    given = [with_home(text) for text in (sys.argv[1:] if args is None else args)]
     with first_of_processes_speaks():
         try:
-            result = app(args, standalone_mode=False)
+            result = app(given, standalone_mode=False)
         except Exception as error:
             code = exit_code(error)
             if code is None or os.environ.get("CONDZOO_TRACEBACK"):
                 raise
             if not said_elsewhere(error):
-                print(one_line(error, code), file=sys.stderr)
+                print(one_line(error, code, next(iter(given), "")), file=sys.stderr)
             sys.exit(code)
         sys.exit(result if isinstance(result, int) else 0)
 
 
-def one_line(error: Any, code: int) -> str:
+def with_home(text: str) -> str:
+    """An argument with ~ as the home, which shells leave in quotes and in --out=~/x."""
+    option, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    return option + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
+
+
+def one_line(error: Any, code: int, command: str) -> str:
     """What is said of an error; of a wrong command line (typer's errors carry its context) also where help is."""
     if code == exit_codes.STOPPED:
         return str(error)
     if (context := getattr(error, "ctx", None)) is None:
-        return f"error: {lack_of_memory(error) or not_compiled(error) or error}"
+        return f"error: {lack_of_memory(error, command) or not_compiled(error) or error}"
     message = " ".join(error.format_message().split()).rstrip(".") or "no command was given"
     return f"error: {message}; see `{context.command_path} --help`"
 
 
-def lack_of_memory(error: BaseException) -> str | None:
+def lack_of_memory(error: BaseException, command: str = "") -> str | None:
     """What is said of too little memory, for which torch has RuntimeErrors of many lines; None of other errors."""
-    less = "use a smaller data.batch_size (of a probe: --batch-size), or a larger accumulate"
+    less = LESS_MEMORY.get(command, "")
     said = re.match(r"\S.*?(?=\.(\s|$)|$)(\. Tried to allocate [\d.]+ \w+)?", str(error))
     if said is not None and type(error).__name__ == "OutOfMemoryError":  # by its name: torch may not be imported
-        return f"{said[0]}; {less}"
+        return f"{said[0]}{less}"
     if isinstance(error, MemoryError):
-        return f"{str(error) or 'too little memory'}; {less}"
+        return f"{str(error) or 'too little memory'}{less}"
     if not isinstance(error, RuntimeError):
         return None
     if on_cpu := re.search(r"DefaultCPUAllocator: [^.]*", str(error)):
-        return f"{on_cpu[0]}; {less}"
+        return f"{on_cpu[0]}{less}"
     if said is not None and said[0].startswith("DataLoader worker (pid"):
         return f"{said[0]}; use fewer data.workers, or give them more memory (/dev/shm, in a container --shm-size)"
     return None

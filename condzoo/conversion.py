@@ -5,7 +5,6 @@ Pickles are read by torch's weights-only unpickler, which runs no code.
 
 import difflib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from condzoo.models.last_bn_insertion import drops_by_call
 from condzoo.models.registry import FAMILIES
 from condzoo.models.timm_models import create_timm_model, current_name
 from condzoo.models.weight_files import in_float32, sha256
+from condzoo.paths import expanded
 
 OWN_ROOT = Path("converted")  # the repository's checkpoints/ holds what is released
 CALIBRATION_BATCH = 64
@@ -97,7 +97,7 @@ def convert(
             `std` alone, or of other than one finite number a channel.
         FileNotFoundError, FileExistsError: no such file; a checkpoint of that name.
     """
-    content, state, said = read_foreign(Path(os.path.expanduser(source)))
+    content, state, said = read_foreign(expanded(source))
     info = model_info(model)
     target = check_free(root_of(out, OWN_ROOT) / f"{info.name}.{check_tag(tag)}")
     classes = next((len(v) for k, v in state.items() if k in ("fc.weight", "linear.weight") and v.ndim), None)
@@ -164,7 +164,7 @@ def convert_last_bn(
     fields = {key: cfg[key] for key in PREPROCESSING if cfg.get(key) is not None}
     given = standardization(mean, std, cfg["input_size"][0])
     network.pretrained_cfg = {**cfg, **given}  # the images of calibration are prepared alike
-    batches = [] if calibrate is None else calibration_images(network, Path(os.path.expanduser(calibrate)), images)
+    batches = [] if calibrate is None else calibration_images(network, expanded(calibrate), images)
     args = {"drop_rate": 0.0} if drops_by_call(network, find_head(network)) else {}
     if args:
         network.drop_rate = 0.0
@@ -199,7 +199,7 @@ def timm_network(name: str, weights: str | Path | None) -> tuple[Any, str, str |
     network: Any = create_timm_model(name, pretrained=weights is None)
     if weights is None:
         return network, f"timm/{name}", None
-    content, state, said = read_foreign(Path(os.path.expanduser(weights)))
+    content, state, said = read_foreign(expanded(weights))
     classifier = state.get(f"{network.pretrained_cfg['classifier']}.weight")
     if classifier is not None and classifier.ndim and len(classifier) != network.num_classes:
         network.reset_classifier(len(classifier))

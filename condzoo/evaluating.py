@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import timm
 from timm.data import resolve_data_config
@@ -17,6 +16,7 @@ from condzoo.checkpoints.remeasuring import read_images
 from condzoo.data import IMAGE_FOLDER, DataSet, ImageData, StoredData, load_data
 from condzoo.models import create_model
 from condzoo.models.timm_models import current_name
+from condzoo.paths import expanded
 from condzoo.training import Evaluation, evaluate, evaluate_run, load_run
 from condzoo.training.precision import Numerics, resolve_device, usual_torch
 from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY
@@ -58,6 +58,7 @@ def evaluate_again(
     Raises:
         ValueError, FileNotFoundError: no such run or checkpoint; no data; a data set that is not the target's.
     """
+    target = without_origin(target)
     folder = folder_of(target)
     of_runs = (folder / SUMMARY).is_file() or any(folder.glob(f"*/{SUMMARY}"))  # shards of a sweep have no summary.json
     if of_runs or ((folder / RECIPE).is_file() and not (folder / CONFIG).is_file()):
@@ -72,7 +73,7 @@ def evaluate_again(
     checkpoint = read_checkpoint(target)
     images = checkpoint_images(checkpoint, data, data_root, test_only=True)
     found = in_float32(load_folder(checkpoint), images, device)
-    return Evaluated(found, recorded_of(checkpoint), doubt_of(checkpoint, data))
+    return Evaluated(found, recorded_of(checkpoint), doubt_of(checkpoint))
 
 
 def in_float32(model: nn.Module, images: DataSet, device: str | None) -> Evaluation:
@@ -88,16 +89,13 @@ def is_timms(name: str) -> bool:
 
 
 def timms_again(name: str, data: str, data_root: str | Path | None, device: str | None) -> Evaluated:
-    """A trained network of timm's, on images prepared as its weights were trained for."""
-    cfg, images = timms_images(name, data, data_root, test_only=True)
-    found = in_float32(create_model(name, pretrained=True), images, device)
-    return Evaluated(found, None, other_view(cfg, data))
+    """A trained network of timm's, on images prepared as timm evaluates its weights."""
+    images = timms_images(name, data, data_root, test_only=True)
+    return Evaluated(in_float32(create_model(name, pretrained=True), images, device), None)
 
 
-def timms_images(
-    name: str, data: str, data_root: str | Path | None, *, test_only: bool = False
-) -> tuple[dict[str, Any], DataSet]:
-    """timm's config of a trained network, and images prepared as it says.
+def timms_images(name: str, data: str, data_root: str | Path | None, *, test_only: bool = False) -> DataSet:
+    """Images prepared as timm's config of a trained network says; `test_only`: see `prepared_images`.
 
     Raises:
         ValueError: no such network, or a data set of other images or classes.
@@ -106,16 +104,20 @@ def timms_images(
     known = timm.get_pretrained_cfg(current_name(name))
     assert known is not None, "`model_info` has found it"
     fields = known.to_dict()
-    described = resolve_data_config(pretrained_cfg=fields)  # where it says nothing, what is usual for timm
-    cfg = InputConfig(tag=str(known.tag), num_classes=known.num_classes, **described)
-    images = prepared_images(cfg, data, data_root, test_only=test_only)
-    check_fit(images, cfg.input_size, cfg.num_classes, name)
-    return fields | described, images
+    # where it says nothing, what is usual for timm
+    cfg = InputConfig(**fields | {"tag": str(known.tag)} | resolve_data_config(pretrained_cfg=fields))
+    return prepared_images(cfg, data, data_root, name, test_only=test_only)
+
+
+def without_origin(target: str | Path) -> str | Path:
+    """timm/resnet50.a1_in1k, as `convert` calls timm's networks, by the name alone; any other target as it is."""
+    known = isinstance(target, str) and target.startswith("timm/") and not Path(target).exists()
+    return str(target).removeprefix("timm/") if known else target
 
 
 def folder_of(target: str | Path) -> Path:
     """The folder that is meant by a path, which may be that of a file in it."""
-    path = Path(target)
+    path = expanded(target)
     return path.parent if path.name in (MODEL, RECIPE, SUMMARY) else path
 
 
@@ -143,23 +145,30 @@ def checkpoint_images(
         recipe = read_recipe(folder)
         check_same(data, recipe["data"]["name"])
         images = read_images(recipe, data_root, test_only=test_only)
-    elif data is None:
+        check_fit(images, config.pretrained_cfg.input_size, config.num_classes, str(folder.path))
+        return images
+    if data is None:
         raise ValueError(f"{folder.path} was converted and knows no data set; name one by --data, e.g. --data cifar10")
-    else:
-        images = prepared_images(config.pretrained_cfg, data, data_root, test_only=test_only)
-    check_fit(images, config.pretrained_cfg.input_size, config.num_classes, str(folder.path))
-    return images
+    return prepared_images(config.pretrained_cfg, data, data_root, str(folder.path), test_only=test_only)
 
 
-def prepared_images(cfg: InputConfig, data: str, data_root: str | Path | None, *, test_only: bool = False) -> DataSet:
+def prepared_images(
+    cfg: InputConfig, data: str, data_root: str | Path | None, network: str, *, test_only: bool = False
+) -> DataSet:
     """A data set as timm's config of a network wants it: constants, and of class folders scale, crop, interpolation.
 
-    `test_only`: see `load_data`.
+    Args:
+        cfg: timm's config.
+        data, data_root: the data set, and where it is.
+        network: what errors call it.
+        test_only: see `load_data`; class folders are then seen as timm evaluates the network.
 
     Raises:
-        ValueError: class folders, and a crop_mode that is not known here; as `load_data`.
+        ValueError: class folders, and a crop_mode that is not known here; images of another size or other classes
+            than the network's; as `load_data`.
     """
     if data == IMAGE_FOLDER:
+        cfg = as_tested(cfg) if test_only else cfg
         mode = crop_mode_of(cfg)
         if mode not in CROP_MODES:
             known = " and ".join(CROP_MODES)
@@ -177,7 +186,15 @@ def prepared_images(cfg: InputConfig, data: str, data_root: str | Path | None, *
         images = replace(images, view=replace(images.view, squash=mode == "squash"))
     else:
         images = load_data(data, data_root)
+    check_fit(images, cfg.input_size, cfg.num_classes, network)
     return standardized(images, cfg)
+
+
+def as_tested(cfg: InputConfig) -> InputConfig:
+    """The config with the size and crop of timm's own evaluation, which for many networks are larger."""
+    fields = cfg.model_dump()
+    described = resolve_data_config(pretrained_cfg=fields, use_test_size=True)
+    return InputConfig(**fields | {"input_size": tuple(described["input_size"]), "crop_pct": described["crop_pct"]})
 
 
 def crop_mode_of(cfg: InputConfig) -> str:
@@ -200,29 +217,11 @@ def check_fit(images: DataSet, size: tuple[int, int, int], classes: int, network
         raise ValueError(f"data: {images.name} has {images.num_classes} classes, {network} tells {classes} apart")
 
 
-def doubt_of(folder: CheckpointFolder, data: str | None) -> str:
-    """What may make a checkpoint's evaluation wrong, or another one than expected, though nothing is."""
-    if folder.trained:
+def doubt_of(folder: CheckpointFolder) -> str:
+    """What may make a checkpoint's evaluation wrong though nothing is; else empty."""
+    if folder.trained or read_record(folder, CONVERSION, Conversion).preprocessing_known:
         return ""
-    cfg = read_record(folder, CONFIG, Config).pretrained_cfg
-    said = []
-    if not read_record(folder, CONVERSION, Conversion).preprocessing_known:
-        said.append(
-            "how its images were standardized is not known: what is usual was taken (`condzoo convert --mean --std`)"
-        )
-    return "; ".join([*said, *filter(None, [other_view(cfg.model_dump(), data)])])
-
-
-def other_view(cfg: dict[str, Any], data: str | None) -> str:
-    """That timm's own evaluation has images of another size or crop, where its config says so; else empty."""
-    seen = {"input_size": list(cfg["input_size"]), "crop_pct": cfg["crop_pct"]}
-    test = {key: cfg[f"test_{key}"] for key in seen if cfg.get(f"test_{key}")}
-    test = {key: list(value) if isinstance(value, tuple) else value for key, value in test.items()}
-    if data != IMAGE_FOLDER or seen | test == seen:
-        return ""
-    ours = ", ".join(f"{key} {value}" for key, value in seen.items())
-    theirs = ", ".join(f"test_{key} {value}" for key, value in test.items())
-    return f"images are seen by {ours}; timm's own evaluation takes {theirs}, where accuracies differ"
+    return "how its images were standardized is not known: what is usual was taken (`condzoo convert --mean --std`)"
 
 
 def check_same(data: str | None, own: str) -> None:

@@ -20,7 +20,7 @@ from condzoo.data import (
     epoch_order,
     load_data,
 )
-from condzoo.evaluating import checkpoint_images, folder_of, timms_images
+from condzoo.evaluating import checkpoint_images, folder_of, timms_images, without_origin
 from condzoo.models import create_model
 from condzoo.probe import Conditioning, measure
 from condzoo.training import load_run, read_data
@@ -88,6 +88,7 @@ def answer(question: Question) -> Conditioning:
 
 def network_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
     """The network, and the images it takes."""
+    question = replace(question, target=str(without_origin(question.target)))
     arch, _, tag = question.target.partition(".")
     ours, folder = arch in list_models(), folder_of(question.target)
     if (folder / SUMS).is_file() or (ours and tag):
@@ -136,7 +137,7 @@ def measured_alone(data: ImageData, size: int, question: Question) -> ImageData:
 def timms_and_data(question: Question, data: str) -> tuple[torch.nn.Module, DataSet]:
     """A trained network of timm's own, and images prepared as its weights were trained for."""
     check_no_init(question)
-    _, images = timms_images(question.target, data, question.data_root)
+    images = timms_images(question.target, data, question.data_root)
     return create_model(question.target, pretrained=True), images
 
 

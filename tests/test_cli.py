@@ -160,8 +160,7 @@ def test_an_unforeseen_error_keeps_its_traceback():
                 "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.77 GiB of which "
                 "1.2 GiB is free.\nSee documentation for Memory Management"
             ),
-            "CUDA out of memory. Tried to allocate 2.50 GiB; use a smaller data.batch_size (of a probe: --batch-size), "
-            "or a larger accumulate",
+            "CUDA out of memory. Tried to allocate 2.50 GiB; use a smaller data.batch_size, or a larger accumulate",
         ),
         (
             RuntimeError(
@@ -182,16 +181,16 @@ def test_an_unforeseen_error_keeps_its_traceback():
                 "to allocate 4000000000000000 bytes. Error code 12 (Cannot allocate memory)"
             ),
             "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes; use a smaller "
-            "data.batch_size (of a probe: --batch-size), or a larger accumulate",
+            "data.batch_size, or a larger accumulate",
         ),
         (
             MemoryError("Unable to allocate 711. PiB for an array with shape (9,) and data type float64"),
             "Unable to allocate 711. PiB for an array with shape (9,) and data type float64; use a smaller "
-            "data.batch_size (of a probe: --batch-size), or a larger accumulate",
+            "data.batch_size, or a larger accumulate",
         ),
         (
             MemoryError(),
-            "too little memory; use a smaller data.batch_size (of a probe: --batch-size), or a larger accumulate",
+            "too little memory; use a smaller data.batch_size, or a larger accumulate",
         ),
     ],
     ids=["GPU", "shared memory", "killed", "CPU", "NumPy", "Python"],
@@ -202,6 +201,10 @@ def test_too_little_memory_is_one_line_that_names_what_helps(capsys, monkeypatch
 
     monkeypatch.setattr("condzoo.cli.app", fail)
     assert run(capsys, "train", "x") == (2, "", f"error: {message}\n")
+    there = re.sub("; use a smaller data.*", "", message)
+    assert run(capsys, "eval", "x") == (2, "", f"error: {there}\n"), "which has no batch size"
+    there += "; use a smaller --batch-size" if there != message else ""
+    assert run(capsys, "probe", "x") == (2, "", f"error: {there}\n")
     assert exit_code(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 

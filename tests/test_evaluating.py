@@ -20,7 +20,7 @@ from condzoo import evaluating, probing
 from condzoo.checkpoints.folder import CheckpointFolder
 from condzoo.commands.display import print_evaluation
 from condzoo.data import BatchPlan, DataSet
-from condzoo.evaluating import Evaluated, checkpoint_images, doubt_of, evaluate_again
+from condzoo.evaluating import Evaluated, checkpoint_images, evaluate_again
 from condzoo.probing import Question, network_and_data
 from condzoo.training import Evaluation
 
@@ -67,8 +67,9 @@ def seen(images: DataSet) -> torch.Tensor:
     return torch.cat([x for x, _ in images.ordered_batches("test", BatchPlan(8))])
 
 
-def shown_by_timm(cfg: dict[str, Any], root: Path) -> torch.Tensor:
-    transform = create_transform(**resolve_data_config(pretrained_cfg=cfg), is_training=False)
+def shown_by_timm(cfg: dict[str, Any], root: Path, use_test_size: bool = False) -> torch.Tensor:
+    described = resolve_data_config(pretrained_cfg=cfg, use_test_size=use_test_size)
+    transform = create_transform(**described, is_training=False)
     return torch.stack([transform(image) for image, _ in ImageFolder(str(root / "val"))])
 
 
@@ -122,14 +123,17 @@ def test_images_of_other_classes_are_told_by_what_eval_has(wide: Path) -> None:
         checkpoint_images(trained, None, wide)
 
 
-def test_timms_other_size_for_tests_is_told(tmp_path: Path) -> None:
-    other = converted(tmp_path, test_input_size=[3, 48, 48], test_crop_pct=1.0)
-    assert doubt_of(other, "imagefolder").startswith(
-        "images are seen by input_size [3, 32, 32], crop_pct 0.9; timm's own evaluation takes "
-        "test_input_size [3, 48, 48], test_crop_pct 1.0"
-    )
-    assert doubt_of(other, "cifar10") == ""
-    assert doubt_of(converted(tmp_path, test_input_size=[3, 32, 32]), "imagefolder") == ""
+@pytest.mark.parametrize(
+    "fields", [{"test_input_size": [3, 48, 48], "test_crop_pct": 1.0}, {"test_input_size": [3, 40, 40]}, {}]
+)
+def test_a_converted_network_is_evaluated_at_timms_size_for_tests_and_probed_at_its_own(
+    fields: dict[str, Any], wide: Path
+) -> None:
+    folder = converted(wide, **fields)
+    cfg = json.loads(folder.files["config.json"])["pretrained_cfg"]
+    tested = checkpoint_images(folder, "imagefolder", wide, test_only=True)
+    torch.testing.assert_close(seen(tested), shown_by_timm(cfg, wide, use_test_size=True), atol=1e-5, rtol=0)
+    assert seen(checkpoint_images(folder, "imagefolder", wide)).shape[2:] == (32, 32)
 
 
 def test_a_trained_network_of_timms_is_probed_on_images_as_its_weights_saw_them(
@@ -148,7 +152,7 @@ def test_a_trained_network_of_timms_is_probed_on_images_as_its_weights_saw_them(
         network_and_data(Question(name, data_root=wide))
 
 
-def test_a_trained_network_of_timms_is_evaluated_on_images_as_its_weights_saw_them(
+def test_a_trained_network_of_timms_is_evaluated_on_images_as_timm_evaluates_it(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "resnet50.a1_in1k"
@@ -161,11 +165,10 @@ def test_a_trained_network_of_timms_is_evaluated_on_images_as_its_weights_saw_th
     shutil.rmtree(wide / "train")
     found = evaluate_again(name, data_root=wide, device="cpu")
     assert asked == [((name,), {"pretrained": True})]
-    logits = net(shown_by_timm(known.to_dict(), wide)).detach()
+    logits = net(shown_by_timm(known.to_dict(), wide, use_test_size=True)).detach()
     assert found.evaluation.correct == int((logits.argmax(1) == torch.tensor([0, 1])).sum())
     assert found.evaluation.loss == pytest.approx(float(nn.functional.cross_entropy(logits, torch.tensor([0, 1]))))
-    assert found.recorded is None
-    assert "timm's own evaluation takes test_input_size [3, 288, 288], test_crop_pct 1.0" in found.note
+    assert (found.recorded, found.note) == (None, "")
     with pytest.raises(ValueError, match=r"^timm has no weights 'resnet50\.a7_in1k'"):
         evaluate_again("resnet50.a7_in1k", data_root=wide, device="cpu")
 

@@ -11,20 +11,21 @@ PACKAGE = Path(__file__).parents[1] / "condzoo"
 LEAVES = ("models", "data", "probe")
 # module or subpackage -> what of condzoo it may import besides itself
 ALLOWED = {
-    "models": set(),
-    "data": set(),
-    "probe": set(),
+    "models": {"paths"},
+    "data": {"paths"},
+    "probe": {"paths"},
     "integrations": {"probe"},
     "catalog": {"models"},
-    "training": {"models", "data", "probe", "exit_codes"},
-    "checkpoints": {"models", "data", "probe"},
+    "training": {"models", "data", "probe", "exit_codes", "paths"},
+    "checkpoints": {"models", "data", "probe", "paths"},
     "exit_codes": set(),
+    "paths": set(),
     "validation": {"models", "probe", "catalog", "checkpoints"},
-    "evaluating": {"models", "data", "catalog", "checkpoints", "training"},
+    "evaluating": {"models", "data", "catalog", "checkpoints", "training", "paths"},
     "probing": {"models", "data", "probe", "catalog", "checkpoints", "evaluating", "training"},
-    "conversion": {"models", "catalog", "checkpoints"},
-    "release": {"models", "data", "probe", "catalog", "checkpoints", "training"},
-    "experiments": {"models", "data", "probe", "training"},
+    "conversion": {"models", "catalog", "checkpoints", "paths"},
+    "release": {"models", "data", "probe", "catalog", "checkpoints", "training", "paths"},
+    "experiments": {"models", "data", "probe", "training", "paths"},
 }
 TOP = {"cli", "commands", "__main__", "__init__"}
 
@@ -80,6 +81,16 @@ def test_the_probe_needs_nothing_else_of_condzoo():
     assert "condzoo.probe" in loaded
     for other in ("condzoo.models", "condzoo.data", "condzoo.training", "condzoo.integrations", "timm"):
         assert other not in loaded
+
+
+def test_packages_are_attributes_without_an_import_of_their_own():
+    code = (
+        "import condzoo\n"
+        "assert condzoo.probe.top_curvature and condzoo.probe.write_tensorboard and condzoo.data.augment\n"
+        "for name in condzoo._PACKAGES: assert getattr(condzoo, name).__name__ == 'condzoo.' + name\n"
+        "assert {'probe', 'training', 'measure'} < set(dir(condzoo))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_is_allowed_is_needed():

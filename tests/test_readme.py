@@ -22,7 +22,8 @@ def commands_of(page: str) -> list[str]:
 
 
 COMMANDS = commands_of(README)
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+SNIPPETS, TRAINING_SNIPPETS = (re.findall(r"```python\n(.*?)```", page, re.S) for page in (README, TRAINING))
 TRAININGS = ("condzoo train", "condzoo sweep")
 MADE = ("make demo", "make test")
 
@@ -47,6 +48,16 @@ def test_the_readme_has_what_these_tests_run():
     assert len(SNIPPETS) == 2
     assert set(MADE) < set(COMMANDS)
     assert len(COMMANDS) >= 14
+
+
+def test_the_trainings_from_python_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = TRAINING_SNIPPETS
+    found = {}
+    exec(compile(snippet, "docs/training.md", "exec"), found)
+    assert [run.summary["status"] for run in (found["run"], *found["runs"])] == ["done"] * 5
+    assert found["run"].summary["epochs"] == 1
+    assert not found["model"].training
 
 
 def test_the_commands_without_real_data_run_in_their_order(tmp_path, monkeypatch, capsys):

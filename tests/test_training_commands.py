@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from condzoo.cli import main
-from condzoo.probe import plots
+from condzoo.evaluating import evaluate_again
+from condzoo.probe import Conditioning, Probe, plot_records, plots
+from condzoo.probing import Question, answer
+from condzoo.training import load_recipe, load_run, sweep, train
 from tests.forked_command import interrupted
 
 CHANGES = ("model.name=mlp4x24", "data.resize=8", "probe.every=0")
@@ -27,6 +30,23 @@ def run(capsys, *args):
         main([str(arg) for arg in args])
     out, err = capsys.readouterr()
     return stop.value.code or 0, out, err
+
+
+def test_a_tilde_is_the_home_wherever_a_path_is_taken(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    code, _, err = run(capsys, "train", *SHORT, "--set", "probe.every=2", "--out=~/run")
+    assert code == 0, err
+    load_recipe("~/run/recipe.toml")
+    assert train("~/run/recipe.toml", out="~/run", max_steps=3).path == load_run("~/run").path
+    assert evaluate_again("~/run").as_recorded
+    plot_records("~/run", "~/run.png")
+    answer(Question("~/run", batches=1)).to_json("~/found.json")
+    assert len(Conditioning.from_json("~/found.json")) == 4
+    sweep(load_recipe("~/run/recipe.toml"), {"optim.lr": [0.1]}, out="~/sweep", max_steps=1)
+    Probe(torch.nn.Linear(2, 2), out="~/probe").__enter__().__exit__(None, None, None)
+    assert {"run", "run.png", "found.json", "sweep"} <= set(os.listdir(tmp_path / "home"))
+    assert os.listdir(tmp_path) == ["home"], "no folder called ~"
 
 
 def test_several_seeds_end_in_mean_and_deviation(capsys, tmp_path):

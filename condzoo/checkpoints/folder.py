@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
+from condzoo.paths import expanded
 
 WEIGHTS, CONFIG, EXPECTED, SUMS, CARD = "model.safetensors", "config.json", "expected.json", "SHA256SUMS", "README.md"
 RECIPE, METRICS, CONDITIONING, PICTURE = "recipe.toml", "metrics.json", "conditioning.json", "conditioning.png"
@@ -65,7 +66,7 @@ def folder_at(path: Path) -> Path:
         FileNotFoundError: no such folder.
         ValueError: a file and no folder.
     """
-    path = Path(os.path.expanduser(path))  # ~ too, as in every other place that condzoo is given
+    path = expanded(path)
     folder = path.parent if path.name == WEIGHTS else path
     if folder.is_file():
         raise ValueError(

@@ -1,6 +1,5 @@
 """Writing a checkpoint's folder: all of it or nothing, and only one that loads again."""
 
-import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from condzoo.checkpoints.overview import TITLE, checkpoints_table
 from condzoo.checkpoints.remeasuring import EXPECTED_IMAGES, logits_of
 from condzoo.models import released
 from condzoo.models.weight_files import as_safetensors
+from condzoo.paths import expanded
 
 TAG = re.compile(r"[a-z0-9][a-z0-9_]*")
 KEPT_INPUT = ("input_size", "interpolation", "crop_pct", "mean", "std", "num_classes", "pool_size", "first_conv")
@@ -40,7 +40,7 @@ def default_root() -> Path:
 
 def root_of(out: str | Path | None, usual: Path) -> Path:
     """The folder that takes a checkpoint's: the one given, in which ~ is the user's home, else the usual one."""
-    return usual if out is None else Path(os.path.expanduser(out))
+    return usual if out is None else expanded(out)
 
 
 def check_tag(tag: str) -> str:

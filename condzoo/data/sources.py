@@ -20,6 +20,7 @@ from condzoo.data.image_folder import load_image_folder
 from condzoo.data.memory import ImageData
 from condzoo.data.torchvision_sets import load_torchvision
 from condzoo.data.views import View
+from condzoo.paths import expanded
 
 DATA_ROOT_VARIABLE = "CONDZOO_DATA"
 IMAGE_FOLDER, HUB = "imagefolder", "hfds"
@@ -71,11 +72,11 @@ def data_roots(root: str | os.PathLike[str] | None = None) -> dict[str, Path]:
     An explicit root stands alone; without one, CONDZOO_DATA where it is set, then the user's cache.
     """
     if root is not None:
-        return {"the given data root": Path(root).expanduser()}
+        return {"the given data root": expanded(root)}
     roots = {}
     if os.environ.get(DATA_ROOT_VARIABLE):
-        roots[DATA_ROOT_VARIABLE] = Path(os.environ[DATA_ROOT_VARIABLE]).expanduser()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        roots[DATA_ROOT_VARIABLE] = expanded(os.environ[DATA_ROOT_VARIABLE])
+    cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return roots | {"the default": cache / "condzoo" / "data"}
 
 
@@ -115,7 +116,7 @@ def load_data(
     if name in (IMAGE_FOLDER, HUB):
         view = folder_view(image_size, eval_resize, interpolation)
         if name == HUB:
-            cache = None if root is None else Path(root).expanduser()
+            cache = None if root is None else expanded(root)
             if not dataset:
                 raise ValueError(
                     "data set 'hfds': which one is missing; a recipe says it in data.dataset, as a folder or a name on "

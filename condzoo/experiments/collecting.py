@@ -10,11 +10,12 @@ from condzoo.experiments.growth import collect_growth
 from condzoo.experiments.initialization import collect_initialization
 from condzoo.experiments.keeping import write_data
 from condzoo.experiments.loading import labels_run, planned_runs, scale_of, settings_of, training_of
-from condzoo.experiments.made import joined, made_here
+from condzoo.experiments.made import by_this_version, joined, made_here
 from condzoo.experiments.reductions import NOT_IMAGENET, folder_read, folder_reduction, reductions
 from condzoo.experiments.schema import Experiment, InitializationSettings, Settings, TheorySettings
 from condzoo.experiments.theory import collect_theory
 from condzoo.experiments.training import collect_trainings, digest, row_name, run_folder, runs_folder
+from condzoo.paths import expanded
 from condzoo.training.distributed import launched
 from condzoo.training.events import OnEvent
 from condzoo.training.many_runs import ENGINES
@@ -59,7 +60,7 @@ def collect(
     """
     check_alone()
     check_engine(engine)
-    chosen, out = scale_of(training_of(experiment), scale), Path(out)
+    chosen, out = scale_of(training_of(experiment), scale), expanded(out)
     wanted = list(seeds or chosen.seeds)
     kept = finished(experiment, scale, out, seeds=seeds, only=only, fields=data)
     if kept is not None:
@@ -162,7 +163,7 @@ def finished(
     only: Sequence[str] | None = None,
     fields: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """The data already there for the same seeds, scale, curves and recipes; not where a run had failed.
+    """The data already there for the same seeds, scale, curves and recipes; not where a run failed or lacks a quantity.
 
     `fields` are of [data], as in `collect`: another folder of images is another experiment.
 
@@ -171,7 +172,7 @@ def finished(
     """
     wanted = list(seeds or scale_of(training_of(experiment), scale).seeds)
     labels = curves(experiment, scale, only)
-    target = data_file(experiment, scale, Path(out))
+    target = data_file(experiment, scale, expanded(out))
     if not target.exists():
         return None
     data = read_data_file(target)
@@ -182,9 +183,17 @@ def finished(
 
 
 def outdated(experiment: Experiment, scale: str, data: dict[str, Any], fields: dict[str, Any] | None) -> bool:
-    """Whether other recipes or settings are asked for than these data are of, as far as they say which."""
+    """Whether other recipes, settings or quantities are asked for than these data are of, as far as they say which.
+
+    Networks at initialization are measured again by another version of condzoo, as `collect_initialization` has it.
+    """
     if (settings := settings_of(experiment, scale)) is not None:
-        return data.get("settings") not in (None, digest(settings))
+        other = isinstance(settings, InitializationSettings) and not by_this_version(data["made"])
+        return other or data.get("settings") not in (None, digest(settings))
+    assert experiment.training is not None
+    asked = set(experiment.training.quantities)
+    if any(run["chosen"] and not asked <= run["quantities"].keys() for run in data["runs"]):
+        return True
     if not any("recipe" in run for run in data.get("runs", [])):
         return False
     roots = [run["root"] for run in data["runs"] if run.get("root") is not None]

@@ -8,13 +8,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from condzoo.integrations.settings import check_settings
 from condzoo.probe import Probe
 from condzoo.probe.batches import batch_size
+
+try:
+    import lightning.pytorch as pl
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; pip install 'condzoo[lightning]'", name=error.name) from error
 
 
 class ProbeCallback(pl.Callback):

@@ -8,11 +8,15 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from condzoo.integrations.settings import check_settings
 from condzoo.probe import Probe
 from condzoo.probe.wrappers import unwrapped
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; pip install 'condzoo[transformers]'", name=error.name) from error
 
 # The Probes that are open, and the state of the run of each: one object a run, the same for all of its callbacks.
 _open: WeakKeyDictionary[Probe, TrainerState] = WeakKeyDictionary()

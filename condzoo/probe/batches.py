@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -43,12 +44,12 @@ def _holds_targets(batch: Mapping[str, Any]) -> bool:
     return any(key in batch for key in TARGETS)
 
 
-def as_pair(batch: Any, *, own_loss: bool) -> tuple[Any, Any]:
+def as_pair(batch: Any, asked: nn.Module | None = None) -> tuple[Any, Any]:
     """A batch as (x, y): model arguments and targets.
 
     Args:
         batch: a pair, or a dict of the model's keyword arguments with the targets under "labels" or "label".
-        own_loss: leave the targets among a dict's arguments too, so that the model returns its own loss.
+        asked: the model that may return its own loss: it gets a dict's targets, too, where its forward takes them.
 
     Raises:
         TypeError: neither of these; says what to pass.
@@ -56,13 +57,22 @@ def as_pair(batch: Any, *, own_loss: bool) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         key = next((key for key in TARGETS if key in batch), None)
         if key is not None:
-            return {k: v for k, v in batch.items() if k != key or own_loss}, batch[key]
+            rest = {k: v for k, v in batch.items() if k != key}
+            own = next((name for name in (key, "labels") if asked is not None and _takes(asked, name)), None)
+            return rest if own is None else rest | {own: batch[key]}, batch[key]
         got = f"dict with {', '.join(map(str, batch)) or 'nothing in it'}"
         raise TypeError(f"a batch that is a dict must hold 'labels', got a {got}; pass adapter=lambda batch: (x, y)")
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
         raise TypeError(f"a batch must be a pair (x, y), got a {got}; pass adapter=lambda batch: (x, y)")
     return batch[0], batch[1]
+
+
+def _takes(model: nn.Module, keyword: str) -> bool:
+    """Whether a model can be called with a keyword argument."""
+    parameters = inspect.signature(model.forward).parameters
+    named = keyword in parameters and parameters[keyword].kind is not inspect.Parameter.POSITIONAL_ONLY
+    return named or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def batch_size(x: Any) -> int:

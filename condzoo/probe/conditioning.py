@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
+from condzoo.paths import expanded
 from condzoo.probe.kronecker import KroneckerSpectrum
 from condzoo.probe.neurons import Neurons
 from condzoo.probe.outliers import Outlier
@@ -146,7 +147,7 @@ class Conditioning(Mapping[str, LayerConditioning]):
         """Write everything, exactly, to a JSON file (schema: docs/probe.md)."""
         from condzoo.probe.serialization import write_json
 
-        write_json(self, Path(path))
+        write_json(self, expanded(path))
 
     @classmethod
     def from_json(cls, path: str | Path) -> Conditioning:
@@ -158,10 +159,10 @@ class Conditioning(Mapping[str, LayerConditioning]):
         """
         from condzoo.probe.serialization import read_json
 
-        return read_json(Path(path))
+        return read_json(expanded(path))
 
     def plot(self, path: str | Path) -> None:
         """Draw magnitudes, condition numbers, spectra and units by depth, and the last layer, as PNG, PDF or SVG."""
         from condzoo.probe.depth_plots import plot_conditioning
 
-        plot_conditioning(self, Path(path))
+        plot_conditioning(self, expanded(path))

@@ -72,8 +72,8 @@ def checked_distribution(
     if found is None:
         name = getattr(loss, "__name__", type(loss).__name__)
         raise ValueError(
-            f"{asked} takes labels from the distribution that the loss stands for and needs {ALLOWED}; {name} is a "
-            "free function. Pass one of these as loss, or use the labels of the data (labels='data')"
+            f"{asked} takes labels from the distribution that the loss stands for and needs {ALLOWED}; of {name} "
+            "none is known. Pass one of these as loss, or use the labels of the data (labels='data')"
         )
     tensor = isinstance(output, Tensor)
     shape = list(output.shape) if tensor else type(output).__name__

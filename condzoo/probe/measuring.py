@@ -53,7 +53,7 @@ def measure(
         model: any module; of DDP and DataParallel the model inside is measured, in this process alone.
         batches: (x, y) pairs, for example a DataLoader, or one pair, of any sizes. x is a tensor, or a dict
             or tuple of the model's arguments. Or dicts of the model's arguments with the targets under
-            "labels" (Hugging Face's).
+            "labels" (Hugging Face's), which a forward that takes `labels` gets, too.
         labels: whose labels the gradients have: "data" (M's factor), "model" (F's: the exact expectation
             over the loss's own distribution, one backward pass a class or output coordinate) or "sample"
             (F's: one draw from it). The distribution is a softmax for cross-entropy, a unit-variance
@@ -111,7 +111,7 @@ def measure(
         capture.attach()
         try:
             for batch in each(batches, adapted=adapter is not None):
-                x, y = as_pair(batch, own_loss=loss is None) if adapter is None else adapter(batch)
+                x, y = as_pair(batch, model if loss is None else None) if adapter is None else adapter(batch)
                 first = first or [(x, y)]
                 run.one(x, y)
         finally:

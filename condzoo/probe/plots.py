@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from condzoo.paths import expanded
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.depth_plots import draw_units, widened
 from condzoo.probe.heatmaps import draw_heatmap, panels, places, value_range
@@ -38,7 +39,7 @@ def plot_records(records: Records, png: str | Path, title: str | None = None) ->
         TypeError: what is no measurement.
     """
     runs = {title or _label(records): _with_a_layer(records)}
-    _comparison(runs, Path(png), title or as_written(_label(records)))
+    _comparison(runs, expanded(png), title or as_written(_label(records)))
 
 
 def plot_comparison(runs: Mapping[str, Records], png: str | Path, title: str | None = None) -> None:
@@ -55,7 +56,7 @@ def plot_comparison(runs: Mapping[str, Records], png: str | Path, title: str | N
     """
     if not runs:
         raise ValueError("no run to plot; pass {label: path of a conditioning.jsonl}")
-    _comparison({label: _with_a_layer(records) for label, records in runs.items()}, Path(png), title)
+    _comparison({label: _with_a_layer(records) for label, records in runs.items()}, expanded(png), title)
 
 
 @usual_style()

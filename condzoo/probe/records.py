@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from condzoo.paths import expanded
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.serialization import dumps, from_record
 
@@ -35,7 +36,7 @@ def append_record(path: str | Path, conditioning: Conditioning) -> None:
         OSError: it cannot be written; names the file.
     """
     try:
-        with Path(path).open("a", encoding="utf-8") as file:
+        with expanded(path).open("a", encoding="utf-8") as file:
             file.write(dumps(conditioning) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -45,7 +46,7 @@ def append_record(path: str | Path, conditioning: Conditioning) -> None:
 
 def drop_torn_line(path: str | Path) -> None:
     """Cut off a last line that a crash left without its end, so that appending is safe."""
-    path = Path(path)
+    path = expanded(path)
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -65,7 +66,7 @@ def read_records(path: str | Path) -> list[Conditioning]:
         FileNotFoundError: there is none.
         ValueError: a line that is not a record; names file and line. A torn last line only warns.
     """
-    path = Path(path)
+    path = expanded(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.exists():
         within = sorted(str(each.parent) for each in path.parent.glob(f"*/{FILE_NAME}") if path.name == FILE_NAME)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from condzoo.paths import expanded
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.records import Fractions, Records, fractions, loaded
 
@@ -29,7 +30,9 @@ def open_writer(folder: str | Path, *, start_step: int | None) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("TensorBoard is not installed; pip install 'condzoo[tensorboard]'") from error
-    return SummaryWriter(str(folder), purge_step=start_step)  # 0 also marks: a folder's first mark only begins it
+    return SummaryWriter(
+        str(expanded(folder)), purge_step=start_step
+    )  # 0 also marks: a folder's first mark only begins it
 
 
 def write_tensorboard(

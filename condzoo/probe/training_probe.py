@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
+from condzoo.paths import expanded
 from condzoo.probe import distributed
 from condzoo.probe.arguments import checked, positive, whole_number
 from condzoo.probe.capture import capture_of
@@ -104,7 +105,7 @@ class Probe:
         model = unwrapped(model)
         self.model, self.every, self.reduction, self.loss_scale = model, every, reduction, loss_scale
         self.softmax = softmax
-        self.path = None if out is None else Path(out) / FILE_NAME
+        self.path = None if out is None else expanded(out) / FILE_NAME
         self.latest: Conditioning | None = None
         chosen, self._unmeasurable = choose(model, layers)
         self._names, self._structure = None if layers is None else list(layers), structure(model)

@@ -1,6 +1,5 @@
 """`release`: a checkpoint's folder from finished runs, as `condzoo.release.checks` lets pass."""
 
-import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from condzoo.checkpoints.writing import (
 )
 from condzoo.models import released
 from condzoo.models.weight_files import sha256
+from condzoo.paths import expanded
 from condzoo.probe.serialization import to_record
 from condzoo.release.checks import check_evaluations, check_every_seed, checked_run
 from condzoo.release.records import collect_metrics, input_fields, picture, seed_results
@@ -120,4 +120,4 @@ def released_before(runs: str | Path | Sequence[str | Path], tag: str, *, out: s
 
 def paths_of(runs: str | Path | Sequence[str | Path]) -> list[Path]:
     """One run directory or several, as paths."""
-    return [Path(os.path.expanduser(path)) for path in ([runs] if isinstance(runs, str | Path) else runs)]
+    return [expanded(path) for path in ([runs] if isinstance(runs, str | Path) else runs)]

@@ -193,9 +193,10 @@ def _own_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device: each process takes a GPU of its own, got {resolved}; use --device cuda")
     local = _local_rank()
     if local >= here:
+        alone = "; where each process is shown one of its own, set LOCAL_RANK=0" if here == 1 else ""
         raise ValueError(
-            f"device: process {local} of this machine has no GPU, there are {here}; "
-            f"use --nproc-per-node {here}, or --device cpu"
+            f"device: process {local} of this machine has no GPU, it sees {here}; "
+            f"use --nproc-per-node {here}, or --device cpu{alone}"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from condzoo.paths import expanded
 from condzoo.probe import Probe
 from condzoo.training.diagnosis import diagnose
 from condzoo.training.distributed import Ranks, join, launched
@@ -73,7 +74,7 @@ def train(
     check_recipe(recipe)
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    path = Path(out) if out is not None else default_run_directory(recipe)
+    path = expanded(out) if out is not None else default_run_directory(recipe)
     ranks, own_device = join(device)
     notify = on_event if on_event is not None and ranks.first else ignore
     with contextlib.ExitStack() as held:

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from condzoo.paths import expanded
 from condzoo.training.attempts import RunOptions, attempt, finished_run
 from condzoo.training.distributed import ALONE, join, launched
 from condzoo.training.events import Message, OnEvent
@@ -49,14 +50,14 @@ def run_all(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine: got {engine!r}, must be one of: {', '.join(ENGINES)}")
-    options = RunOptions(max_steps, device, data_root, on_event)
+    options, folder = RunOptions(max_steps, device, data_root, on_event), expanded(out)
     if engine == "local":
-        return run_all_here(planned, Path(out), options)
-    ended = finished_among(planned, unclaimed(Path(out)), max_steps)
+        return run_all_here(planned, folder, options)
+    ended = finished_among(planned, unclaimed(folder), max_steps)
     if missing := {name: recipe for name, recipe in planned.items() if name not in ended}:
         from condzoo.training.ray_engine import Resources, run_all_on_ray
 
-        ended |= run_all_on_ray(missing, Path(out), options, Resources(gpus_per_run, cpus_per_run))
+        ended |= run_all_on_ray(missing, folder, options, Resources(gpus_per_run, cpus_per_run))
     return [ended[name] for name in planned]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from condzoo.data.sources import DATA_ROOT_VARIABLE
+from condzoo.paths import expanded
 from condzoo.training.attempts import RunOptions, attempt, failed
 from condzoo.training.events import Message, Notice
 from condzoo.training.recipe import parse_recipe, recipe_tables
@@ -145,7 +146,7 @@ def check_room(ray: Any, gpus: float, cpus: float) -> None:
 def absolute_data_root(recipe: Recipe, data_root: str | Path | None) -> str | None:
     """The data root that the caller or the recipe names, for workers, which have another working directory."""
     root = data_root or recipe.data.root
-    return str(Path(root).expanduser().resolve()) if root else None
+    return str(expanded(root).resolve()) if root else None
 
 
 def data_variable() -> str | None:
@@ -154,7 +155,7 @@ def data_variable() -> str | None:
     So where an image set is not there it is looked for in the user's cache, as in this process.
     """
     root = os.environ.get(DATA_ROOT_VARIABLE)
-    return str(Path(root).expanduser().resolve()) if root else None
+    return str(expanded(root).resolve()) if root else None
 
 
 def outcome(ray: Any, reference: Any, recipe: Recipe, path: Path) -> Run | None:

@@ -29,6 +29,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         FileNotFoundError: no such file or recipe; the closest names are given.
         RecipeError: one line for each fault, with the field's path, what came and what is allowed.
     """
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     given, changes = read_recipe(path)
     for field, value in changes.items():
         set_field(given, field, value)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from condzoo.paths import expanded
 from condzoo.training.recipe_errors import RecipeError
 
 PACKAGE = Path(__file__).parents[1]
@@ -155,11 +156,11 @@ def find_recipe(path: str | Path) -> RecipeSource:
     Raises:
         FileNotFoundError: none of them; the closest names are given.
     """
-    if Path(path).is_file():
-        return RecipeSource(Path(path))
+    if expanded(path).is_file():
+        return RecipeSource(expanded(path))
     file, colon, variant = str(path).rpartition(":")
-    if colon and Path(file).is_file():
-        return RecipeSource(Path(file), variant)
+    if colon and expanded(file).is_file():
+        return RecipeSource(expanded(file), variant)
     name = str(path).removeprefix("recipes/").removesuffix(".toml")
     own = recipe_folder() / f"{name}.toml"
     if own.is_file() and not name.startswith(f"{EXPERIMENTS}/"):
@@ -167,7 +168,7 @@ def find_recipe(path: str | Path) -> RecipeSource:
     known = recipe_sources()
     if name in known:
         return known[name]
-    if (within := Path(path) / "recipe.toml").is_file():
+    if (within := expanded(path) / "recipe.toml").is_file():
         raise FileNotFoundError(f"{path} is a run directory, no recipe; `condzoo train {within} --out {path}` goes on")
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`condzoo recipes` lists them"

@@ -11,6 +11,7 @@ from torch import nn
 from condzoo import exit_codes
 from condzoo.data import Split
 from condzoo.models.weight_files import check_state, parse_weights, read_plain_file
+from condzoo.paths import expanded
 from condzoo.training.data_sets import class_count, image_shape, read_data
 from condzoo.training.evaluation import Evaluation, evaluate
 from condzoo.training.networks import network_of
@@ -68,7 +69,8 @@ def load_run(path: str | Path) -> Run:
     Raises:
         FileNotFoundError: no finished run there, or a folder of several.
     """
-    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    path = expanded(path)
+    folder = path.parent if path.is_file() else path
     if runs := runs_within(folder):
         raise FileNotFoundError(f"{folder} is a folder of several runs; name one of them: {', '.join(runs)}")
     missing = [name for name in (RECIPE, SUMMARY, MODEL) if not (folder / name).is_file()]

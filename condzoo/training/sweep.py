@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from condzoo.paths import expanded
 from condzoo.training.attempts import RunOptions, train_to_any_end
 from condzoo.training.events import OnEvent
 from condzoo.training.many_runs import run_all, run_all_here, unclaimed
@@ -47,9 +48,10 @@ def sweep(
         RunDirectoryError: `out` holds another's summary.json, or runs of another recipe.
     """
     planned = take_shard(plan_sweep(recipe, grid, seeds), shard)
-    check_folder(unclaimed(Path(out)), planned)
-    runs = run_all(planned, out, **options)
-    write_summary(out, dict(zip(planned, runs, strict=True)), shard)
+    folder = expanded(out)
+    check_folder(unclaimed(folder), planned)
+    runs = run_all(planned, folder, **options)
+    write_summary(folder, dict(zip(planned, runs, strict=True)), shard)
     return runs
 
 
@@ -68,7 +70,7 @@ def train_seeds(
     A finished seed is not trained again, one that diverges is recorded and the others go on. Arguments and
     other errors are those of `train`; the default of `out` is `default_run_directory(recipe)` less the seed.
     """
-    folder = Path(out) if out is not None else default_seeds_directory(recipe)
+    folder = expanded(out) if out is not None else default_seeds_directory(recipe)
     planned = plan_sweep(recipe, {}, seeds)
     options = RunOptions(max_steps, device, data_root, on_event)
     check_folder(unclaimed(folder), planned)

@@ -77,6 +77,22 @@ def test_a_given_loss_is_used_instead_and_labels_do_not_reach_the_model(expected
     same(measure(model, ({"pixel_values": x}, y)), expected)
 
 
+class Open(Keyword):
+    def forward(self, **arguments):
+        return super().forward(**arguments)
+
+
+def test_labels_reach_a_model_whose_forward_takes_them_alone(expected):
+    x, y = data()
+    plain = measure(Plain().double(), {"x": x, "labels": y})
+    same(plain, expected)
+    assert plain.loss_name == "cross_entropy"
+    for model in (Keyword(factor=2.0), Open(factor=2.0)):
+        found = measure(model.double(), {"pixel_values": x, "labels": y})
+        same(found, expected, 4.0)
+    same(measure(Keyword(factor=2.0).double(), {"pixel_values": x, "label": y}), expected, 4.0)
+
+
 def test_labels_of_the_model_come_from_its_logits():
     x, y = data()
     same(

@@ -115,7 +115,7 @@ def test_a_free_function_has_no_distribution_and_the_error_says_what_has(labels)
 
     message = (
         rf"labels='{labels}' takes labels from .* needs cross-entropy \(softmax\), NLL .*, MSE \(Gaussian\) or BCE .*; "
-        r"own is a free function. Pass one of these as loss, or use the labels of the data \(labels='data'\)"
+        r"of own none is known. Pass one of these as loss, or use the labels of the data \(labels='data'\)"
     )
     with pytest.raises(ValueError, match=message):
         measure(network(), (inputs(), None), labels=labels, loss=own)

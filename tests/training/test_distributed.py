@@ -147,18 +147,19 @@ def test_sync_bn_makes_batch_norms_use_the_global_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "local", "expected"),
+    ("device", "local", "here", "expected"),
     [
-        ("cuda:1", 0, r"device: each process takes a GPU of its own, got cuda:1; use --device cuda"),
-        ("cuda", 2, r"device: process 2 of this machine has no GPU, there are 2; use --nproc-per-node 2, or --device"),
-        ("cuda", 1, "cuda:1"),
+        ("cuda:1", 0, 2, r"device: each process takes a GPU of its own, got cuda:1; use --device cuda$"),
+        ("cuda", 2, 2, r"process 2 of this machine has no GPU, it sees 2; use --nproc-per-node 2, or --device cpu$"),
+        ("cuda", 3, 1, r"process 3 .* sees 1; .*; where each process is shown one of its own, set LOCAL_RANK=0$"),
+        ("cuda", 1, 2, "cuda:1"),
     ],
 )
 def test_each_process_takes_the_gpu_of_its_number(
-    device: str, local: int, expected: str, monkeypatch: pytest.MonkeyPatch
+    device: str, local: int, here: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "resolve_device", torch.device)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", str(local))
     if expected.startswith("cuda"):

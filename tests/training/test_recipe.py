@@ -76,6 +76,10 @@ def test_overrides_are_toml_values(override: str, field: str, value: Any, file: 
     assert getattr(load_recipe(file, [override]).optim, field) == value
 
 
+def test_one_override_may_be_a_text(file: Path) -> None:
+    assert load_recipe(file, "optim.lr=0.05") == load_recipe(file, ["optim.lr=0.05"])
+
+
 def test_an_override_is_one_value(file: Path) -> None:
     """What comes after a line break was left out in silence."""
     with pytest.raises(RecipeError, match=r"optim\.lr: got '0\.1\\nseed=5', must be a number"):

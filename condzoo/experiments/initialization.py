@@ -106,8 +106,9 @@ def measure_network(
 ) -> dict[str, dict[str, Any]]:
     """{matrix: {"full": summary, layer: summary, ...}} of one network, in train mode."""
     x, y = first_batch(settings, seed, data_root)
-    torch.manual_seed(seed)
-    model = create_model(name, init=settings.init, input_size=tuple(x.shape[1:])).train()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of the CPU alone: torch.manual_seed seeds GPUs, too
+        model = create_model(name, init=settings.init, input_size=tuple(x.shape[1:])).train()
     return {
         matrix: {
             block or "full": summarized(spectrum, settings.p)

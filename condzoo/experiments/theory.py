@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from condzoo.experiments.schema import TheorySettings
 from condzoo.experiments.stopping import stopping
 from condzoo.models import create_model, init_weights
-from condzoo.probe import Conditioning, KroneckerSpectrum, kronecker_report, measure
+from condzoo.probe import Conditioning, kronecker_report, measure
 from condzoo.training.events import Message, OnEvent
 
 BATCH, CLASSES, PIXELS = 64, 5, 4
@@ -89,20 +90,23 @@ def errors_at(trial: Trial, eps: float) -> dict[str, float]:
 
 
 def proposition_1(generator: torch.Generator) -> dict[str, float]:
-    """The spectrum of Sigma_x (x) Sigma_grad_h is all products; and how near the exact layer block is to it."""
+    """The spectrum of Sigma_x (x) Sigma_grad_h is all products; and how near the exact layer block is to it.
+
+    The probe's products of two spectra are held against the matrix itself, formed of the two moments.
+    """
     trial = draw_trial(generator, norm=False)
     y = torch.randint(CLASSES, (BATCH,), generator=generator)
     measured = measure(trial.model, (trial.x, y), labels="model", precision="float64", bias=True)
     check_all_measured(trial, measured)
     found: dict[str, list[float]] = {"lambda_max": [], "kappa": [], "spectrum": []}
-    for layer in measured.values():
-        dense = dense_product(layer.fisher)
+    formed = dense_spectra(trial.model, trial.x)
+    for name, layer in measured.items():
+        dense = formed[name]
         top = float(dense[0])
-        product = layer.input.lambda_max * layer.output_grad.lambda_max
         known = dense[dense > 1e-9 * top]
         p = len(known) / len(dense)
         kappa = layer.fisher.condition_number(p)
-        found["lambda_max"].append(abs(product / top - 1))
+        found["lambda_max"].append(abs(layer.fisher.lambda_max / top - 1))
         found["kappa"].append(abs(kappa * float(known[-1]) / top - 1))
         found["spectrum"].append(float((layer.fisher.eigenvalues - dense).abs().max()) / top)
     blocks = kronecker_report(trial.model, trial.x)
@@ -115,13 +119,31 @@ def proposition_1(generator: torch.Generator) -> dict[str, float]:
 STATEMENTS = {"theorem_1": theorem_1, "theorem_2": theorem_2, "proposition_1": proposition_1}
 
 
-def dense_product(fisher: KroneckerSpectrum) -> Tensor:
-    """Eigenvalues, descending, of the Kronecker product formed as a matrix of two rotated diagonal factors."""
-    matrices = []
-    for factor in (fisher.input.eigenvalues, fisher.output_grad.eigenvalues):
-        rotation = torch.linalg.qr(torch.randn(len(factor), len(factor), dtype=torch.float64)).Q
-        matrices.append(rotation * factor @ rotation.T)
-    return torch.linalg.eigvalsh(torch.kron(*matrices)).flip(0)
+def dense_spectra(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Eigenvalues, descending, of every linear layer's Sigma_x (x) Sigma_grad_h formed as a matrix, without the probe.
+
+    Labels are the model's: each sample's gradient is taken for every class, weighted by its probability. Samples must
+    not depend on each other (no BN).
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(name: str, _: nn.Module, inputs: tuple[Tensor], h: Tensor) -> Tensor:
+        seen[name] = (inputs[0], h)
+        return h.clone()  # for the ReLU that works in place
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_hook(partial(see, name)) for name, module in layers]
+    logs = model(x).log_softmax(1)
+    for handle in handles:
+        handle.remove()
+    outputs = [h for _, h in seen.values()]
+    grads = [torch.autograd.grad(-log.sum(), outputs, retain_graph=True) for log in logs.unbind(1)]  # classes x layers
+    spectra = {}
+    for k, (name, (inputs, _)) in enumerate(seen.items()):
+        weighted = [(log.exp()[:, None] * grad[k]).T @ grad[k] for log, grad in zip(logs.unbind(1), grads, strict=True)]
+        product = torch.kron(inputs.T @ inputs, torch.stack(weighted).sum(0)) / len(x) ** 2
+        spectra[name] = torch.linalg.eigvalsh(product.detach()).flip(0)
+    return spectra
 
 
 def draw_trial(generator: torch.Generator, norm: bool) -> Trial:

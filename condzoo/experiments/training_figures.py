@@ -1,6 +1,6 @@
 """Figures of trainings by layer and iteration, and what all figures of trainings share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,7 +117,7 @@ def named(label: str, runs: Sequence[dict[str, Any]]) -> str:
 
 
 def cross_where_diverged(
-    ax: Axes, run: dict[str, Any], times: Sequence[float], values: Sequence[float | None], color: str
+    ax: Axes, run: dict[str, Any], times: Iterable[float], values: Iterable[float | None], color: str
 ) -> None:
     """Mark the last known value of a run that diverged; nothing of others, or where none is known."""
     known = [(t, v) for t, v in zip(times, values, strict=True) if v is not None and np.isfinite(v)]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import condzoo
-from condzoo.experiments import Experiment, collect, collecting, load_experiment
+from condzoo.experiments import Experiment, collect, collecting, finished, load_experiment
+from condzoo.experiments.data_files import SCHEMA
 from condzoo.experiments.loading import planned_runs
 from condzoo.experiments.training import digest, row_name
 from condzoo.training import Notice
@@ -163,13 +164,28 @@ def test_networks_of_another_version_are_measured_again(
         return {"fisher": {"full": entry(9.0)}}
 
     monkeypatch.setattr("condzoo.experiments.initialization.measure_network", otherwise)
-    for out in ("a", "b"):  # where the files of the networks are there, and where the data alone are
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    # where the files of the networks are there, where the data alone are, and where nothing else is asked for
+    for out, seeds in (("a", [1, 2]), ("b", [1, 2]), ("c", [1])):
         counted.clear()
-        data = collect(experiment, "cpu", tmp_path / out, seeds=[1, 2])
-        assert set(counted) == {1, 2}
+        assert finished(experiment, "cpu", tmp_path / out, seeds=seeds) is None
+        data = collect(experiment, "cpu", tmp_path / out, seeds=seeds)
+        assert sorted(set(counted)) == seeds
         assert {network["matrices"]["fisher"]["full"]["lambda_max"] for network in data["networks"]} == {9.0}
         assert data["made"]["condzoo"] == condzoo.__version__
         assert copies(tmp_path / out) == ["fig01.json.bak"]
+        assert finished(experiment, "cpu", tmp_path / out, seeds=seeds) == data
+
+
+def test_data_without_a_quantity_that_is_asked_for_are_not_finished(tmp_path: Path) -> None:
+    experiment = load_experiment("fig11")
+    asked = experiment.training.quantities
+    made = {"date": "2026-11-24", "hardware": "any", "torch": "2", "python": "3", "commit": None, "condzoo": None}
+    for quantities, whole in ((asked, True), (asked[:1], False)):
+        rows = rows_of(experiment, [1, 2], quantities={name: {"layers": [], "values": []} for name in quantities})
+        data = {"id": "fig11", "scale": "cpu", "seeds": [1, 2], "reductions": [], "made": made, "seconds": 1.0}
+        (tmp_path / "fig11.json").write_text(json.dumps({"schema": SCHEMA, **data, "runs": rows}))
+        assert (finished(experiment, "cpu", tmp_path, seeds=[1, 2]) is not None) == whole
 
 
 @pytest.mark.usefixtures("counted")

@@ -10,6 +10,7 @@ import torch
 from condzoo.experiments import draw, judge, load_experiment
 from condzoo.experiments.schema import TheorySettings
 from condzoo.experiments.theory import collect_theory, draw_trial, errors_at, proposition_1, theorem_1, theorem_2
+from condzoo.probe import KroneckerSpectrum, measure
 
 
 def test_the_error_of_theorem_2_is_proportional_to_eps():
@@ -25,6 +26,33 @@ def test_errors_at_an_eps_leave_the_trial_as_it_was():
     assert errors_at(trial, 1e-5) == first
     assert max(first.values()) == pytest.approx(100 * max(errors_at(trial, 1e-7).values()), rel=0.1)
     assert all(torch.equal(before[key], value) for key, value in trial.model.state_dict().items())
+
+
+def test_proposition_1_looks_at_the_fisher_that_the_probe_shows(monkeypatch):
+    found = proposition_1(torch.Generator().manual_seed(1))
+    assert max(found["lambda_max"], found["spectrum"]) < 1e-10
+    assert found["kappa"] < 1e-4
+    monkeypatch.setattr(KroneckerSpectrum, "lambda_max", property(lambda self: 1.01 * top(self)))
+    assert proposition_1(torch.Generator().manual_seed(1))["lambda_max"] == pytest.approx(0.01)
+
+
+def test_proposition_1_looks_at_moments_that_the_probe_did_not_form(monkeypatch):
+    """Both factors twice what they are: their products' spectrum agrees with itself, and not with the moments'."""
+
+    def doubled(*args, **settings):
+        layers = measure(*args, **settings)
+        for layer in layers.values():
+            layer.input.eigenvalues.mul_(2)
+            layer.output_grad.eigenvalues.mul_(2)
+        return layers
+
+    monkeypatch.setattr("condzoo.experiments.theory.measure", doubled)
+    assert proposition_1(torch.Generator().manual_seed(1))["lambda_max"] == pytest.approx(3.0)
+
+
+def top(fisher: KroneckerSpectrum) -> float:
+    """lambda_max of a product, of its factors."""
+    return fisher.input.lambda_max * fisher.output_grad.lambda_max
 
 
 def layer_of(value: float) -> SimpleNamespace:

@@ -361,6 +361,8 @@ def test_eval_of_a_released_name_is_as_recorded(capsys, data_root):
             "error: grid: \"freeze=['layers.0?*']-seed1\" and another run would both be in "
             "'freeze=_layers.0_-seed1'; sweep them apart",
         ),
+        (("sweep", *TINY, "--seeds", ""), "error: seeds '': must be like 1-5 or 1,3,7"),
+        (("reproduce", "thm1", "--seeds", ""), "error: seeds '': must be like 1-5 or 1,3,7"),
         (("sweep", *TINY, "--shard", "5/4"), "error: shard '5/4': must be I/N with I from 1 to N, e.g. 2/4"),
         (("sweep", *TINY, "--engine", "slurm"), "error: engine: got 'slurm', must be one of: local, ray"),
         (("sweep", *TINY, "--grid", "optim.lr=a"), "error: optim.lr=a-seed1: optim.lr: got 'a', must be a number"),

@@ -59,7 +59,7 @@ def reproduce(
         raise ValueError("reproduce takes experiments by their id (--list shows them), or --all")
     experiments = [load_experiment(name) for name in (experiment_ids() if every else ids or [])]
     options: dict[str, Any] = {
-        "seeds": parse_seeds(seeds) if seeds else None,
+        "seeds": parse_seeds(seeds) if seeds is not None else None,
         "only": only,
         "engine": engine,
         "data_root": data_root,

@@ -52,7 +52,7 @@ def sweep(
     from condzoo.training import sweep as run_sweep
 
     base, values = load_recipe(recipe, set_ or ()), parse_grid(grid or ())
-    numbers = parse_seeds(seeds) if seeds else None
+    numbers = parse_seeds(seeds) if seeds is not None else None
     if dry_run:
         print_planned(base, values, numbers, out, shard, max_steps)
         return

@@ -30,12 +30,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: one line for each fault, with the field's path, what came and what is allowed.
     """
     overrides = [overrides] if isinstance(overrides, str) else overrides
-    given, changes = read_recipe(path)
-    for field, value in changes.items():
-        set_field(given, field, value)
-    for override in overrides:
-        override_field(given, *parse_override(override))
-    return parse_recipe(given, source=str(path))
+    try:
+        given, changes = read_recipe(path)
+        for field, value in changes.items():
+            set_field(given, field, value)
+        for override in overrides:
+            override_field(given, *parse_override(override))
+        return parse_recipe(given, source=str(path))
+    except RecursionError as error:
+        raise RecipeError(f"{path}: tables are nested too deep") from error
 
 
 def parse_recipe(given: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -129,6 +132,6 @@ def _toml_value(text: str) -> Any:
     """The TOML value of a text; what is none, or more than one, is a text itself (a bare word)."""
     try:
         found = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # tomllib's own, or a number of too many digits
         return text.strip()
     return found["value"] if len(found) == 1 else text.strip()

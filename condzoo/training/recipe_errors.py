@@ -31,6 +31,10 @@ def describe_errors(error: ValidationError, given: Mapping[str, Any]) -> list[st
     """One line for each fault that pydantic found in `given`."""
     lines = []
     for fault in error.errors(include_url=False):
+        quoted = next((part for part in fault["loc"] if isinstance(part, str) and "." in part), None)
+        if quoted is not None and fault["type"] == "extra_forbidden":
+            lines.append(f"{quoted!r}: a name in quotes is no path here; write {quoted} without quotes")
+            continue
         path = _field_path(fault["loc"], given)
         if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
             path += ".name"
@@ -144,5 +148,8 @@ def _closest_field(path: str, given: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+    try:
+        text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+    except (ValueError, RecursionError):  # a number of more digits, or more tables in one another, than Python writes
+        text = "what is too long to be shown"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -114,7 +114,7 @@ def read_tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own, UnicodeDecodeError, a number of too many digits
         raise RecipeError(f"{path}: not a TOML file: {error}") from error
     variants = tables.pop(VARIANTS, {})
     if not isinstance(variants, dict):

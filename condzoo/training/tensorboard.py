@@ -117,7 +117,8 @@ class TensorBoard:
 
     def complete(self, run: Path) -> None:
         """Write what the files of a finished run lack, from its records."""
-        steps = read_metrics(run / METRICS)[-1]["step"]
+        lines = read_metrics(run / METRICS)
+        steps = lines[-1]["step"] if lines else 0
         if last_shown(run / FOLDER) < steps - 1:
             self.open(run, steps)
             self.close()

@@ -5,6 +5,7 @@ import datetime
 import math
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,6 +215,39 @@ def test_an_unknown_field_of_a_table_without_its_name_is_still_explained() -> No
     with pytest.raises(RecipeError) as caught:
         parse_recipe(changed("data", {"batchsize": 3}))
     assert "data.batchsize: unknown field; did you mean 'data.batch_size'?" in str(caught.value).splitlines()[-1]
+
+
+HEAD = 'epochs = 1\n[model]\nname = "mlp4x24"\n[data]\nname = "digits"\nbatch_size = 64\n'
+OPTIM = '[optim]\nname = "sgd"\nlr = 0.1\n'
+DEEP = ".".join(["a"] * 3000)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("'schedule.warmup' = 5\n" + HEAD + OPTIM, "'schedule.warmup': a name in quotes is no path here; write sched"),
+        ("'optim.x' = 5\n" + HEAD, "'optim.x': a name in quotes is no path here; write optim.x without quotes"),
+        ("'optim.x' = 5\n" + HEAD + "[optim]\nlr = 1\n", "'optim.x': a name in quotes is no path here"),
+        ("'optim.lr' = 5\n" + HEAD + OPTIM, "'optim.lr': a name in quotes is no path here; write optim.lr without"),
+        ("'optim.x' = 5\noptim = 1\n" + HEAD, "'optim.x': a name in quotes is no path here"),
+        ("seed = 1" + "0" * 5000 + "\n" + HEAD + OPTIM, "not a TOML file: Exceeds the limit"),
+        ("seed = 0x1" + "0" * 5000 + "\n" + HEAD + OPTIM, "seed: got what is too long to be shown, must be"),
+        (f"seed.{DEEP} = 1\n" + HEAD + OPTIM, "seed: got what is too long to be shown, must be a whole number"),
+        (HEAD + f"[model.args]\n{DEEP} = 1\n" + OPTIM, "tables are nested too deep"),
+        (f"[variants.x]\n{DEEP} = 1\n" + HEAD + OPTIM, "tables are nested too deep"),
+    ],
+)
+def test_keys_that_are_no_fields_of_anything_are_faults_of_the_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as said:
+        load_recipe(path)
+    assert f"{path}: {message}" in str(said.value)
+
+
+def test_an_override_of_too_many_digits_is_a_fault_of_its_field() -> None:
+    with pytest.raises(RecipeError, match=r"seed: got '9{56}\.\.\., must be a whole number$"):
+        load_recipe("digits/resnet20_nobn", ["seed=" + "9" * 5000])
 
 
 def test_the_list_is_long_enough_and_the_good_recipe_is_good() -> None:

@@ -70,6 +70,9 @@ def test_a_finished_run_is_written_from_its_records(tiny: Any, tmp_path: Path) -
     steps = {line["step"]: line["loss"] for line in lines(tmp_path, "step")}
     assert scalars(tmp_path, "step/loss") == pytest.approx(steps)
     assert list(scalars(tmp_path, "input_lambda_max/fc")) == [0, 11]
+    (tmp_path / "metrics.jsonl").unlink()
+    TensorBoard().complete(tmp_path)
+    assert scalars(tmp_path, "step/loss") == pytest.approx(steps), "what is there stays"
 
 
 def test_what_a_run_did_without_a_board_is_filled_in(tiny: Any, tmp_path: Path) -> None:

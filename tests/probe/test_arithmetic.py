@@ -1,8 +1,11 @@
 """float32 products, added up in float64: how far they are from numpy's in float64, and the noise said of them."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from condzoo.probe import arithmetic, measure
 from condzoo.probe.arithmetic import SAFETY, float32_noise, gram_float32, plain_convolutions, plain_products
@@ -33,6 +36,26 @@ def test_the_error_is_under_the_noise_said_of_it(kind, groups, pieces, dim, rows
     assert found.dtype == torch.float64
     error = np.linalg.norm(found.numpy() - exact, ord=2, axis=(1, 2)).max()
     assert 0 < error < 0.8 * float32_noise(found, pieces) / SAFETY
+
+
+@pytest.mark.parametrize("precision", ["auto", "fast"])
+@pytest.mark.parametrize("dim", [2, 16])
+def test_rows_that_repeat_are_right_or_unknown(dim, precision):
+    """Learned queries, positions, duplicated examples: the rounding of one piece's product is that of all."""
+    rows, pieces = 64, 1000
+    known = []
+    for seed, times, averaged in itertools.product(range(3), (1.3, 3.0), (dim, pieces)):
+        smallest = times * arithmetic.FLOAT32_PRODUCT / averaged**0.5  # above the floor of so many pieces
+        random = np.random.default_rng(seed)
+        left, right = (np.linalg.qr(random.standard_normal((n, dim)))[0] for n in (rows, dim))
+        x = ((left * np.sqrt(np.geomspace(1, smallest, dim) * rows)) @ right.T).astype(np.float32)
+        singular = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+        batch = torch.from_numpy(np.tile(x, (pieces, 1))), torch.zeros(pieces * rows, dtype=torch.long)
+        found = measure(nn.Linear(dim, 2), batch, precision=precision)[""].input
+        if found.status() == "ok":
+            known.append(averaged)
+            assert found.condition_number() == pytest.approx((singular[0] / singular[-1]) ** 2, rel=0.05)
+    assert known.count(dim) >= 3
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])

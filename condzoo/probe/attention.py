@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -21,6 +22,7 @@ Watcher = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 
 # (first row, last row) of the packed weight, in embedding widths
 _PARTS = {(0, 3): "in_proj", (0, 1): "q_proj", (1, 2): "k_proj", (2, 3): "v_proj", (1, 3): "kv_proj"}
+_SPLIT = ("in_proj_bias_q", "in_proj_bias_k", "in_proj_bias_v")  # parameters in place of the packed `in_proj_bias`
 
 _watchers: dict[Watcher, Report] = {}  # of the attentions that run now, and what each reports to
 _original: Any = F.linear
@@ -31,9 +33,36 @@ def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
     if attention.in_proj_weight is not None:
         return {"in_proj": _layer(attention.in_proj_weight, attention.in_proj_bias)}
     separate = {"q_proj": attention.q_proj_weight, "k_proj": attention.k_proj_weight, "v_proj": attention.v_proj_weight}
-    bias = attention.in_proj_bias
-    parts = dict.fromkeys(separate) if bias is None else dict(zip(separate, bias.detach().chunk(3), strict=True))
+    parts = dict(zip(separate, _biases(attention), strict=True))
     return {name: _layer(weight, parts[name]) for name, weight in separate.items() if weight is not None}
+
+
+def split_biases(model: nn.Module) -> None:
+    """Make each packed bias of separate weights three parameters, for a copy that is differentiated and thrown away.
+
+    The attention reads a tensor computed from them, so that derivatives with respect to a projection's own bias exist.
+    """
+    done: dict[int, tuple[list[nn.Parameter], Tensor]] = {}  # by the bias, which several attentions may share
+    for attention in model.modules():
+        bias = attention._parameters.get("in_proj_bias") if isinstance(attention, nn.MultiheadAttention) else None
+        if bias is None or attention.in_proj_weight is not None:
+            continue
+        if id(bias) not in done:
+            with torch.enable_grad():
+                own = [nn.Parameter(part.detach().clone()) for part in bias.chunk(3)]
+                done[id(bias)] = own, torch.cat(own)
+        del attention.in_proj_bias
+        parts, attention.in_proj_bias = done[id(bias)]
+        for name, part in zip(_SPLIT, parts, strict=True):
+            attention.register_parameter(name, part)
+
+
+def _biases(attention: nn.MultiheadAttention) -> list[Any]:
+    """Of queries, keys and values: parameters, slices of one, or None."""
+    if attention.in_proj_bias is None:
+        return [None] * 3
+    own = [attention._parameters.get(name) for name in _SPLIT]
+    return list(attention.in_proj_bias.detach().chunk(3)) if None in own else own
 
 
 def parts_of(name: str) -> list[str]:

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from condzoo.probe.arguments import checked, whole_seed
 from condzoo.probe.arithmetic import float64_noise
+from condzoo.probe.attention import split_biases
 from condzoo.probe.batches import batch_size, call, in_float64, on_device
 from condzoo.probe.copying import copy_in_float64
 from condzoo.probe.costs import announce, check_side, cost
@@ -101,7 +102,7 @@ def curvature(
 def in_float64_copies(
     model: nn.Module, x: Any, y: Any, matrix: str, loss: Loss | None, reduction: str | None
 ) -> tuple[nn.Module, Any, Any, Loss | None]:
-    """The model, a batch on its device and the loss, in float64; the model is a copy.
+    """The model, a batch on its device and the loss, in float64; the model is a copy, with each projection's own bias.
 
     Raises:
         ValueError: the matrix needs targets, or another loss, the batch is empty, or there is no such reduction.
@@ -119,7 +120,9 @@ def in_float64_copies(
         original, model = replica(model), copy_in_float64(replica(model), memo)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         batch = on_device(in_float64((x, y)), device)
-        return model, *batch, loss_beside(loss, original, memo, wide)
+        loss = loss_beside(loss, original, memo, wide)
+        split_biases(model)
+        return model, *batch, loss
 
 
 def own_parameters(layers: Mapping[str, nn.Module]) -> list[Tensor]:

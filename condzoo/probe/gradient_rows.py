@@ -193,50 +193,53 @@ def _backward(value: Tensor, layers: dict[str, nn.Module], rows: dict[str, Layer
             continue
         if not all(bool(torch.isfinite(part).all()) for part in (*layer.inputs, *layer.grads[0])):
             layer.fault = NOT_FINITE
-        elif not _is_sum(layer, weight_grad, slice(None)):
+        elif not _is_sum(layer, weight_grad):
             layer.fault = ELSEWHERE
 
 
 def _check_order(
     model: nn.Module, logits: Any, value: Tensor, layers: dict[str, nn.Module], rows: dict[str, LayerRows]
 ) -> None:
-    """See that the first and the last rows are those of the first and the last sample.
+    """See that each sample's rows are its own.
 
-    A model that repeats or permutes its batch before a layer gives rows that add up, and are another sample's. The
-    gradient of one sample alone is what the value, a function of the logits [N, ...], gives through its logits.
+    A model that repeats or permutes its batch before a layer gives rows that add up, and are another sample's. They no
+    longer do with a random factor a sample. Gradients of the samples, each times its factor, are what the value, a
+    function of the logits [N, ...], gives through them.
     """
     layer = next(iter(rows.values()))
     apart = isinstance(logits, Tensor) and logits.requires_grad and len(logits) == layer.samples
     if samples_interact(model) or not apart:
         return
     (signal,) = torch.autograd.grad(value, logits, retain_graph=True, allow_unused=True)
-    if signal is None or not all(_agree(logits, signal, layers, rows, slice(None)).values()):
+    if signal is None or not all(_agree(logits, signal, layers, rows, signal.new_ones(len(signal))).values()):
         return  # the loss sees more than the logits
-    for sample in {0, layer.samples - 1}:
-        alone = torch.zeros_like(signal)
-        alone[sample] = signal[sample]
-        for name, agrees in _agree(logits, alone, layers, rows, slice(sample, sample + 1)).items():
-            if not agrees:
-                rows[name].fault = DISORDERED
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.rand(len(signal), generator=generator, dtype=torch.float64, device="cpu").to(signal)
+    for name, agrees in _agree(logits, signal, layers, rows, factors).items():
+        if not agrees:
+            rows[name].fault = DISORDERED
 
 
 def _agree(
-    logits: Tensor, signal: Tensor, layers: dict[str, nn.Module], rows: dict[str, LayerRows], which: slice
+    logits: Tensor, signal: Tensor, layers: dict[str, nn.Module], rows: dict[str, LayerRows], factors: Tensor
 ) -> dict[str, bool]:
-    """Whether the rows of these samples make each weight's gradient of the logits times the signal."""
+    """Whether the rows, each sample's times its factor, make each weight's gradient of the logits times the signal."""
     named = [name for name, layer in rows.items() if not layer.fault]
     if not named:
         return {}
     weights: list[Any] = [layers[name].weight for name in named]
+    signal = signal * factors.view(-1, *[1] * (signal.ndim - 1))
     found = torch.autograd.grad(logits, weights, signal, retain_graph=True, allow_unused=True)
-    return {name: _is_sum(rows[name], grad, which) for name, grad in zip(named, found, strict=True)}
+    return {name: _is_sum(rows[name], grad, factors) for name, grad in zip(named, found, strict=True)}
 
 
-def _is_sum(layer: LayerRows, weight_grad: Tensor | None, which: slice) -> bool:
-    """Whether a weight's gradient is the sum of these samples' rows over N, in the first draw."""
+def _is_sum(layer: LayerRows, weight_grad: Tensor | None, factors: Tensor | None = None) -> bool:
+    """Whether a weight's gradient is the sum of the rows, each sample's times its factor, over N, in the first draw."""
     if not layer.inputs:
         return weight_grad is None or not weight_grad.any()
-    x, g = torch.cat(layer.inputs, dim=2)[which], torch.cat(layer.grads[0], dim=2)[which]
+    x, g = torch.cat(layer.inputs, dim=2), torch.cat(layer.grads[0], dim=2)
+    if factors is not None:
+        g = g * factors[:, None, None, None].to(g)
     mean = torch.einsum("ngto,ngti->goi", g, x).flatten() / layer.samples
     expected = torch.zeros_like(mean) if weight_grad is None else weight_grad.flatten()
     # of the rows' size and not of their sum's, which may be nothing but rounding

@@ -512,7 +512,7 @@ class TimeFirst(nn.Module):
 
 
 class Disordered(nn.Module):
-    """Layers that see the batch twice over, or from its end: their rows add up, and are other samples'."""
+    """Layers that see the batch twice over, or in another order: their rows add up, and are other samples'."""
 
     def __init__(self, kind):
         super().__init__()
@@ -522,6 +522,9 @@ class Disordered(nn.Module):
         x = x[:, 0]
         if self.kind == "flipped":
             return self.last(self.first(x.flip(0)).tanh().flip(0))
+        if self.kind == "inside":  # the first and the last sample stay
+            order = torch.tensor([0, 3, 1, 4, 2, 5])[: len(x)]
+            return self.last(self.first(x[order]).tanh()[order.argsort()])
         return self.last(self.first(x.repeat(2, 1)).tanh()).unflatten(0, (2, -1)).mean(0)
 
 
@@ -531,6 +534,7 @@ class Disordered(nn.Module):
     [
         (lambda: Disordered("flipped"), "first"),
         (lambda: Disordered("repeated"), "last"),
+        (lambda: Disordered("inside"), "first"),
         (lambda: Tied("two layers"), "first"),
         (lambda: Tied("embedding"), "last"),
         (lambda: Tied("function"), "first"),
@@ -557,6 +561,49 @@ def test_layers_without_factors_have_their_gradients_themselves(build, layer, ma
     found = curvature(model, x, y, matrix, block=layer).eigenvalues
     assert found.shape == expected.shape
     assert float((found - expected).abs().max()) < 1e-10 * float(expected.max())
+
+
+class Separate(nn.Module):
+    """Attention from one width to two others: its weights are three parameters, its biases one."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+        nn.init.normal_(self.attention.in_proj_bias)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x[..., :3], x[..., :2])[0].mean(1))
+
+
+@pytest.mark.parametrize("matrix", ["grad_moment", "fisher", "hessian"])
+def test_a_packed_bias_is_in_the_matrix_and_its_parts_in_the_blocks_of_their_projections(matrix):
+    torch.manual_seed(0)
+    model = Separate().double()
+    x, y = torch.randn(6, 3, 4).double(), torch.arange(6) % 3
+    own = {n: p.detach() for n, p in model.named_parameters()}
+    if matrix == "hessian":
+        tree = hessian(lambda p: F.cross_entropy(functional_call(model, p, (x,)), y))(own)
+        whole = torch.cat([torch.cat([tree[a][b].reshape(own[a].numel(), -1) for b in own], dim=1) for a in own])
+    else:
+        whole = dense_of_parameters(model, list(model.parameters()), x, y, matrix)
+    of_all = spectrum_of(whole)
+    tolerance = 1e-10 * float(of_all.max())
+    found = curvature_blocks(model, x, y, matrix)
+    assert torch.allclose(found[None].eigenvalues, of_all, rtol=0, atol=tolerance)
+    assert torch.allclose(curvature(model, x, y, matrix).eigenvalues, of_all, rtol=0, atol=tolerance)
+    assert float(top_curvature(model, x, y, matrix).values[0]) == pytest.approx(float(of_all[0]), rel=1e-7)
+    places = dict(zip(own, torch.arange(len(whole)).split([p.numel() for p in own.values()]), strict=True))
+    for name, part in zip("qkv", places["attention.in_proj_bias"].chunk(3), strict=True):
+        columns = torch.cat([places[f"attention.{name}_proj_weight"], part])
+        expected = spectrum_of(whole[columns][:, columns])
+        block = f"attention.{name}_proj"
+        assert torch.allclose(found[block].eigenvalues, expected, rtol=0, atol=tolerance)
+    alone = curvature(model, x, y, matrix, block=block)
+    assert torch.allclose(alone.eigenvalues, expected, rtol=0, atol=tolerance)
+    top = top_curvature(model, x, y, matrix, block=block)
+    assert float(top.values[0]) == pytest.approx(float(expected[0]), rel=1e-7)
+    assert [name for name, _ in model.named_parameters()] == list(own)
 
 
 def test_under_batch_statistics_such_a_layer_is_an_error():

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from condzoo.experiments.naive_cost import CLASSES, PIXELS
 from condzoo.experiments.schema import GrowthSettings
 from condzoo.experiments.stopping import stopping
 from condzoo.models import create_model
 from condzoo.probe import curvature, measure
 from condzoo.training.events import Message, OnEvent
-
-CLASSES, PIXELS = 4, 4
 
 
 def collect_growth(settings: GrowthSettings, seeds: list[int], on_event: OnEvent | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from condzoo.experiments import training_measures as training
+from condzoo.experiments.naive_cost import naive_counts
 from condzoo.experiments.readings import (
     Data,
     Missing,
@@ -100,6 +101,16 @@ def exponent_difference(data: Data, way: str, than: str, over: str) -> Values:
     return {seed: one[seed] - other[seed] for seed in one}
 
 
+def exponent_over_naive(data: Data, way: str, over: str) -> Values:
+    """How much larger a way's exponent is than its naive count's at the same sizes: below 0 it grows slower.
+
+    The count is a sum of powers, so that its own exponent is under the highest of them.
+    """
+    counted = [point | {"seconds": naive_counts(point)} for point in data["points"]]
+    naive = exponent({"points": counted}, way, over)
+    return {seed: value - naive[seed] for seed, value in exponent(data, way, over).items()}
+
+
 def curvature_level(network: dict[str, Any], matrix: str, of: str, value: str) -> float:
     """log10 of a value of the whole matrix, or its mean over the blocks that have it.
 
@@ -146,5 +157,6 @@ MEASURES: dict[str, Callable[..., Values]] = {
         time_ratio,
         exponent,
         exponent_difference,
+        exponent_over_naive,
     )
 }

@@ -22,8 +22,10 @@ measure with a bound, written into recipes/paper/ before the run, but for those 
 the data were seen. **held**: every seed is within the bound; **did not hold**: the median over seeds is not; **not
 decided**: only the median is, a value is missing, or of what is random one seed alone was run. Values are medians, with
 the range over seeds. A condition number that is not known counts as infinite, for its smallest eigenvalue is under the
-noise: a ratio of 0 says that most of the other network's are. Scale `paper` is the appendix's own setup, for GPUs;
-scale `cpu` is what two cores can do, and what it leaves out is listed with each experiment.
+noise: a ratio of 0 says that most of the other network's are. This rule, and that the final loss of a run within an
+epoch is its last and not its mean, were written down on 28 November 2026, when the data of figs. VI, VII and X had been
+seen: values moved by them, bounds and verdicts did not. Scale `paper` is the appendix's own setup, for GPUs; scale
+`cpu` is what two cores can do, and what it leaves out is listed with each experiment.
 """
 OUTCOMES = ("held", "did not hold", "not decided")
 
@@ -72,7 +74,7 @@ def section(experiment: Experiment, found: list[dict[str, Any]], figures: str) -
     yield ""
     yield f"{experiment.title}. {experiment.setup}"
     if experiment.departs:
-        yield f"Choices where the paper is silent: {experiment.departs}."
+        yield f"Choices and departures: {experiment.departs}."
     yield ""
     for data in found:
         yield from scale_section(experiment, data, figures)

@@ -141,7 +141,7 @@ class Experiment(Section):
     id: str
     title: str
     setup: str = Field(description="the paper's setup, and what it leaves open")
-    departs: str = Field("", description="choices made where the paper is silent, and why")
+    departs: str = Field("", description="choices where the paper is silent, departures from it, and why")
     figure: FigureSettings
     claims: list[Claim] = Field(min_length=1)
     remarks: dict[Literal["paper", "cpu"], str] = Field(

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from condzoo.experiments.naive_cost import naive_counts
 from condzoo.experiments.schema import Claim
 
 SEEDS = (1, 2, 3)
@@ -249,6 +250,14 @@ def powers(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
     return {"points": points}
 
 
+def over_counts(args: dict[str, Any], values: dict[int, float]) -> dict[str, Any]:
+    """One way's seconds are its naive count times a power of the size varied."""
+    data = powers(args, values)
+    for each in data["points"]:
+        each["seconds"][args["way"]] *= naive_counts(each)[args["way"]]
+    return data
+
+
 BUILDERS: dict[str, Callable[[dict[str, Any], dict[int, float]], dict[str, Any]]] = {
     "slope_over_depth": sloped,
     "ratio_between": levels,
@@ -272,6 +281,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any], dict[int, float]], dict[str, Any]]
     "time_ratio": times,
     "exponent": powers,
     "exponent_difference": powers,
+    "exponent_over_naive": over_counts,
 }
 TARGETS = {
     "converged": (0.0, 1.0),
@@ -291,7 +301,7 @@ def targets(claim: Claim) -> tuple[list[float], list[float]]:
     around = [b + step for b in bounds for step in (-abs(b) - 1, -0.4 * abs(b), 0.4 * abs(b), abs(b) + 1)]
     if len(bounds) == 2:
         around.append(sum(bounds) / 2)
-    positive = claim.measure not in ("slope_over_depth", "collapse", "exponent_difference")
+    positive = claim.measure not in ("slope_over_depth", "collapse", "exponent_difference", "exponent_over_naive")
     chosen = TARGETS.get(claim.measure, tuple(v for v in around if v > 0 or not positive))
     inside = [v for v in chosen if claim.above is None or v > claim.above]
     inside = [v for v in inside if claim.below is None or v < claim.below]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -9,12 +10,14 @@ import pytest
 from condzoo.experiments import collect, draw, experiment_ids, judge, load_experiment
 from condzoo.experiments.claims import Verdict
 from condzoo.experiments.data_files import read_data_file
-from condzoo.experiments.loading import parse_experiment, planned_runs, training_of
+from condzoo.experiments.loading import parse_experiment, planned_runs, settings_of, training_of
 from condzoo.experiments.measures import MEASURES
+from condzoo.experiments.training import digest, row_name, run_folder
 from condzoo.models.released import recipes_by_model
 from condzoo.training import load_recipe
 
 IDS = experiment_ids()
+DATA = sorted((Path(__file__).parents[2] / "docs" / "data").glob("*.json"))
 
 
 def test_the_appendix_is_there():
@@ -81,6 +84,29 @@ def test_imagenet_at_full_length_is_seen_and_trained_as_its_recipes_have_it(name
                 assert getattr(run.recipe, part) == getattr(recipe, part), (run.label, part)
             unlike = {"num_classes", "image_size", "eval_resize"}  # said in the recipe, the same by default
             assert run.recipe.data.model_dump(exclude=unlike) == recipe.data.model_dump(exclude=unlike), run.label
+
+
+def test_fig_xv_at_full_length_is_the_authors_training_of_its_networks():
+    """Their scripts cover depth 1202; what two cores ran of it keeps its own recipe, see below."""
+    for run in planned_runs(load_experiment("fig15"), "paper", [1]):
+        recipe = load_recipe(f"cifar10/{run.recipe.model.name.removeprefix('cifar_')}")
+        for part in ("epochs", "iterations", "model", "data", "optim", "schedule", "loss"):
+            assert getattr(run.recipe, part) == getattr(recipe, part), (run.label, part)
+
+
+@pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
+def test_measured_data_are_of_the_recipes_or_settings_that_their_files_have(path):
+    data = read_data_file(path)
+    experiment = load_experiment(data["id"])
+    if settings := settings_of(experiment, data["scale"]):
+        assert data.get("settings") in (None, digest(settings))
+        return
+    rows = [row for row in data["runs"] if row.get("recipe")]
+    roots = [{"root": row["root"]} for row in rows if row.get("root")]
+    planned = planned_runs(experiment, data["scale"], data["seeds"], roots[0] if roots else None) if rows else []
+    recipes = {run_folder(run): digest(run.recipe) for run in planned}
+    assert [row_name(row) for row in rows if row["recipe"] != recipes[row_name(row)]] == []
+    assert all(set(experiment.training.quantities) <= row["quantities"].keys() for row in data["runs"] if row["chosen"])
 
 
 @pytest.mark.parametrize("name", ["fig14", "table_a", "table_b"])

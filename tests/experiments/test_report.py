@@ -15,7 +15,9 @@ def test_a_claim_written_down_after_the_data_were_seen_is_marked():
     assert "below 0.3: the bound over which fig. V counts them as shrinking; written down after the data" in rows[True]
     assert "written down after" not in rows[False]
     assert [claim.after for claim in claims] == [False] * 4 + [True] * 3
-    assert "before the run, but for those that are marked" in report(DATA)
+    page = report(DATA)
+    assert "before the run, but for those that are marked" in page
+    assert "were written down on 28 November 2026, when the data of figs. VI, VII and X had" in " ".join(page.split())
 
 
 def test_no_number_of_the_paper_is_said():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from condzoo.checkpoints import list_checkpoints, load_checkpoint
 from condzoo.cli import main
@@ -102,6 +103,21 @@ class AffineOnly(nn.Module):
 
 def without_normalization(model):
     model.layer2[0].bn2 = AffineOnly(32)
+
+
+def every_bn_replaced(model, make):
+    for module in list(model.modules()):
+        for key, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, key, make(child.num_features))
+
+
+def without_any_normalization(model):
+    every_bn_replaced(model, lambda channels: nn.Identity())
+
+
+def every_bn_frozen(model):
+    every_bn_replaced(model, FrozenBatchNorm2d)
 
 
 def last_bn_skipped(model):
@@ -248,6 +264,9 @@ def last_bn_rescaled(model):
         ("cifar_resnet14", without_he, "weights"),
         ("cifar_vgg20_nobn", without_he, "signals"),
         ("cifar_resnet14", without_normalization, "scaling"),
+        ("cifar_resnet14", without_any_normalization, "size"),
+        ("cifar_vgg14", without_any_normalization, "scaling"),
+        ("cifar_resnet14_lastbn", every_bn_frozen, "scaling"),
         ("cifar_resnet14_lastbn", last_bn_skipped, "last BN"),
         ("cifar_resnet14_lastbn", last_bn_skipped, "finite"),
         ("cifar_resnet14_nobn_lastbn", last_bn_after_the_classifier, "last BN"),
@@ -270,6 +289,7 @@ def test_a_broken_model_is_caught_by_the_check_it_breaks(name, damage, check):
         ("mlp4x24", lambda model: next(model.parameters()).data.fill_(torch.nan), "weights", "inf standard errors"),
         ("mlp4x24_lastbn", lambda model: setattr(model, "last_bn", nn.Identity()), "last BN", "no attribute 'weight'"),
         ("mlp4x24", lambda model: setattr(model, "fc", nn.Linear(7, 10)), "finite", "RuntimeError: mat1 and mat2"),
+        ("cifar_resnet8", lambda model: setattr(model, "global_pool", nn.MaxPool2d(2)), "finite", "'pool_type'"),
     ],
 )
 def test_a_network_too_broken_for_a_check_fails_it(name, damage, check, detail):
@@ -278,6 +298,13 @@ def test_a_network_too_broken_for_a_check_fails_it(name, damage, check, detail):
     (found,) = (c for c in validate(model).checks if c.name == check)
     assert not found.ok
     assert detail in found.detail
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_vgg8_nobn", "mlp4x24_bn"])
+def test_a_network_of_before_is_held_against_what_its_modules_are(name):
+    model = create_model(name)
+    del model.has_norm  # as older pickles
+    assert prepare(model, 0).changed == {}
 
 
 def test_another_initializer_than_the_familys_is_caught():

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from condzoo.integrations.settings import check_settings
 from condzoo.probe import Probe
+from condzoo.probe.hooks import Hook
 from condzoo.probe.wrappers import unwrapped
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_pt_utils import LabelSmoother
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; pip install 'condzoo[transformers]'", name=error.name) from error
+
+MEAN, SUM = 1, 2  # torch's numbers for a loss's reduction
+STEPS_BEFORE = 8  # that a loss may take after its reduction: sums of several, factors, casts
 
 # The Probes that are open, and the state of the run of each: one object a run, the same for all of its callbacks.
 _open: WeakKeyDictionary[Probe, TrainerState] = WeakKeyDictionary()
@@ -26,8 +34,10 @@ class ProbeCallback(TrainerCallback):
     """Measures the Trainer's model every so many optimizer steps; weights come out bitwise as without it.
 
     Accumulated batches, resumed runs, bf16 and DDP (two processes, gloo) are tested; fp16's loss scale is written for,
-    and was not run yet. Accumulated batches count alike: where the Trainer divides by the items of all
-    of them together, they should have equally many.
+    and was not run yet. Accumulated batches count alike: where the loss is divided by the items of all of them
+    together (`num_items_in_batch`), they should have equally many. Whether a model does so is seen where it returns
+    the loss. Of a loss that is made elsewhere (`compute_loss_func`, a `compute_loss` of one's own) the n accumulated
+    batches are taken for divided by n: `loss_scale=n` undoes that.
 
     Args:
         every: optimizer steps from one measurement to the next, as in `Probe`.
@@ -47,7 +57,7 @@ class ProbeCallback(TrainerCallback):
         check_settings(every, out, settings)
         self.every, self.out, self.settings = every, out, settings
         self.probe: Probe | None = None
-        self._batches = 0
+        self._batches, self._own_mean = 0, False
         self._open = ExitStack()
 
     def on_train_begin(
@@ -73,7 +83,17 @@ class ProbeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The first of the batches that one step accumulates."""
-        self._batches = 1
+        assert self.probe is not None
+        self._batches, self._own_mean = 1, False
+        if self.probe.due:
+            _at_next_output(self.probe.model, partial(self._look, args))
+
+    def _look(self, args: TrainingArguments, keywords: dict[str, Any], output: Any) -> None:
+        """Whether the loss is the mean of one batch where the items of all accumulated ones were given to divide by."""
+        if "num_items_in_batch" in keywords:
+            takes = inspect.signature(LabelSmoother.__call__).parameters  # older ones take each batch's mean
+            smoothed = bool(args.label_smoothing_factor) and "num_items_in_batch" not in takes
+            self._own_mean = smoothed or _is_mean(output)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,14 +104,50 @@ class ProbeCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The optimizer has moved."""
         assert self.probe is not None
-        self.probe.loss_scale = self.settings.get("loss_scale", 1.0) / self._batches
+        self.probe.loss_scale = self.settings.get("loss_scale", 1.0) * self._factor(args)
         self.probe.step()
+
+    def _factor(self, args: TrainingArguments) -> float:
+        """What a batch's mean loss was multiplied by, in all.
+
+        Where the Trainer gives `num_items_in_batch` it leaves the division by the number of batches to that, and
+        multiplies by the processes whose items it counts; a loss that is not divided by it has these factors alone.
+        """
+        if self._own_mean:
+            return float(args.world_size) if args.average_tokens_across_devices else 1.0
+        return 1 / self._batches
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Hooks off."""
         self._open.close()
+
+
+def _at_next_output(model: nn.Module, look: Callable[[dict[str, Any], Any], None]) -> None:
+    """Call `look` with the keywords and the output of the model's next call in train mode, once."""
+
+    def note(module: nn.Module, args: Any, keywords: dict[str, Any], output: Any) -> None:
+        if module.training:
+            handle.remove()
+            look(keywords, output)
+
+    handle = model.register_forward_hook(Hook(note), with_kwargs=True)
+
+
+def _is_mean(output: Any) -> bool:
+    """Whether the loss that a model returns is one of torch's, reduced to the mean over its batch.
+
+    A loss that is divided by the items of several batches is a sum over its own first. What nothing is known of is
+    taken for such a one.
+    """
+    loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
+    nodes = [loss.grad_fn] if isinstance(loss, Tensor) and loss.grad_fn is not None else []
+    found: set[int] = set()
+    for _ in range(STEPS_BEFORE):
+        found |= {node._saved_reduction for node in nodes if hasattr(node, "_saved_reduction")}
+        nodes = [before for node in nodes for before, _ in node.next_functions if before is not None]
+    return MEAN in found and SUM not in found
 
 
 def _refuse_threads(args: TrainingArguments, model: nn.Module) -> None:

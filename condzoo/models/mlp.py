@@ -69,7 +69,7 @@ class MLP(StagedNetwork):
         in_chans = c if in_chans is None else in_chans
         check_sizes(num_classes, in_chans)
         check_mlp(layers, width, global_pool)
-        self.in_chans, self.bias = in_chans, bias
+        self.in_chans, self.bias, self.has_norm = in_chans, bias, norm
         self.input_size = (in_chans, height, pixels)
         self.flatten = nn.Flatten()
         sizes = [math.prod(self.input_size)] + [width] * (layers - 1)

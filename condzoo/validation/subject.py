@@ -107,8 +107,9 @@ def changed_arguments(model: Any, info: ModelInfo) -> dict[str, Any]:
         first = next(layer for _, layer in weighted(model))
         if isinstance(first, nn.Conv2d) and first.in_channels != info.input_size[0]:
             found["in_chans"] = first.in_channels
-        if model.global_pool.pool_type != "avg":
-            found["global_pool"] = model.global_pool.pool_type
+        pool_type = getattr(model.global_pool, "pool_type", "avg")  # without one, another module stands there
+        if pool_type != "avg":
+            found["global_pool"] = pool_type
     built = registered_arguments(info.name)
     found |= {key: value for key, value in variant(model).items() if built.get(key, value) != value}
     if info.family == "cifar_resnet" and any(name.endswith(".shortcut.0") for name, _ in weighted(model)):
@@ -124,11 +125,15 @@ def registered_arguments(name: str) -> dict[str, Any]:
     return sibling(name)[1] if rows is None else rows[name]["args"]
 
 
-def variant(model: nn.Module) -> dict[str, bool]:
-    """The keywords that make a family's variants, as a network has them; a last BN also where it was put in later."""
+def variant(model: Any) -> dict[str, bool]:
+    """The keywords that make a family's variants, as a network has them; a last BN also where it was put in later.
+
+    A network says itself whether it was built with BatchNorms, since one that lost them all is no variant; only the
+    classes that always have some, and older pickles, do not say it.
+    """
     body = (m for name, m in model.named_modules() if not name.startswith(("last_bn", "fc")))
     return {
-        "norm": any(isinstance(m, _BatchNorm) for m in body),
+        "norm": model.has_norm if hasattr(model, "has_norm") else any(isinstance(m, _BatchNorm) for m in body),
         "last_bn": isinstance(getattr(model, "last_bn", None), nn.Module),
     }
 

@@ -73,22 +73,29 @@ def fit_by_transformers(out, world):
             logits = self.body(x)
             return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
+    class Undivided(Module):
+        """Takes the items of all processes, by which the Trainer multiplies, and does not divide by them."""
+
+        def forward(self, x, labels=None, **kwargs):
+            return super().forward(x, labels)
+
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
-    arguments = transformers.TrainingArguments(
-        out,
-        use_cpu=True,
-        num_train_epochs=STEPS,
-        per_device_train_batch_size=BATCH // world,
-        optim="sgd",
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        ddp_backend="gloo",
-        ddp_find_unused_parameters=False,
-        **quiet,
-    )
     rows = [{"x": x, "labels": y} for x, y in zip(*examples(), strict=True)]
-    transformers.Trainer(Module(), arguments, train_dataset=rows, callbacks=[ProbeCallback(every=1, out=out)]).train()
+    for kind, folder, rate in ((Module, out, RATE), (Undivided, f"{out}/undivided", RATE / world)):
+        arguments = transformers.TrainingArguments(
+            folder,
+            use_cpu=True,
+            num_train_epochs=STEPS,
+            per_device_train_batch_size=BATCH // world,
+            optim="sgd",
+            learning_rate=rate,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            ddp_backend="gloo",
+            ddp_find_unused_parameters=False,
+            **quiet,
+        )
+        transformers.Trainer(kind(), arguments, train_dataset=rows, callbacks=[ProbeCallback(every=1)]).train()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,20 @@ def tiny_vit():
     return transformers.ViTForImageClassification(config)
 
 
-MODELS = {"module": Tiny, "vit": tiny_vit}
+class TinyBert(transformers.BertForSequenceClassification):
+    """Its loss is the mean over its own batch, whatever the number of items that the Trainer passes it to divide by."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        super().__init__(transformers.BertConfig(vocab_size=8, num_labels=4, **sizes, **no_dropout))
+
+    def forward(self, pixel_values, labels=None, **kwargs):
+        return super().forward(inputs_embeds=pixel_values.flatten(2), labels=labels, **kwargs)
+
+
+MODELS = {"module": Tiny, "vit": tiny_vit, "bert": TinyBert}
 
 
 def images(samples=40):
@@ -75,6 +88,11 @@ def fit(name, folder, callbacks=(), resume=None, model=None, **settings):
     return model, batches
 
 
+def factor(name, together):
+    """The Trainer leaves the division to Bert, which does not divide."""
+    return 1.0 if name == "bert" else 1 / len(together)
+
+
 def plain_loop(name, batches, accumulate, every):
     model, records = MODELS[name]().train(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -83,9 +101,9 @@ def plain_loop(name, batches, accumulate, every):
             together = batches[start : start + accumulate]
             optimizer.zero_grad()
             for batch in together:
-                (model(**batch)["loss"] / len(together)).backward()
+                (model(**batch)["loss"] * factor(name, together)).backward()
             optimizer.step()
-            due, probe.loss_scale = probe.due, 1 / len(together)
+            due, probe.loss_scale = probe.due, factor(name, together)
             probe.step()
             if due:
                 records.append(probe.latest)
@@ -105,7 +123,7 @@ def same_records(found, expected, tolerance):
 
 
 # 10 batches: the last step of 3 has only one. A ViT's loss is a sum divided by the samples of all 3, not a mean.
-@pytest.mark.parametrize(("name", "accumulate"), [("module", 1), ("module", 3), ("vit", 3)])
+@pytest.mark.parametrize(("name", "accumulate"), [("module", 1), ("module", 3), ("vit", 3), ("bert", 3)])
 def test_a_run_records_what_a_plain_loop_does_and_trains_as_without(tmp_path, name, accumulate, monkeypatch):
     from condzoo.integrations.transformers import ProbeCallback
 
@@ -125,6 +143,56 @@ def test_a_run_records_what_a_plain_loop_does_and_trains_as_without(tmp_path, na
     assert read_records(tmp_path / "probed")[-1].step == expected[-1].step
     assert callback.probe.latest.step == expected[-1].step
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def losses():
+    x, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_(), torch.arange(6) % 4
+    items, aside = torch.tensor(18.0), x.square().mean()
+    summed = F.cross_entropy(x, y, reduction="sum") / items
+    return {
+        "mean": (F.cross_entropy(x, y), True),
+        "smoothed": (F.cross_entropy(x, y, label_smoothing=0.1), True),
+        "of two heads, cast": (((F.cross_entropy(x, y) + F.cross_entropy(-x, y)) / 2).double(), True),
+        "regression": (F.mse_loss(x, x.detach() + 1), True),
+        "several labels": (F.binary_cross_entropy_with_logits(x, torch.ones_like(x)), True),
+        "pixels": (F.cross_entropy(x.view(2, 3, 2, 2), torch.zeros(2, 2, 2, dtype=torch.long)), True),
+        "divided by all items": (summed, False),
+        "divided, and another": ((summed + 0.01 * aside).float(), False),
+        "both": (summed + F.mse_loss(x, x.detach() + 1), False),
+        "own": (aside, False),
+        "no gradient": (summed.detach(), False),
+        "none": (None, False),
+    }
+
+
+def test_a_loss_of_torchs_says_whether_it_is_its_batchs_mean():
+    from condzoo.integrations.transformers import _is_mean
+
+    for said, (loss, mean) in losses().items():
+        assert _is_mean({"loss": loss, "logits": None}) == mean, said
+        assert _is_mean((loss, None)) == mean, said
+    assert not _is_mean(losses())
+    assert not _is_mean(SimpleNamespace(loss=losses()["mean"]))
+
+
+def test_a_smoothed_loss_of_older_transformers_is_each_batchs_mean(tmp_path, monkeypatch):
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    from condzoo.integrations.transformers import ProbeCallback
+
+    def fit_smoothed(folder):
+        settings = {"gradient_accumulation_steps": 3, "label_smoothing_factor": 0.1, "max_steps": 1}
+        fit("bert", folder, [ProbeCallback(every=1)], **settings)
+        return read_records(folder)
+
+    now, divides = fit_smoothed(tmp_path / "now"), LabelSmoother.__call__
+    assert now[0].batches == 3
+
+    def mean(self, output, labels, shift_labels=False, **ignored):
+        return divides(self, output, labels, shift_labels)
+
+    monkeypatch.setattr(LabelSmoother, "__call__", mean)
+    same_records(fit_smoothed(tmp_path / "before"), now, tolerance=1e-5)
 
 
 def test_bf16_is_measured_and_trains_as_without(tmp_path, monkeypatch):

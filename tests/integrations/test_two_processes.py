@@ -35,14 +35,21 @@ def test_two_processes_record_what_a_plain_loop_does(library, tmp_path):
     pytest.importorskip(library)
     ended = subprocess.run([*TORCHRUN, str(FIT), library, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    expected, found = plain_loop(tmp_path / "plain"), list(read_records(tmp_path / "conditioning.jsonl"))
-    assert [r.step for r in found] == [0, 1, 2]
-    for one, two in zip(expected, found, strict=True):
-        assert two.samples == one.samples == 16
-        layers = {name.removeprefix("body."): layer for name, layer in two.items()}
-        assert list(layers) == list(one)
-        for name, layer in one.items():
-            for side in ("input", "output_grad"):
-                theirs, ours = getattr(layer, side), getattr(layers[name], side)
-                assert ours.lambda_max == pytest.approx(theirs.lambda_max, rel=1e-10)
-                assert ours.condition_number(0.5) == pytest.approx(theirs.condition_number(0.5), rel=1e-7)
+    expected = plain_loop(tmp_path / "plain")
+    for folder in (tmp_path, tmp_path / "undivided") if library == "transformers" else (tmp_path,):
+        found = list(read_records(folder / "conditioning.jsonl"))
+        assert [r.step for r in found] == [0, 1, 2]
+        for one, two in zip(expected, found, strict=True):
+            same(one, two)
+
+
+def same(one, two):
+    assert two.samples == one.samples == 16
+    layers = {name.removeprefix("body."): layer for name, layer in two.items()}
+    assert list(layers) == list(one)
+    for name, layer in one.items():
+        assert layers[name].weight_grad == pytest.approx(layer.weight_grad, rel=1e-10)
+        for side in ("input", "output_grad"):
+            theirs, ours = getattr(layer, side), getattr(layers[name], side)
+            assert ours.lambda_max == pytest.approx(theirs.lambda_max, rel=1e-10)
+            assert ours.condition_number(0.5) == pytest.approx(theirs.condition_number(0.5), rel=1e-7)

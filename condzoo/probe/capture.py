@@ -201,7 +201,7 @@ class Capture:
             self._add_input(sums.input, module, seen.detach())
         if not sums.input.finite:
             self.origin.find(name)
-        self.origin.passed(name, h)
+        self.origin.passed(name, h, whole=not self.trains)
         if h.requires_grad:
             read = partial(self._on_gradient, module, sums.output_grad, batch.scale)
             watch_gradient(h, read) if watch is None else watch(read)
@@ -215,7 +215,7 @@ class Capture:
         bias = self.bias and has_bias(module)
         if self.conv == "patches" and not bias and isinstance(module, nn.Conv2d) and correlates(module, x):
             rows, multiply = x.shape[0] * positions(module, x), partial(patch_gram, x, module)
-            moment.add_product(multiply, rows, pieces(x), x.dtype, self.precision)
+            moment.add_product(multiply, rows, pieces(x), x, self.precision)
             return
         for columns in input_columns(module, x, self.conv):
             moment.add(with_constant(columns) if bias else columns, self.precision)

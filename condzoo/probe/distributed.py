@@ -20,7 +20,8 @@ from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import CHANGING, RunningNeurons
 
 _SIDES = ("input", "output_grad")
-_TOLD = ("rows", "vectors", "noise", "dtype", "finite", "fast", "mixed", "grain")  # of a moment, to the other processes
+# of a moment, to the other processes
+_TOLD = ("rows", "vectors", "noise", "dtype", "finite", "fast", "mixed", "grain", "vanished")
 NOT_CALLED: dict[str, Any] = {"samples": 0, "input": None, "output_grad": None}
 
 
@@ -137,6 +138,7 @@ def _adopt(moment: RunningMoment, entries: list[dict[str, Any]]) -> None:
     moment.finite = all(e["finite"] for e in entries)
     moment.grain = max(e["grain"] for e in entries)
     moment.fast = any(e["fast"] for e in entries)
+    moment.vanished = any(e["vanished"] for e in entries)
     moment.mixed = any(e["mixed"] for e in entries) or len({e["shape"] for e in entries}) > 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from condzoo.probe import moments as running
 from condzoo.probe.arithmetic import SAFETY, data_noise, float64_noise, in_tf32
 from condzoo.probe.attention import parts_of
 from condzoo.probe.capture import Capture
@@ -25,6 +27,7 @@ from condzoo.probe.weights import Norms, own_weight
 
 TF32 = torch.float16  # has as many digits
 DECOMPOSED = 256  # side up to which one eigenvalue costs no less than all
+SMALLEST_SQUARE = SAFETY * torch.finfo(torch.float64).tiny  # under it products lose digits to the range's end
 LANCZOS = 1e-8  # residual over lambda_max
 
 NOT_CALLED = "not called in the forward pass, or only without gradients"
@@ -190,9 +193,9 @@ def _spectrum(
     if plain.rank >= plain.reachable:
         return plain
     if moment.total is None:
-        nulls, why = zero_coordinates(moment.diagonal())
+        nulls, why = zero_coordinates(torch.cat(moment.pending, dim=2))
     else:
-        nulls, why = structural_nulls(moment.total, sums_to_zero=sums_to_zero)
+        nulls, why = structural_nulls(moment.total, sums_to_zero=sums_to_zero, vanished=moment.vanished)
     nulls = min(nulls, plain.dim - plain.rank)
     return from_blocks(padded, floor, moment.vectors, nulls=nulls, null_reason=why, arithmetic=how)
 
@@ -212,8 +215,31 @@ def _unusable(sums: LayerSums) -> str | None:
         return "the gradient of its output holds NaN or Inf"
     for what, moment in (("its input", sums.input), ("the gradient of its output", sums.output_grad)):
         if moment.dropped is not None:
-            return f"{what} {moment.why_dropped()}"
+            return f"{what} {_too_large(moment)}"
+        if _leaves_float64(moment):
+            return f"the squares of {what} leave float64's range: its numbers are under 1e-153 or over 1e154, about"
     return None
+
+
+def _too_large(moment: RunningMoment) -> str:
+    """Of one that was dropped, in words that follow those for the data."""
+    groups, dim, _ = moment.shape
+    taken, limit = (8 * numbers / 2**30 for numbers in (groups * dim * min(dim, moment.vectors), running.LIMIT))
+    return (
+        f"has {groups * dim:,} coordinates and {moment.vectors:,} rows, whose moment would take {taken:.3g} GB, over "
+        f"the limit of {limit:.3g} GB: measure fewer rows, or leave the layer out by `layers`"
+    )
+
+
+def _leaves_float64(moment: RunningMoment) -> bool:
+    """Whether squares of float64 data overflow, or all of them lose digits to the end of the range; not of zeros."""
+    if moment.dtype != torch.float64:
+        return False
+    squares = moment.diagonal()
+    if not math.isfinite(float(squares.sum()) * max(1, moment.rows)):
+        return True
+    some = moment.vanished or bool(squares.any()) or any(bool(part.any()) for part in moment.pending)
+    return some and float(squares.max()) < SMALLEST_SQUARE
 
 
 def _first_nonfinite(capture: Capture) -> dict[str, str]:

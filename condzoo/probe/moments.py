@@ -83,6 +83,7 @@ class RunningMoment:
         dropped: (g, d), once the sum or the vectors would have passed `LIMIT`; what follows is then only counted.
         grain: distance between the smallest numbers that the rows may be; gradients in float16 can be as small.
         mixed: rows of another shape came, as of a layer that is called at several widths; they are left out.
+        vanished: a number that is not 0 had a square that is, in float64.
     """
 
     total: Tensor | None = None
@@ -96,6 +97,7 @@ class RunningMoment:
     dropped: tuple[int, int] | None = None
     grain: float = 0.0
     mixed: bool = False
+    vanished: bool = False
 
     def add(
         self, columns: Float[Tensor, "b g d k"], precision: Precision, scale: float = 1.0, *, new_rows: bool = True
@@ -123,7 +125,7 @@ class RunningMoment:
                 lambda wide: multiply[not wide](columns),
                 pieces * width,
                 pieces,
-                columns.dtype,
+                columns,
                 precision,
                 scale,
                 new_rows=new_rows,
@@ -139,7 +141,7 @@ class RunningMoment:
         multiply: Callable[[bool], Float[Tensor, "g d d"]],
         rows: int,
         pieces: int | float,
-        dtype: torch.dtype,
+        data: Tensor,
         precision: Precision,
         scale: float = 1.0,
         *,
@@ -151,13 +153,13 @@ class RunningMoment:
             multiply: gives the sum, by float64 products (True) or by float32 ones added in float64.
             rows: at least as many as coordinates, with those already there.
             pieces: as many independent float32 products would leave as much noise.
-            dtype: of the data; `precision` and `new_rows`: as in `add`.
+            data: what the rows are of; `precision` and `new_rows`: as in `add`.
         """
-        self._count(rows, dtype, new_rows, scale)
+        self._count(rows, data.dtype, new_rows, scale)
         if self.dropped is not None:
             return
         self.spill()
-        product, noise = self._product(multiply, rows, pieces, dtype, precision)
+        product, noise = self._product(multiply, rows, pieces, data, precision)
         if not self.takes(*product.shape[:2]) or not self.fits(*product.shape[:2]):
             return
         if scale != 1.0:
@@ -177,15 +179,6 @@ class RunningMoment:
             self.dropped, self.total, self.pending = (groups, dim), None, []
         return self.dropped is None
 
-    def why_dropped(self) -> str:
-        """What is too large, in words that follow those for the data."""
-        groups, dim, _ = self.shape
-        taken, limit = (8 * numbers / 2**30 for numbers in (groups * dim * min(dim, self.vectors), LIMIT))
-        return (
-            f"has {groups * dim:,} coordinates and {self.vectors:,} rows, whose moment would take {taken:.3g} GB, over "
-            f"the limit of {limit:.3g} GB: measure fewer rows, or leave the layer out by `layers`"
-        )
-
     def coarsen(self, dtype: torch.dtype) -> None:
         """Note that the data has no more digits than this dtype."""
         self.dtype = max((self.dtype, dtype), key=lambda d: torch.finfo(d).eps)
@@ -203,6 +196,7 @@ class RunningMoment:
             rows = torch.cat(self.pending, dim=2)
             self.total = rows @ rows.mT
             self.pending = []
+            self._look_at(rows, self.total.diagonal(dim1=-2, dim2=-1))
 
     def rescale(self, factor: float) -> None:
         """Multiply every vector seen so far by the factor, to undo a loss scale."""
@@ -218,10 +212,10 @@ class RunningMoment:
         multiply: Callable[[bool], Tensor],
         rows: int,
         pieces: int | float,
-        dtype: torch.dtype,
+        data: Tensor,
         precision: Precision,
     ) -> tuple[Tensor, float]:
-        if precision != "float64" and dtype != torch.float64:
+        if precision != "float64" and data.dtype != torch.float64:
             product = multiply(False)
             noise = arithmetic.float32_noise(product, pieces)
             # Squares of float32 data above 1e19 overflow, and those below 1e-19 vanish, though the data is as it is.
@@ -233,9 +227,15 @@ class RunningMoment:
                 self.fast = True
                 return product, noise
         product = multiply(True)
-        # A sum of squares hides no NaN or Inf of the data; one read decides.
-        self.finite = self.finite and math.isfinite(float(product.diagonal(dim1=-2, dim2=-1).sum()))
+        self._look_at(data, product.diagonal(dim1=-2, dim2=-1))
         return product, 0.0
+
+    def _look_at(self, data: Tensor, squares: Float[Tensor, "g d"]) -> None:
+        """Read the data only where its sums of squares leave open what it holds: they hide no NaN or Inf."""
+        if not math.isfinite(float(squares.sum())):
+            self.finite = self.finite and bool(torch.isfinite(data).all())
+        elif data.dtype == torch.float64 and bool((squares == 0).any()):
+            self.vanished = self.vanished or bool(((data != 0) & (data.square() == 0)).any())
 
     def decomposable(self) -> Float[Tensor, "g m m"]:
         """The moment, or the Gram matrix with the same nonzero eigenvalues where that is smaller."""

@@ -33,16 +33,17 @@ class Head:
     dtype: torch.dtype = torch.float32
 
 
-def structural_nulls(moment: Float[Tensor, "g d d"], *, sums_to_zero: bool) -> tuple[int, str]:
+def structural_nulls(moment: Float[Tensor, "g d d"], *, sums_to_zero: bool, vanished: bool = False) -> tuple[int, str]:
     """How many eigenvalues are exactly zero by structure, and the reasons in words.
 
     Args:
         moment: [g, d, d] second moments, float64 products.
         sums_to_zero: whether `zero_sum_remainder` found that each row does.
+        vanished: whether a square of 0 may be of a number that is not.
     """
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     alive = diagonal > 0
-    found = [(int((~alive).sum()), "coordinates always 0")]
+    found = [(0 if vanished else int((~alive).sum()), "coordinates always 0")]
     copies = sum(_parallel(m, a) for m, a in zip(moment, alive, strict=True))
     found.append((copies, "coordinates that copy another"))
     if sums_to_zero and int(alive.sum()) - copies > 1:  # of two coordinates one copies the other
@@ -82,9 +83,9 @@ def zero_sum_remainder(
     return remainder if mean > 0 and remainder <= limit else None
 
 
-def zero_coordinates(diagonal: Float[Tensor, "g d"]) -> tuple[int, str]:
+def zero_coordinates(rows: Float[Tensor, "g d k"]) -> tuple[int, str]:
     """How many coordinates are 0 on every row, and that in words."""
-    count = int((diagonal == 0).sum())
+    count = int((rows == 0).all(2).sum())
     return count, f"{count}: coordinates always 0" if count else ""
 
 

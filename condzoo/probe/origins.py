@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+SMALL = 1 << 20  # numbers in an output up to which a training step reads it once more: 0.04 ms on one core
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """A layer's output, kept by autograd or the network, or gone; and what it was when the layer gave it.
+
+    Attributes:
+        name: the layer's.
+        reference: to it.
+        seen: numbers that are finite where all of it was; None: it was not looked at.
+    """
+
+    name: str
+    reference: TensorWeakRef
+    seen: Tensor | None
+
+    def is_finite(self) -> bool:
+        """Whether it holds no NaN or Inf, as far as is known."""
+        known = self.reference() if self.seen is None else self.seen
+        return known is None or bool(torch.isfinite(known).all())
+
 
 @dataclass(eq=False)
 class Origin:
-    """The first layer whose output holds NaN or Inf, on whatever branch; one check a pass as long as there is none.
+    """The first layer whose output holds NaN or Inf, on whatever branch.
+
+    What comes next may hide it (a ReLU, a softmax), so outputs are looked at as they come; large ones of a training
+    step only once a layer's input, the last output or a gradient shows some.
 
     Attributes:
         name: of the layer; None as long as there was none.
     """
 
     name: str | None = None
-    _latest: tuple[str, Tensor] | None = None
-    _outputs: list[tuple[str, TensorWeakRef]] = field(default_factory=list)  # kept by autograd or the network, or gone
+    _latest: Tensor | None = None  # the last output, where it was not looked at
+    _outputs: list[Output] = field(default_factory=list)
 
-    def passed(self, name: str, h: Tensor) -> None:
-        """A layer gave an output."""
-        self._latest = name, h.detach()
-        self._outputs.append((name, TensorWeakRef(h)))
+    def passed(self, name: str, h: Tensor, *, whole: bool) -> None:
+        """A layer gave an output; whole: look at it however large it is."""
+        if self.name is not None:
+            return
+        values = h.detach()
+        seen = _extremes(values) if h.numel() > 0 and (whole or h.numel() <= SMALL) else None
+        self._outputs = [*self._outputs, Output(name, TensorWeakRef(h), seen)]  # new: a snapshot keeps the one before
+        self._latest = values if seen is None else None
 
     def next_pass(self) -> None:
         """Another forward pass begins."""
@@ -36,16 +66,22 @@ class Origin:
 
         Args:
             reader: a layer whose input holds it.
-            everywhere: look at all outputs although neither a reader nor the latest layer shows any.
+            everywhere: look at all outputs although neither a reader nor one that was looked at shows any.
         """
         if self.name is not None:
             return
-        made = [] if self._latest is None else _not_finite([self._latest])
-        if made or everywhere or reader is not None:
-            kept = [(name, h) for name, reference in self._outputs if (h := reference()) is not None]
-            made = _not_finite(kept) + made
-        self.name = next(iter(made), reader)
+        last = self._latest is not None and not bool(torch.isfinite(self._latest).all())
+        shown = last or everywhere or reader is not None
+        if shown or not all(output.is_finite() for output in self._outputs if output.seen is not None):
+            made = [output.name for output in self._outputs if not output.is_finite()]
+            self.name = next(iter(made + [output.name for output in self._outputs[-1:] if last]), reader)
 
 
-def _not_finite(outputs: list[tuple[str, Tensor]]) -> list[str]:
-    return [name for name, h in outputs if not torch.isfinite(h).all()]
+def _extremes(h: Tensor) -> Tensor:
+    """Numbers that are finite if h is, on its device and without waiting for it.
+
+    On a CPU a sum is quickest, and waits for nothing; one that finite numbers overflow says nothing.
+    """
+    if h.device.type == "cpu" and math.isfinite(total := h.sum()):
+        return total
+    return torch.stack(torch.aminmax(h))

@@ -160,6 +160,36 @@ def test_data_whose_squares_leave_float32_is_measured_all_the_same(magnitude, pa
         assert not moment.fast
 
 
+@pytest.mark.parametrize("rows", [4, 64])
+@pytest.mark.parametrize("magnitude", [1e-170, 1e-154, 1e155, 1e170])
+def test_float64_data_whose_squares_leave_float64_is_left_out_with_that_reason(magnitude, rows):
+    x = torch.randn((rows, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = nn.Linear(8, 3).double()
+    found = measure(model, (x * magnitude, torch.arange(rows) % 3))
+    assert found.skipped[""].startswith("the squares of its input leave float64's range")
+    assert "forward" not in found.first_nonfinite
+
+
+@pytest.mark.parametrize("magnitude", [1e-151, 1e151])
+def test_float64_data_whose_squares_stay_is_measured(magnitude):
+    x = torch.randn((64, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model, y = nn.Linear(8, 3).double(), torch.arange(64) % 3
+    expected, found = (measure(model, (scale * x, y))[""].input for scale in (1.0, magnitude))
+    assert found.condition_number() == pytest.approx(expected.condition_number(), rel=1e-9)
+    assert found.lambda_max == pytest.approx(expected.lambda_max * magnitude**2, rel=1e-9)
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+@pytest.mark.parametrize("first", [0.0, 1e-170])
+def test_a_coordinate_is_always_0_where_the_data_is_and_not_its_square_alone(first, rows):
+    x = torch.randn((rows, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 0] *= first
+    x[-1] = x[-2]  # else 4 rows have the rank that they can have, and nothing is looked for
+    found = measure(nn.Linear(8, 3).double(), (x, torch.arange(rows) % 3))[""].input
+    assert (found.nulls, found.null_reason) == ((1, "1: coordinates always 0") if first == 0 else (0, ""))
+    assert found.condition_number() == np.inf
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("precision", ["auto", "fast", "float64"])
 def test_data_that_is_not_finite_is_known_from_data_whose_squares_are_not(bad, precision):

@@ -21,6 +21,7 @@ from condzoo.probe import (
     label_models,
     measure,
     measuring,
+    origins,
     top_curvature,
     weights,
 )
@@ -554,6 +555,69 @@ def test_a_branch_with_nan_is_named_and_not_the_one_that_ran_last(kit, layer):
         F.cross_entropy(model(kit.images()[0]), kit.images()[1]).backward()
         probe.step()
     assert probe.latest.first_nonfinite["forward"] == layer
+
+
+class Hidden(nn.Module):
+    """What comes after the second of three layers makes an infinite output a finite one."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b, self.c, self.between = nn.Linear(48, 5), nn.Linear(5, 6), nn.Linear(6, 4), between
+
+    def forward(self, x):
+        return self.c(self.between(self.b(self.a(x.flatten(1)).tanh())).tanh())
+
+
+HIDING = {
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "clamp": lambda h: h.clamp(-6, 6),
+    "softmax": lambda h: h.softmax(1),
+}
+
+
+@pytest.mark.parametrize("probed", [False, True])
+@pytest.mark.parametrize("between", HIDING)
+def test_an_infinite_output_is_named_although_the_next_function_hides_it(kit, between, probed):
+    torch.manual_seed(0)
+    model = Hidden(HIDING[between])
+    with torch.no_grad():
+        model.b.bias[2] = -torch.inf
+    x, y = kit.images(dtype=torch.float32)
+    found = measured(model, x, y, probed)
+    assert found.first_nonfinite["forward"] == "b"
+    assert torch.isfinite(model(x)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_output_whose_sum_alone_is_infinite_is_finite(kit, dtype):
+    torch.manual_seed(0)
+    model = Hidden(torch.tanh).to(dtype)
+    with torch.no_grad():
+        model.b.bias.fill_(torch.finfo(dtype).max)
+    x, y = kit.images(dtype=dtype)
+    assert "forward" not in measured(model, x, y, False).first_nonfinite
+
+
+def test_a_training_step_looks_at_a_large_output_once_another_shows_it(kit, monkeypatch):
+    """Reading all outputs of a convolutional network once more would take longer than a step may."""
+    monkeypatch.setattr(origins, "SMALL", 40)
+    torch.manual_seed(0)
+    model, (x, y) = Hidden(HIDING["clamp"]), kit.images(dtype=torch.float32)
+    with torch.no_grad():
+        model.b.bias[2] = torch.inf
+    assert measured(model, x, y, True).first_nonfinite == {}
+    model.between = lambda h: h.clamp(-6, 6) * torch.nan
+    assert measured(model, x, y, True).first_nonfinite["forward"] == "b"
+
+
+def measured(model, x, y, probed):
+    if not probed:
+        return measure(model, (x, y))
+    with Probe(model) as probe:
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    return probe.latest
 
 
 def test_model_labels_under_batch_statistics_are_independent(kit):

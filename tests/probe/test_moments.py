@@ -35,7 +35,7 @@ def test_a_product_over_the_limit_is_dropped(monkeypatch):
     monkeypatch.setattr(moments, "LIMIT", 30)
     moment = RunningMoment()
     for _ in range(2):
-        moment.add_product(lambda wide: torch.eye(6, dtype=torch.float64)[None], 7, 1.0, torch.float32, "auto")
+        moment.add_product(lambda wide: torch.eye(6, dtype=torch.float64)[None], 7, 1.0, torch.ones(7, 6), "auto")
     assert (moment.dropped, moment.total, moment.rows) == ((1, 6), None, 14)
 
 

@@ -193,7 +193,7 @@ def create_model(
     if ours:
         return timm.create_model(name, pretrained=pretrained, **model_kwargs)
     family, args = sibling(name)
-    if pretrained:
+    if pretrained or name != arch:  # with a tag
         raise ValueError(f"no weights are released for {name!r}: it is not one of the registered models")
     given = {key: value for key, value in model_kwargs.items() if value is not None}  # as timm does it
     factory = {key: given.pop(key) for key in FACTORY if key in given}
@@ -217,11 +217,14 @@ def check_new_weights(init: str | None, pretrained: bool, checkpoint_path: Any =
 def sibling(name: str) -> tuple[Family, dict[str, Any]]:
     """The family and arguments of a name without a row, from the row that differs from it only in its numbers.
 
+    A tag is left out of account.
+
     Raises:
         ValueError: no such row (the message names the closest models), or beyond `DEEPEST`.
     """
-    shape = NUMBERS.sub("#", name)
-    numbers = [int(n) for n in NUMBERS.findall(name)]
+    arch = name.split(".", 1)[0]
+    shape = NUMBERS.sub("#", arch)
+    numbers = [int(n) for n in NUMBERS.findall(arch)]
     for family in FAMILIES.values():
         size = family.shared["size"]  # the arguments that the numbers of a name stand for, in their order
         for row_name, row in family.rows.items():

@@ -448,12 +448,19 @@ def test_an_unknown_tag_gets_the_closest(index):
         ("mlp4x24_bm", "unknown model 'mlp4x24_bm'; did you mean"),
         ("", "unknown model ''"),
         ("mlp12x64", "no weights are released for 'mlp12x64': it is not one of the registered models"),
+        ("mlp12x64.mnist", "no weights are released for 'mlp12x64.*': it is not one of the registered models"),
     ],
 )
 def test_an_unknown_name_gets_the_closest(index, name, message):
     for load in (load_checkpoint, condzoo.verify_checkpoint):
         with pytest.raises(ValueError, match=message):
             load(name)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_a_tag_of_a_size_that_is_not_registered_is_none(pretrained):
+    with pytest.raises(ValueError, match=r"no weights are released for 'mlp12x64\.mnist': it is not one of the regist"):
+        create_model("mlp12x64.mnist", pretrained=pretrained)
 
 
 def test_a_run_directory_is_told_apart(runs):

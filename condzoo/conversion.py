@@ -17,6 +17,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
+import condzoo
 from condzoo.catalog import model_info, read_catalog
 from condzoo.checkpoints.folder import CONVERSION
 from condzoo.checkpoints.foreign import channels_of, has_projections, read_foreign, translate
@@ -29,6 +30,7 @@ from condzoo.checkpoints.writing import (
     write_checkpoint,
     write_table,
 )
+from condzoo.data.image_files import read_image
 from condzoo.models import create_model, insert_last_bn
 from condzoo.models.last_bn_heads import find_head
 from condzoo.models.last_bn_insertion import drops_by_call
@@ -261,6 +263,7 @@ def write(
         "note": origin.note,
         "license": origin.license,
         "preprocessing_known": origin.preprocessing_known,
+        "condzoo": condzoo.__version__,
     }
     config = timm_config(network, tag, {**fields, "license": origin.license})
     config |= {"insert_last_bn": True} if inserted else {}
@@ -274,13 +277,13 @@ def calibration_images(network: nn.Module, folder: Path, count: int) -> list[Ten
     """Batches of images as timm would evaluate the network on them, evenly spread over an ImageFolder.
 
     Raises:
-        ValueError: no folder of images there, or fewer than two.
+        ValueError: no folder of images there, or fewer than two; one that cannot be read.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of images, one folder a class: it does not exist, or is a file")
     transform = create_transform(**resolve_data_config({}, model=network), is_training=False)
     try:
-        data = ImageFolder(str(folder), transform)
+        data = ImageFolder(str(folder), transform, loader=read_image)
     except FileNotFoundError as error:
         raise ValueError(
             f"{folder} is no folder of images, one folder a class: {str(error).splitlines()[0]}"

@@ -23,7 +23,7 @@ ALLOWED = {
     "validation": {"models", "probe", "catalog", "checkpoints"},
     "evaluating": {"models", "data", "catalog", "checkpoints", "training", "paths"},
     "probing": {"models", "data", "probe", "catalog", "checkpoints", "evaluating", "training"},
-    "conversion": {"models", "catalog", "checkpoints", "paths"},
+    "conversion": {"models", "data", "catalog", "checkpoints", "paths"},
     "release": {"models", "data", "probe", "catalog", "checkpoints", "training", "paths"},
     "experiments": {"models", "data", "probe", "training", "paths"},
 }

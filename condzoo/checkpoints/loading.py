@@ -10,6 +10,7 @@ from timm.models import is_model
 from torch import nn
 
 from condzoo.checkpoints.folder import (
+    CONDITIONING,
     CONFIG,
     CONVERSION,
     EXPECTED,
@@ -19,7 +20,15 @@ from condzoo.checkpoints.folder import (
     CheckpointFolder,
     read_folder,
 )
-from condzoo.checkpoints.records import Config, Conversion, Expected, Metrics, read_conditioning, read_record
+from condzoo.checkpoints.records import (
+    Config,
+    Conversion,
+    Expected,
+    Metrics,
+    SeedResult,
+    read_conditioning,
+    read_record,
+)
 from condzoo.checkpoints.remeasuring import logits_difference
 from condzoo.models import create_model, insert_last_bn
 from condzoo.models.pretrained import SOURCES
@@ -30,6 +39,7 @@ from condzoo.models.weight_files import as_saved, check_state, in_float32, sha25
 OTHER_FUNCTION = 0.05
 # share of the test images: a training evaluates in its own precision, a release counts in float32
 OTHER_PRECISION = 0.01
+FEW_IMAGES = 2  # that may be counted otherwise in any case: under 100 images one is more than that share
 
 
 def list_checkpoints() -> list[str]:
@@ -138,7 +148,7 @@ def load_weights(folder: CheckpointFolder) -> nn.Module:
 
 
 def check_size(folder: CheckpointFolder, config: Config, network: nn.Module) -> None:
-    """ValueError where the network has other numbers of parameters or features, or other images, than the files say."""
+    """ValueError where the network has other sizes, images or layers than the files say."""
     record = read_origin(folder)
     counted = sum(p.numel() for p in network.parameters())
     if counted != record.parameters:
@@ -149,6 +159,35 @@ def check_size(folder: CheckpointFolder, config: Config, network: nn.Module) -> 
     size, own = config.pretrained_cfg.input_size, getattr(network, "input_size", None)  # an MLP knows its own
     if isinstance(own, tuple) and own != size:
         raise ValueError(f"{folder.path / CONFIG}: input_size is {size}, the network takes {own}")
+    if folder.trained:  # a converted one has what timm says of its networks
+        for field in ("first_conv", "classifier"):
+            name = (config.pretrained_cfg.model_extra or {}).get(field)
+            if name is not None and name not in [own for own, _ in network.named_modules()]:
+                raise ValueError(f"{folder.path / CONFIG}: {field} is {name!r}, a layer that the network does not have")
+        check_layers(folder, network)
+
+
+def check_layers(folder: CheckpointFolder, network: nn.Module) -> None:
+    """ValueError where the records of conditioning are not of this network's layers, in number and sizes.
+
+    Each convolution and linear layer must be there, measured or skipped with a reason; other modules may be.
+    """
+    modules = dict(network.named_modules())
+    sized = {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)}
+    for when, record in read_conditioning(folder).items():
+        where = f"{folder.source(CONDITIONING)}: {when} is of another network"
+        for name, module in sized.items():
+            if name not in record:
+                if name not in record.skipped:
+                    raise ValueError(f"{where}: it lacks the layer {name!r}")
+                continue
+            outputs, inputs = module.weight.shape[:2]
+            sizes = (inputs * getattr(module, "groups", 1), outputs)
+            recorded = (record[name].input.dim, record[name].output_grad.dim)
+            if recorded != sizes:
+                raise ValueError(f"{where}: of {name!r} it has {recorded} inputs and outputs, the network {sizes}")
+        if unknown := [name for name in record if name not in modules]:
+            raise ValueError(f"{where}: it has a layer {unknown[0]!r}, the network has none of this name")
 
 
 def described(config: Config) -> dict[str, Any]:
@@ -197,7 +236,7 @@ def disagree(folder: CheckpointFolder, file: str, other: str, what: str, here: A
 
 
 def check_training(folder: CheckpointFolder, config: Config, metrics: Metrics) -> None:
-    """Check what a training left: the recipe against config and metrics, and that both records of conditioning are.
+    """Check what a training left: the recipe against config and metrics. `check_layers` has its other records.
 
     Raises:
         ValueError: as `check_agreement`; arguments beside the number of channels, without which the name alone would
@@ -207,30 +246,39 @@ def check_training(folder: CheckpointFolder, config: Config, metrics: Metrics) -
     data, seed = recipe["data"], recipe.get("seed")
     disagree(folder, RECIPE, METRICS, "the model", recipe["model"]["name"], metrics.model)
     disagree(folder, RECIPE, METRICS, "the seed", seed, metrics.released_seed)
-    check_results(metrics, folder.source(METRICS))
+    released = check_results(metrics, folder.source(METRICS))
+    if "iterations" in recipe:
+        disagree(folder, RECIPE, METRICS, "the number of steps", recipe["iterations"], released.steps)
+    else:
+        disagree(folder, RECIPE, METRICS, "the number of epochs", recipe.get("epochs"), released.epochs)
     for field in ("name", "crop", "resize", "augment", "cutout"):
         disagree(folder, RECIPE, METRICS, f"data.{field}", data.get(field), metrics.data.get(field))
     if config.model_args.keys() - {"in_chans"}:
         raise ValueError(
             f"{folder.path / CONFIG}: model_args = {config.model_args}: a trained one has in_chans at most"
         )
-    read_conditioning(folder)
 
 
-def check_results(metrics: Metrics, source: str) -> None:
-    """ValueError where the seeds' results do not fit together, or not with the images that the weights get right."""
+def check_results(metrics: Metrics, source: str) -> SeedResult:
+    """The released seed's result.
+
+    Raises:
+        ValueError: the seeds' results do not fit together, or not with the images that the weights get right.
+    """
     results = {result.seed: result for result in metrics.seeds}
     if metrics.released_seed not in results:
         raise ValueError(f"{source}: seeds lacks the released one, {metrics.released_seed}")
     if len(results) < len(metrics.seeds):
         raise ValueError(f"{source}: two of its seeds are the same")
-    correct, images = metrics.test_correct, metrics.test_images
-    error, trained = 1 - correct / images, results[metrics.released_seed].test_error
-    if correct > images or trained is None or abs(trained - error) > OTHER_PRECISION:
+    released = results[metrics.released_seed]
+    correct, images, trained = metrics.test_correct, metrics.test_images, released.test_error
+    allowed = max(FEW_IMAGES, OTHER_PRECISION * images)
+    if correct > images or trained is None or abs(images - correct - round(trained * images)) > allowed:
         raise ValueError(
             f"{source}: {correct} of {images} test images right is no test error of {trained}, which seed "
             f"{metrics.released_seed} has"
         )
+    return released
 
 
 def read_origin(folder: CheckpointFolder) -> Metrics | Conversion:

@@ -123,6 +123,7 @@ class Conversion(Record):
         note: what was done to them.
         preprocessing_known: False where nothing says how their images were prepared, and config.json has what is usual
             for the network. Folders of before it was asked for do not have it.
+        condzoo: the version that made it; None of one that did not say.
     """
 
     model: str
@@ -134,6 +135,7 @@ class Conversion(Record):
     note: str
     license: str
     preprocessing_known: bool = True
+    condzoo: str | None = None
 
 
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
@@ -157,7 +159,7 @@ def read_conditioning(folder: CheckpointFolder) -> dict[str, Conditioning]:
     """The records of conditioning.json, at initialization (`at_init`) and at the end (`at_end`).
 
     Raises:
-        ValueError: the file is not such a pair, or one of them has no layer.
+        ValueError: the file is not such a pair, or one of them has no layer or no table of those skipped.
     """
     try:
         records = json.loads(folder.text(CONDITIONING))
@@ -167,4 +169,6 @@ def read_conditioning(folder: CheckpointFolder) -> dict[str, Conditioning]:
     for when, record in found.items():
         if not record.layers:
             raise ValueError(f"{folder.source(CONDITIONING)}: {when} has no layers")
+        if not isinstance(record.skipped, dict):
+            raise ValueError(f"{folder.source(CONDITIONING)}: {when}: skipped is no table of layers and reasons")
     return found

@@ -1,6 +1,7 @@
 """`verify_checkpoint`: everything a checkpoint claims, checked again, one row a claim."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import condzoo
 from condzoo.checkpoints.folder import (
     CARD,
     CONFIG,
+    CONVERSION,
     EXPECTED,
     METRICS,
     RECIPE,
@@ -24,7 +26,7 @@ from condzoo.checkpoints.folder import (
 )
 from condzoo.checkpoints.loading import is_path, load_weights, read_recipe, release_by_name
 from condzoo.checkpoints.model_card import model_card
-from condzoo.checkpoints.records import Config, Expected, Metrics, read_conditioning, read_record
+from condzoo.checkpoints.records import Config, Conversion, Expected, Metrics, read_conditioning, read_record
 from condzoo.checkpoints.remeasuring import (
     count_correct,
     eigenvalue_difference,
@@ -38,6 +40,7 @@ from condzoo.checkpoints.remeasuring import (
 from condzoo.data import DataSet
 from condzoo.models.released import Release, read_index, release_folder
 from condzoo.models.weight_files import in_float32, sha256
+from condzoo.probe.arithmetic import full_float32
 
 LOGITS_TOLERANCE = 1e-4  # of the largest logit: what other hardware's order of summation may move
 # of lambda_max, on the kind of processor that recorded it. Before training BatchNorm divides by smaller variances:
@@ -90,7 +93,7 @@ def verify_checkpoint(path: str | Path, data_root: str | Path | None = None) -> 
     else:
         release = release_by_name(str(path))
         place = release_folder(release)
-    with torch.device("cpu"), in_float32():  # whatever default the caller has set: generators are of one device
+    with as_recorded():
         rows = tuple(checks(place, release, data_root, linked=not by_path))
     return Verification(release.name if release else place.resolve().name, place, rows)
 
@@ -105,12 +108,20 @@ def verify_released(data_root: str | Path | None = None) -> Iterator[Verificatio
         place, rows = Path(release.name), list[Check]()
         try:
             place = release_folder(release)
-            with torch.device("cpu"), in_float32():
+            with as_recorded():
                 for row in checks(place, release, data_root, linked=True):
                     rows.append(row)
         except (ValueError, OSError) as error:
             rows.append(Check("reached", False, str(error).splitlines()[0]))
         yield Verification(release.name, place, tuple(rows))
+
+
+@contextmanager
+def as_recorded() -> Iterator[None]:
+    """Inside, torch computes as where records are made, whatever the caller has set: on the CPU, in float32 alone."""
+    # generators are of one device; the probe takes gradients of weights, which those made in inference mode have not
+    with torch.device("cpu"), torch.inference_mode(False), in_float32(), full_float32("cpu"):
+        yield
 
 
 def checks(place: Path, release: Release | None, data_root: str | Path | None, linked: bool) -> Iterator[Check]:
@@ -165,8 +176,11 @@ def check_card(folder: CheckpointFolder) -> tuple[bool | None, str]:
     """README.md is what `model_card` makes of the other files; not known of one that another version has worded."""
     if folder.text(CARD) == model_card(folder):
         return True, f"{CARD} is up to date"
-    maker = read_record(folder, METRICS, Metrics).packages.get("condzoo") if folder.trained else None
-    if maker not in (None, condzoo.__version__):
+    if folder.trained:
+        maker = read_record(folder, METRICS, Metrics).packages.get("condzoo") or condzoo.__version__
+    else:  # those of before it was recorded do not say it
+        maker = read_record(folder, CONVERSION, Conversion).condzoo or "of another version"
+    if maker != condzoo.__version__:
         return None, f"made by condzoo {maker}, and not as {condzoo.__version__} words it"
     return (
         False,

@@ -26,7 +26,7 @@ def read_plain_file(path: Path) -> bytes:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a regular file.
+        ValueError: not a regular file, or larger than memory.
     """
     if path.is_symlink():
         raise ValueError(
@@ -37,11 +37,17 @@ def read_plain_file(path: Path) -> bytes:
         raise FileNotFoundError(f"{path} does not exist")
     # the flags cover a link or a pipe that was put there since
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):  # before fdopen, which has an error of its own for a folder
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):  # before fdopen, which has an error of its own for a folder
         os.close(handle)
         raise ValueError(f"{path} is not a plain file")
     with os.fdopen(handle, "rb") as file:
-        return file.read()
+        try:
+            return file.read()
+        except MemoryError as error:
+            raise ValueError(
+                f"{path} has {status.st_size:,} bytes, more than there is memory for; free some, or get the file again"
+            ) from error
 
 
 def sha256(content: bytes) -> str:
@@ -109,11 +115,12 @@ def as_saved() -> Iterator[None]:
 
 @contextmanager
 def in_float32() -> Iterator[None]:
-    """What is built and calculated inside is so in float32, whatever torch's default is."""
+    """What is built, and calculated on the CPU, inside is so in float32, whatever the default dtype and autocast."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.autocast("cpu", enabled=False):
+            yield
     finally:
         torch.set_default_dtype(before)
 

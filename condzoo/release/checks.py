@@ -17,6 +17,7 @@ from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json, read
 from condzoo.training.runs import is_complete, runs_within
 
 OTHER_DEVICE = 0.002  # share of the images that the arithmetic of another device or CPU may decide otherwise
+FEW_IMAGES = 2  # that it may in any case: of few a share is less than one
 
 
 class Ended(BaseModel):
@@ -194,7 +195,7 @@ def check_evaluation(run: Run, data_root: str | Path | None) -> None:
     """Check that the run ended well and that evaluating it again gives its result.
 
     To the last image on the GPU, or the CPU and number of threads, that it ran on; where only another is here, to
-    `OTHER_DEVICE` of them.
+    `OTHER_DEVICE` of them, and `FEW_IMAGES` of few.
 
     Raises:
         ValueError: it does not.
@@ -206,7 +207,7 @@ def check_evaluation(run: Run, data_root: str | Path | None) -> None:
     here = kind == "cpu" or torch.cuda.is_available()
     again = evaluate_run(run.path, data_root=data_root, device=kind if here else "cpu")
     same = here and same_arithmetic(read_json(run.path / ENVIRONMENT)[-1], kind)
-    allowed = 0 if same else OTHER_DEVICE * again.total
+    allowed = 0 if same else max(FEW_IMAGES, OTHER_DEVICE * again.total)
     if again.total != summary["test_images"] or abs(again.correct - summary["test_correct"]) > allowed:
         raise ValueError(
             f"{run.path} recorded {summary['test_correct']} of {summary['test_images']} test images right, "

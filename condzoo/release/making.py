@@ -26,8 +26,10 @@ from condzoo.release.checks import check_evaluations, check_every_seed, checked_
 from condzoo.release.records import collect_metrics, input_fields, picture, seed_results
 from condzoo.training import dump_recipe
 from condzoo.training.data_sets import read_data
+from condzoo.training.precision import usual_torch
 
 
+@usual_torch()
 def release(
     runs: str | Path | Sequence[str | Path],
     tag: str,

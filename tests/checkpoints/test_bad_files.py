@@ -1,5 +1,6 @@
 """Damaged and hostile checkpoints: each is one clear error before a model is handed out, and nothing is executed."""
 
+import io
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import random
 import re
 import shutil
 import struct
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from safetensors.torch import load_file, save, save_file
 
 from condzoo.checkpoints import load_checkpoint, verify_checkpoint
 from condzoo.checkpoints.folder import read_folder, write_sums
+from condzoo.checkpoints.loading import check_results
+from condzoo.checkpoints.records import Metrics, SeedResult
 from condzoo.conversion import convert
 from condzoo.models import create_model, released
 from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
@@ -294,7 +298,22 @@ def test_a_missing_file_is_named(checkpoint, name):
         ("metrics.json", lambda m: m.update(test_correct=m["test_correct"] - 9), "test images right is no test error"),
         ("metrics.json", lambda m: m["seeds"][0].update(test_error=None), "is no test error of None, which seed 2 has"),
         ("metrics.json", lambda m: m["seeds"][1].update(test_error=-0.1), r"metrics.json: seeds\.1\.test_error: Input"),
+        (
+            "metrics.json",
+            lambda m: m["seeds"][0].update(epochs=3.0),
+            r"epochs: in recipe\.toml 2, in metrics\.json 3\.0",
+        ),
         ("config.json", lambda c: c.update(num_features=25), "num_features is 25, the network has 24"),
+        (
+            "config.json",
+            lambda c: c["pretrained_cfg"].update(first_conv="conv1"),
+            "first_conv is 'conv1', a layer that",
+        ),
+        (
+            "config.json",
+            lambda c: c["pretrained_cfg"].update(classifier=["fc"]),
+            r"classifier is \['fc'\], a layer that",
+        ),
         (
             "config.json",
             lambda c: c["pretrained_cfg"].update(mean=[0.1, 0.2, 0.3]),
@@ -330,6 +349,26 @@ def test_a_missing_file_is_named(checkpoint, name):
         ("expected.json", lambda e: e["logits"][0].reverse(), "disagree on the function"),
         ("conditioning.json", lambda c: c.pop("at_init"), r"conditioning\.json lacks a record"),
         ("conditioning.json", lambda c: c["at_end"].update(layers={}), r"conditioning\.json: at_end has no layers"),
+        (
+            "conditioning.json",
+            lambda c: c["at_end"]["layers"].pop("layers.1.linear"),
+            r"conditioning\.json: at_end is of another network: it lacks the layer 'layers\.1\.linear'",
+        ),
+        (
+            "conditioning.json",
+            lambda c: c["at_init"]["layers"].update(conv1=c["at_init"]["layers"]["fc"]),
+            r"conditioning\.json: at_init is of another network: it has a layer 'conv1', the network has none",
+        ),
+        (
+            "conditioning.json",
+            lambda c: c["at_end"]["layers"].update({"fc": c["at_end"]["layers"]["layers.0.linear"]}),
+            r"of 'fc' it has \(144, 24\) inputs and outputs, the network \(24, 10\)",
+        ),
+        (  # the first where types are not checked, as they are in tests
+            "conditioning.json",
+            lambda c: c["at_end"].update(skipped=5),
+            r"conditioning\.json(: at_end: skipped is no table of layers| lacks a record)",
+        ),
         ("config.json", lambda c: c.update(model_args={"num_classes": 7}), r"config.json: model_args\.num_classes"),
         ("config.json", lambda c: c.update(model_args={"drop_rate": 0.5}), "a trained one has in_chans at most"),
     ],
@@ -339,6 +378,48 @@ def test_files_that_disagree_or_are_wrong_name_the_field(checkpoint, name, chang
     write_sums(checkpoint)
     with pytest.raises(ValueError, match=message):
         load_checkpoint(checkpoint)
+
+
+def test_a_layer_that_was_skipped_is_no_other_network_s(checkpoint):
+    def skip(record):
+        record["at_end"]["layers"].pop("layers.1.linear")
+        record["at_end"]["skipped"]["layers.1.linear"] = "its output gradient holds NaN"
+
+    edit_json(checkpoint, "conditioning.json", skip)
+    write_sums(checkpoint)
+    load_checkpoint(checkpoint)
+
+
+def test_steps_of_a_recipe_are_held_against_those_taken(checkpoint):
+    steps = json.loads((checkpoint / "metrics.json").read_text())["seeds"][0]["steps"]
+    recipe = checkpoint / "recipe.toml"
+    for taken in (steps, steps + 1):
+        recipe.write_text(re.sub(r"(?m)^(epochs|iterations) = \d+$", f"iterations = {taken}", recipe.read_text()))
+        write_sums(checkpoint)
+        match = rf"the number of steps: in recipe\.toml {taken}, in metrics\.json {steps}"
+        with nullcontext() if taken == steps else pytest.raises(ValueError, match=match):
+            load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(("right", "accepted"), [(57, False), (58, True), (60, True), (61, False)])
+def test_of_few_test_images_two_may_be_counted_otherwise(right, accepted):
+    """Of 60 images, of which the training had 58 or 60 right, one is more than 1 %."""
+    trained = SeedResult.model_construct(seed=1, test_error=2 / 60 if right > 58 else 0.0)
+    metrics = Metrics.model_construct(released_seed=1, seeds=[trained], test_correct=right, test_images=60)
+    with nullcontext() if accepted else pytest.raises(ValueError, match=f"m: {right} of 60 test images right is no"):
+        check_results(metrics, "m")
+
+
+def test_a_file_larger_than_memory_is_named(tmp_path, monkeypatch):
+    class Large(io.BytesIO):
+        def read(self, *_):
+            raise MemoryError
+
+    (tmp_path / WEIGHTS).write_bytes(b"x" * 1234)
+    with monkeypatch.context() as patch:
+        patch.setattr("condzoo.models.weight_files.os.fdopen", lambda handle, mode: os.close(handle) or Large())
+        with pytest.raises(ValueError, match=r"model\.safetensors has 1,234 bytes, more than there is memory for"):
+            read_plain_file(tmp_path / WEIGHTS)
 
 
 def test_a_config_of_a_giant_builds_nothing(checkpoint):

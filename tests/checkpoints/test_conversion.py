@@ -134,6 +134,29 @@ def test_a_pickled_network_becomes_a_checkpoint(tmp_path):
     assert "from weights.pth" in (made.parent / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("version", "known"), [(condzoo.__version__, False), ("0.0.1", None), (None, None), ("left out", None)]
+)
+def test_a_card_in_the_words_of_another_version_is_not_checked(tmp_path, version, known):
+    torch.save(create_model("cifar_resnet8").state_dict(), tmp_path / "w.pth")
+    made = convert(tmp_path / "w.pth", "cifar_resnet8", out=tmp_path / "out")
+    record = json.loads((made / "conversion.json").read_text())
+    assert record.pop("condzoo") == condzoo.__version__
+    record |= {} if version == "left out" else {"condzoo": version}
+    (made / "conversion.json").write_text(json.dumps(record))
+    with (made / "README.md").open("a") as card:
+        card.write("In other words.\n")
+    write_sums(made)
+    assert next(row.ok for row in verify_checkpoint(made).rows if row.check == "model card") is known
+
+
+def test_what_a_notebook_has_set_does_not_reach_the_logits(tmp_path):
+    torch.save(create_model("cifar_resnet8").state_dict(), tmp_path / "w.pth")
+    with torch.autocast("cpu", torch.bfloat16):
+        made = convert(tmp_path / "w.pth", "cifar_resnet8", out=tmp_path / "out")
+    assert verify_checkpoint(made).ok
+
+
 @pytest.mark.parametrize(("channels", "name"), [(1, "cifar_resnet8"), (4, "cifar_preresnet8_lastbn")])
 def test_the_first_convolution_says_how_many_channels_images_have(tmp_path, channels, name):
     torch.manual_seed(0)
@@ -256,6 +279,21 @@ def test_a_folder_without_images_is_an_error(tmp_path):
 def test_only_timms_own_networks_are_taken(tmp_path, name, hint):
     with pytest.raises(ValueError, match="is not a model of timm's; give one as timm/resnet50.*" + hint):
         convert_last_bn(name, out=tmp_path)
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def in_16_bits(path):
+    Image.fromarray(np.full((40, 50), 60_000, dtype=np.uint16)).save(path)
+
+
+@pytest.mark.parametrize(("damage", "fault"), [(cut_in_half, "cannot be read"), (in_16_bits, "convert it to 8 bits")])
+def test_an_image_of_a_calibration_folder_that_cannot_be_used_is_named(photos, damage, fault):
+    damage(photos / "class1" / "3.png")
+    with pytest.raises(ValueError, match=rf"class1/3\.png.*{fault}"):
+        calibration_images(timm.create_model("test_vit"), photos, 10)
 
 
 def test_a_calibration_folder_that_is_not_there_is_said(tmp_path):

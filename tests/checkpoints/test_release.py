@@ -6,9 +6,11 @@ import tomllib
 from contextlib import nullcontext
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from condzoo.catalog import list_models
+from condzoo.checkpoints import verify_checkpoint
 from condzoo.checkpoints.folder import ALWAYS, SUMS, TRAINED, read_folder, write_sums
 from condzoo.checkpoints.model_card import preprocessing, results
 from condzoo.checkpoints.overview import Row, checkpoints_table, natural_order, pairs_section
@@ -204,6 +206,22 @@ def test_a_run_of_another_number_of_threads_may_differ_a_little(runs, monkeypatc
     edit_json(runs[1] / "summary.json", lambda summary: more_right(summary, images_off))
     with nullcontext() if accepted else pytest.raises(ValueError, match="evaluating it again"):
         check_evaluation(load_run(runs[1]), None)
+
+
+@pytest.mark.parametrize(("images_off", "accepted"), [(2, True), (3, False)])
+def test_of_few_images_two_may_be_decided_otherwise_elsewhere(runs, images_off, accepted):
+    """Of 360 the share that may is less than one."""
+    edit_json(runs[1] / "environment.json", lambda parts: parts[-1].update(processor="another"))
+    edit_json(runs[1] / "summary.json", lambda summary: more_right(summary, images_off))
+    with nullcontext() if accepted else pytest.raises(ValueError, match="evaluating it again"):
+        check_evaluation(load_run(runs[1]), None)
+
+
+def test_what_a_notebook_has_set_is_not_released(finished_runs, tmp_path):
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        made = release(finished_runs, "digits", out=tmp_path)
+    verification = verify_checkpoint(made)
+    assert verification.ok, verification.rows
 
 
 def test_a_gpu_of_another_model_is_other_arithmetic(monkeypatch):

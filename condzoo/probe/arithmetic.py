@@ -130,7 +130,8 @@ OLD_CUDNN = _OldSetting(
 def _set_plain(backend: str, op: str, set_precision: Callable[[str, str, str], None]) -> Iterator[None]:
     """Sets what decides, and with it the old setting where that agrees with the newer ones: it can be read inside, too.
 
-    `torch.compile` does so. Afterwards each op follows what it followed before.
+    `torch.compile` does so. Afterwards each op follows what it followed before; cuDNN's, which are in TF32 as long as
+    nobody sets them, are then set to it, since no setting gives that default back.
     """
     old = OLD_PRODUCTS if op == "matmul" else OLD_CUDNN if backend == "cuda" else None
     before = None if old is None else old.value()

@@ -103,6 +103,8 @@ def readings():
 def test_tf32_of_the_newer_settings_is_off_in_products_and_as_it_was_after_them(kit, where):
     batch = kit.images(dtype=torch.float32)
     expected = measure(kit.build("conv"), kit.images(), conv="patches")
+    for op in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        op.fp32_precision = op.fp32_precision  # as long as it was never set it is TF32 by a default that no setting is
     try:
         if where in SETTINGS:
             SETTINGS[where].fp32_precision = "tf32"

@@ -206,6 +206,9 @@ for other in (
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every foreseen failure is one line on stderr and an exit code, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict":  # a path may have letters that the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     given = [with_home(text) for text in (sys.argv[1:] if args is None else args)]
     with first_of_processes_speaks():
         try:

@@ -1,9 +1,42 @@
-"""Paths as users write them."""
+"""Paths as users write them, and files that are written whole or not at all."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
     """A path with ~ as the home; that of a user without a home stays."""
     return Path(os.path.expanduser(path))  # os.path's: Path's raises where there is no home
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file a failed write was for: of a full disk the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # of a library's own
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, its folder made if need be; where that fails, what was there before stays.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    real = Path(os.path.realpath(path))
+    temporary = real.with_name(f".{real.name}.tmp")
+    with naming(path):
+        real.parent.mkdir(parents=True, exist_ok=True)
+        if real.exists() and not real.is_file():  # /dev/stdout, a pipe
+            real.write_bytes(content)
+            return
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(real)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from condzoo.models import create_model
 from condzoo.probe import Conditioning, measure
 from condzoo.training import load_run, read_data
 from condzoo.training.precision import resolve_device
+from condzoo.training.run_directory import RECIPE
 
 PAPER_CROP = 20  # pixels: the usual box of MNIST's digits, where the paper's 12x12 images leave the size open
 
@@ -91,7 +92,8 @@ def network_and_data(question: Question) -> tuple[torch.nn.Module, DataSet]:
     question = replace(question, target=str(without_origin(question.target)))
     arch, _, tag = question.target.partition(".")
     ours, folder = arch in list_models(), folder_of(question.target)
-    if (folder / SUMS).is_file() or (ours and tag):
+    is_run = (folder / RECIPE).is_file() and not (folder / SUMS).is_file()
+    if (folder / SUMS).is_file() or (ours and tag and not is_run):
         return checkpoint_and_data(question)
     if folder.is_dir():
         run = load_run(folder)

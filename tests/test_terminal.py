@@ -162,10 +162,13 @@ def test_the_bar_of_a_training_fits_80_columns(monkeypatch: pytest.MonkeyPatch) 
     assert drawn.strip(), "the bar itself has room, too"
 
 
-def test_off_a_terminal_a_line_each_half_minute_has_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dumb", [False, True])
+def test_without_a_bar_a_line_each_half_minute_has_every_number(dumb: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off a terminal, and on one that moves no cursor, such as Emacs' shell."""
+    monkeypatch.setenv("TERM", "dumb" if dumb else "xterm")
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("condzoo.commands.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
-    console = screen(terminal=False)
+    console = screen(terminal=dumb)
     with TrainingProgress(console) as progress:
         progress(replace(started("run", 150), start_step=50))
         for seconds, step in ((29.0, 56), (40.0, 59), (69.0, 70)):

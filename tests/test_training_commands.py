@@ -49,6 +49,24 @@ def test_a_tilde_is_the_home_wherever_a_path_is_taken(capsys, tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["home"], "no folder called ~"
 
 
+def test_a_run_directory_may_be_called_like_a_network_and_a_setting(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "mlp4x24.lr0.1"
+    assert run(capsys, "train", *SHORT, "--out", name)[0] == 0
+    for command in ("probe", "eval"):
+        code, out, err = run(capsys, command, name)
+        assert (code, err) == (0, "")
+        assert out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_letters_that_the_output_has_not_are_written_by_their_numbers(tmp_path, encoding):
+    words = [sys.executable, "-m", "condzoo", "train", *SHORT, "--out", str(tmp_path / "Läufe 跑")]
+    done = subprocess.run(words, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"ufe \u8dd1" in done.stdout
+
+
 def test_several_seeds_end_in_mean_and_deviation(capsys, tmp_path):
     code, out, err = run(capsys, "train", *SHORT, "--set", "probe.every=2", "--seeds", "1-3", "--out", tmp_path)
     assert code == 0, err

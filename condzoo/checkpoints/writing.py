@@ -26,7 +26,7 @@ from condzoo.checkpoints.overview import TITLE, checkpoints_table
 from condzoo.checkpoints.remeasuring import EXPECTED_IMAGES, logits_of
 from condzoo.models import released
 from condzoo.models.weight_files import as_safetensors
-from condzoo.paths import expanded
+from condzoo.paths import expanded, naming
 
 TAG = re.compile(r"[a-z0-9][a-z0-9_]*")
 KEPT_INPUT = ("input_size", "interpolation", "crop_pct", "mean", "std", "num_classes", "pool_size", "first_conv")
@@ -137,11 +137,11 @@ def write_checkpoint(
             f"{target.name}: the network's logits are not finite on the fixed input; these weights are of a diverged "
             "training, or of another network"
         )
+    expected = {"shape": shape, "logits": logits.tolist()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as temporary:
+    with naming(target), tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as temporary:
         folder = Path(temporary) / target.name
         folder.mkdir()
-        expected = {"shape": shape, "logits": logits.tolist()}
         for name, content in {**records, WEIGHTS: weights, CONFIG: config, EXPECTED: expected}.items():
             if isinstance(content, bytes):
                 (folder / name).write_bytes(content)

@@ -31,7 +31,7 @@ class TrainingProgress:
             TextColumn("{task.fields[state]}"),
             TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or console.is_dumb_terminal,
         )
 
     def __enter__(self) -> "TrainingProgress":

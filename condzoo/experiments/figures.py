@@ -14,6 +14,7 @@ from condzoo.experiments import curve_figures, matrix_figures, training_figures
 from condzoo.experiments.made import made_on
 from condzoo.experiments.reductions import NOT_IMAGENET, reductions_of
 from condzoo.experiments.schema import Experiment
+from condzoo.paths import expanded, write_whole
 from condzoo.probe.picture_style import usual_style
 
 DPI = 104
@@ -56,18 +57,19 @@ def draw(experiment: Experiment, data: dict[str, Any], png: str | Path) -> None:
     figure.suptitle("\n".join(titles), fontsize=12)
     wrapped = textwrap.wrap(small_print(data, experiment), int(SMALL_PRINT * width / 10))
     figure.supxlabel("\n".join(wrapped), fontsize=7, x=0.01, ha="left", color="0.3")
-    Path(png).parent.mkdir(parents=True, exist_ok=True)
-    save(figure, Path(png))
+    save(figure, expanded(png))
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write the picture; a PNG without the transparency that it does not use, a tenth smaller for it."""
+    drawn, smaller = io.BytesIO(), io.BytesIO()
     if path.suffix.lower() not in (".png", ""):
-        figure.savefig(path)
+        figure.savefig(drawn, format=path.suffix[1:])
+        write_whole(path, drawn.getvalue())
         return
-    drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DPI, format="png")
-    Image.open(drawn).convert("RGB").save(path, format="png", optimize=True)
+    Image.open(drawn).convert("RGB").save(smaller, format="png", optimize=True)
+    write_whole(path, smaller.getvalue())
 
 
 def small_print(data: dict[str, Any], experiment: Experiment) -> str:

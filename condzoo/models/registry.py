@@ -113,6 +113,9 @@ def build_network(
     Raises:
         ValueError: as `create_model`.
     """
+    built = kwargs.get("pretrained_model_args") or {}  # timm hands back what the network that was saved was built with
+    if pretrained and kwargs.get("init") is not None and kwargs["init"] == built.get("init"):
+        del kwargs["init"]
     check_new_weights(kwargs.get("init"), pretrained)
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     if "input_size" in kwargs:  # timm would fill in the table's in_chans

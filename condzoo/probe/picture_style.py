@@ -1,6 +1,7 @@
 """Pictures look alike, whatever style the user's matplotlib has; how many lines are told apart; how one is saved."""
 
 import contextlib
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from condzoo.paths import write_whole
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^v<>"  # as many as there are colours
@@ -54,10 +57,8 @@ def save(figure: Figure, path: Path) -> None:
     """Write a picture, its folder made if need be; PNG where its name does not say.
 
     Raises:
-        OSError: it cannot be written; names the file, which the system does not do of a full disk.
+        OSError: it cannot be written; names the file. A picture of before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(path, dpi=130, format=path.suffix[1:] or "png")  # without it "a" would become a.png
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130, format=path.suffix[1:] or "png")
+    write_whole(path, drawn.getvalue())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from condzoo.paths import write_whole
 from condzoo.probe.conditioning import Conditioning, LayerConditioning
 from condzoo.probe.neurons import Neurons
 from condzoo.probe.spectra import Spectrum
@@ -60,8 +61,7 @@ def dumps(conditioning: Conditioning) -> str:
 
 def write_json(conditioning: Conditioning, path: Path) -> None:
     """Write a measurement to a file of its own, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps(conditioning) + "\n", encoding="utf-8")
+    write_whole(path, f"{dumps(conditioning)}\n".encode())
 
 
 def read_json(path: Path) -> Conditioning:

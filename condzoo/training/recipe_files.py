@@ -22,6 +22,7 @@ from condzoo.training.recipe_errors import RecipeError
 PACKAGE = Path(__file__).parents[1]
 EXPERIMENTS = "paper"
 VARIANTS, ABOUT = "variants", "about"
+ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that editors of Windows put in front
 ARGUMENTS = "model.args"  # of the network: what they are called and hold is its own
 
 
@@ -70,7 +71,7 @@ def recipe_headers() -> dict[str, str]:
 def described(source: RecipeSource, file_name: str) -> str:
     """A line on a recipe; `file_name` is what its file is called."""
     if source.variant is None:
-        return header_of(source.path.read_text(encoding="utf-8"))
+        return header_of(source.path.read_text(encoding=ENCODING))
     changes = dict(read_tables(source.path)[1][source.variant])
     about = changes.pop(ABOUT, "")
     fields = ", ".join(f"{field} = {value}" for field, value in changes.items())
@@ -113,7 +114,7 @@ def read_tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         RecipeError: not TOML, or variants that are not tables.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding=ENCODING))
     except (ValueError, RecursionError) as error:  # tomllib's own, UnicodeDecodeError, a number of too many digits
         raise RecipeError(f"{path}: not a TOML file: {error}") from error
     variants = tables.pop(VARIANTS, {})

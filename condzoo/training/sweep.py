@@ -15,6 +15,7 @@ from condzoo.training.runs import Run, default_seeds_directory
 from condzoo.training.schema import Recipe
 from condzoo.training.summaries import check_folder, write_summary
 
+LONGEST_NAME = 255  # bytes, of a file or folder on most file systems
 MOST_SEEDS = 10_000  # of a range: where a digit too many was typed, no list of billions
 
 
@@ -100,7 +101,13 @@ def plan_sweep(
             for field, value in [*chosen.items(), ("seed", seed)]:
                 override_field(tables, field, value)
             name = "-".join([*(f"{field}={value}" for field, value in chosen.items()), f"seed{seed}"])
-            folder, made = re.sub(r"[^\w.=+-]+", "_", name), parse_recipe(tables, source=name)
+            folder = re.sub(r"[^\w.=+-]+", "_", name)
+            if (size := len(folder.encode())) > LONGEST_NAME:
+                raise RecipeError(
+                    f"grid: a run's folder is called by its values, and {folder[:60]}... has {size} bytes, more than "
+                    f"the {LONGEST_NAME} that a name may have; sweep shorter values"
+                )
+            made = parse_recipe(tables, source=name)
             if planned.setdefault(folder, made) != made:
                 raise RecipeError(f"grid: {name!r} and another run would both be in {folder!r}; sweep them apart")
     return planned

@@ -1,5 +1,7 @@
 """The zoo's networks behave as timm's users expect: features, heads, checkpointing, parameter groups."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -22,6 +24,19 @@ def images(name: str, batch: int = 2) -> Tensor:
         (1, 12, 12) if name.startswith("mlp") else (3, 64, 64) if SHARED[name]["dataset"] == "imagenet" else (3, 32, 32)
     )
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("init", ["he", "scaled:0.5", None])
+def test_what_timm_saves_for_the_hub_is_loaded_whatever_initialized_it(init: str | None, tmp_path: Path):
+    """Of what the network was built with timm writes all into config.json, and hands it back."""
+    model = create_model("cifar_resnet8", init=init, num_classes=3).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    x = images("cifar_resnet8")
+    for create in (timm.create_model, create_model):
+        again = create(f"local-dir:{tmp_path}", pretrained=True).eval()
+        torch.testing.assert_close(again(x), model(x))
+        with pytest.raises(ValueError, match="init='zero' is for new weights"):
+            create(f"local-dir:{tmp_path}", pretrained=True, init="zero")
 
 
 @pytest.mark.parametrize("name", MAPS + MLPS)

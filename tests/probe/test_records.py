@@ -3,6 +3,8 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -280,14 +282,31 @@ def test_one_measurement_is_taken_for_a_run_of_one(measured, monkeypatch, tmp_pa
         plot_comparison({"a": iter(["runs/x"])}, tmp_path / "x.png")
 
 
-def test_a_picture_that_cannot_be_written_names_its_file(measured, monkeypatch, tmp_path):
-    def full(figure, path, **kwargs):
+@pytest.mark.parametrize("name", ["x.png", "x.pdf", "x.svg", "x.json"])
+def test_what_finds_no_room_names_its_file_and_leaves_the_one_of_before(measured, monkeypatch, tmp_path, name):
+    def full(path, content):
+        with path.open("wb") as file:
+            file.write(content[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", full)
-    for draw in (measured.plot, lambda path: plot_records(measured, path)):
-        with pytest.raises(OSError, match=r"No space left on device: '.*x.png'"):
-            draw(tmp_path / "x.png")
+    (tmp_path / name).write_bytes(b"before")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for write in (measured.to_json,) if name == "x.json" else (measured.plot, partial(plot_records, measured)):
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / name}'$"):
+            write(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_is_no_file_is_written_into(measured, tmp_path):
+    """/dev/stdout stays what it is, and so does a link, whose file is written."""
+    (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
+    measured.to_json(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    measured.to_json("/dev/null")
+    assert Path("/dev/null").is_char_device()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "there.json"]
+    assert list(Conditioning.from_json(tmp_path / "there.json")) == list(measured)
 
 
 def test_nothing_to_plot_is_an_error(tmp_path):

@@ -328,7 +328,7 @@ def test_what_cannot_be_written_is_named(tiny: Any, tmp_path: Path, monkeypatch:
 
     recipe = tiny(**{"probe.every": 1, "iterations": 1})
     events: list[Any] = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     run = train(recipe, out=tmp_path / "png", device="cpu", on_event=events.append)
     assert load_run(tmp_path / "png") == run, "a picture costs no result"
     (said,) = [event.text for event in events if isinstance(event, Notice)]

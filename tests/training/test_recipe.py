@@ -76,6 +76,13 @@ def test_overrides_are_toml_values(override: str, field: str, value: Any, file: 
     assert getattr(load_recipe(file, [override]).optim, field) == value
 
 
+def test_the_mark_that_windows_puts_before_a_text_is_none_of_it(file: Path, tmp_path: Path) -> None:
+    marked = tmp_path / "marked.toml"
+    marked.write_text(file.read_text(), encoding="utf-8-sig", newline="\r\n")
+    assert marked.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert load_recipe(marked) == load_recipe(file)
+
+
 def test_one_override_may_be_a_text(file: Path) -> None:
     assert load_recipe(file, "optim.lr=0.05") == load_recipe(file, ["optim.lr=0.05"])
 

@@ -50,6 +50,12 @@ def test_every_combination_is_a_run_of_its_own(tiny: Any, tmp_path: Path) -> Non
     assert len({run.summary["test_loss"] for run in runs}) == 8
 
 
+def test_a_folders_name_is_no_longer_than_file_systems_allow(tiny: Any) -> None:
+    said = r"by its values, and freeze=\S{53}\.\.\. has 334 bytes, more than the 255 that a name may have"
+    with pytest.raises(RecipeError, match=said):
+        plan_sweep(tiny(), {"freeze": [["fc.*"] * 80]})
+
+
 def test_seeds_and_grids_may_be_numpys(tiny: Any, tmp_path: Path) -> None:
     plain = plan_sweep(tiny(), {"optim.lr": [0.01, 0.1], "data.batch_size": [64]}, [0, 1])
     grid: Any = {"optim.lr": np.array([0.01, 0.1]), "data.batch_size": np.array([64])}

@@ -2,6 +2,7 @@
 what it needs, so that `condzoo --help` answers at once."""
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -207,8 +208,8 @@ for other in (
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every foreseen failure is one line on stderr and an exit code, not a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) == "strict":  # a path may have letters that the terminal's encoding has not
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a path may have letters that the encoding has not
     given = [with_home(text) for text in (sys.argv[1:] if args is None else args)]
     with first_of_processes_speaks():
         try:

@@ -28,13 +28,13 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; names the file.
     """
-    real = Path(os.path.realpath(path))
-    temporary = real.with_name(f".{real.name}.tmp")
     with naming(path):
-        real.parent.mkdir(parents=True, exist_ok=True)
-        if real.exists() and not real.is_file():  # /dev/stdout, a pipe
-            real.write_bytes(content)
+        if path.exists() and not path.is_file():  # /dev/stdout, a pipe: what it leads to may have no path of its own
+            path.write_bytes(content)
             return
+        real = Path(os.path.realpath(path))
+        temporary = real.with_name(f".{real.name}.{os.getpid()}.tmp")  # shards of a sweep may draw one picture
+        real.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(content)
             temporary.replace(real)

@@ -6,11 +6,11 @@ layers together.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from condzoo.paths import expanded
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.records import Fractions, Records, fractions, loaded
 
@@ -30,9 +30,8 @@ def open_writer(folder: str | Path, *, start_step: int | None) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("TensorBoard is not installed; pip install 'condzoo[tensorboard]'") from error
-    return SummaryWriter(
-        str(expanded(folder)), purge_step=start_step
-    )  # 0 also marks: a folder's first mark only begins it
+    # Not by way of a Path, which "s3://" leaves as "s3:/". 0 also marks: a folder's first mark only begins it.
+    return SummaryWriter(os.path.expanduser(folder), purge_step=start_step)
 
 
 def write_tensorboard(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from condzoo.probe import Probe, measure, read_records, write_tensorboard
 from condzoo.probe.records import append_record
+from condzoo.probe.tensorboard import open_writer
 
 pytest.importorskip("tensorboard")
 
@@ -121,3 +122,10 @@ def test_without_tensorboard_the_error_says_how_to_install_it(kit, tmp_path, mon
         Probe(kit.build("mlp"), tensorboard=tmp_path),
     ):
         pass
+
+
+def test_an_address_stays_one_and_a_tilde_is_the_home(monkeypatch):
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda folder, purge_step: folder)
+    monkeypatch.setenv("HOME", "/home/me")
+    for folder, expected in (("s3://bucket/run", "s3://bucket/run"), ("~/run", "/home/me/run")):
+        assert open_writer(folder, start_step=None) == expected

@@ -82,6 +82,7 @@ def _extremes(h: Tensor) -> Tensor:
 
     On a CPU a sum is quickest, and waits for nothing; one that finite numbers overflow says nothing.
     """
-    if h.device.type == "cpu" and math.isfinite(total := h.sum()):
-        return total
-    return torch.stack(torch.aminmax(h))
+    with torch._C.DisableTorchFunction():  # modes, of a user's or `function_calls`, see the network alone
+        if h.device.type == "cpu" and math.isfinite(total := h.sum()):
+            return total
+        return torch.stack(torch.aminmax(h))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def write_whole(path: Path, content: bytes) -> None:
         real.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(content)
+            if real.exists():
+                with contextlib.suppress(OSError):  # some file systems have no permissions
+                    shutil.copymode(real, temporary)
             temporary.replace(real)
         finally:
             temporary.unlink(missing_ok=True)

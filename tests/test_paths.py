@@ -33,3 +33,11 @@ def test_a_folder_is_no_file(tmp_path):
     for path in (tmp_path, Path("/")):
         with pytest.raises(IsADirectoryError, match=f"'{path}'$"):
             write_whole(path, b"content")
+
+
+def test_a_private_file_stays_private(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"before")
+    path.chmod(0o600)
+    write_whole(path, b"content")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"content", 0o600)

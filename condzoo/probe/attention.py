@@ -6,8 +6,10 @@ torch.nn.functional; while a watched module runs, another function in its place 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +31,37 @@ _original: Any = F.linear
 
 
 def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
-    """The weights that are whole parameters, as linear layers that share them, by their local names."""
-    if attention.in_proj_weight is not None:
-        return {"in_proj": _layer(attention.in_proj_weight, attention.in_proj_bias)}
-    separate = {"q_proj": attention.q_proj_weight, "k_proj": attention.k_proj_weight, "v_proj": attention.v_proj_weight}
+    """The weights that are whole parameters, or computed, as linear layers that share them, by their local names."""
+    packed = _held(attention, "in_proj_weight")
+    if packed is not None:
+        return {"in_proj": _layer(packed, _held(attention, "in_proj_bias"))}
+    separate = {f"{x}_proj": _held(attention, f"{x}_proj_weight") for x in "qkv"}
     parts = dict(zip(separate, _biases(attention), strict=True))
     return {name: _layer(weight, parts[name]) for name, weight in separate.items() if weight is not None}
+
+
+def _is_computed(module: nn.Module, name: str) -> bool:
+    """Whether a parametrization computes this, anew each time it is read.
+
+    That may change what it is computed from (spectral_norm's vectors), so that nothing here reads it.
+    """
+    return name in getattr(module, "parametrizations", ())
+
+
+def _held(attention: nn.MultiheadAttention, name: str) -> Tensor | None:
+    """A weight or bias as it is now; in place of one that is computed a tensor of its shape, without values."""
+    if not _is_computed(attention, name):
+        held: Tensor | None = getattr(attention, name)
+        return held
+    width = attention.embed_dim
+    shapes = {
+        "in_proj_weight": (3 * width, width),
+        "q_proj_weight": (width, width),
+        "k_proj_weight": (width, attention.kdim),
+        "v_proj_weight": (width, attention.vdim),
+        "in_proj_bias": (3 * width,),
+    }
+    return torch.empty(shapes[name], device="meta")
 
 
 def split_biases(model: nn.Module) -> None:
@@ -42,27 +69,30 @@ def split_biases(model: nn.Module) -> None:
 
     The attention reads a tensor computed from them, so that derivatives with respect to a projection's own bias exist.
     """
-    done: dict[int, tuple[list[nn.Parameter], Tensor]] = {}  # by the bias, which several attentions may share
+    done: dict[int, tuple[list[Any], Tensor]] = {}  # by the bias, which several attentions may share
     for attention in model.modules():
-        bias = attention._parameters.get("in_proj_bias") if isinstance(attention, nn.MultiheadAttention) else None
-        if bias is None or attention.in_proj_weight is not None:
+        if not isinstance(attention, nn.MultiheadAttention):
+            continue
+        bias = attention._parameters.get("in_proj_bias")
+        if bias is None or _held(attention, "in_proj_weight") is not None:
             continue
         if id(bias) not in done:
             with torch.enable_grad():
-                own = [nn.Parameter(part.detach().clone()) for part in bias.chunk(3)]
+                own: list[Any] = [nn.Parameter(part.detach().clone()) for part in bias.chunk(3)]
                 done[id(bias)] = own, torch.cat(own)
         del attention.in_proj_bias
-        parts, attention.in_proj_bias = done[id(bias)]
+        parts, vars(attention)["in_proj_bias"] = done[id(bias)]
         for name, part in zip(_SPLIT, parts, strict=True):
             attention.register_parameter(name, part)
 
 
 def _biases(attention: nn.MultiheadAttention) -> list[Any]:
     """Of queries, keys and values: parameters, slices of one, or None."""
-    if attention.in_proj_bias is None:
+    bias = _held(attention, "in_proj_bias")
+    if bias is None:
         return [None] * 3
     own = [attention._parameters.get(name) for name in _SPLIT]
-    return list(attention.in_proj_bias.detach().chunk(3)) if None in own else own
+    return list(bias.detach().chunk(3)) if None in own else own
 
 
 def parts_of(name: str) -> list[str]:
@@ -73,22 +103,47 @@ def parts_of(name: str) -> list[str]:
 
 
 def packed_weights(attention: nn.MultiheadAttention) -> dict[str, Tensor | None]:
-    """The weights as they are now (sharded training puts others in their place), by the local names of layers."""
-    separate = {f"{x}_proj": getattr(attention, f"{x}_proj_weight") for x in "qkv"}
-    return {"in_proj": attention.in_proj_weight, "out_proj": attention.out_proj.weight, **separate}
+    """The weights as they are now (sharded training puts others in their place), by the local names of layers.
+
+    None in place of those that are not there or computed: `watch_computed_inside` reports these.
+    """
+    weights = _weights(attention)
+    return {local: None if _is_computed(*at) else getattr(*at) for local, at in weights.items()}
+
+
+def watch_computed_inside(
+    attention: nn.MultiheadAttention, report: Callable[[str, Tensor], None]
+) -> list[RemovableHandle]:
+    """Report (local name of the layer, weight) each time a parametrization has computed the weight of one."""
+    return [
+        module.parametrizations[name].register_forward_hook(Hook(partial(_report_computed, report, local)))
+        for local, (module, name) in _weights(attention).items()
+        if _is_computed(module, name)
+    ]
+
+
+def _report_computed(report: Callable[[str, Tensor], None], local: str, _: Any, args: Any, weight: Tensor) -> None:
+    report(local, weight)
+
+
+def _weights(attention: nn.MultiheadAttention) -> dict[str, tuple[Any, str]]:
+    """Where each weight is, by the local name of the layer: a module, and the attribute's name."""
+    inside: dict[str, tuple[Any, str]] = {f"{x}_proj": (attention, f"{x}_proj_weight") for x in ("in", "q", "k", "v")}
+    return inside | {"out_proj": (attention.out_proj, "weight")}
 
 
 def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[RemovableHandle]:
     """Report (layer name, module, input, output) of each projection while `attention` runs."""
     layers = projections(attention)
     called: list[nn.Module] = []  # the output projection, while a subclass calls it: its own hooks see that
+    computed: WeakValueDictionary[str, Tensor] = WeakValueDictionary()  # by local name, as last computed
 
     def watcher(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> None:
         if in_transform():  # which weight this is cannot be told; all of them are in it
             for each, layer in {**layers, "out_proj": attention.out_proj}.items():
                 report(f"{name}.{each}" if name else each, layer, x, h)
             return
-        local = _local_name(attention, weight)
+        local = _local_name(attention, weight, computed)
         if local is not None and not called:
             layer = attention.out_proj if local == "out_proj" else layers.get(local) or _layer(weight, bias)
             report(f"{name}.{local}" if name else local, layer, x, h)
@@ -102,6 +157,7 @@ def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[R
         _put_linear()
 
     return [
+        *watch_computed_inside(attention, computed.__setitem__),
         attention.register_forward_pre_hook(Hook(before)),
         attention.register_forward_hook(Hook(after), always_call=True, prepend=True),
         attention.out_proj.register_forward_pre_hook(Hook(lambda module, args: called.append(module))),
@@ -133,16 +189,17 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return h
 
 
-def _local_name(attention: nn.MultiheadAttention, weight: Tensor) -> str | None:
-    if weight is attention.out_proj.weight:
+def _local_name(attention: nn.MultiheadAttention, weight: Tensor, computed: Mapping[str, Tensor]) -> str | None:
+    weights = packed_weights(attention) | dict(computed)
+    if weight is weights["out_proj"]:
         return "out_proj"
-    packed = attention.in_proj_weight
+    packed = weights["in_proj"]
     if packed is None:
-        return next((n for n, layer in projections(attention).items() if layer.weight is weight), None)
+        return next((local for local, own in weights.items() if own is weight), None)
     if weight.untyped_storage().data_ptr() != packed.untyped_storage().data_ptr():
         return None
     width = attention.embed_dim
-    first = (weight.storage_offset() - packed.storage_offset()) // (packed.shape[1] * width)
+    first = (weight.storage_offset() - packed.storage_offset()) // (packed.stride(0) * width)
     return _PARTS.get((first, first + weight.shape[0] // width))
 
 

@@ -118,7 +118,7 @@ def _leading(x: Any, inside: bool) -> Iterator[int]:
     """The leading dimensions of the tensors in an argument; of those in dataclasses only with `inside`."""
     if isinstance(x, Tensor):
         if x.ndim:
-            yield x.shape[0]
+            yield x.size(0)  # a nested tensor has no shape
     elif isinstance(x, PackedSequence):
         yield int(x.batch_sizes[0])
     elif isinstance(x, (tuple, list)) and x and all(map(_is_sample, x)):
@@ -140,7 +140,7 @@ def _is_sample(x: Any) -> bool:
 
 
 def _is_image(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] <= CHANNELS
+    return isinstance(x, Tensor) and x.ndim == 3 and x.size(0) <= CHANNELS
 
 
 def _kinds(x: Any) -> str:

@@ -22,7 +22,7 @@ from condzoo.probe.attention import has_bias, stop, watch
 from condzoo.probe.calls import called_on, unreadable
 from condzoo.probe.correlations import correlates, patch_gram, pieces, positions
 from condzoo.probe.function_calls import FunctionCalls
-from condzoo.probe.hooks import Hook, remove
+from condzoo.probe.hooks import Hook, apart, remove
 from condzoo.probe.inner_products import InnerProducts, Watch
 from condzoo.probe.layer_sums import LayerSums
 from condzoo.probe.layers import CONVS, Conv, has_own_forward, input_columns, is_measured, output_columns, with_constant
@@ -32,7 +32,7 @@ from condzoo.probe.origins import Origin
 from condzoo.probe.patches import padded_inside
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.relu_calls import ReluCalls
-from condzoo.probe.repetitions import Batch, Calls
+from condzoo.probe.repetitions import Batch, Calls, within_backward
 from condzoo.probe.views import watch_gradient
 from condzoo.probe.wrappers import named_modules
 
@@ -64,6 +64,7 @@ class Capture:
         kappa: full spectra are wanted, not the largest eigenvalues alone.
         counts_neurons: count units of the `relus`, and of ReLUs called as functions.
         recording: read forwards at all.
+        repeats: read forwards within a backward pass in any case: they repeat one that was recorded.
         gradients: read the gradients of the backwards that follow.
         further: the gradient is one more class of rows already counted.
         trains: of a `Probe`, which reads training steps: the passes of a measurement at rest are not its.
@@ -88,6 +89,7 @@ class Capture:
     kappa: bool = True
     counts_neurons: bool = True
     recording: bool = True
+    repeats: bool = False
     gradients: bool = True
     further: bool = False
     trains: bool = False
@@ -109,7 +111,8 @@ class Capture:
 
     def __post_init__(self) -> None:
         """The mode that sees ReLUs and layers that are called as functions."""
-        self._functions = FunctionCalls(self.layers, self._count_units, self._on_layer, self._products.note)
+        count, read = partial(apart, self._count_units), partial(apart, self._on_layer)
+        self._functions = FunctionCalls(self.layers, count, read, self._products.note)
 
     def look_at(self, layers: dict[str, nn.Module]) -> None:
         """Read these layers and all ReLUs and attentions that the model has now; for while the hooks are off."""
@@ -158,7 +161,7 @@ class Capture:
 
     def detach(self) -> None:
         """Take the hooks off, and what they put on if they did not get to end it; graphs still alive do not record."""
-        self.recording = self.gradients = False
+        self.recording = self.repeats = self.gradients = False
         remove(self._outer)
         remove(self._inner)
         self._functions.stop()
@@ -225,7 +228,7 @@ class Capture:
         is_part = local != "out_proj" and f"{inside}.in_proj".lstrip(".") in self.layers
         if name in self.layers or is_part:
             self.layers.setdefault(name, layer)  # a part of a packed weight is known only once it is used
-            self._on_layer(name, layer, x, h)
+            apart(self._on_layer, name, layer, x, h)
 
     def _on_gradient(self, module: nn.Module, moment: RunningMoment, scale: float, grad_h: Tensor) -> None:
         if not self.gradients:
@@ -245,7 +248,7 @@ class Capture:
 
     def _reads(self, name: str, *, at_once: bool = False) -> Batch | None:
         """The batch of this call if it is recorded: in training, and no repetition of one that was (checkpointing)."""
-        if not self.recording or (self.trains and at_rest()):
+        if not (self.recording or (self.repeats and within_backward())) or (self.trains and at_rest()):
             return None
         batch = self._calls.counts(name, Batch(self.batch, self.scale), at_once=at_once)
         if self._calls.waiting[name]:

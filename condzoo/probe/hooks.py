@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 
@@ -19,7 +20,7 @@ class Hook:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
-        return self.function(*args, **kwargs)
+        return apart(self.function, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What a copy is made of."""
@@ -40,6 +41,18 @@ def output_sizes(modules: Iterable[nn.Module]) -> Iterator[list[int]]:
         yield counts
     finally:
         remove(handles)
+
+
+def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function outside of the modes that see every operation of the network around.
+
+    Selective checkpointing numbers the products of a forward pass in such a mode; ones that are not repeated in the
+    backward pass would shift the numbers of those that follow.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        return function(*args, **kwargs)
+    with _disable_current_modes():
+        return function(*args, **kwargs)
 
 
 def remove(handles: list[RemovableHandle]) -> None:

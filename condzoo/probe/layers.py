@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from condzoo.probe.attention import projections
 from condzoo.probe.patches import unfolded
@@ -30,6 +31,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CHANNELS_FIRST = (*CONVOLUTIONS, *TRANSPOSED)
 MEASURED = (nn.Linear, *CHANNELS_FIRST)
 PLAIN = {kind.forward for kind in MEASURED}
+NAMED_BY_LAYERS = (nn.MultiheadAttention, ParametrizationList)  # whose own matrices are those of layers
 LINEAR_OF_OTHERS = {"transformers.pytorch_utils.Conv1D"}  # GPT-2's, whose weight is [in, out]
 
 ROWS_A_PIECE = 64  # rows of a linear layer multiplied together before float64 takes over
@@ -139,9 +141,10 @@ def _reason(module: nn.Module) -> str | None:
     for classes, why in REASONS:
         if isinstance(module, classes):
             return f"{type(module).__name__}: {why}"
-    if is_measured(module) or any(True for _ in module.children()):
+    if is_measured(module) or isinstance(module, NAMED_BY_LAYERS):
         return None
-    if any(p.ndim >= 2 for p in own):
+    # Beside layers a matrix may be a table of positions; beside an activation it is what the module multiplies by.
+    if any(p.ndim >= 2 for p in own) and not any(True for child in module.children() for _ in child.parameters()):
         return f"{type(module).__name__} is not a linear or convolution layer"
     return None
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from condzoo.probe import label_models, losses
+from condzoo.probe.attention import watch_computed_inside
 from condzoo.probe.batches import batch_size, call, on_device
 from condzoo.probe.capture import Capture
 from condzoo.probe.conditioning import Conditioning
@@ -80,10 +81,16 @@ class Passes:
         self.computed.clear()
         layers = {name: m for name, m in self.capture.layers.items() if name not in self.weights}
         handles = [watch_computed(module, partial(self._note_computed, name)) for name, module in layers.items()]
+        for name, attention in self.capture.attentions.items():
+            handles += watch_computed_inside(attention, partial(self._note_inside, name))
         try:
             return call(self.model, x)
         finally:
             remove(handles)
+
+    def _note_inside(self, name: str, local: str, weight: Tensor) -> None:
+        if (layer := f"{name}.{local}".lstrip(".")) in self.capture.layers:
+            self._note_computed(layer, weight)
 
     def _note_computed(self, name: str, weight: Tensor | None) -> None:
         if weight is None or not weight.is_floating_point():

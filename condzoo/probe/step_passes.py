@@ -53,13 +53,15 @@ class StepPasses:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Put the hooks on, after forgetting all that was seen."""
+        """Put the hooks on, and those of the capture and the weights, after forgetting what passes were seen."""
         self.count = self.samples = 0
         self._told = self._ended = False
         self._running.clear()
         self._waiting.clear()
         self._backwards.clear()
         self._handles.append(self.model.register_forward_pre_hook(Hook(self._before), with_kwargs=True))
+        self.weights.attach()
+        self.capture.attach()  # of a network that is a layer itself the call is read before it is over
         self._handles.append(self.model.register_forward_hook(Hook(self._returned)))
         self._handles.append(self.model.register_forward_hook(Hook(self._over), always_call=True))
 
@@ -93,7 +95,7 @@ class StepPasses:
         self.capture.recording = module.training and torch.is_grad_enabled() and not in_transform()
         repeated = self.count > 0 and torch._C._current_graph_task_id() != -1  # by checkpointing
         if self.capture.recording and not repeated:
-            self._running[-1] = self._start([args, kwargs]), True
+            self._running[-1] = self._start([args, kwargs]), self._running[-1][1]
 
     def _returned(self, *_: Any) -> None:
         if self._running:
@@ -127,6 +129,7 @@ class StepPasses:
         undo()
         undo_weights()
         self.count, self.samples = count, samples
+        self.capture.repeats = count > 0
 
     def _start(self, batch: Any) -> Callable[[], None]:
         """Begin a pass over this batch; returns what forgets it."""
@@ -134,7 +137,7 @@ class StepPasses:
         forget = self._snapshot()
         self._waiting.append(forget)
         samples = batch_size(batch)
-        self.capture.recording = True
+        self.capture.recording = self.capture.repeats = True
         self.capture.begin(samples, scale=float(samples) if self.mean else 1.0)
         if not self.count:
             self.on_first()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from condzoo.probe.attention import packed_weights
+from condzoo.probe.attention import packed_weights, watch_computed_inside
 from condzoo.probe.hooks import Hook, remove
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.weights import Norms, norms_of, own_weight, watch_computed, widened
@@ -39,7 +39,9 @@ class StepWeights:
         self.norms: dict[str, Norms] = {}
         self.grads: dict[str, Tensor] = {}
         self.split: set[str] = set()
-        self._seen: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}  # the weights that are whole at rest
+        self._seen: dict[str, Tensor] = {}  # of those in their place, the last one each
+        self._run: set[str] = set()  # whose layer has run in this step
         self._passes: dict[str, set[int]] = defaultdict(set)
         self._outer: list[int] = []  # backward passes that run now and have run a forward: checkpointing, reentrant
         self._handles: list[RemovableHandle] = []
@@ -52,36 +54,43 @@ class StepWeights:
             self._handles.append(watch_computed(module, partial(self._look, name)))
             weight = own_weight(module) if self.measured else None
             if weight is not None and weight.ndim > 1 and not _is_split(weight):
+                self._own[name] = weight
                 self._watch(name, weight)
         for name, attention in self.attentions.items():
             self._handles.append(attention.register_forward_pre_hook(Hook(partial(self._before_attention, name))))
+            self._handles += watch_computed_inside(attention, partial(self._look_inside, name))
 
     def detach(self) -> None:
         """Take the hooks off."""
         remove(self._handles)
+        self._own.clear()
         self._seen.clear()
 
     def clear(self) -> None:
         """Forget what was seen."""
         self.norms, self.grads = {}, {}
         self.split.clear()
+        self._run.clear()
         self._passes.clear()
         self._outer.clear()
 
     def snapshot(self) -> Callable[[], None]:
         """What undoes all that will be seen from here on, should the pass that follows raise."""
-        norms, grads = dict(self.norms), dict(self.grads)
+        norms, grads, run = dict(self.norms), dict(self.grads), set(self._run)
         passes = defaultdict(set, {name: set(ids) for name, ids in self._passes.items()})
-        return partial(self._undo, norms, grads, passes)
+        return partial(self._undo, norms, grads, run, passes)
 
-    def _undo(self, norms: dict[str, Any], grads: dict[str, Tensor], passes: defaultdict[str, set[int]]) -> None:
-        self.norms, self.grads, self._passes = norms, grads, passes
+    def _undo(
+        self, norms: dict[str, Any], grads: dict[str, Tensor], run: set[str], passes: defaultdict[str, set[int]]
+    ) -> None:
+        self.norms, self.grads, self._run, self._passes = norms, grads, run, passes
         self._outer.clear()  # none runs any more, and one that raised has not taken itself out
 
     def measure(self) -> None:
         """The norms of all weights that are whole at rest; the others follow when their layers run."""
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            self.norms |= norms_of(self.layers, self._seen)
+            self.norms |= norms_of(self.layers, self._own)
+        self._run.clear()
 
     def mean_gradients(self) -> dict[str, Tensor]:
         """The gradients' mean over the backward passes, as of n accumulated batches the mean loss has it."""
@@ -94,24 +103,31 @@ class StepWeights:
 
     def _before_attention(self, name: str, attention: nn.MultiheadAttention, args: tuple[Any, ...]) -> None:
         for local, weight in packed_weights(attention).items():
-            if (layer := f"{name}.{local}".lstrip(".")) in self.layers:
-                self._look(layer, weight)
+            self._look_inside(name, local, weight)
+
+    def _look_inside(self, name: str, local: str, weight: Tensor | None) -> None:
+        if (layer := f"{name}.{local}".lstrip(".")) in self.layers:
+            self._look(layer, weight)
 
     def _look(self, name: str, weight: Tensor | None) -> None:
-        if weight is None or weight is self._seen.get(name) or at_rest() or in_transform():
+        if weight is None or at_rest() or in_transform():
+            return
+        first = name not in self._run
+        self._run.add(name)
+        if weight is self._own.get(name) or weight is self._seen.get(name):
             return
         if _is_split(weight):
             self.split.add(name)
             return
         if not self.measured or not weight.is_floating_point():  # the codes of a quantized weight have no norms
             return
+        self._seen[name] = weight
         self._watch(name, weight)
-        if name not in self.norms:
+        if first or name not in self.norms:  # at rest it may have been another's, as where one is generated
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 self.norms |= norms_of(self.layers, {name: weight})
 
     def _watch(self, name: str, weight: Tensor) -> None:
-        self._seen[name] = weight
         if weight.requires_grad:
             self._handles.append(weight.register_hook(partial(self._add, name)))
 

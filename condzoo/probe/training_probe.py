@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from condzoo.paths import expanded
 from condzoo.probe import distributed
 from condzoo.probe.arguments import checked, positive, whole_number
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.files import expanded
 from condzoo.probe.finishing import finish
 from condzoo.probe.layers import choose
 from condzoo.probe.passes import coarsest
@@ -26,7 +26,7 @@ from condzoo.probe.step_passes import StepPasses
 from condzoo.probe.step_weights import StepWeights
 from condzoo.probe.tensorboard import open_writer, write_tensorboard
 from condzoo.probe.weights import norms_of, widened
-from condzoo.probe.wrappers import refuse_threads, structure, uncompiled, unwrapped
+from condzoo.probe.wrappers import refuse_scripted, refuse_threads, structure, uncompiled, unwrapped
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -103,6 +103,7 @@ class Probe:
         positive("loss_scale", loss_scale)
         refuse_threads(model)
         model = unwrapped(model)
+        refuse_scripted(model)
         self.model, self.every, self.reduction, self.loss_scale = model, every, reduction, loss_scale
         self.softmax = softmax
         self.path = None if out is None else expanded(out) / FILE_NAME
@@ -201,8 +202,6 @@ class Probe:
         self._capture.clear()
         self._capture.recording, self._capture.gradients = False, True
         self._passes.attach()
-        self._weights.attach()
-        self._capture.attach()
         self._eager.enter_context(uncompiled())
 
     def _detach(self) -> None:

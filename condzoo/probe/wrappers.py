@@ -49,6 +49,15 @@ def refuse_threads(model: nn.Module) -> None:
         raise ValueError(IN_THREADS)
 
 
+def refuse_scripted(model: nn.Module) -> None:
+    """A ValueError where a model runs outside Python, where nothing sees its forward pass."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"the model is a {type(model).__name__}, which takes no hooks; train the module that torch.jit.script or "
+            "torch.jit.trace was given"
+        )
+
+
 def refuse_replica(module: nn.Module) -> None:
     """A ValueError where this is one of those copies: they have the hooks of the model, which may know no wrapper."""
     if getattr(module, "_is_replica", False):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from condzoo.probe import Probe, measure
 
@@ -169,3 +170,97 @@ def test_a_packed_projection_in_parts_is_not_said_to_be_uncalled():
     assert (
         found.skipped["attention.in_proj"] == "its parts are layers of their own: attention.q_proj, attention.kv_proj"
     )
+
+
+class Attends(nn.Module):
+    """Attention of one kind, on tokens or between them and others."""
+
+    def __init__(self, kind):
+        super().__init__()
+        sizes = {"kdim": 4, "vdim": 4} if kind == "separate" else {}
+        self.attention, self.head = nn.MultiheadAttention(WIDTH, 2, batch_first=True, **sizes), nn.Linear(WIDTH, 3)
+        self.kind = kind
+
+    def forward(self, x):
+        keys = {"self": x, "cross": 2 * x.flip(1), "separate": x[..., :4]}[self.kind]
+        return self.head(self.attention(x, keys, keys, need_weights=False)[0].mean(1))
+
+
+def computing(model, how):
+    """The attention's weights and bias computed by parametrizations of torch's."""
+    names = ["in_proj_weight"] if model.kind != "separate" else [f"{x}_proj_weight" for x in "qkv"]
+    for name in names:
+        getattr(parametrizations, how)(model.attention, name)
+    getattr(parametrizations, how)(model.attention.out_proj)
+    parametrize.register_parametrization(model.attention, "in_proj_bias", nn.Identity())
+    return model
+
+
+def plain(model):
+    """The same function without parametrizations."""
+    other = Attends(model.kind).double()
+    other.head.load_state_dict(model.head.state_dict())
+    pairs = (model.attention, other.attention), (model.attention.out_proj, other.attention.out_proj)
+    with torch.no_grad():
+        for computing, with_parameters in pairs:
+            for name in computing.parametrizations:
+                getattr(with_parameters, name).copy_(getattr(computing, name))
+        other.attention.out_proj.bias.copy_(model.attention.out_proj.bias)
+    return other
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "separate"])
+@pytest.mark.parametrize("how", ["spectral_norm", "weight_norm", "orthogonal"])
+@pytest.mark.parametrize("probed", [False, True])
+def test_projections_whose_weights_are_computed_are_those_of_the_plain_ones(kind, how, probed):
+    torch.manual_seed(0)
+    computed, (x, y) = computing(Attends(kind).double(), how), batch()
+    model, found = plain(computed.eval()).eval(), []
+    for network in (computed, model):
+        if probed:
+            with Probe(network.train(), bias=True) as probe, parametrize.cached():
+                network.attention.eval()  # spectral_norm's vectors are left alone: the weight is the plain one's
+                F.cross_entropy(network(x), y).backward()
+                probe.step()
+            found.append(probe.latest)
+        else:
+            found.append(measure(network, (x, y), bias=True))
+    one, other = found
+    assert list(one) == list(other)
+    assert len(one) == {"self": 3, "cross": 4, "separate": 5}[kind]
+    assert one.skipped == other.skipped
+    for name in other:
+        for side in ("input", "output_grad"):
+            a, b = getattr(one[name], side), getattr(other[name], side)
+            assert float((a.eigenvalues - b.eigenvalues).abs().max()) < 1e-10 * b.lambda_max
+        assert one[name].weight == (None if other[name].weight is None else pytest.approx(other[name].weight))
+        grad = other[name].weight_grad
+        assert one[name].weight_grad == (None if grad is None else pytest.approx(grad, rel=1e-9))
+
+
+@pytest.mark.parametrize("kind", ["self", "separate"])
+def test_weights_that_change_as_they_are_read_are_read_by_the_network_alone(kind):
+    def trained(every):
+        torch.manual_seed(0)
+        model, (x, y) = computing(Attends(kind).double(), "spectral_norm").train(), batch()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3) if every is None else ():
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        if every is not None:
+            with Probe(model, every=every) as probe:
+                for _ in range(3):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+                    probe.step()
+        return model
+
+    expected = trained(None)
+    for every in (0, 2):
+        found = trained(every).state_dict()
+        assert all(torch.equal(value, found[name]) for name, value in expected.state_dict().items())
+    losses = [measure(expected, batch()).loss for _ in range(2)]
+    x, y = batch()
+    assert losses == [float(F.cross_entropy(expected(x), y).detach())] * 2

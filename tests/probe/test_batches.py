@@ -442,3 +442,26 @@ def test_a_dataclass_is_looked_into_where_there_is_no_other_tensor():
     assert on_device(batch, torch.device("meta")).x.is_meta
     assert batch.x is x
     assert measure(model, (batch, y), certify=True).certificate["head"]["output_grad_lambda_max"] < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_has_as_many_samples_as_parts_and_what_reads_it_is_named(layout):
+    class Ragged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.head(torch.stack([part.mean(0) for part in torch.relu(self.inner(x)).unbind()]))
+
+    model, y = Ragged(), torch.tensor([0, 1, 3])
+    x = torch.nested.nested_tensor([torch.randn(t, 6) for t in (3, 5, 2)], layout=layout)
+    with Probe(model) as probe:
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    for found in (probe.latest, measure(model, [(x, y)])):
+        assert found.samples == 3
+        assert list(found) == ["head"]
+        assert "nested" in found.skipped["inner"]
+    assert batch_size((x, x)) == 3

@@ -1,10 +1,12 @@
 """`Probe` under activation checkpointing, which repeats forward passes within the backward pass."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from condzoo.probe import Probe
 
@@ -157,3 +159,47 @@ def test_passes_of_several_sizes_that_wait_together_under_reentrant_checkpoints_
             probe.step()
         assert set(probe.latest.skipped) == skipped
         assert all("use_reentrant=True" in why for why in probe.latest.skipped.values())
+
+
+class ByProducts(nn.Module):
+    """Attention as products of matrices, one layer's weight computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 6, bias=False) for _ in range(3))
+        self.out = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+
+    def forward(self, x):
+        return F.relu(self.out((self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("saved", ["bmm", "all products"])
+def test_activation_checkpointing_that_saves_some_products_trains_as_without_a_probe(saved, whole):
+    aten = torch.ops.aten
+    more = [] if saved == "bmm" else [aten.mm.default, aten.addmm.default, aten.sum.default, aten.gt.Scalar]
+    contexts = partial(create_selective_checkpoint_contexts, [aten.bmm.default, *more])
+
+    def trained(every, selective=True):
+        torch.manual_seed(0)
+        model = nn.Sequential(ByProducts(), ByProducts(), nn.Linear(6, 4)).double()
+        for module in ([model] if whole else list(model)) if selective else ():
+            body = type(module).forward.__get__(module)
+            module.forward = partial(checkpoint, body, use_reentrant=False, context_fn=contexts)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Probe(model, every=every) as probe:
+            for step in range(2):
+                x = torch.randn((12, 5, 6), generator=torch.Generator().manual_seed(step)).double()
+                optimizer.zero_grad()
+                F.cross_entropy(model(x).mean(1), torch.arange(12) % 4).backward()
+                optimizer.step()
+                probe.step()
+        return model.state_dict(), probe.latest
+
+    (alone, _), (probed, latest), (_, plain) = trained(0), trained(1), trained(1, selective=False)
+    assert all(torch.equal(value, probed[name]) for name, value in alone.items())
+    assert list(latest) == list(plain)
+    for name in plain:
+        a, b = latest[name], plain[name]
+        assert (a.samples, a.output_grad.rows) == (b.samples, b.output_grad.rows)
+        assert torch.allclose(a.output_grad.eigenvalues, b.output_grad.eigenvalues, rtol=1e-9, atol=1e-15)

@@ -193,3 +193,36 @@ def test_a_linear_layer_with_its_weight_transposed_has_the_same_curvature(matrix
     for block in (None, "0"):
         found, expected = (curvature(m, x, y, matrix, block=block).eigenvalues for m in (model, plain))
         assert float((found - expected).abs().max()) <= 1e-12 * float(expected[0])
+
+
+class Experts(nn.Module):
+    """A mixture's experts as one tensor each, as Hugging Face's are: the activation is the one module inside."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 4, 6)), nn.Parameter(torch.randn(3, 6, 4))
+        self.activation = activation
+
+    def forward(self, x):
+        h = self.activation(torch.einsum("nd,edo->eno", x, self.up))
+        return torch.einsum("eno,eod->end", h, self.down).mean(0)
+
+
+class Positioned(nn.Module):
+    """A table of positions beside layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.layer, self.drop = nn.Parameter(torch.randn(9, 4)), nn.Linear(4, 4), nn.Dropout()
+
+    def forward(self, x):
+        return self.drop(self.layer(x + self.positions))
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), F.gelu])
+def test_matrices_beside_an_activation_are_skipped_by_name_and_tables_beside_layers_are_not(activation):
+    last = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))  # its matrix is in a module beside one without any
+    model = nn.Sequential(nn.Linear(5, 4), Experts(activation), Positioned(), last)
+    found = measure(model, (torch.randn(9, 5), torch.arange(9) % 3))
+    assert list(found) == ["0", "2.layer", "3"]
+    assert found.skipped == {"1": "Experts is not a linear or convolution layer"}

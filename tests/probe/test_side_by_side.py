@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 from condzoo.probe import Probe, curvature, measure
 
@@ -116,3 +117,51 @@ def test_scripted_parts_are_skipped_by_name():
     c = measure(model, (torch.randn(6, 8), torch.randint(3, (6,))))
     assert list(c) == ["0", "2"]
     assert "1.0" in c.skipped
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_two_networks_that_share_a_trunk_have_their_own_rows_each(checkpointed):
+    class Task(nn.Module):
+        def __init__(self, trunk, classes):
+            super().__init__()
+            self.stem, self.trunk, self.head = nn.Linear(6, 6), trunk, nn.Linear(5, classes)
+
+        def forward(self, x):
+            h = self.stem(x)
+            return self.head(checkpoint(self.trunk, h, use_reentrant=False) if checkpointed else self.trunk(h))
+
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True))
+    models = [Task(trunk, 3).double(), Task(trunk, 2).double()]
+    batches = [(torch.randn(n, 6).double(), torch.arange(n) % k) for n, k in ((9, 3), (14, 2))]
+    alone = []
+    for model, (x, y) in zip(models, batches, strict=True):
+        with Probe(model) as probe:
+            F.cross_entropy(model(x), y).backward()
+            probe.step()
+        alone.append(probe.latest)
+    with Probe(models[0]) as first, Probe(models[1]) as second:
+        for model, (x, y) in zip(models, batches, strict=True):
+            F.cross_entropy(model(x), y).backward()
+        for model, (x, _) in zip(models, batches, strict=True):
+            model.trunk(model.stem(x)).sum().backward()  # a part, outside of a call of the network
+        first.step()
+        second.step()
+    for probe, expected in zip((first, second), alone, strict=True):
+        assert (probe.latest.samples, probe.latest.neurons) == (expected.samples, expected.neurons)
+        assert list(probe.latest) == list(expected)
+        for name in expected:
+            for side in ("input", "output_grad"):
+                a, b = getattr(probe.latest[name], side), getattr(expected[name], side)
+                assert (a.rows, a.eigenvalues.tolist()) == (b.rows, b.eigenvalues.tolist())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_network_that_is_scripted_as_a_whole_is_refused_by_a_probe_and_its_layers_are_named():
+    model = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))
+    with pytest.raises(
+        ValueError, match=r"the model is a RecursiveScriptModule, which takes no hooks; train the module"
+    ):
+        Probe(model)
+    found = measure(model, (torch.randn(6, 8), torch.arange(6) % 3))
+    assert (len(found), set(found.skipped)) == (0, {"0", "2"})

@@ -210,3 +210,51 @@ def test_a_function_whose_backward_passes_none_on_is_no_error(kit):
     for found in measurements(TwoHeads(stopped=True), kit.images(6, dtype=torch.float32)):
         assert list(found) == ["body", "head"]
         assert found.skipped == {"second": NO_GRADIENT}
+
+
+class Generating(nn.Module):
+    """Runs a layer on weights that another makes for it, or on its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.make, self.inner = nn.Linear(4, 20), nn.Linear(4, 5)
+
+    def weight(self):
+        return 3 * self.make.bias.reshape(5, 4)
+
+    def forward(self, x, own=False):
+        held = {} if own else {"weight": self.weight()}
+        return torch.func.functional_call(self.inner, held, (x,))
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_the_norms_of_a_weight_that_is_generated_are_of_the_one_that_runs(validated):
+    torch.manual_seed(0)
+    model, x, y = Generating().double(), torch.randn(12, 4).double(), torch.arange(12) % 5
+    weight = model.weight()
+    (grad,) = torch.autograd.grad(F.cross_entropy(F.linear(x, weight, model.inner.bias), y), weight)
+    with Probe(model) as probe:
+        if validated:
+            with torch.no_grad():
+                model(x, own=True)
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    found = probe.latest["inner"]
+    assert found.weight == pytest.approx(float(torch.linalg.matrix_norm(weight.detach(), 2)))
+    assert found.weight_grad == pytest.approx(float(torch.linalg.matrix_norm(grad, 2)))
+
+
+def test_a_weight_that_runs_again_after_another_has_its_gradient_once_a_pass():
+    torch.manual_seed(0)
+    model, x, y = Generating().double(), torch.randn(12, 4).double(), torch.arange(12) % 5
+    grads = []
+    for weight in (model.inner.weight, model.weight(), model.inner.weight):
+        value = F.cross_entropy(F.linear(x, weight, model.inner.bias), y)
+        grads.append(torch.autograd.grad(value, weight)[0])
+    with Probe(model) as probe:
+        for own in (True, False, True):
+            F.cross_entropy(model(x, own=own), y).backward()
+        probe.step()
+    found = probe.latest["inner"]
+    assert found.weight == pytest.approx(float(torch.linalg.matrix_norm(model.inner.weight.detach(), 2)))
+    assert found.weight_grad == pytest.approx(float(torch.linalg.matrix_norm(sum(grads) / 3, 2)))

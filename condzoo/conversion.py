@@ -37,7 +37,7 @@ from condzoo.models.last_bn_insertion import drops_by_call
 from condzoo.models.registry import FAMILIES
 from condzoo.models.timm_models import create_timm_model, current_name
 from condzoo.models.weight_files import in_float32, sha256
-from condzoo.paths import expanded
+from condzoo.probe.files import expanded
 
 OWN_ROOT = Path("converted")  # the repository's checkpoints/ holds what is released
 CALIBRATION_BATCH = 64

@@ -16,7 +16,7 @@ from condzoo.checkpoints.remeasuring import read_images
 from condzoo.data import IMAGE_FOLDER, DataSet, ImageData, StoredData, load_data
 from condzoo.models import create_model
 from condzoo.models.timm_models import current_name
-from condzoo.paths import expanded
+from condzoo.probe.files import expanded
 from condzoo.training import Evaluation, evaluate, evaluate_run, load_run
 from condzoo.training.precision import Numerics, resolve_device, usual_torch
 from condzoo.training.run_directory import MODEL, RECIPE, SUMMARY

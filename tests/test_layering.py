@@ -11,21 +11,20 @@ PACKAGE = Path(__file__).parents[1] / "condzoo"
 LEAVES = ("models", "data", "probe")
 # module or subpackage -> what of condzoo it may import besides itself
 ALLOWED = {
-    "models": {"paths"},
-    "data": {"paths"},
-    "probe": {"paths"},
+    "models": set(),
+    "data": set(),
+    "probe": set(),
     "integrations": {"probe"},
     "catalog": {"models"},
-    "training": {"models", "data", "probe", "exit_codes", "paths"},
-    "checkpoints": {"models", "data", "probe", "paths"},
+    "training": {"models", "data", "probe", "exit_codes"},
+    "checkpoints": {"models", "data", "probe"},
     "exit_codes": set(),
-    "paths": set(),
     "validation": {"models", "probe", "catalog", "checkpoints"},
-    "evaluating": {"models", "data", "catalog", "checkpoints", "training", "paths"},
+    "evaluating": {"models", "data", "catalog", "checkpoints", "training", "probe"},
     "probing": {"models", "data", "probe", "catalog", "checkpoints", "evaluating", "training"},
-    "conversion": {"models", "data", "catalog", "checkpoints", "paths"},
-    "release": {"models", "data", "probe", "catalog", "checkpoints", "training", "paths"},
-    "experiments": {"models", "data", "probe", "training", "paths"},
+    "conversion": {"models", "data", "catalog", "checkpoints", "probe"},
+    "release": {"models", "data", "probe", "catalog", "checkpoints", "training"},
+    "experiments": {"models", "data", "probe", "training"},
 }
 TOP = {"cli", "commands", "__main__", "__init__"}
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
-from condzoo.paths import expanded
+from condzoo.probe.files import expanded
 
 WEIGHTS, CONFIG, EXPECTED, SUMS, CARD = "model.safetensors", "config.json", "expected.json", "SHA256SUMS", "README.md"
 RECIPE, METRICS, CONDITIONING, PICTURE = "recipe.toml", "metrics.json", "conditioning.json", "conditioning.png"

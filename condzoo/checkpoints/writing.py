@@ -26,7 +26,7 @@ from condzoo.checkpoints.overview import TITLE, checkpoints_table
 from condzoo.checkpoints.remeasuring import EXPECTED_IMAGES, logits_of
 from condzoo.models import released
 from condzoo.models.weight_files import as_safetensors
-from condzoo.paths import expanded, naming
+from condzoo.probe.files import expanded, naming
 
 TAG = re.compile(r"[a-z0-9][a-z0-9_]*")
 KEPT_INPUT = ("input_size", "interpolation", "crop_pct", "mean", "std", "num_classes", "pool_size", "first_conv")

@@ -20,7 +20,6 @@ from condzoo.data.image_folder import load_image_folder
 from condzoo.data.memory import ImageData
 from condzoo.data.torchvision_sets import load_torchvision
 from condzoo.data.views import View
-from condzoo.paths import expanded
 
 DATA_ROOT_VARIABLE = "CONDZOO_DATA"
 IMAGE_FOLDER, HUB = "imagefolder", "hfds"
@@ -72,11 +71,11 @@ def data_roots(root: str | os.PathLike[str] | None = None) -> dict[str, Path]:
     An explicit root stands alone; without one, CONDZOO_DATA where it is set, then the user's cache.
     """
     if root is not None:
-        return {"the given data root": expanded(root)}
+        return {"the given data root": Path(os.path.expanduser(root))}
     roots = {}
     if os.environ.get(DATA_ROOT_VARIABLE):
-        roots[DATA_ROOT_VARIABLE] = expanded(os.environ[DATA_ROOT_VARIABLE])
-    cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        roots[DATA_ROOT_VARIABLE] = Path(os.path.expanduser(os.environ[DATA_ROOT_VARIABLE]))
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     return roots | {"the default": cache / "condzoo" / "data"}
 
 
@@ -116,7 +115,7 @@ def load_data(
     if name in (IMAGE_FOLDER, HUB):
         view = folder_view(image_size, eval_resize, interpolation)
         if name == HUB:
-            cache = None if root is None else expanded(root)
+            cache = None if root is None else Path(os.path.expanduser(root))
             if not dataset:
                 raise ValueError(
                     "data set 'hfds': which one is missing; a recipe says it in data.dataset, as a folder or a name on "

@@ -15,7 +15,7 @@ from condzoo.experiments.reductions import NOT_IMAGENET, folder_read, folder_red
 from condzoo.experiments.schema import Experiment, InitializationSettings, Settings, TheorySettings
 from condzoo.experiments.theory import collect_theory
 from condzoo.experiments.training import collect_trainings, digest, row_name, run_folder, runs_folder
-from condzoo.paths import expanded
+from condzoo.probe.files import expanded
 from condzoo.training.distributed import launched
 from condzoo.training.events import OnEvent
 from condzoo.training.many_runs import ENGINES

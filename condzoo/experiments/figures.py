@@ -14,7 +14,7 @@ from condzoo.experiments import curve_figures, matrix_figures, training_figures
 from condzoo.experiments.made import made_on
 from condzoo.experiments.reductions import NOT_IMAGENET, reductions_of
 from condzoo.experiments.schema import Experiment
-from condzoo.paths import expanded, write_whole
+from condzoo.probe.files import expanded, write_whole
 from condzoo.probe.picture_style import usual_style
 
 DPI = 104

@@ -19,7 +19,6 @@ from filelock import FileLock
 from torch import Tensor
 
 from condzoo.models.weight_files import parse_weights, read_plain_file, sha256
-from condzoo.paths import expanded
 
 NUMBERS = re.compile(r"\d+")
 PACKAGE = Path(__file__).parents[1]
@@ -127,9 +126,10 @@ def checkpoint_folders() -> list[Path]:
 
 def cache_folder() -> Path:
     """CONDZOO_CACHE/checkpoints, else condzoo/checkpoints in the user's cache (XDG_CACHE_HOME, ~/.cache)."""
+    # os.path's, which leaves the ~ of a user without a home in place, where Path's raises
     if os.environ.get(CACHE_VARIABLE):
-        return expanded(os.environ[CACHE_VARIABLE]) / "checkpoints"
-    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "condzoo" / "checkpoints"
+        return Path(os.path.expanduser(os.environ[CACHE_VARIABLE])) / "checkpoints"
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "condzoo" / "checkpoints"
 
 
 def find_folder(release: Release) -> Path | None:

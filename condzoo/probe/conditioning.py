@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
-from condzoo.paths import expanded
+from condzoo.probe.files import expanded
 from condzoo.probe.kronecker import KroneckerSpectrum
 from condzoo.probe.neurons import Neurons
 from condzoo.probe.outliers import Outlier

@@ -18,9 +18,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from condzoo.paths import expanded
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.depth_plots import draw_units, widened
+from condzoo.probe.files import expanded
 from condzoo.probe.heatmaps import draw_heatmap, panels, places, value_range
 from condzoo.probe.picture_style import as_written, legend, run_style, save, usual_style
 from condzoo.probe.records import Records, loaded

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from condzoo.paths import expanded
 from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.files import expanded
 from condzoo.probe.serialization import dumps, from_record
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from condzoo.paths import write_whole
 from condzoo.probe.conditioning import Conditioning, LayerConditioning
+from condzoo.probe.files import write_whole
 from condzoo.probe.neurons import Neurons
 from condzoo.probe.spectra import Spectrum
 

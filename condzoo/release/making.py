@@ -20,7 +20,7 @@ from condzoo.checkpoints.writing import (
 )
 from condzoo.models import released
 from condzoo.models.weight_files import sha256
-from condzoo.paths import expanded
+from condzoo.probe.files import expanded
 from condzoo.probe.serialization import to_record
 from condzoo.release.checks import check_evaluations, check_every_seed, checked_run
 from condzoo.release.records import collect_metrics, input_fields, picture, seed_results

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from condzoo.paths import expanded
 from condzoo.probe import Probe
+from condzoo.probe.files import expanded
 from condzoo.training.diagnosis import diagnose
 from condzoo.training.distributed import Ranks, join, launched
 from condzoo.training.divergence import NonFinite

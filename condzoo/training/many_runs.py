@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from condzoo.paths import expanded
+from condzoo.probe.files import expanded
 from condzoo.training.attempts import RunOptions, attempt, finished_run
 from condzoo.training.distributed import ALONE, join, launched
 from condzoo.training.events import Message, OnEvent

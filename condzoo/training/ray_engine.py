@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from condzoo.data.sources import DATA_ROOT_VARIABLE
-from condzoo.paths import expanded
+from condzoo.probe.files import expanded
 from condzoo.training.attempts import RunOptions, attempt, failed
 from condzoo.training.events import Message, Notice
 from condzoo.training.recipe import parse_recipe, recipe_tables

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from condzoo.paths import expanded
+from condzoo.probe.files import expanded
 from condzoo.training.recipe_errors import RecipeError
 
 PACKAGE = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from torch import nn
 from condzoo import exit_codes
 from condzoo.data import Split
 from condzoo.models.weight_files import check_state, parse_weights, read_plain_file
-from condzoo.paths import expanded
+from condzoo.probe.files import expanded
 from condzoo.training.data_sets import class_count, image_shape, read_data
 from condzoo.training.evaluation import Evaluation, evaluate
 from condzoo.training.networks import network_of

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from condzoo.paths import expanded
+from condzoo.probe.files import expanded
 from condzoo.training.attempts import RunOptions, train_to_any_end
 from condzoo.training.events import OnEvent
 from condzoo.training.many_runs import run_all, run_all_here, unclaimed

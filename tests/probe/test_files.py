@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from condzoo.paths import expanded, write_whole
+from condzoo.probe.files import expanded, write_whole
 
 
 def test_only_a_tilde_in_front_is_the_home(monkeypatch):

@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from condzoo.integrations.settings import check_settings
 from condzoo.probe import Probe
@@ -58,6 +59,7 @@ class ProbeCallback(TrainerCallback):
         self.every, self.out, self.settings = every, out, settings
         self.probe: Probe | None = None
         self._batches, self._own_mean = 0, False
+        self._look_handle: RemovableHandle | None = None
         self._open = ExitStack()
 
     def on_train_begin(
@@ -86,7 +88,7 @@ class ProbeCallback(TrainerCallback):
         assert self.probe is not None
         self._batches, self._own_mean = 1, False
         if self.probe.due:
-            _at_next_output(self.probe.model, partial(self._look, args))
+            self._look_handle = _at_next_output(self.probe.model, partial(self._look, args))
 
     def _look(self, args: TrainingArguments, keywords: dict[str, Any], output: Any) -> None:
         """Whether the loss is the mean of one batch where the items of all accumulated ones were given to divide by."""
@@ -104,6 +106,8 @@ class ProbeCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The optimizer has moved."""
         assert self.probe is not None
+        if self._look_handle is not None:  # a loss of one's own may call parts of the model alone
+            self._look_handle.remove()
         self.probe.loss_scale = self.settings.get("loss_scale", 1.0) * self._factor(args)
         self.probe.step()
 
@@ -124,7 +128,7 @@ class ProbeCallback(TrainerCallback):
         self._open.close()
 
 
-def _at_next_output(model: nn.Module, look: Callable[[dict[str, Any], Any], None]) -> None:
+def _at_next_output(model: nn.Module, look: Callable[[dict[str, Any], Any], None]) -> RemovableHandle:
     """Call `look` with the keywords and the output of the model's next call in train mode, once."""
 
     def note(module: nn.Module, args: Any, keywords: dict[str, Any], output: Any) -> None:
@@ -133,6 +137,7 @@ def _at_next_output(model: nn.Module, look: Callable[[dict[str, Any], Any], None
             look(keywords, output)
 
     handle = model.register_forward_hook(Hook(note), with_kwargs=True)
+    return handle
 
 
 def _is_mean(output: Any) -> bool:
@@ -141,7 +146,7 @@ def _is_mean(output: Any) -> bool:
     A loss that is divided by the items of several batches is a sum over its own first. What nothing is known of is
     taken for such a one.
     """
-    loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
+    loss = output.get("loss") if isinstance(output, dict) else next(iter(output), None) if isinstance(output, tuple) else None
     nodes = [loss.grad_fn] if isinstance(loss, Tensor) and loss.grad_fn is not None else []
     found: set[int] = set()
     for _ in range(STEPS_BEFORE):

@@ -70,6 +70,8 @@ def as_pair(batch: Any, asked: nn.Module | None = None) -> tuple[Any, Any]:
 
 def _takes(model: nn.Module, keyword: str) -> bool:
     """Whether a model can be called with a keyword argument."""
+    if isinstance(model, torch.jit.ScriptModule):  # whose forward has no signature
+        return True
     parameters = inspect.signature(model.forward).parameters
     named = keyword in parameters and parameters[keyword].kind is not inspect.Parameter.POSITIONAL_ONLY
     return named or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

@@ -22,7 +22,7 @@ from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_on
 from condzoo.probe.narrow_draws import narrow_draws
 from condzoo.probe.passes import Passes
 from condzoo.probe.preserving import preserved
-from condzoo.probe.wrappers import refuse_threads, replica
+from condzoo.probe.wrappers import refuse_threads, replica, unwrapped
 
 
 def measure(
@@ -111,7 +111,7 @@ def measure(
         capture.attach()
         try:
             for batch in each(batches, adapted=adapter is not None):
-                x, y = as_pair(batch, model if loss is None else None) if adapter is None else adapter(batch)
+                x, y = as_pair(batch, unwrapped(model) if loss is None else None) if adapter is None else adapter(batch)
                 first = first or [(x, y)]
                 run.one(x, y)
         finally:

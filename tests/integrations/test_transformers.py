@@ -248,6 +248,24 @@ def test_a_run_that_an_exception_ended_has_its_probe_closed_by_the_next_run_of_t
         ended.probe.step()
 
 
+def test_a_loss_that_calls_parts_of_the_model_alone_leaves_no_hook(tmp_path):
+    from condzoo.integrations.transformers import ProbeCallback
+
+    model, callback = nn.Sequential(nn.Linear(4, 2)), ProbeCallback(every=1)
+    args, state = transformers.TrainingArguments(tmp_path, use_cpu=True), transformers.TrainerState()
+    callback.on_train_begin(args, state, None, model=model)
+    own = len(model._forward_hooks)
+    for _ in range(3):
+        callback.on_step_begin(args, state, None)
+        assert len(model._forward_hooks) == own + 1
+        model[0](torch.ones(3, 4)).sum().backward()
+        with pytest.warns(RuntimeWarning, match="no forward pass in train mode"):
+            callback.on_step_end(args, state, None)
+        assert len(model._forward_hooks) == own
+    callback.on_train_end(args, state, None)
+    assert not model._forward_hooks
+
+
 def test_data_parallel_is_refused(tmp_path):
     from condzoo.integrations.transformers import ProbeCallback
 

@@ -91,6 +91,7 @@ def test_labels_reach_a_model_whose_forward_takes_them_alone(expected):
         found = measure(model.double(), {"pixel_values": x, "labels": y})
         same(found, expected, 4.0)
     same(measure(Keyword(factor=2.0).double(), {"pixel_values": x, "label": y}), expected, 4.0)
+    same(measure(torch.compile(Plain().double(), backend="eager"), {"x": x, "labels": y}), expected)
 
 
 def test_labels_of_the_model_come_from_its_logits():

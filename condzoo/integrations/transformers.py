@@ -146,7 +146,8 @@ def _is_mean(output: Any) -> bool:
     A loss that is divided by the items of several batches is a sum over its own first. What nothing is known of is
     taken for such a one.
     """
-    loss = output.get("loss") if isinstance(output, dict) else next(iter(output), None) if isinstance(output, tuple) else None
+    first = output[:1] if isinstance(output, tuple) else ()
+    loss = output.get("loss") if isinstance(output, dict) else next(iter(first), None)
     nodes = [loss.grad_fn] if isinstance(loss, Tensor) and loss.grad_fn is not None else []
     found: set[int] = set()
     for _ in range(STEPS_BEFORE):

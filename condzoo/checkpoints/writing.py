@@ -26,7 +26,7 @@ from condzoo.checkpoints.overview import TITLE, checkpoints_table
 from condzoo.checkpoints.remeasuring import EXPECTED_IMAGES, logits_of
 from condzoo.models import released
 from condzoo.models.weight_files import as_safetensors
-from condzoo.probe.files import expanded, naming
+from condzoo.probe.files import expanded, naming, write_whole
 
 TAG = re.compile(r"[a-z0-9][a-z0-9_]*")
 KEPT_INPUT = ("input_size", "interpolation", "crop_pct", "mean", "std", "num_classes", "pool_size", "first_conv")
@@ -52,14 +52,6 @@ def check_tag(tag: str) -> str:
     if not TAG.fullmatch(tag):
         raise ValueError(f"a tag is small letters, digits and underscores, e.g. 'authors', got {tag!r}")
     return tag
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a full disk leaves the one before."""
-    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as temporary:
-        whole = Path(temporary) / path.name
-        whole.write_text(text, encoding="utf-8")
-        whole.replace(path)
 
 
 def check_free(target: Path) -> Path:
@@ -165,7 +157,7 @@ def checkpoint_folders_in(root: Path) -> list[Path]:
 def write_table(root: Path) -> None:
     """Write root/README.md, the table of all checkpoints in `root`; FileExistsError where it is something else."""
     check_table(root)
-    replace_text(root / CARD, checkpoints_table(checkpoint_folders_in(root)))
+    write_whole(root / CARD, checkpoints_table(checkpoint_folders_in(root)).encode())
 
 
 def refresh_cards(root: Path) -> None:
@@ -194,4 +186,4 @@ def add_to_index(name: str, weights_sum: str, cfg: dict[str, Any], default: bool
     lines = released.INDEX.read_text(encoding="utf-8").splitlines(keepends=True)
     header = "".join(line for line in lines if line.startswith("#"))
     text = header + "\n" + tomli_w.dumps(dict(sorted(rows.items())))
-    replace_text(released.INDEX, text)
+    write_whole(released.INDEX, text.encode())

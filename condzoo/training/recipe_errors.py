@@ -33,7 +33,7 @@ def describe_errors(error: ValidationError, given: Mapping[str, Any]) -> list[st
     for fault in error.errors(include_url=False):
         quoted = next((part for part in fault["loc"] if isinstance(part, str) and "." in part), None)
         if quoted is not None and fault["type"] == "extra_forbidden":
-            lines.append(f"{quoted!r}: a name in quotes is no path here; write {quoted} without quotes")
+            lines.append(f"{quoted!r}: unknown field; a name in quotes is no path: write {quoted} without quotes")
             continue
         path = _field_path(fault["loc"], given)
         if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):

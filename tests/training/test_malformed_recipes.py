@@ -225,11 +225,20 @@ DEEP = ".".join(["a"] * 3000)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("'schedule.warmup' = 5\n" + HEAD + OPTIM, "'schedule.warmup': a name in quotes is no path here; write sched"),
-        ("'optim.x' = 5\n" + HEAD, "'optim.x': a name in quotes is no path here; write optim.x without quotes"),
-        ("'optim.x' = 5\n" + HEAD + "[optim]\nlr = 1\n", "'optim.x': a name in quotes is no path here"),
-        ("'optim.lr' = 5\n" + HEAD + OPTIM, "'optim.lr': a name in quotes is no path here; write optim.lr without"),
-        ("'optim.x' = 5\noptim = 1\n" + HEAD, "'optim.x': a name in quotes is no path here"),
+        (
+            "'schedule.warmup' = 5\n" + HEAD + OPTIM,
+            "'schedule.warmup': unknown field; a name in quotes is no path: write sched",
+        ),
+        (
+            "'optim.x' = 5\n" + HEAD,
+            "'optim.x': unknown field; a name in quotes is no path: write optim.x without quotes",
+        ),
+        ("'optim.x' = 5\n" + HEAD + "[optim]\nlr = 1\n", "'optim.x': unknown field; a name in quotes is no path"),
+        (
+            "'optim.lr' = 5\n" + HEAD + OPTIM,
+            "'optim.lr': unknown field; a name in quotes is no path: write optim.lr without",
+        ),
+        ("'optim.x' = 5\noptim = 1\n" + HEAD, "'optim.x': unknown field; a name in quotes is no path"),
         ("seed = 1" + "0" * 5000 + "\n" + HEAD + OPTIM, "not a TOML file: Exceeds the limit"),
         ("seed = 0x1" + "0" * 5000 + "\n" + HEAD + OPTIM, "seed: got what is too long to be shown, must be"),
         (f"seed.{DEEP} = 1\n" + HEAD + OPTIM, "seed: got "),  # Python 3.13 writes such tables, and 3.11 does not

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from condzoo.probe.conditioning import Conditioning
-from condzoo.probe.files import expanded
+from condzoo.probe.files import expanded, naming
 from condzoo.probe.serialization import dumps, from_record
 
 if TYPE_CHECKING:
@@ -35,13 +35,11 @@ def append_record(path: str | Path, conditioning: Conditioning) -> None:
     Raises:
         OSError: it cannot be written; names the file.
     """
-    try:
-        with expanded(path).open("a", encoding="utf-8") as file:
-            file.write(dumps(conditioning) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # of a full disk the system does not say which file was written
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    path = expanded(path)
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(dumps(conditioning) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def drop_torn_line(path: str | Path) -> None:

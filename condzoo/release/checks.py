@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from condzoo.catalog import read_catalog
 from condzoo.checkpoints.folder import RECIPE
+from condzoo.checkpoints.loading import FEW_IMAGES
 from condzoo.release.records import RULE
 from condzoo.training import Recipe, Run, evaluate_run, load_recipe, load_run
 from condzoo.training.environment import device_name, processor
@@ -17,7 +18,6 @@ from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json, read
 from condzoo.training.runs import is_complete, runs_within
 
 OTHER_DEVICE = 0.002  # share of the images that the arithmetic of another device or CPU may decide otherwise
-FEW_IMAGES = 2  # that it may in any case: of few a share is less than one
 
 
 class Ended(BaseModel):

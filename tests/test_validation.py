@@ -307,6 +307,16 @@ def test_a_network_of_before_is_held_against_what_its_modules_are(name):
     assert prepare(model, 0).changed == {}
 
 
+@pytest.mark.parametrize("name", ["cifar_preresnet8", "cifar_preresnet8_lastbn"])
+def test_a_preresnet_built_without_its_final_bn_is_a_variant_and_one_that_lost_it_is_broken(name):
+    torch.manual_seed(0)
+    built = validate(create_model(name, final_norm=False))
+    assert built.ok, [c for c in built.checks if not c.ok]
+    model = create_model(name)
+    model.norm = nn.Identity()
+    assert "size" in broken(validate(model).checks)
+
+
 def test_another_initializer_than_the_familys_is_caught():
     torch.manual_seed(0)
     assert {"weights", "signals"} <= broken(validate(init_weights(create_model("mlp8x24"), "he")).checks)

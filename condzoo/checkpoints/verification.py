@@ -200,7 +200,7 @@ def check_on_data(folder: CheckpointFolder, model: nn.Module, data_root: str | P
             yield Check(check, None, f"not checked without its data: {str(error).splitlines()[0]}")
         return
     except Exception as error:
-        yield Check("accuracy", False, f"{folder.source(RECIPE)} names no data that can be read: {error}")
+        yield Check("accuracy", False, f"the data that {folder.source(RECIPE)} names cannot be read: {error}")
         return
     yield attempt("accuracy", check_accuracy, folder, model, data)
     yield attempt("conditioning", check_conditioning, folder, model, data, recipe)

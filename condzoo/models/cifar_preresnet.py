@@ -86,7 +86,7 @@ class PreResNet(StagedNetwork):
     ) -> None:
         super().__init__()
         check_sizes(num_classes, in_chans)
-        self.in_chans = in_chans
+        self.in_chans, self.final_norm = in_chans, final_norm
         c_in = widths[0]
         if imagenet_stem:
             self.conv1 = nn.Conv2d(in_chans, c_in, 7, 2, padding=3, bias=False)

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from condzoo.probe.conditioning import Conditioning
@@ -51,7 +53,10 @@ def plot_conditioning(conditioning: Conditioning, path: Path) -> None:
 
 
 def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:
-    """Shares of dying (solid) and full (dashed) units by depth, a colour a run, and other markers where it repeats."""
+    """Shares of dying (solid) and full (dashed) units by depth, a colour a run, and other markers where it repeats.
+
+    Of up to seven runs the legend names these two alone: whose colour is whose stands in the axes beside this one.
+    """
     ax.set_title("ReLU units by depth", fontsize=10)
     most = max((len(neurons) for neurons in runs.values()), default=0)
     if not most:
@@ -70,11 +75,18 @@ def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:
         (max(n.dying_share, n.full_share) for neurons in runs.values() for n in neurons.values()), default=0.0
     )
     top = max(0.1, 1.1 * largest)
-    ax.set(xlabel="ReLU, in forward order", ylim=(-0.03 * top, min(top, 1.03)))
+    ax.set(xlabel="ReLU, in forward order", ylim=(-0.03 * top, 1.2 * min(top, 1.03)))  # the legend is above the lines
+    ax.set_yticks([share for share in ax.get_yticks() if -0.001 < share < 1.001])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
-    legend(ax, fontsize=8)
+    if len(runs) > len(OKABE_ITO):
+        legend(ax, fontsize=8)
+        return
+    marks: list[Artist] = list(ax.get_lines()[:2])
+    if len(runs) > 1:
+        marks = [Line2D([], [], color="0.4", ls=ls, marker=marker, ms=5) for ls, marker in (("-", "v"), ("--", "^"))]
+    ax.legend(marks, ["dying", "full"], loc="upper center", ncols=2, fontsize=8, frameon=False)
 
 
 def _magnitudes(ax: Axes, conditioning: Conditioning) -> None:
@@ -119,7 +131,7 @@ def _finish_depth(ax: Axes, title: str, conditioning: Conditioning) -> None:
     last = list(conditioning)[-1] or "(model)"
     ax.set(yscale="log", xlabel=f"layer, in forward order (ringed: the last, {last})")
     ax.set_title(title, fontsize=10)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     widened(ax)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, frameon=False)
@@ -156,6 +168,6 @@ def _last_layer(ax: Axes, conditioning: Conditioning) -> None:
             ax.axhline(s.noise_floor, color=color, lw=1, ls=":")
     ax.set(yscale="log", xlabel="eigenvalue, largest first", ylabel=r"$\lambda$")
     ax.set_title(f"Last layer, {name or '(model)'} (dotted: noise floors)", fontsize=10)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, frameon=False)

@@ -132,10 +132,11 @@ def variant(model: Any) -> dict[str, bool]:
     classes that always have some, and older pickles, do not say it.
     """
     body = (m for name, m in model.named_modules() if not name.startswith(("last_bn", "fc")))
-    return {
+    found = {
         "norm": model.has_norm if hasattr(model, "has_norm") else any(isinstance(m, _BatchNorm) for m in body),
         "last_bn": isinstance(getattr(model, "last_bn", None), nn.Module),
     }
+    return found | ({"final_norm": model.final_norm} if hasattr(model, "final_norm") else {})
 
 
 def with_arguments(info: ModelInfo, changed: Mapping[str, Any]) -> ModelInfo:

@@ -10,9 +10,11 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
+from torch import nn
 
 from condzoo.probe import (
     Conditioning,
@@ -255,6 +257,27 @@ def test_every_one_of_many_runs_is_told_apart(measured, monkeypatch, tmp_path):
     assert len(set(looks)) == len(looks) == 30
     (ax,) = (ax for ax in figure.axes if ax.get_title().startswith("ReLU units by depth"))
     assert ax.get_legend()._ncols == 5  # one column of 30 entries left the axes no height
+
+
+def test_the_legend_of_units_stands_over_their_lines(measured, monkeypatch, tmp_path):
+    record = replace(measured, step=0, neurons={"a": Neurons(10, 10, 0, 64), "b": Neurons(10, 5, 1, 64)})
+    draw = partial(plot_comparison, {"one": [record], "two": [record]}, tmp_path / "x.png")
+    (figure,) = figures_of(monkeypatch, draw)
+    (ax,) = (ax for ax in figure.axes if ax.get_title().startswith("ReLU units by depth"))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["dying", "full"]
+    assert ax.get_ylim()[1] > 1.15  # of 100 %
+    assert max(ax.get_yticks()) == pytest.approx(1.0)
+
+
+def test_places_of_layers_are_whole_numbers_also_of_one_layer(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 3), torch.randn(8, 2))]
+    record = measure(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), batches, loss=F.mse_loss)
+    (figure,) = figures_of(monkeypatch, lambda: record.plot(tmp_path / "x.png"))
+    for title in ("Largest eigenvalue", "Condition number", "ReLU units"):
+        (ax,) = (ax for ax in figure.axes if ax.get_title().startswith(title))
+        low, high = ax.get_xlim()
+        assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [0]
 
 
 def test_names_of_runs_are_written_as_they_are(measured, monkeypatch, tmp_path):

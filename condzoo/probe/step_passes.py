@@ -141,6 +141,7 @@ class StepPasses:
         self.capture.begin(samples, scale=float(samples) if self.mean else 1.0)
         if not self.count:
             self.on_first()
+        self.weights.watch_own()
         self.samples += samples
         self.count += 1
         return forget

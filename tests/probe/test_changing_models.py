@@ -138,6 +138,93 @@ def test_a_pass_that_raised_before_the_change_is_forgotten(kit):
     same(probe.latest, expected)
 
 
+class Tokens(nn.Module):
+    """Attention, a linear layer that is called, and one whose weight a function uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.used, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.stack([x, x.roll(1, 1), x.flip(1)], 1)
+        return self.head(F.linear(self.attention(x, x, x)[0].mean(1), self.used.weight, self.used.bias))
+
+
+def tokens(model: nn.Module, probe: Probe, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    model.zero_grad()
+    F.cross_entropy(model(torch.randn(12, 6).double()), torch.randint(4, (12,))).backward()
+    probe.step()
+
+
+def assert_gradients(record, weights):
+    for name, weight in weights.items():
+        expected = float(torch.linalg.matrix_norm(weight.grad, 2))
+        assert record[name].weight_grad == pytest.approx(expected, rel=1e-9), name
+
+
+def test_weights_unfrozen_between_steps_have_their_gradient():
+    model = Tokens().double().requires_grad_(False)
+    weights = {
+        "attention.in_proj": model.attention.in_proj_weight,
+        "attention.out_proj": model.attention.out_proj.weight,
+        "used": model.used.weight,
+        "head": model.head.weight,
+    }
+    model.head.requires_grad_(True)
+    with Probe(model, every=1) as probe:
+        tokens(model, probe)
+        assert_gradients(probe.latest, {"head": weights["head"]})
+        model.requires_grad_(True)
+        tokens(model, probe, 1)
+        assert_gradients(probe.latest, weights)
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+        tokens(model, probe, 2)
+        assert list(probe.latest) == ["head"]
+    assert not any(weight._backward_hooks for weight in weights.values())
+
+
+@pytest.mark.parametrize("first", ["critic", "generator"])
+def test_a_critic_that_is_frozen_in_a_part_of_the_step_has_its_gradient(first):
+    """A WGAN leaves it frozen where a step ends, a CycleGAN freezes it for the step's first pass."""
+    torch.manual_seed(0)
+    critic = Tokens().double().requires_grad_(first == "generator")
+    x, y = torch.randn(12, 6).double(), torch.randint(4, (12,))
+    with Probe(critic, every=1) as probe:
+        for _ in range(2):
+            critic.zero_grad()
+            for part in ("critic", "generator") if first == "critic" else ("generator", "critic"):
+                critic.requires_grad_(part == "critic")
+                F.cross_entropy(critic(x.clone().requires_grad_(part == "generator")), y).backward()
+            probe.step()
+            assert_gradients(probe.latest, {"used": critic.used.weight, "head": critic.head.weight})
+
+
+def test_a_weight_exchanged_tied_and_untied_between_steps_has_its_own_gradient():
+    """The modules stay the same, and the weight that one of them has left still gets a gradient, as another's."""
+    torch.manual_seed(0)
+    body = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh()]
+    model = nn.Sequential(*body, Tokens(), nn.Linear(4, 6), Tokens()).double()
+    one, other = model[4].attention, model[6].attention
+    old = list(model.parameters())
+    with Probe(model, every=1) as probe:
+        for at in range(4):
+            if at == 1:
+                model[2].weight = nn.Parameter(torch.randn(6, 6).double())
+            if at == 2:
+                model[2].weight = model[0].weight
+                one.in_proj_weight, other.in_proj_weight = other.in_proj_weight, one.in_proj_weight
+            if at == 3:
+                model[2].weight = nn.Parameter(model[0].weight.detach().clone())
+            tokens(model, probe, at)
+            weights = {"0": model[0].weight, "2": model[2].weight}
+            inside = {"4.attention.in_proj": one.in_proj_weight, "6.attention.in_proj": other.in_proj_weight}
+            assert_gradients(probe.latest, weights | inside)
+    assert not any(weight._backward_hooks for weight in [*old, *model.parameters()])
+
+
 def test_functional_relus_are_counted_once_and_watched_no_longer_than_the_call(kit):
     body = nn.Sequential(nn.Flatten(), nn.Linear(48, 9)).double()
     model = Functional(body, nn.Linear(9, 4).double())

@@ -1,6 +1,7 @@
 """Moments summed over the processes of data-parallel training: the numbers of one process with all data.
 
-Each process scales its gradients by its own batch, so the sums over all rows are those of the whole batch.
+Each process scales its gradients by its own batch and undoes its own factor on the loss, so the sums over all rows
+are those of the whole batch.
 """
 
 from __future__ import annotations
@@ -33,11 +34,6 @@ def active() -> bool:
 def first() -> bool:
     """Whether this process is the one that writes."""
     return not active() or dist.get_rank() == 0
-
-
-def processes() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if active() else 1
 
 
 def total(number: int, model: nn.Module) -> int:
@@ -83,14 +79,17 @@ def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
     _sum_neurons(capture, [neurons for _, neurons in gathered], device)
 
 
-def summed(grads: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The sum over processes of each weight's gradient, in at least float32; who has none adds nothing.
+def summed(grads: dict[str, Tensor], weight: float, model: nn.Module) -> tuple[dict[str, Tensor], float]:
+    """The sums over processes of each weight's gradient, in at least float32, and of what they are to be divided by.
+
+    Who has none adds nothing.
 
     The gradients came in the order of each process's own backward pass; here they go in one order.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     device = _device(model)
-    for of_rank in _gathered({name: tuple(grad.shape) for name, grad in grads.items()}, device):
+    gathered = _gathered(({name: tuple(grad.shape) for name, grad in grads.items()}, weight), device)
+    for of_rank, _ in gathered:
         shapes |= of_rank
     wide = any(grad.dtype == torch.float64 for grad in grads.values())
     wide = total(int(wide), model) > 0
@@ -99,7 +98,7 @@ def summed(grads: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         grad = grads[name] if name in grads else torch.zeros(shape, device="cpu")
         found[name] = grad.to(device, torch.float64 if wide else torch.float32, copy=True)
         dist.all_reduce(found[name])
-    return found
+    return found, sum(weight for _, weight in gathered)
 
 
 def _gathered(mine: Any, device: torch.device) -> list[Any]:

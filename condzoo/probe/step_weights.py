@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class StepWeights:
         self.grads: dict[str, Tensor] = {}
         self.split: set[str] = set()
         self._own: dict[str, Tensor] = {}  # the weights that are whole at rest
+        self._own_handles: dict[str, RemovableHandle] = {}  # of those that require a gradient
         self._seen: dict[str, Tensor] = {}  # of those in their place, the last one each
         self._run: set[str] = set()  # whose layer has run in this step
         self._passes: dict[str, set[int]] = defaultdict(set)
@@ -52,18 +53,15 @@ class StepWeights:
         for name, module in self.layers.items():
             self._handles.append(module.register_forward_pre_hook(Hook(partial(self._before_layer, name))))
             self._handles.append(watch_computed(module, partial(self._look, name)))
-            weight = own_weight(module) if self.measured else None
-            if weight is not None and weight.ndim > 1 and not _is_split(weight):
-                self._own[name] = weight
-                self._watch(name, weight)
         for name, attention in self.attentions.items():
             self._handles.append(attention.register_forward_pre_hook(Hook(partial(self._before_attention, name))))
             self._handles += watch_computed_inside(attention, partial(self._look_inside, name))
+        self._follow_own(self._whole())
 
     def detach(self) -> None:
         """Take the hooks off."""
         remove(self._handles)
-        self._own.clear()
+        self._follow_own({})
         self._seen.clear()
 
     def clear(self) -> None:
@@ -87,15 +85,43 @@ class StepWeights:
         self._outer.clear()  # none runs any more, and one that raised has not taken itself out
 
     def measure(self) -> None:
-        """The norms of all weights that are whole at rest; the others follow when their layers run."""
+        """The norms of all weights that are whole at rest; the others follow when their layers run.
+
+        Before the step's first pass: a weight that was exchanged since the step before is watched no longer.
+        """
+        self._follow_own(self._whole())
         with torch.no_grad(), torch._C.DisableTorchFunction():
             self.norms |= norms_of(self.layers, self._own)
         self._run.clear()
 
-    def mean_gradients(self) -> dict[str, Tensor]:
-        """The gradients' mean over the backward passes, as of n accumulated batches the mean loss has it."""
-        passes = max((len(ids) for ids in self._passes.values()), default=1)
-        return self.grads if passes == 1 else {name: grad / passes for name, grad in self.grads.items()}
+    def watch_own(self) -> None:
+        """Watch those weights that are whole at rest and have come to require a gradient; before each pass."""
+        for name, weight in self._own.items():
+            if weight.requires_grad and name not in self._own_handles:
+                self._own_handles[name] = weight.register_hook(partial(self._add, name))
+
+    @property
+    def passes(self) -> int:
+        """How many backward passes `grads` are the sum over; 1 where none reached a weight."""
+        return max((len(ids) for ids in self._passes.values()), default=1)
+
+    def _whole(self) -> dict[str, Tensor]:
+        """The layers' own weights as they are now, but for those that are split over processes."""
+        if not self.measured:
+            return {}
+        found: dict[str, Tensor | None] = {name: own_weight(module) for name, module in self.layers.items()}
+        for name, attention in self.attentions.items():  # a layer around one such keeps the weight it was made of
+            inside = {f"{name}.{local}".lstrip("."): weight for local, weight in packed_weights(attention).items()}
+            found |= {layer: weight for layer, weight in inside.items() if layer in found}
+        return {name: weight for name, weight in found.items() if _is_whole(weight)}
+
+    def _follow_own(self, now: dict[str, Tensor]) -> None:
+        for name in [name for name, weight in self._own.items() if now.get(name) is not weight]:
+            del self._own[name]
+            if name in self._own_handles:
+                self._own_handles.pop(name).remove()
+        self._own |= now
+        self.watch_own()
 
     def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._note_outer()
@@ -121,15 +147,12 @@ class StepWeights:
             return
         if not self.measured or not weight.is_floating_point():  # the codes of a quantized weight have no norms
             return
-        self._seen[name] = weight
-        self._watch(name, weight)
+        if weight.requires_grad:  # one that is frozen is looked at in the next pass again
+            self._seen[name] = weight
+            self._handles.append(weight.register_hook(partial(self._add, name)))
         if first or name not in self.norms:  # at rest it may have been another's, as where one is generated
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 self.norms |= norms_of(self.layers, {name: weight})
-
-    def _watch(self, name: str, weight: Tensor) -> None:
-        if weight.requires_grad:
-            self._handles.append(weight.register_hook(partial(self._add, name)))
 
     def _add(self, name: str, grad: Tensor | None) -> None:
         if grad is None or at_rest():
@@ -144,6 +167,13 @@ class StepWeights:
         if task != -1 and task not in self._outer:
             self._outer.append(task)
             Variable._execution_engine.queue_callback(partial(self._outer.remove, task))
+
+
+def _is_whole(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
+    """Whether this is a parameter that holds a weight matrix; a process's part of a sharded one is split, or flat."""
+    if not isinstance(weight, nn.Parameter) or _is_split(weight):
+        return False
+    return weight.is_floating_point() and weight.ndim > 1
 
 
 def _is_split(weight: Tensor) -> bool:

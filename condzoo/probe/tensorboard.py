@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.files import expanded
 from condzoo.probe.records import Fractions, Records, fractions, loaded
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 SIDES = ("input", "output_grad")
+
+
+def settled(writer: SummaryWriter | str | Path | None) -> SummaryWriter | str | Path | None:
+    """A folder wherever a loop moves to from here; addresses ("s3://"), and what is no folder, stay."""
+    if not isinstance(writer, (str, Path)) or "://" in str(writer):
+        return writer
+    return expanded(writer).absolute()
 
 
 def open_writer(folder: str | Path, *, start_step: int | None) -> SummaryWriter:

@@ -24,7 +24,7 @@ from condzoo.probe.passes import coarsest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
 from condzoo.probe.step_passes import StepPasses
 from condzoo.probe.step_weights import StepWeights
-from condzoo.probe.tensorboard import open_writer, write_tensorboard
+from condzoo.probe.tensorboard import open_writer, settled, write_tensorboard
 from condzoo.probe.weights import norms_of, widened
 from condzoo.probe.wrappers import refuse_scripted, refuse_threads, structure, uncompiled, unwrapped
 
@@ -65,7 +65,8 @@ class Probe:
         start_step: the number of the next step, where a run goes on.
         reduction: whether the loss is the "mean" or the "sum" over the batch.
         loss_scale: what the loss was multiplied by before backward, for example 1 / n for n
-            accumulated batches; may be set anew each step, at any time before `step()`.
+            accumulated batches; may be set anew each step, at any time before `step()`. Of several processes each
+            has its own, as where they weigh their losses by their samples; `weight_grad` is the mean so weighed.
         scaler: the GradScaler that scales the loss on top of that; its scale at the step's first
             forward pass is undone.
         softmax: whether the loss is a softmax cross-entropy (also with smoothed labels). Where it is known to be, its
@@ -106,7 +107,7 @@ class Probe:
         refuse_scripted(model)
         self.model, self.every, self.reduction, self.loss_scale = model, every, reduction, loss_scale
         self.softmax = softmax
-        self.path = None if out is None else expanded(out) / FILE_NAME
+        self.path = None if out is None else expanded(out).absolute() / FILE_NAME  # the loop may change its folder
         self.latest: Conditioning | None = None
         chosen, self._unmeasurable = choose(model, layers)
         self._names, self._structure = None if layers is None else list(layers), structure(model)
@@ -116,7 +117,7 @@ class Probe:
         self._weights = StepWeights(self._capture.layers, self._capture.attentions, measured=weights)
         self._capture.split = self._weights.split
         self._step = start_step
-        self._tensorboard, self._own_writer = tensorboard, False
+        self._tensorboard, self._own_writer = settled(tensorboard), False
         self._scaler, self._scaler_scale = scaler, 1.0
         self._eager = ExitStack()
         self._passes = StepPasses(
@@ -225,20 +226,21 @@ class Probe:
         self._weights.attach()
 
     def _record(self) -> None:
-        capture, scale = self._capture, self._scale()
-        grads = self._weights.mean_gradients() if self.reduction == "mean" else self._weights.grads
+        capture, grads, mean = self._capture, self._weights.grads, self.reduction == "mean"
+        weight = 0.0  # of these gradients, in all: what each pass, or sample, of a process was multiplied by
+        if self._passes.count:
+            scale = self._scale()  # of this process alone: each may weigh its loss by its share of the samples
+            weight = scale * (self._weights.passes if mean else self._passes.samples)
+            for sums in capture.sums.values():
+                sums.output_grad.rescale(1 / scale)
         samples = distributed.total(self._passes.samples, self.model)
         if distributed.active():
             distributed.sum_over_ranks(capture, self.model)
-            grads = distributed.summed(grads, self.model)
-        for sums in capture.sums.values():
-            sums.output_grad.rescale(1 / scale)
+            grads, weight = distributed.summed(grads, weight, self.model)
         with torch.no_grad():
-            count = distributed.processes() if self.reduction == "mean" else samples
-            if count * scale != 1.0:
-                grads = {name: widened(grad) / (count * scale) for name, grad in grads.items()}
+            if weight != 1.0:
+                grads = {name: widened(grad) / weight for name, grad in grads.items()}
             norms = norms_of(capture.layers, grads)
-            mean = self.reduction == "mean"
             layers, unseen, nonfinite = finish(capture, self._weights.norms, norms, softmax=self.softmax, mean=mean)
         neurons, uncounted = capture.counts()
         split = dict.fromkeys(self._weights.split, SPLIT)

@@ -52,6 +52,12 @@ def part(kind, rank, world):
     return slice(edges[rank], edges[rank + 1])
 
 
+def factor(kind, rank, world):
+    """What a process multiplies its mean loss by; weighed by samples the processes' mean is that of all samples."""
+    mine = part(kind, rank, world)
+    return (mine.stop - mine.start) * world / 24 if kind.endswith("weighed") else 1.0
+
+
 def distributed(model, kind, mesh):
     """The model as this kind of training wraps it."""
     if kind.startswith("ddp"):
@@ -82,7 +88,7 @@ def train(model, kind, rank, world, probe=None):
         halves = (slice(0, 6), slice(6, 12)) if "accumulated" in kind else (slice(None),)
         for half in halves:
             if len(x):
-                (F.cross_entropy(model(x[half]), y[half]) / len(halves)).backward()
+                (F.cross_entropy(model(x[half]), y[half]) * factor(kind, rank, world) / len(halves)).backward()
         optimizer.step()
         if probe is not None:
             probe.step()
@@ -96,9 +102,10 @@ def one(rank, world, out, kinds):
     for kind in kinds:
         plain = train(distributed(network(kind), kind, mesh), kind, rank, world)
         model = distributed(network(kind), kind, mesh)
-        scale = 0.5 if "accumulated" in kind else 1.0
+        scale = 0.5 if "accumulated" in kind else factor(kind, rank, world) or 1.0
         with Probe(model, every=2, out=f"{out}/{kind}", loss_scale=scale) as probe:
             probed = train(model, kind, rank, world, probe)
+        probe.latest.to_json(f"{out}/{kind}/rank{rank}.json")
         for a, b in zip(plain, probed, strict=True):
             a, b = (t.to_local() if hasattr(t, "to_local") else t for t in (a, b))
             assert torch.equal(a, b), kind

@@ -19,7 +19,15 @@ from condzoo.probe.finishing import finish
 from condzoo.probe.layer_sums import LayerSums
 
 PROCESSES = Path(__file__).parent / "processes.py"
-EXACT = ["ddp", "ddp_uneven", "ddp_accumulated", "fully_shard", "fully_shard_accumulated", "fully_shard_attention"]
+EXACT = [
+    "ddp",
+    "ddp_uneven",
+    "ddp_uneven_weighed",
+    "ddp_accumulated",
+    "fully_shard",
+    "fully_shard_accumulated",
+    "fully_shard_attention",
+]
 EXACT += ["fsdp", "fsdp_orig_params"]
 
 
@@ -53,19 +61,33 @@ def expected(kit, kind, world):
     with Probe(model, loss_scale=1 / world) as in_turn:
         for rank in range(world):
             mine = processes.part(kind, rank, world)
-            (F.cross_entropy(model(x[mine]), y[mine]) / world).backward()
+            (F.cross_entropy(model(x[mine]), y[mine]) * processes.factor(kind, rank, world) / world).backward()
         in_turn.step()
     return whole.latest, in_turn.latest
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return run(2, tmp_path_factory.mktemp("pair"), [*EXACT, "tensor_parallel", "absent", "fully_shard_bf16"])
+def pair_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pair")
+
+
+@pytest.fixture(scope="module")
+def pair(pair_folder):
+    return run(2, pair_folder, [*EXACT, "tensor_parallel", "absent", "fully_shard_bf16"])
 
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_two_processes_measure_what_one_measures_on_the_whole_batch(kit, pair, kind):
     same(pair[kind], *expected(kit, kind, 2))
+
+
+def test_processes_that_weigh_their_losses_measure_the_whole_batchs_gradient_and_all_alike(kit, pair_folder, pair):
+    """Each undoes its own factor; weighed by samples the mean of their gradients is that of the whole batch."""
+    whole, _ = expected(kit, "ddp_uneven_weighed", 2)
+    for name, layer in whole.items():
+        assert pair["ddp_uneven_weighed"][name].weight_grad == pytest.approx(layer.weight_grad, rel=1e-10)
+    first, second = ((pair_folder / "ddp_uneven_weighed" / f"rank{rank}.json").read_text() for rank in range(2))
+    assert first == second
 
 
 def test_four_processes_do_too(kit, tmp_path):
@@ -103,6 +125,7 @@ def test_a_process_without_a_batch_adds_nothing(kit, pair):
     assert (alone.samples, alone.neurons) == (10, probe.latest.neurons)
     for name, layer in probe.latest.items():
         assert alone[name].output_grad.lambda_max == pytest.approx(layer.output_grad.lambda_max, rel=1e-10)
+        assert alone[name].weight_grad == pytest.approx(layer.weight_grad, rel=1e-10)
 
 
 def test_sharded_weights_in_bf16_are_measured_as_the_forward_pass_sees_them(kit, pair):

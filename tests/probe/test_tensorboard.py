@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from condzoo.probe import Probe, measure, read_records, write_tensorboard
 from condzoo.probe.records import append_record
-from condzoo.probe.tensorboard import open_writer
+from condzoo.probe.tensorboard import open_writer, settled
 
 pytest.importorskip("tensorboard")
 
@@ -129,3 +129,4 @@ def test_an_address_stays_one_and_a_tilde_is_the_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for folder, expected in (("s3://bucket/run", "s3://bucket/run"), ("~/run", "/home/me/run")):
         assert open_writer(folder, start_step=None) == expected
+        assert str(settled(folder)) == expected

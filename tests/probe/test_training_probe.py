@@ -103,6 +103,21 @@ def test_a_run_that_goes_on_appends_after_a_torn_line(kit, tmp_path):
     assert [r.step for r in read_records(tmp_path)] == [0, 2, 4]
 
 
+def test_a_loop_that_changes_its_working_folder_writes_where_it_began(kit, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    model, elsewhere = kit.build("mlp"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    probe = Probe(model, every=1, out="runs/x", tensorboard="runs/x/events")
+    monkeypatch.chdir(elsewhere)
+    with probe:
+        train(model, kit, 2, probe)
+    assert [r.step for r in read_records(tmp_path / "runs" / "x")] == [0, 1]
+    (events,) = (tmp_path / "runs" / "x" / "events").iterdir()
+    assert events.stat().st_size > 0
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_forwards_between_steps_are_not_recorded(kit):
     model, other = kit.build("conv"), kit.build("conv")
     with Probe(model, every=1) as probe, Probe(other, every=1) as with_evaluation:

@@ -83,8 +83,11 @@ class ProbeCallback(pl.Callback):
         out = self.out or trainer.log_dir or trainer.default_root_dir
         scaler = self.settings.get("scaler") or getattr(trainer.precision_plugin, "scaler", None)
         settings = {**self.settings, "scaler": scaler}
+        if self._restored is not None:
+            self._taken, self._restored = self._restored, None
+        elif trainer.global_step != self._steps:  # else the trainer goes on where this callback has followed it to
+            self._taken = trainer.global_step
         self._steps = trainer.global_step
-        self._taken, self._restored = self._steps if self._restored is None else self._restored, None
         probe = Probe(pl_module, self.every, out=out, start_step=self._taken, **settings)
         self.probe = self._open.enter_context(probe)
 

@@ -180,6 +180,20 @@ def test_with_two_optimizers_a_resumed_fit_goes_on_with_its_step(tmp_path):
     assert [r.step for r in read_records(tmp_path / "later")] == [20, 25]
 
 
+def test_with_two_optimizers_a_second_fit_of_the_trainer_goes_on_with_its_step(tmp_path):
+    from condzoo.integrations.lightning import ProbeCallback
+
+    callback = ProbeCallback(every=5, out=tmp_path / "run")
+    module, trainer = fit(tmp_path, [callback], TwoOptimizers())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader())
+    assert trainer.global_step == 40
+    assert [r.step for r in read_records(tmp_path / "run")] == [0, 5, 10, 15]
+    callback.out = tmp_path / "another"
+    fit(tmp_path, [callback], TwoOptimizers())
+    assert [r.step for r in read_records(tmp_path / "another")] == [0, 5]
+
+
 def test_a_wrong_setting_fails_at_once():
     from condzoo.integrations.lightning import ProbeCallback
 

@@ -31,13 +31,20 @@ def each(batches: Iterable[Any], *, adapted: bool = False) -> Iterator[Any]:
 
 
 def _is_pair(batches: Any, *, adapted: bool) -> bool:
-    """Whether these are x and y, and not two batches: no batch is a tensor, nor a dict without targets."""
+    """Whether these are x and y, and not two batches: no batch is a tensor, nor a dict without targets.
+
+    Two tuples, or lists, are two batches, as a tuple of arguments with a tuple of targets is, too.
+    """
     if not isinstance(batches, (tuple, list)) or len(batches) != 2:
         return False
     x, y = batches
     if isinstance(x, Mapping):
         return not (isinstance(y, Mapping) and (adapted or (_holds_targets(x) and _holds_targets(y))))
-    return any(isinstance(part, (Tensor, PackedSequence)) for part in (x, y))
+    if any(isinstance(part, (Tensor, PackedSequence)) for part in (x, y)):
+        return True
+    # else a tuple of arguments, and targets that are no batch: a dict of them, an object, None
+    is_batch = isinstance(y, (tuple, list)) or (isinstance(y, Mapping) and (adapted or _holds_targets(y)))
+    return isinstance(x, (tuple, list)) and not is_batch
 
 
 def _holds_targets(batch: Mapping[str, Any]) -> bool:

@@ -77,6 +77,7 @@ class Capture:
         dtypes: of the layers' outputs.
         origin: where NaN or Inf appeared first in a forward pass.
         modules: of the model, by name, as it was last looked at.
+        functions: what the network calls as a function.
     """
 
     model: nn.Module
@@ -102,7 +103,7 @@ class Capture:
     dtypes: set[torch.dtype] = field(default_factory=set)
     origin: Origin = field(default_factory=Origin)
     modules: dict[str, nn.Module] = field(default_factory=dict)
-    _functions: FunctionCalls = field(init=False)
+    functions: FunctionCalls = field(init=False)
     _products: InnerProducts = field(default_factory=InnerProducts)
     _outer: list[RemovableHandle] = field(default_factory=list)
     _inner: list[RemovableHandle] = field(default_factory=list)
@@ -112,7 +113,7 @@ class Capture:
     def __post_init__(self) -> None:
         """The mode that sees ReLUs and layers that are called as functions."""
         count, read = partial(apart, self._count_units), partial(apart, self._on_layer)
-        self._functions = FunctionCalls(self.layers, count, read, self._products.note)
+        self.functions = FunctionCalls(self.layers, count, read, self._products.note)
 
     def look_at(self, layers: dict[str, nn.Module]) -> None:
         """Read these layers and all ReLUs and attentions that the model has now; for while the hooks are off."""
@@ -139,14 +140,15 @@ class Capture:
         """Hooks on all modules inside the model, or on the model, whose name is empty."""
         handles: list[RemovableHandle] = []
         for name, module in _side(self.layers, inside):
-            handles.append(module.register_forward_hook(Hook(partial(self._on_call, name)), with_kwargs=True))
+            hook = Hook(partial(self._on_call, name))  # before a hook of the user's that changes h
+            handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
             if has_own_forward(module):
                 handles.append(module.register_forward_pre_hook(Hook(partial(self._products.begin, name))))
         for name, attention in _side(self.attentions, inside):
             handles += watch(name, attention, self._on_projection)
         for name, module in _side(self.modules, inside):
             if self.counts_neurons or name not in self.relus:
-                handles += self._functions.watch(name, module)
+                handles += self.functions.watch(name, module)
             if self.counts_neurons and name in self.relus:
                 handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name))))
             elif self.counts_neurons and is_measured(module) and name not in self.layers:
@@ -164,7 +166,7 @@ class Capture:
         self.recording = self.repeats = self.gradients = False
         remove(self._outer)
         remove(self._inner)
-        self._functions.stop()
+        self.functions.stop()
         self._products.clear()
         stop(self._on_projection)
 

@@ -32,12 +32,13 @@ from condzoo.probe.attention import split_biases
 from condzoo.probe.batches import batch_size, call, in_float64, on_device
 from condzoo.probe.copying import copy_in_float64
 from condzoo.probe.costs import announce, check_side, cost
+from condzoo.probe.function_calls import BatchStatistics
 from condzoo.probe.finiteness import checked_finite
 from condzoo.probe.gradient_rows import Unfactored, gradient_rows, refuse_faults, unavailable
 from condzoo.probe.hooks import output_sizes
 from condzoo.probe.label_models import check_softmax, checked_distribution, distribution_of
 from condzoo.probe.layer_rows import LayerRows
-from condzoo.probe.layers import check_module, choose, samples_interact
+from condzoo.probe.layers import INTERACTING, check_module, choose, samples_interact
 from condzoo.probe.loss_copies import loss_beside, wide
 from condzoo.probe.losses import REDUCTIONS, Loss, differentiable, logits_of, mean_loss, name_of, own_loss_of
 from condzoo.probe.preserving import preserved
@@ -121,8 +122,17 @@ def in_float64_copies(
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         batch = on_device(in_float64((x, y)), device)
         loss = loss_beside(loss, original, memo, wide)
+        if matrix != "hessian" and not samples_interact(model) and _has_batch_statistics(model, batch[0]):
+            INTERACTING.add(model)
         split_biases(model)
         return model, *batch, loss
+
+def _has_batch_statistics(model: nn.Module, x: Any) -> bool:
+    """Whether a forward pass calls F.batch_norm on statistics of the batch."""
+    with preserved(model, 0), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), BatchStatistics() as noted:
+        call(model, x)
+    return noted.seen
+
 
 
 def own_parameters(layers: Mapping[str, nn.Module]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from condzoo.probe.lanczos import largest_eigenvalues
 from condzoo.probe.layer_sums import LayerSums
 from condzoo.probe.layers import is_measured, kind
 from condzoo.probe.moments import RunningMoment
-from condzoo.probe.nulls import Head, structural_nulls, zero_coordinates, zero_sum_remainder
+from condzoo.probe.nulls import ZERO, ZERO_IN_FLOAT64, Head, structural_nulls, zero_coordinates, zero_sum_remainder
 from condzoo.probe.spectra import Spectrum, from_blocks
 from condzoo.probe.weights import Norms, own_weight
 
@@ -50,6 +50,7 @@ def finish(
     counted: float = 1.0,
 ) -> tuple[dict[str, LayerConditioning], dict[str, str], dict[str, str]]:
     """What the capture has seen.
+    loss_dtype: torch.dtype | None = None,
 
     Args:
         capture: after its forward and backward passes.
@@ -59,6 +60,7 @@ def finish(
         counted: share of the labels that it is over; masked tokens are left out.
 
     Returns:
+        loss_dtype: that it is computed in; None: not seen, that of the layers.
         Layers in forward order, the skipped with their reasons, and the first layer with NaN or Inf
         by direction ("forward", "backward").
     """
@@ -75,8 +77,9 @@ def finish(
     if capture.trains and any(_in_tf32(capture.layers[name], sums.input) for name, sums in good.items()):
         for moment in moments:
             moment.coarsen(TF32)
-    head = _head(capture, good, softmax, mean, counted) if _has_the_last(capture, list(good)) else None
-    spectra = spectra_of(moments, kappa=capture.kappa, head=head)
+    head = _head(capture, good, softmax, mean, counted, loss_dtype) if _has_the_last(capture, list(good)) else None
+    wide = capture.dtypes | {loss_dtype or torch.float64} == {torch.float64}
+    spectra = spectra_of(moments, kappa=capture.kappa, head=head, zero=ZERO_IN_FLOAT64 if wide else ZERO)
     layers = {
         name: LayerConditioning(
             kind=kind(capture.layers[name]),
@@ -113,22 +116,34 @@ def _has_the_last(capture: Capture, good: list[str]) -> bool:
     return good != [] and good[-1:] == reached[-1:] and all(name in capture.layers for name in measurable[-1:])
 
 
-def _head(capture: Capture, good: Mapping[str, LayerSums], softmax: bool | None, mean: bool, counted: float) -> Head:
+def _head(
+    capture: Capture,
+    good: Mapping[str, LayerSums],
+    softmax: bool | None,
+    mean: bool,
+    counted: float,
+    loss_dtype: torch.dtype | None,
+) -> Head:
     name = next(reversed(list(good)))
     grads, weight = good[name].output_grad, own_weight(capture.layers[name])
     unit = good[name].samples / max(1.0, counted * grads.rows) if mean else 1.0
-    return Head(softmax, unit, grads.dtype if weight is None else weight.dtype)
+    dtypes = grads.dtype if weight is None else weight.dtype, loss_dtype or torch.float64
+    return Head(softmax, unit, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
 
 
-def spectra_of(moments: list[RunningMoment], *, kappa: bool = True, head: Head | None = None) -> list[Spectrum]:
+def spectra_of(
+    moments: list[RunningMoment], *, kappa: bool = True, head: Head | None = None, zero: float = ZERO
+) -> list[Spectrum]:
     """The spectra of input and output-gradient moments in turn; without `kappa` their largest eigenvalues alone.
 
-    `head`: the last two are of the network's last layer.
+    `head`: the last two are of the network's last layer; `zero`: as of `zero_sum_remainder`.
     """
     values = eigenvalues_of(moments, top_only=not kappa)
     heads = {len(moments) - 1: head}
     remainders = [  # of a single row the sum is small by chance in one of a thousand layers
-        zero_sum_remainder(m.squared_sum(), m.diagonal(), m.dtype, heads.get(i)) if i % 2 and m.vectors > 1 else None
+        zero_sum_remainder(m.squared_sum(), m.diagonal(), m.dtype, heads.get(i), zero=zero)
+        if i % 2 and m.vectors > 1
+        else None
         for i, m in enumerate(moments)
     ]
     # The gradient p - y of a softmax cross-entropy loses digits where p is close to y. How far its rows are

@@ -49,6 +49,9 @@ class FunctionCalls(TorchFunctionMode):
     Args:
         layers: by name; may change.
         on_relu, on_layer, on_product: what is reported to.
+
+    Attributes:
+        batch_statistics: an F.batch_norm has computed statistics of the batch.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class FunctionCalls(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.layers, self.on_relu, self.on_layer, self.on_product = layers, on_relu, on_layer, on_product
+        self.batch_statistics = False
         self.running: list[tuple[str, nn.Module]] = []
         self.below: list[TorchFunctionMode] = []  # the modes that were on when this one was entered
 
@@ -69,6 +73,8 @@ class FunctionCalls(TorchFunctionMode):
             if not isinstance(module, RELUS):  # those are counted by their own hooks
                 local, linear = RELU_FUNCTIONS[func]
                 self.on_relu(f"{name}.{local}" if name else local, output, linear)
+        elif on_batch_statistics(func, kwargs):
+            self.batch_statistics = True
         elif func in PRODUCTS:
             self._product(func, output, *args[:2], **{key: kwargs[key] for key in ("input", "weight") if key in kwargs})
         return output
@@ -128,6 +134,24 @@ class FunctionCalls(TorchFunctionMode):
             _pop_mode()  # a mode around has ended since, and took off the topmost one, which was this, for itself
         self.running.clear()
         self.below.clear()
+
+
+class BatchStatistics(TorchFunctionMode):
+    """Notes in `seen` whether there was an F.batch_norm inside that computed statistics of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.seen = self.seen or on_batch_statistics(func, kwargs)
+        return func(*args, **kwargs)
+
+
+def on_batch_statistics(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether this is an F.batch_norm that computes statistics of the batch; torch hands `training` on by name."""
+    return func is F.batch_norm and bool(kwargs.get("training"))
 
 
 def _calls_none(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -36,6 +37,8 @@ LINEAR_OF_OTHERS = {"transformers.pytorch_utils.Conv1D"}  # GPT-2's, whose weigh
 
 ROWS_A_PIECE = 64  # rows of a linear layer multiplied together before float64 takes over
 ROWS_OF_PATCHES = 512  # the same of patches, whose products are larger: adding them up costs more
+
+INTERACTING: WeakSet[nn.Module] = WeakSet()  # private copies, in the mode that they were seen in
 
 REASONS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Embedding, nn.EmbeddingBag), "its input is indices, which have no second moment"),
@@ -173,8 +176,13 @@ def with_constant(columns: Tensor) -> Tensor:  # [b, g, d, k] -> [b, g, d + 1, k
 
 
 def samples_interact(model: nn.Module) -> bool:
-    """Whether a BatchNorm computes statistics of the batch, so that a sample's output depends on the others."""
-    return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
+    """Whether a BatchNorm computes statistics of the batch, so that a sample's output depends on the others.
+
+    Of one that is called as a function, a pass alone shows it: such models are among `INTERACTING`.
+    """
+    return model in INTERACTING or any(
+        isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules()
+    )
 
 
 def _spatial(module: nn.Module) -> int:

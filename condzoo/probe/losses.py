@@ -79,6 +79,14 @@ def loss_on(loss: Any, device: torch.device) -> Any:
     return loss
 
 
+def modules_of(loss: Any) -> list[nn.Module]:
+    """The modules that a loss is, or is a method of, also in a functools.partial: what they hold may change in it."""
+    if isinstance(loss, partial):
+        return [module for part in (loss.func, *loss.args, *loss.keywords.values()) for module in modules_of(part)]
+    owner = getattr(loss, "__self__", loss)
+    return [owner] if isinstance(owner, nn.Module) else []
+
+
 def mean_loss(loss: Loss | None, output: Any, target: Any, batch: int, reduction: str | None = None) -> Tensor:
     """The batch-mean loss: a sum is divided by the batch, a loss a sample is averaged.
 

@@ -18,7 +18,7 @@ from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.copying import copied, copy_in_float64, made_inside
 from condzoo.probe.layers import choose
 from condzoo.probe.loss_copies import as_it_is, loss_beside, on, wide
-from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_on
+from condzoo.probe.losses import LABELS, REDUCTIONS, Labels, Loss, loss_on, modules_of
 from condzoo.probe.narrow_draws import narrow_draws
 from condzoo.probe.passes import Passes
 from condzoo.probe.preserving import preserved
@@ -46,14 +46,15 @@ def measure(
 
     The model is measured in the mode it is in (train mode uses batch statistics) and is left bitwise as
     it was: parameters (unless the forward pass itself writes into them, as a momentum encoder's), buffers,
-    .grad, requires_grad, mode, hooks, random streams (torch's, Python's, numpy's). Memory does not grow with
-    the number of batches.
+    .grad, requires_grad, mode, hooks, random streams (torch's, Python's, numpy's). So are buffers of a loss.
+    Memory does not grow with the number of batches.
 
     Args:
         model: any module; of DDP and DataParallel the model inside is measured, in this process alone.
         batches: (x, y) pairs, for example a DataLoader, or one pair, of any sizes. x is a tensor, or a dict
-            or tuple of the model's arguments. Or dicts of the model's arguments with the targets under
-            "labels" (Hugging Face's), which a forward that takes `labels` gets, too.
+            or tuple of the model's arguments; one pair of two tuples needs a list around it.
+            Or dicts of the model's arguments with the targets under "labels" (Hugging Face's), which a forward
+            that takes `labels` gets, too.
         labels: whose labels the gradients have: "data" (M's factor), "model" (F's: the exact expectation
             over the loss's own distribution, one backward pass a class or output coordinate) or "sample"
             (F's: one draw from it). The distribution is a softmax for cross-entropy, a unit-variance
@@ -107,7 +108,12 @@ def measure(
     run = Passes(model, capture, whose, loss, seed, reduction)
     first: list[tuple[Any, Any]] = []
     kind = next((p.device.type for p in model.parameters()), "cpu")
-    with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), full_float32(kind):
+    with (
+        preserved(model, seed, *modules_of(loss)),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        full_float32(kind),
+    ):
         capture.attach()
         try:
             for batch in each(batches, adapted=adapter is not None):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 PARALLEL = 1e-12  # how far |correlation| of two multiples of each other may be from 1 in float64
 FLOAT32 = 2.0**-24  # its unit roundoff
+ZERO, ZERO_IN_FLOAT64 = 1e-6, 1e-10  # of the mean E[g_i^2]: float64 shows true numbers of a billionth
 SHOWN = 1 / 20  # of the mean E[g_i^2]: rows whose sum has less show that they sum to zero
 
 
@@ -25,7 +26,7 @@ class Head:
     Attributes:
         softmax: whether the loss is a softmax cross-entropy; None: not known (a training's, or a callable).
         unit: what its p - y is multiplied with in the gradients: 1 over the labels of a sample that its mean is over.
-        dtype: of the weights, in which the loss is computed: under autocast not that of the data.
+        dtype: that the loss is computed in: under autocast not that of the data. Where it is not seen, the weights'.
     """
 
     softmax: bool | None = None
@@ -53,7 +54,12 @@ def structural_nulls(moment: Float[Tensor, "g d d"], *, sums_to_zero: bool, vani
 
 
 def zero_sum_remainder(
-    squared_sum: float, diagonal: Float[Tensor, "g d"], dtype: torch.dtype, head: Head | None = None
+    squared_sum: float,
+    diagonal: Float[Tensor, "g d"],
+    dtype: torch.dtype,
+    head: Head | None = None,
+    *,
+    zero: float = ZERO,
 ) -> float | None:
     """E[(sum_i g_i)^2] / d where rows sum to zero but for the rounding of the data, else None.
 
@@ -62,8 +68,9 @@ def zero_sum_remainder(
         diagonal: E[g_i^2]; of several groups there is no sum.
         dtype: of the data.
         head: of the network's last layer.
+        zero: `ZERO_IN_FLOAT64` where the whole pass and its loss are in float64.
 
-    Zero means under 1e-6 (20 u^2, for coarser data) of the mean E[g_i^2]: so little in exactly this
+    Zero means under 1e-6 (1e-10 in float64; 20 u^2, for coarser data) of the mean E[g_i^2]: so little in exactly this
     direction does not come about by chance, but for two coordinates, where the rounding alone is let pass.
 
     In the network's last layer zero is also a sum whose square is under (4 u)^2: the gradient p - y of a confident
@@ -75,7 +82,7 @@ def zero_sum_remainder(
     if groups > 1 or dim < 2:
         return None
     remainder, mean = max(0.0, squared_sum / dim), float(diagonal.sum()) / dim
-    limit = max(1e-6 if dim > 2 else 0.0, 20 * (torch.finfo(dtype).eps / 2) ** 2) * mean
+    limit = max(zero if dim > 2 else 0.0, 20 * (torch.finfo(dtype).eps / 2) ** 2) * mean
     if head is not None and head.softmax is not False:
         roundoff = torch.finfo(head.dtype).eps / 2
         if head.softmax or roundoff > FLOAT32 or remainder <= SHOWN * mean:

@@ -49,6 +49,7 @@ class Passes:
         self.inputs = [*self.weights.values(), *(model.parameters() if computed else ())]
         self.weight_grads: dict[str, Tensor] = {}
         self.samples, self.batches, self.total_loss, self.sees_loss = 0, 0, 0.0, False
+        self.loss_dtype: torch.dtype | None = None
         self.masked = self.targets = 0  # labels that the loss leaves out, and all
         self.random_signs = False
 
@@ -61,12 +62,12 @@ class Passes:
         self.samples, self.batches = self.samples + count, self.batches + 1
         if not count:
             return  # the end of a set that a sampler or filter left empty
+        self.capture.gradients = False  # of passes within the forward pass or the loss: forces, a penalty on slopes
         output = self._forward(x)
         logits = losses.logits_of(output)
         y = on_device(y, logits.device if isinstance(logits, Tensor) else device)  # of a split model, its last part's
         if self.loss is None and losses.own_loss_of(output) is not None:
             self.loss_name = "output.loss"
-        self.capture.gradients = self.labels == "data"
         value = None
         if y is not None or self.labels == "data":
             value = losses.mean_loss(self.loss, output, y, count, self.reduction)
@@ -113,7 +114,7 @@ class Passes:
             own = losses.mean_loss(None, output, y, self.capture.batch, self.reduction) if holds_own else None
             label_models.check_softmax(own, logits, axis, asked)
             counted = self._counted(value, logits, axis, y, own=holds_own)
-        self.capture.gradients = True
+        self.capture.gradients, self.loss_dtype = True, torch.promote_types(logits.dtype, torch.float32)
         if self.labels == "sample":
             self._backward(logits, label_models.drawn_gradient(kind, logits, self.generator, axis, counted))
         else:
@@ -124,10 +125,11 @@ class Passes:
                     stacklevel=4,
                 )
             signals = label_models.weighted_gradients(kind, logits, axis, counted)
-            if samples_interact(self.model) and logits.numel() <= label_models.ONE_BY_ONE:
+            interact = samples_interact(self.model) or self.capture.functions.batch_statistics
+            if interact and logits.numel() <= label_models.ONE_BY_ONE:
                 signals = label_models.gradients_one_by_one(signals)
             else:
-                self.random_signs = self.random_signs or samples_interact(self.model)
+                self.random_signs = self.random_signs or interact
                 signals = label_models.with_random_signs(signals, self.generator)
             for c, signal in enumerate(signals):
                 self.capture.further = c > 0
@@ -144,7 +146,11 @@ class Passes:
 
     def _from_data(self, value: Tensor, count: int) -> None:
         self.total_loss, self.sees_loss = self.total_loss + float(value.detach()) * count, True
-        for name, grad in self._backward(value, keep=False).items():
+        if self.labels == "data":
+            self.capture.gradients, self.loss_dtype = True, value.dtype
+        grads = self._backward(value, keep=False)
+        self.capture.gradients = False
+        for name, grad in grads.items():
             held = self.weight_grads.get(name)
             self.weight_grads[name] = widened(grad) * count if held is None else held.add_(grad, alpha=count)
 
@@ -181,7 +187,12 @@ class Passes:
             norms = norms_of(modules, self.weights) | self.computed_norms, norms_of(modules, grads)
             counted = 1 - self.masked / max(1, self.targets)
             layers, unseen, nonfinite = finish(
-                self.capture, *norms, softmax=self._softmax(), mean=self._mean(), counted=counted
+                self.capture,
+                *norms,
+                softmax=self._softmax(),
+                mean=self._mean(),
+                counted=counted,
+                loss_dtype=self.loss_dtype,
             )
         neurons, uncounted = self.capture.counts()
         mean = self.total_loss / self.samples

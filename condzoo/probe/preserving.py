@@ -6,7 +6,7 @@ A `Probe` on the same model leaves out the passes inside, and what is compiled r
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from condzoo.probe.wrappers import uncompiled, without_reentrant_checkpoints
+from condzoo.probe.wrappers import uncompiled, without_reentrant_checkpoints, without_synchronization
 
 OF_ALL = vars(nn.Module()).keys()  # hooks, modes, ...
 
@@ -29,7 +29,7 @@ def at_rest() -> bool:
 
 
 @contextmanager
-def preserved(model: nn.Module, seed: int) -> Iterator[None]:
+def preserved(model: nn.Module, seed: int, *beside: nn.Module) -> Iterator[None]:
     """Inside, the random streams start from `seed` and every parameter asks for gradients.
 
     Afterwards, also after an exception: buffers (BatchNorm's statistics and counters; those a pass has registered are
@@ -37,21 +37,27 @@ def preserved(model: nn.Module, seed: int) -> Iterator[None]:
     are as before: torch's on the CPU and the model's devices, Python's `random` and numpy's global one, which
     transforms of images draw from. What parameters hold, .grad and modes are for the caller to leave alone.
 
+    Args:
+        model: as above.
+        seed: of the random streams.
+        beside: other modules that run inside (a loss with a running mean), whose buffers and attributes are put back.
+
     Raises:
         ValueError: a lazy layer, which its first batch would change for good.
     """
-    for name, module in model.named_modules():
+    for name, module in (named for every in (model, *beside) for named in every.named_modules()):
         if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise ValueError(f"layer {name!r} is not initialized yet (lazy); run one batch through the model first")
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
-    restore = _what_restores(model)
+    restore = _what_restores({m: None for every in (model, *beside) for m in every.modules()})
     global _inside
     with (
         torch.random.fork_rng(devices=devices),
         outside_torch(seed),
         uncompiled(),
         without_reentrant_checkpoints(),
+        without_synchronization(),
     ):
         torch.default_generator.manual_seed(seed)
         for index in devices:
@@ -83,10 +89,10 @@ def outside_torch(seed: int) -> Iterator[None]:
         np.random.set_state(numpys)  # noqa: NPY002
 
 
-def _what_restores(model: nn.Module) -> list[Callable[[], None]]:
+def _what_restores(modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
     """What puts each buffer back, and each parameter that a forward pass puts another in place of (VQ-VAE's codes)."""
     restore: list[Callable[[], None]] = []
-    for module in model.modules():
+    for module in modules:
         for name, parameter in module._parameters.items():
             restore.append(partial(_restore_parameter, module, name, parameter))
         of_others = {*OF_ALL, *module._parameters.keys()}

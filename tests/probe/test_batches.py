@@ -217,6 +217,9 @@ def test_two_batches_are_not_taken_for_a_pair_nor_a_pair_for_two():
     assert measure(plain, [image, image], adapter=lambda b: (b["image"], b["target"])).samples == 2 * len(x)
     assert measure(plain, [(x, y), (x, y)]).samples == 2 * len(x)
     assert measure(plain, ((x,), y)).samples == len(x)
+    for none in ({"target": y}, None, "train"):  # no batch, and so what belongs to the arguments
+        assert measure(plain, ((x,), none), loss=lambda output, _: F.cross_entropy(output, y)).samples == len(x)
+    assert measure(plain, [((x,), y), batch]).samples == 2 * len(x)
 
 
 def test_arguments_of_a_wrong_kind_are_explained():

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import linear  # by this name a function put into torch.nn.functional is not seen
 from torch.utils.checkpoint import checkpoint
 
-from condzoo.probe import Probe, measure
+from condzoo.probe import Probe, curvature, measure, top_curvature
 
 USES = {
     "called": lambda layer, x: layer(x),
@@ -141,3 +141,37 @@ def test_a_call_inside_a_layer_or_an_attention_counts_once(use):
         "1.out_proj": (8, 56, 56),
         "3": (8, 8, 8),
     }
+
+
+class Normed(nn.Module):
+    """Batch statistics by modules, or by the function as networks with generated weights have it."""
+
+    def __init__(self, by):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.norms = nn.ModuleList([nn.BatchNorm1d(4, affine=False) for _ in range(2 if by == "module" else 0)])
+        self.double()
+
+    def norm(self, number, h):
+        return self.norms[number](h) if self.norms else F.batch_norm(h, None, None, None, None, True)
+
+    def forward(self, x):
+        return self.head(self.norm(1, self.second(self.norm(0, self.first(x)).relu())).tanh())
+
+
+def test_batch_statistics_of_a_function_are_those_of_a_module():
+    x, y = torch.randn(7, 3).double(), torch.arange(7) % 3
+    module, function = (measure(Normed(by), (x, y), labels="model") for by in ("module", "function"))
+    for name in module:
+        a, b = module[name].output_grad, function[name].output_grad
+        torch.testing.assert_close(a.eigenvalues, b.eigenvalues, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "ggn"])
+def test_so_they_are_in_exact_curvature(matrix):
+    x, y = torch.randn(7, 3).double(), torch.arange(7) % 3
+    for ask in (curvature, top_curvature):
+        a, b = (ask(Normed(by), x, y, matrix) for by in ("module", "function"))
+        a, b = (found.values if ask is top_curvature else found.eigenvalues for found in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-12)

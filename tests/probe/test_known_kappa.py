@@ -104,11 +104,56 @@ def test_the_softmax_null_is_never_a_condition_number(dtype, confidence, classes
         assert found.nulls == 1
 
 
-def test_the_null_before_a_layernorm_is_not_called_a_softmax():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_null_before_a_layernorm_is_not_called_a_softmax(dtype):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3))
-    found = measure(model, (torch.randn(64, 5), torch.arange(64) % 3))["0"].output_grad
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3)).to(dtype)
+    found = measure(model, (torch.randn(64, 5, dtype=dtype), torch.arange(64) % 3))["0"].output_grad
     assert (found.nulls, found.null_reason) == (1, "1: rows sum to 0 (softmax, LayerNorm)")
+
+
+@pytest.mark.parametrize("exponent", [6, 8, 9])
+def test_a_sum_of_all_coordinates_that_is_small_and_not_zero_is_a_number_in_float64(exponent):
+    """The smallest direction of these gradients is (1, ..., 1), along which a softmax has none."""
+    basis = torch.ones((1, 1), dtype=torch.float64)
+    while len(basis) < 16:  # Hadamard's matrices, whose first column is that direction
+        basis = torch.cat([torch.cat([basis, basis], 1), torch.cat([basis, -basis], 1)])
+    generator = torch.Generator().manual_seed(exponent)
+    white = torch.linalg.qr(torch.randn((256, 16), generator=generator, dtype=torch.float64)).Q * 16
+    g = white * torch.logspace(-exponent / 2, 0, 16, dtype=torch.float64) @ basis.T / 4
+    model, x = nn.Linear(4, 16).double(), torch.randn((256, 4), generator=generator, dtype=torch.float64)
+    found = measure(model, [(x, g)], loss=lambda h, y: (h * y).sum() / 256)[""].output_grad
+    assert (found.status(), found.null_reason) == ("ok", "")
+    assert found.condition_number() == pytest.approx(10.0**exponent, rel=0.01)
+
+
+def test_a_cross_entropy_with_a_z_loss_has_no_null_in_float64(kit):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(12, 10).double(), torch.randn(300, 12).double(), torch.arange(300) % 10
+
+    def loss(h, y):
+        return nn.functional.cross_entropy(h, y) + 1e-4 * h.logsumexp(1).square().mean()
+
+    logits = model(x).detach().requires_grad_(True)
+    (g,) = torch.autograd.grad(300 * loss(logits, y), logits)
+    expected = kit.eigenvalues(g, 1, 300)
+    found = measure(model, (x, y), loss=loss)[""].output_grad
+    assert found.status() == "ok"
+    assert found.condition_number() == pytest.approx(float(expected[0] / expected[-1]), rel=0.01)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 8.0, 16.0])
+def test_the_null_of_a_float32_loss_is_named_in_a_float64_network(confidence):
+    """As Hugging Face's language models have it: p - y has the digits of float32, whatever reads it."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (512,), generator=generator)
+    x = nn.functional.one_hot(y, 10) * confidence + torch.randn((512, 10), generator=generator)
+    model = nn.Linear(10, 10).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(10))
+        model.bias.zero_()
+    found = measure(model, (x.double(), y), loss=lambda h, y: nn.functional.cross_entropy(h.float(), y))[""]
+    assert (found.output_grad.status(), found.output_grad.nulls) == ("structural null", 1)
 
 
 def head_of(way, model, x, y, loss, autocast=None, softmax=None):

@@ -1,6 +1,8 @@
 """What a measurement leaves as it was, also in the middle of a training step."""
 
+import copy
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from condzoo.probe import curvature, measure
+from condzoo.probe import curvature, curvature_blocks, kronecker_report, measure, top_curvature
 from condzoo.probe.preserving import outside_torch
 
 
@@ -132,6 +134,38 @@ def test_attributes_beside_buffers_go_back_with_them():
     assert len(model[1].outputs) == 1, "a list is where a network collects"
 
 
+class Centred(nn.Module):
+    """A loss with a running centre of the targets, as DINO's."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3))
+        self.calls = 0
+
+    def forward(self, output, y):
+        self.calls += 1
+        self.centre.mul_(0.9).add_(0.1 * y.mean(0))
+        return -((y - self.centre).softmax(1) * output.log_softmax(1)).sum(1).mean()
+
+    def by_name(self, output, y):
+        return self(output, y)
+
+
+@pytest.mark.parametrize("given", ["module", "method", "partial", "argument"])
+def test_what_a_loss_holds_is_put_back(given):
+    model, loss, batch = nn.Linear(5, 3), Centred(), (torch.randn(8, 5), torch.randn(8, 3))
+    centre = loss.centre
+    ways = {
+        "module": loss,
+        "method": loss.by_name,
+        "partial": partial(loss),
+        "argument": partial(lambda output, y, inner: inner(output, y), inner=loss),
+    }
+    measure(model, [batch, batch], loss=ways[given])
+    assert loss.centre is centre
+    assert (centre.tolist(), loss.calls) == ([0, 0, 0], 0)
+
+
 class Codes(nn.Module):
     """The codebook of a VQ-VAE, with another parameter in its place after each forward pass."""
 
@@ -182,3 +216,23 @@ def test_two_measurements_of_a_seed_see_the_same_augmentation():
     model, loader = nn.Sequential(nn.Linear(5, 3)), torch.utils.data.DataLoader(Augmented(), 4)
     first, second = (measure(model, loader, seed=3)["0"].input.eigenvalues for _ in range(2))
     assert torch.equal(first, second)
+
+
+CALLS = {
+    "measure": lambda model, x, y: measure(model, (x, y), certify=True)["0"].output_grad.eigenvalues,
+    "curvature": lambda model, x, y: curvature(model, x, y, "hessian").eigenvalues,
+    "blocks": lambda model, x, y: curvature_blocks(model, x, y, "ggn")["0"].eigenvalues,
+    "top": lambda model, x, y: top_curvature(model, x, y, "grad_moment").values,
+    "report": lambda model, x, y: kronecker_report(model, x, y)["0"].exact.eigenvalues,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_one_of_several_processes_measures_alone_what_synchronizes(call, kit, process_group):
+    """The others make no such pass: on GPUs SyncBatchNorm waits for them, on a CPU it is an error in any group."""
+    norm = nn.BatchNorm2d(5)
+    plain = nn.Sequential(nn.Conv2d(3, 5, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(20, 4)).double()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    assert torch.equal(CALLS[call](model, *kit.images()), CALLS[call](plain, *kit.images()))
+    with pytest.raises(ValueError, match="expected input tensor to be on"):
+        model(kit.images()[0])

@@ -258,3 +258,27 @@ def test_a_weight_that_runs_again_after_another_has_its_gradient_once_a_pass():
     found = probe.latest["inner"]
     assert found.weight == pytest.approx(float(torch.linalg.matrix_norm(model.inner.weight.detach(), 2)))
     assert found.weight_grad == pytest.approx(float(torch.linalg.matrix_norm(sum(grads) / 3, 2)))
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_a_hook_of_the_users_that_changes_an_output_comes_after_the_layer(probed):
+    x, y = torch.randn(9, 4).double(), torch.arange(9) % 3
+
+    def read(between, hook):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), between, nn.Linear(6, 3)).double()
+        if hook is not None:
+            model[0].register_forward_hook(hook)
+        if not probed:
+            return measure(model, (x, y))
+        with Probe(model, every=1) as probe:
+            F.cross_entropy(model(x), y).backward()
+            probe.step()
+        return probe.latest
+
+    written = read(nn.Tanh(), None)
+    for hook in (lambda m, a, h: h.tanh(), lambda m, a, h: h.tanh_()):
+        hooked = read(nn.Identity(), hook)
+        for name in ("0", "2"):
+            a, b = hooked[name].output_grad, written[name].output_grad
+            torch.testing.assert_close(a.eigenvalues, b.eigenvalues, rtol=0, atol=1e-14)

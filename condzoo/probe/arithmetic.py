@@ -28,7 +28,8 @@ SAFETY = 20  # an eigenvalue this many times its noise is right to 5 %
 FLOAT32_PRODUCT = 100 * 2.0**-24  # SAFETY * the 5 u ||M|| / sqrt(b) seen at most over shapes 16..1024
 FLOAT64_PRODUCT = 100 * 2.0**-53  # times sqrt(d) * lambda_max: the product and eigvalsh together
 DATA_ROUNDINGS = 2.0  # roundings that a value of the data has behind it, at least
-SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in the cache
+SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in a CPU's cache
+GPU_SLICE = 1 << 24  # the same on a GPU, or of the products: it needs much work at a time; 128 MB (not run on one)
 LONGEST_SUM = 1 << 13  # rows added in float32: BLAS adds small products in one long chain, whose noise grows with it
 FOLD = 8  # products of pieces added in float32: the noise stays as calibrated, and the conversion to float64 is short
 
@@ -197,7 +198,7 @@ def _piece_sum(pieces: Float[Tensor, "bg d k"], groups: int) -> Float[Tensor, "g
 def gram_float64(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     """sum over pieces and rows of x x^T, all in float64, a slice at a time."""
     b, g, d, k = columns.shape
-    step = max(1, SLICE // (g * d * k))
+    step = max(1, SLICE // (g * d * k) if columns.device.type == "cpu" else GPU_SLICE // (g * d * max(d, k)))
     total = columns.new_zeros((g, d, d), dtype=torch.float64)
     for start in range(0, b, step):
         piece = columns[start : start + step].reshape(-1, d, k).double()

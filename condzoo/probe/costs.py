@@ -1,8 +1,8 @@
 """What an exact curvature matrix will cost, estimated on this machine before it is computed.
 
 Counted are the products that form the matrix (on its smaller Gram side) and its eigenvalues; seconds come
-from the rate of one float64 product of 512 x 512 matrices, timed when it is first asked for (about 10 ms),
-once a number of threads.
+from the rate of one float64 product of 512 x 512 matrices (of a GPU 2048 x 2048), timed when it is first asked for
+(about 10 ms), once a number of threads and a device.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ MUCH = 1 << 29  # numbers from which on what is held is announced: 4 GB
 LARGEST = 20_000  # side of a matrix that is decomposed, at most: 3.2 GB and about ten minutes
 EIGENVALUES = 4.0  # how much slower per operation than a product: half of the reduction is bound by memory
 PROBED_SIDE = 512
+PROBED_SIDE_OF_A_GPU = 2048  # whose smaller ones are over before they have been started
+CPU = torch.device("cpu")
 A_CLASS = "one a class"
 A_SAMPLE_AND_CLASS = "one a sample and class"
 BATCH_STATISTICS = f"{A_SAMPLE_AND_CLASS}: in train mode BatchNorm makes a sample's gradient depend on all labels"
@@ -47,23 +49,34 @@ class Cost:
         return 8 * (2 * self.side**2 + self.held)
 
 
-def cost(side: int, operations: float, passes: float = 0.0, held: int = 0) -> Cost:
-    """The cost of a matrix of this side formed with so many operations, after `passes` seconds of backward passes."""
+def cost(side: int, operations: float, passes: float = 0.0, held: int = 0, device: torch.device = CPU) -> Cost:
+    """The cost of a matrix of this side formed with so many operations, after `passes` seconds of backward passes.
+
+    `device`: where it is formed and decomposed.
+    """
     eigenvalues = EIGENVALUES * 4 / 3 * side**3
-    seconds = passes + (operations + eigenvalues) / products_a_second(torch.get_num_threads())
+    seconds = passes + (operations + eigenvalues) / products_a_second(torch.get_num_threads(), device)
     return Cost(side, operations, seconds, held)
 
 
 @cache
-def products_a_second(threads: int) -> float:
-    """Floating-point operations a second of float64 products with so many threads, the best of three."""
-    a = torch.ones((PROBED_SIDE, PROBED_SIDE), dtype=torch.float64, device="cpu")
+def products_a_second(threads: int, device: torch.device) -> float:
+    """Floating-point operations a second of float64 products there, with so many threads, the best of three."""
+    side = PROBED_SIDE if device.type == "cpu" else PROBED_SIDE_OF_A_GPU
+    a = torch.ones((side, side), dtype=torch.float64, device=device)
     best = float("inf")
     for _ in range(3):
-        began = time.perf_counter()
+        began = now(device)
         a @ a
-        best = min(best, time.perf_counter() - began)
-    return 2 * PROBED_SIDE**3 / best
+        best = min(best, now(device) - began)
+    return 2 * side**3 / best
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once a GPU has done what it was given: until then a pass has only been started."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def announce(expected: Cost, what: str) -> None:

@@ -17,7 +17,6 @@ Shapes: N samples, K classes, P parameters, T positions of a layer.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, SupportsIndex
@@ -31,9 +30,9 @@ from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.attention import split_biases
 from condzoo.probe.batches import batch_size, call, in_float64, on_device
 from condzoo.probe.copying import copy_in_float64
-from condzoo.probe.costs import announce, check_side, cost
-from condzoo.probe.function_calls import BatchStatistics
+from condzoo.probe.costs import announce, check_side, cost, now
 from condzoo.probe.finiteness import checked_finite
+from condzoo.probe.function_calls import BatchStatistics
 from condzoo.probe.gradient_rows import Unfactored, gradient_rows, refuse_faults, unavailable
 from condzoo.probe.hooks import output_sizes
 from condzoo.probe.label_models import check_softmax, checked_distribution, distribution_of
@@ -122,17 +121,17 @@ def in_float64_copies(
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         batch = on_device(in_float64((x, y)), device)
         loss = loss_beside(loss, original, memo, wide)
+        split_biases(model)
         if matrix != "hessian" and not samples_interact(model) and _has_batch_statistics(model, batch[0]):
             INTERACTING.add(model)
-        split_biases(model)
         return model, *batch, loss
+
 
 def _has_batch_statistics(model: nn.Module, x: Any) -> bool:
     """Whether a forward pass calls F.batch_norm on statistics of the batch."""
     with preserved(model, 0), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), BatchStatistics() as noted:
         call(model, x)
     return noted.seen
-
 
 
 def own_parameters(layers: Mapping[str, nn.Module]) -> list[Tensor]:
@@ -232,17 +231,17 @@ def whole_matrix(
         output = call(model, x)
     logits = checked_finite(logits_of(output))
     rows = rows_at_once(sum(sizes))
-    held = rows * sum(sizes)
+    held, device = rows * sum(sizes), parameters[0].device
     if matrix == "hessian":
         value = differentiable(checked_finite(mean_loss(loss, output, y, batch_size(x), reduction), "the loss"))
-        announce(cost(side, 0.0, 3 * side * _seconds_of_backward(value, parameters), held), "exact Hessian")
+        announce(cost(side, 0.0, 3 * side * _seconds_of_backward(value, parameters), held, device), "exact Hessian")
         return hessian_matrix(value, parameters, rows), None
     checked_distribution(loss, logits, "matrix='ggn'", tokens=False)
     check_softmax(own_loss_of(output) if loss is None else None, logits, 1, "matrix='ggn'")
     differentiable(logits)
     vectors = logits.numel()
     passes = vectors * _seconds_of_backward(logits.sum(), parameters)
-    announce(cost(side, 2.0 * vectors * side**2, passes, held), "exact generalized Gauss-Newton matrix")
+    announce(cost(side, 2.0 * vectors * side**2, passes, held, device), "exact generalized Gauss-Newton matrix")
     return ggn_matrix(logits, parameters, rows), vectors
 
 
@@ -276,6 +275,6 @@ def check_loss(matrix: str, loss: Loss | None) -> None:
 
 
 def _seconds_of_backward(value: Tensor, parameters: Sequence[Tensor]) -> float:
-    began = time.perf_counter()
+    began = now(value.device)
     torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return time.perf_counter() - began
+    return now(value.device) - began

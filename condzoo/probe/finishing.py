@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from condzoo.probe.arithmetic import SAFETY, data_noise, float64_noise, in_tf32
 from condzoo.probe.attention import parts_of
 from condzoo.probe.capture import Capture
 from condzoo.probe.conditioning import LayerConditioning
-from condzoo.probe.eigenvalues import symmetric_eigenvalues
+from condzoo.probe.eigenvalues import SMALL, eigvalsh, symmetric_eigenvalues
 from condzoo.probe.lanczos import largest_eigenvalues
 from condzoo.probe.layer_sums import LayerSums
 from condzoo.probe.layers import is_measured, kind
@@ -29,6 +30,7 @@ TF32 = torch.float16  # has as many digits
 DECOMPOSED = 256  # side up to which one eigenvalue costs no less than all
 SMALLEST_SQUARE = SAFETY * torch.finfo(torch.float64).tiny  # under it products lose digits to the range's end
 LANCZOS = 1e-8  # residual over lambda_max
+COPIED = 1 << 20  # numbers of one moment that come from a GPU to be read, at most: 8 MB
 
 NOT_CALLED = "not called in the forward pass, or only without gradients"
 USED = (
@@ -48,9 +50,9 @@ def finish(
     softmax: bool | None = None,
     mean: bool = True,
     counted: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, LayerConditioning], dict[str, str], dict[str, str]]:
     """What the capture has seen.
-    loss_dtype: torch.dtype | None = None,
 
     Args:
         capture: after its forward and backward passes.
@@ -58,9 +60,9 @@ def finish(
         softmax: whether the loss is a softmax cross-entropy; None: not known.
         mean: whether it is a mean over a sample's positions, too, where it has many labels.
         counted: share of the labels that it is over; masked tokens are left out.
+        loss_dtype: that it is computed in; None: not seen, that of the layers.
 
     Returns:
-        loss_dtype: that it is computed in; None: not seen, that of the layers.
         Layers in forward order, the skipped with their reasons, and the first layer with NaN or Inf
         by direction ("forward", "backward").
     """
@@ -138,6 +140,7 @@ def spectra_of(
 
     `head`: the last two are of the network's last layer; `zero`: as of `zero_sum_remainder`.
     """
+    moments = [_near(moment) for moment in moments]
     values = eigenvalues_of(moments, top_only=not kappa)
     heads = {len(moments) - 1: head}
     remainders = [  # of a single row the sum is small by chance in one of a thousand layers
@@ -153,6 +156,15 @@ def spectra_of(
         _spectrum(m, values[i], noise if i % 2 else 0.0, kappa=kappa, sums_to_zero=remainders[i] is not None)
         for i, m in enumerate(moments)
     ]
+
+
+def _near(moment: RunningMoment) -> RunningMoment:
+    """A small moment of a GPU on the CPU: the GPU would be waited for with each number that is read of it."""
+    held = moment.pending if moment.total is None else [moment.total]
+    if moment.device.type == "cpu" or moment.side > SMALL or sum(part.numel() for part in held) > COPIED:
+        return moment
+    total = None if moment.total is None else moment.total.cpu()
+    return replace(moment, total=total, pending=[part.cpu() for part in moment.pending])
 
 
 def eigenvalues_of(moments: list[RunningMoment], *, top_only: bool = False) -> list[Float[Tensor, "g m"]]:
@@ -183,7 +195,7 @@ def _largest(moment: RunningMoment) -> Float[Tensor, "g 1"]:
     for product in moment.products():
         found = largest_eigenvalues(product, moment.side, tolerance=LANCZOS)
         if float(found.residuals[0]) > LANCZOS * float(found.values[0]):
-            return torch.linalg.eigvalsh(moment.decomposable())[:, -1:].cpu()
+            return eigvalsh(moment.decomposable())[:, -1:].cpu()
         tops.append(found.values)
     return torch.stack(tops)
 

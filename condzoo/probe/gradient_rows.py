@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from condzoo.probe.batches import batch_size, call
-from condzoo.probe.costs import A_CLASS, BATCH_STATISTICS, announce_passes, check_side
+from condzoo.probe.costs import A_CLASS, BATCH_STATISTICS, announce_passes, check_side, now
 from condzoo.probe.finiteness import checked_finite, nonfinite
 from condzoo.probe.label_draws import equivalent_draws, few_enough
 from condzoo.probe.label_models import (
@@ -129,12 +128,12 @@ def _expect(
                 layer.random_signs = True
     if decomposed:
         check_side(min(draws * len(logits), parameters))
+    began = now(logits.device)
     for draw, signal in enumerate(signals):
-        began = time.perf_counter()
         _backward(logits, layers, rows, signal)
         if draw == 0:
             held = sum(x.numel() + draws * g.numel() for r in called for x, g in zip(r.inputs, r.grads[0], strict=True))
-            announce_passes((time.perf_counter() - began) * draws, draws, held, each)
+            announce_passes((now(logits.device) - began) * draws, draws, held, each)
             _check_order(model, logits, (logits * signal).sum(), layers, rows)
 
 

@@ -22,6 +22,7 @@ from condzoo.probe.arguments import checked, whole_seed
 from condzoo.probe.arithmetic import float64_noise
 from condzoo.probe.batches import batch_size
 from condzoo.probe.costs import too_large
+from condzoo.probe.eigenvalues import eigvalsh
 from condzoo.probe.exact import in_float64_copies
 from condzoo.probe.finishing import NO_GRADIENT, NOT_CALLED
 from condzoo.probe.gradient_rows import gradient_rows
@@ -202,7 +203,7 @@ def _quality(module: nn.Module, rows: LayerRows, samples: int) -> KroneckerQuali
 
 
 def _spectrum(moment: Tensor, vectors: int) -> Spectrum:
-    values = torch.linalg.eigvalsh(moment)
+    values = eigvalsh(moment)
     return from_blocks(values, float64_noise(moment.shape[-1], float(values.max())), vectors, arithmetic="float64")
 
 

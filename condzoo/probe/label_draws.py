@@ -13,7 +13,6 @@ Shapes: N samples, K classes, o outputs of all layers together.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from condzoo.probe.costs import announce_passes
+from condzoo.probe.costs import announce_passes, now
 
 AT_ONCE = 64  # backward passes that run as one
 MOST = 125_000_000  # numbers in the sums of products together: 1 GB, of which three copies are held for a while
@@ -51,12 +50,12 @@ def equivalent_draws(
     """
     samples, outputs = logits.shape[0], sum(widths)
     total = logits.new_zeros((samples, outputs, outputs))
-    began, passes = time.perf_counter(), logits.numel()
+    began, passes = now(logits.device), logits.numel()
     for number, some in enumerate(iter(lambda: list(itertools.islice(signals, AT_ONCE)), [])):
         draws = torch.cat(_pulled_back(logits, edges, widths, some), dim=2).transpose(0, 1)
         total.baddbmm_(draws.mT, draws)
         if number == 0:
-            announce_passes((time.perf_counter() - began) * passes / len(some), passes)
+            announce_passes((now(logits.device) - began) * passes / len(some), passes)
     values, vectors = torch.linalg.eigh(total)  # ascending: of fewer passes than outputs the first are 0
     roots = (vectors * values.clamp_min(0).sqrt()[:, None])[:, :, -min(passes, outputs) :]
     return [list(draw.split(list(widths), dim=1)) for draw in roots.unbind(2)]

@@ -30,7 +30,7 @@ def spectrum_of_rows(rows: Sequence[LayerRows | DenseRows], samples: int, parame
     vectors, reached = rows[0].vectors, sum(layer.parameters for layer in rows)
     side = min(vectors, reached)
     check_side(side)
-    announce(cost(side, _operations(rows, samples, reached)), "exact curvature")
+    announce(cost(side, _operations(rows, samples, reached), device=rows[0].device), "exact curvature")
     small = torch.zeros((side, side), dtype=torch.float64, device=rows[0].device)
     factored = [layer for layer in rows if isinstance(layer, LayerRows) and layer.single_position]
     if vectors <= reached:

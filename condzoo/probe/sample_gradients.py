@@ -7,7 +7,6 @@ Shapes: N samples, K label draws a sample (1 with labels from the data), V = K *
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from condzoo.probe.batches import batch_size, call
-from condzoo.probe.costs import A_SAMPLE_AND_CLASS, announce_passes
+from condzoo.probe.costs import A_SAMPLE_AND_CLASS, announce_passes, now
 from condzoo.probe.finiteness import checked_finite
 from condzoo.probe.gradient_rows import SAME, label_signals
 from condzoo.probe.label_models import gradients_one_by_one
@@ -110,11 +109,11 @@ def sample_gradients(
         [torch.full((p.numel(),), g is not None, device="cpu") for p, g in zip(parameters, reached, strict=True)]
     )
     rows: list[Tensor] = []
+    began = now(predicted.device)
     for alone in gradients_one_by_one(draws):
-        began = time.perf_counter()
         rows.append(pulled_back(predicted, parameters, alone[None]))
         if len(rows) == 1:
-            announce_passes((time.perf_counter() - began) * vectors, vectors, each=A_SAMPLE_AND_CLASS)
+            announce_passes((now(predicted.device) - began) * vectors, vectors, each=A_SAMPLE_AND_CLASS)
     gradients = samples * torch.cat(rows)
     if value is not None:
         whole = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)

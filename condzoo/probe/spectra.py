@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from condzoo.probe.eigenvalues import eigvalsh
+
 Status = Literal["ok", "bound", "structural null", "rank-limited", "not computed"]
 
 
@@ -152,7 +154,7 @@ def spectrum(moment: Float[Tensor, "*shape"] | np.ndarray, *, rows: int | None =
     elif moment.ndim in (2, 3) and moment.shape[-2] == dim and dim:
         if not torch.allclose(moment, moment.mT, rtol=1e-4, atol=1e-6 * float(moment.abs().max())):
             raise ValueError(f"moment [{dim}, {dim}] is not symmetric; pass X.T @ X / n, or eigenvalues")
-        values = torch.linalg.eigvalsh(moment.double()).reshape(-1, dim)
+        values = eigvalsh(moment.double()).reshape(-1, dim)
         rounding = 100 * math.sqrt(dim) * _unit_roundoff(moment.dtype)
     else:
         raise ValueError(f"moment must be [d, d], [groups, d, d] or eigenvalues [d], got shape {list(moment.shape)}")
@@ -221,6 +223,8 @@ def condition_number(eigenvalues: Any, p: float = 1.0) -> float:
 def as_tensor(values: Any) -> Tensor:
     """A tensor of numbers in any container; of numpy's, views that run backwards and read-only ones, too.
 
+    One on Apple's GPU comes to the CPU: MPS has no float64.
+
     Raises:
         TypeError: they are complex.
     """
@@ -232,7 +236,7 @@ def as_tensor(values: Any) -> Tensor:
                 f"eigenvalues and moments must be real, got {str(values.dtype)[6:]}; a symmetric matrix has real ones, "
                 "which torch.linalg.eigvalsh gives"
             )
-        return values
+        return values.cpu() if values.device.type == "mps" else values
     return torch.as_tensor(values, dtype=torch.float64, device="cpu")  # which Python's numbers are
 
 

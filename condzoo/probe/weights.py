@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.arithmetic import plain_products
+from condzoo.probe.eigenvalues import eigvalsh, near
 from condzoo.probe.hooks import Hook
 
 EXACT = 1024  # smaller side up to which all singular values are computed
@@ -111,12 +112,12 @@ def _exact(stacked: Float[Tensor, "n g out in"]) -> list[Norms | None]:
     """The norms of each of n weights, None for one that is not finite."""
     blocks = stacked.double()
     wide = blocks if blocks.shape[2] <= blocks.shape[3] else blocks.mT
-    grams = wide @ wide.mT
+    grams = near(wide @ wide.mT)  # one copy from a GPU; the numbers that follow are then there to read
     traces = grams.diagonal(dim1=-2, dim2=-1).sum((1, 2))
     finite = torch.isfinite(traces)
     if not bool(finite.all()):
         grams[~finite] = 0.0
-    tops = torch.linalg.eigvalsh(grams)[:, :, -1].amax(1).clamp(min=0).sqrt().tolist()
+    tops = eigvalsh(grams)[:, :, -1].amax(1).clamp(min=0).sqrt().tolist()
     squares = traces.sqrt().tolist()
     return [Norms(t, f) if good else None for t, f, good in zip(tops, squares, finite.tolist(), strict=True)]
 
@@ -141,5 +142,5 @@ def dominant(blocks: Float[Tensor, "g m n"]) -> float:
         basis = torch.cat([basis, image], dim=2)
         image = blocks @ (blocks.mT @ image)
         images = torch.cat([images, image], dim=2)
-    squares = torch.linalg.eigvalsh((basis.mT @ images).double())
+    squares = eigvalsh((basis.mT @ images).double())
     return scale * math.sqrt(float(squares.max()))

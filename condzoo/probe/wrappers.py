@@ -9,6 +9,7 @@ from types import FrameType
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -114,6 +115,17 @@ def without_reentrant_checkpoints() -> Iterator[None]:
             del CheckpointFunction.apply
         else:
             CheckpointFunction.apply = before
+
+
+@contextmanager
+def without_synchronization() -> Iterator[None]:
+    """Inside, SyncBatchNorm has its own batch's statistics: the other processes make no such pass to wait for."""
+    before = nn.SyncBatchNorm.forward
+    nn.SyncBatchNorm.forward = _BatchNorm.forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.SyncBatchNorm.forward = before  # type: ignore[method-assign]
 
 
 def in_transform() -> bool:

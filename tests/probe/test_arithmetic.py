@@ -8,8 +8,16 @@ import torch
 from torch import nn
 
 from condzoo.probe import arithmetic, measure
-from condzoo.probe.arithmetic import SAFETY, float32_noise, gram_float32, plain_convolutions, plain_products
+from condzoo.probe.arithmetic import (
+    SAFETY,
+    float32_noise,
+    gram_float32,
+    gram_float64,
+    plain_convolutions,
+    plain_products,
+)
 from condzoo.probe.moments import RunningMoment
+from tests.probe.on_gpus import OnGPU
 
 KINDS = {
     "even": lambda g: torch.randn(g, generator=torch.Generator().manual_seed(0)),
@@ -211,3 +219,16 @@ def test_convolutions_of_a_gpu_are_asked_for_without_tf32():
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.conv.fp32_precision) == before
     with plain_convolutions("cpu"):
         assert torch.backends.cudnn.conv.fp32_precision == before[1]
+
+
+def test_a_gpu_multiplies_more_at_a_time_in_float64(monkeypatch):
+    """A CPU's slices stay in its cache; a GPU would be done with one before the next has been started."""
+    multiply, parts = torch.bmm, []
+    monkeypatch.setattr(torch, "bmm", lambda *args: parts.append(type(args[0])) or multiply(*args))
+    columns = torch.randn(64, 1, 8, 1024, generator=torch.Generator().manual_seed(0))
+    here, there = gram_float64(columns), gram_float64(OnGPU(columns))
+    assert parts == [torch.Tensor] * 4 + [OnGPU]
+    assert torch.allclose(there.cpu(), here, rtol=1e-13)
+    parts.clear()
+    gram_float64(OnGPU(torch.ones(5000, 1, 64, 1)))  # whose products are 64 times as many numbers
+    assert len(parts) == 2

@@ -8,6 +8,7 @@ from condzoo.probe import measure
 from condzoo.probe.arithmetic import SAFETY, float32_noise, gram_float64
 from condzoo.probe.correlations import correlates, patch_gram, pieces
 from condzoo.probe.patches import padded, unfolded
+from tests.probe.on_gpus import OnGPU
 
 LAYERS = {
     "3x3": nn.Conv2d(17, 2, 3, padding=1),
@@ -99,6 +100,7 @@ def test_it_is_used_where_it_is_exact_and_only_there():
         assert not correlates(other, x)
     assert not correlates(nn.Conv2d(15, 2, 3, padding=1), x[:, :15])
     assert not correlates(nn.Conv2d(16, 2, 3), x[:1, :, :5, :5])  # 9 rows, 144 coordinates
+    assert not correlates(nn.Conv2d(16, 2, 3, padding=1), OnGPU(x))  # cuDNN's noise was not measured
 
 
 @pytest.mark.parametrize("precision", ["auto", "fast"])

@@ -243,7 +243,7 @@ def test_over_a_minute_is_announced_before_it_starts_and_less_is_not(kit, matrix
         model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2), nn.BatchNorm1d(2), nn.Linear(2, 3)).double()
     curvature(model, x, y, matrix)
     assert not recwarn.list
-    monkeypatch.setattr(costs, "products_a_second", lambda threads: 30.0)
+    monkeypatch.setattr(costs, "products_a_second", lambda *_: 30.0)
     started = []
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda a: started.append(a) or torch.ones(len(a)).double())
     warned = r"exact .*: about [\d.]+ minutes and 0.0 GB for a matrix of side \d+; fewer samples or block="
@@ -259,7 +259,7 @@ def test_the_operations_are_those_of_the_smaller_side():
     for samples in (4, 400):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(row_spectra, "announce", lambda expected, what, n=samples: seen.update({n: expected}))
-            patch.setattr(costs, "products_a_second", lambda threads: 1.0)
+            patch.setattr(costs, "products_a_second", lambda *_: 1.0)
             curvature(model, torch.randn(samples, 5), y[:samples], "grad_moment")
     assert (seen[4].side, seen[4].operations) == (4, 2 * 4 * 4 * (5 + 3))
     assert (seen[400].side, seen[400].operations) == (18, 400 * 18**2)

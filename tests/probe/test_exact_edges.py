@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from condzoo.probe import (
+    costs,
     curvature,
     curvature_blocks,
     gradient_rows,
@@ -281,7 +282,7 @@ def test_gradients_of_convolutions_meet_in_parts_of_bounded_size(kit, monkeypatc
     x, y = kit.images(150)
     expected = curvature(model, x, y, "grad_moment").eigenvalues
     monkeypatch.setattr(layer_rows, "NUMBERS", 0)
-    monkeypatch.setattr("condzoo.probe.costs.products_a_second", lambda threads: 1e12)
+    monkeypatch.setattr("condzoo.probe.costs.products_a_second", lambda *_: 1e12)
     with Largest() as seen:
         found = curvature(model, x, y, "grad_moment").eigenvalues
     assert torch.allclose(found, expected, atol=1e-13 * float(expected[0]))
@@ -313,9 +314,37 @@ def test_long_passes_and_much_memory_are_announced_after_the_first(kit, monkeypa
 def test_passes_for_the_gradients_themselves_are_announced(monkeypatch):
     monkeypatch.setattr("condzoo.probe.costs.LONG", -1.0)
     x, y = data(10)
+    asked = []
+    monkeypatch.setattr(sample_gradients, "now", lambda device: asked.append(device.type) or 0.0)
     with pytest.warns(UserWarning, match="exact curvature: about") as records:
         curvature(Table(), x, y, "fisher")
+    assert asked == ["cpu", "cpu"]
     assert "for 30 backward passes, one a sample and class; fewer samples cost less" in str(records[0].message)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "matrix"),
+    [("exact", "conv", "hessian"), ("gradient_rows", "conv", "fisher"), ("label_draws", "bn_mlp", "fisher")],
+)
+def test_passes_are_timed_by_a_clock_that_waits_for_a_gpu(kit, module, name, matrix, monkeypatch):
+    asked = []
+    monkeypatch.setattr(f"condzoo.probe.{module}.now", lambda device: asked.append(device.type) or 0.0)
+    curvature(kit.build(name), *kit.images(4), matrix)
+    assert asked == ["cpu", "cpu"]
+
+
+def test_the_clock_and_the_rate_of_products_are_of_the_device(monkeypatch):
+    waited, of = [], []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    costs.now(torch.device("cuda", 1))
+    costs.now(torch.device("cpu"))
+    assert waited == [torch.device("cuda", 1)]
+    monkeypatch.setattr(costs, "products_a_second", lambda threads, device: of.append(device.type) or 1.0)
+    costs.cost(3, 0.0, device=torch.device("cuda", 1))
+    costs.cost(3, 0.0)
+    curvature(network(), *data(), "grad_moment")
+    curvature(network(), *data(), "hessian")
+    assert of == ["cuda", "cpu", "cpu", "cpu"]
 
 
 def test_draws_are_counted_before_they_are_made(monkeypatch):

@@ -162,6 +162,6 @@ def test_a_block_too_large_is_skipped_and_the_others_are_there(monkeypatch):
 
 
 def test_the_announcement_names_what_the_report_takes(monkeypatch):
-    monkeypatch.setattr(costs, "products_a_second", lambda threads: 1.0)
+    monkeypatch.setattr(costs, "products_a_second", lambda *_: 1.0)
     with pytest.warns(UserWarning, match=r"block='<layer>' \(of a report layers=\['<layer>'\]\) cost less"):
         kronecker_report(network(), *data(6), layers=["5"])

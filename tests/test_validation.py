@@ -34,6 +34,9 @@ ONE_A_FAMILY = [
 ]
 
 
+NARROW = {"channels": (16, 16, 32, 32), "num_classes": 10}
+
+
 @pytest.fixture(autouse=True)
 def few_further_seeds(monkeypatch):
     """Eight to sixteen, for time; the planted faults are caught with all of them, too."""
@@ -61,6 +64,11 @@ def test_a_model_of_each_family_keeps_its_promises(name):
         ("cifar_resnet8", {"last_bn": True}, {"function", "conditioning"}),
         ("cifar_resnet8", {"norm": False}, {"function", "conditioning"}),
         ("mlp4x24_lastbn", {"last_bn": False, "norm": True}, {"function", "conditioning"}),
+        ("cifar_resnet8", {"shortcut": False}, {"function", "conditioning"}),
+        ("cifar_resnet14_nobn", {"shortcut": False}, {"function", "conditioning"}),
+        ("cifar_vgg8", {"shortcut": True}, {"function", "conditioning"}),
+        ("cifar_vgg8_nobn_lastbn", {"shortcut": True, "projection": True}, {"function", "conditioning"}),
+        ("resnet50_lastbn", {"cardinality": 8, "base_width": 32, **NARROW}, {"function", "conditioning"}),
     ],
 )
 def test_other_arguments_than_the_recorded_skip_the_checks_against_records(name, arguments, skipped):
@@ -303,11 +311,71 @@ def test_a_network_too_broken_for_a_check_fails_it(name, damage, check, detail):
 @pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_vgg8_nobn", "mlp4x24_bn"])
 def test_a_network_of_before_is_held_against_what_its_modules_are(name):
     model = create_model(name)
-    del model.has_norm  # as older pickles
+    for said in ("has_norm", "has_shortcut"):
+        vars(model).pop(said, None)  # as older pickles
     assert prepare(model, 0).changed == {}
 
 
-@pytest.mark.parametrize("name", ["cifar_preresnet8", "cifar_preresnet8_lastbn"])
+@pytest.mark.parametrize(
+    ("name", "arguments", "shortcut", "check"),
+    [
+        ("cifar_resnet8", {}, None, "function"),
+        ("cifar_vgg14", {}, nn.Identity(), "function"),
+        ("cifar_vgg8_nobn", {"shortcut": True}, None, "signals"),
+        ("cifar_resnet14_nobn", {"shortcut": False}, nn.Identity(), "scaling"),
+    ],
+)
+def test_a_network_with_other_shortcuts_than_it_was_built_with_is_broken(name, arguments, shortcut, check):
+    torch.manual_seed(0)
+    model = create_model(name, **arguments)
+    assert check not in broken(validate(model).checks)
+    for block in [model.layer2[1]] if shortcut else [model.layer1[0], model.layer2[0], model.layer3[0]]:
+        block.shortcut = shortcut
+    assert check in broken(validate(model).checks)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_vgg8_nobn", "cifar_preresnet8_lastbn"])
+def test_a_network_of_unpooled_maps_passes_and_the_last_bn_is_passed_by(name):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=0, global_pool="")
+    found = validate(model)
+    assert found.ok, found.table()
+    last_bn = {"last BN"} if name.endswith("lastbn") else set()
+    assert {check.name for check in found.checks if check.skipped} == {"function", "conditioning"} | last_bn
+    model.layer2[0].conv2.register_forward_hook(lambda module, args, out: out.detach())
+    assert "finite" in broken(validate(model).checks)
+
+
+@pytest.mark.parametrize("arguments", [{"block_args": {"attn_layer": "se"}}, {"norm_layer": "groupnorm"}])
+def test_a_resnet_with_weights_that_no_bn_follows_is_not_held_to_their_scale(arguments):
+    torch.manual_seed(0)
+    found = validate(create_model("resnet18_lastbn", **{**NARROW, "channels": (32, 32, 64, 64)}, **arguments))
+    assert found.ok, found.table()
+    assert {check.name for check in found.checks if check.skipped} == {"function", "scaling", "conditioning"}
+    (detail,) = (check.detail for check in found.checks if check.name == "scaling")
+    assert detail == f"with {next(iter(arguments))} there may be weights that no BN follows"
+
+
+def test_a_plain_twin_is_checked_as_a_network_as_by_its_name():
+    torch.manual_seed(0)
+    found = validate(create_model("resnet18"))
+    assert found == validate("resnet18")
+    assert found.ok, found.table()
+
+
+def test_a_plain_twin_with_a_last_bn_and_other_sizes_is_held_against_its_like():
+    torch.manual_seed(0)
+    model = insert_last_bn(create_model("resnet18", num_classes=7, in_chans=1))
+    found = validate(model)
+    assert found.ok, found.table()
+    assert "last BN" in {check.name for check in found.checks}
+    model.reset_classifier(0)
+    assert validate(model).ok
+    model.last_bn_hook.remove()
+    assert "last BN" in broken(validate(model).checks)
+
+
+@pytest.mark.parametrize("name", ["cifar_preresnet8", "cifar_preresnet8_lastbn", "preresnet18"])
 def test_a_preresnet_built_without_its_final_bn_is_a_variant_and_one_that_lost_it_is_broken(name):
     torch.manual_seed(0)
     built = validate(create_model(name, final_norm=False))
@@ -578,3 +646,10 @@ def test_a_network_under_validation_is_drawn_from_the_seed_and_leaves_the_caller
     found = prepare("cifar_resnet8", 3).model.state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_checkpoint_by_its_name_leaves_the_callers_random_stream():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert validate("mlp8x24_bn.mnist").ok
+    assert torch.equal(torch.get_rng_state(), before)

@@ -123,7 +123,7 @@ class CifarResNet(StagedNetwork):
         if projection and not shortcut:
             raise ValueError("projection=True is a kind of shortcut, and this network has none (shortcut=False)")
         n = blocks_per_stage(depth)
-        self.in_chans, self.has_norm = in_chans, norm
+        self.in_chans, self.has_norm, self.has_shortcut = in_chans, norm, shortcut
         self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0]) if norm else nn.Identity()
         self.relu1 = nn.ReLU(inplace=True)

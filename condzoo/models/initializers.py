@@ -154,7 +154,8 @@ def fans_of(layer: Weighted) -> Fans:
 def init_layer_(layer: Weighted, fill: Fill, generator: torch.Generator | None = None) -> None:
     """Draw one layer's weight with a function of this module."""
     weight, fans = layer.weight, fans_of(layer)
-    if weight.is_meta:  # nothing to draw, and drawing it takes most of the time of building there
+    # nothing to draw; on the meta device that takes most of the time of building
+    if weight.is_meta or weight.numel() == 0:
         return
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     # orthogonalization exists from float32 on

@@ -29,6 +29,7 @@ GROWTH = {"cifar_vgg": (0.6, 1.1), "cifar_resnet": (0.8, 1.5), "mlp": (0.3, 0.6)
 MLP_ROOM = (2.5, 1.5)
 NARROWEST = 16  # units; of narrower MLPs whole layers may die, and a draw says nothing of the initializer
 SCALE_TOLERANCE = 1e-7  # relative, float64
+OTHER_NORMS = ("block_args", "norm_layer")  # timm's arguments that may put layers which no BN follows into a ResNet
 # the first of those that are drawn where a number's spread is in doubt; torch's generators take 32 bits of a seed
 FURTHER_SEED = 2**31
 FURTHER_LAYERS = 320  # in all of them: small networks differ more between seeds, and are soon measured
@@ -75,18 +76,20 @@ def check_initialization(subject: Subject) -> Check:
 def expected_variance(info: ModelInfo, name: str, layer: nn.Module) -> tuple[float, float]:
     """Variance and kurtosis of a layer's initializer: He-normal convolutions, uniform linear layers."""
     if isinstance(layer, nn.Conv2d):
-        return 2 / (layer.out_channels // layer.groups * math.prod(layer.kernel_size)), 3.0
+        return 2 / (layer.out_channels * math.prod(layer.kernel_size)), 3.0  # torch's fan-out: of all groups
     assert isinstance(layer, nn.Linear)
     return 1 / (3 * layer.in_features), 1.8
 
 
 def check_finite(subject: Subject) -> Check:
-    """Loss finite; every parameter gets a gradient, and a finite one."""
+    """Loss finite, of maps that of their mean; every parameter that is used gets a gradient, and a finite one."""
     model = copy.deepcopy(subject.model)
-    loss = nn.functional.cross_entropy(model(subject.x), subject.y)
+    out = model(subject.x)
+    loss = nn.functional.cross_entropy(out.mean((2, 3)) if subject.maps else out, subject.y)
     loss.backward()
     loss = loss.detach()
-    bad = [n for n, p in model.named_parameters() if p.grad is None or not bool(torch.isfinite(p.grad).all())]
+    used = [(n, p) for n, p in model.named_parameters() if not (subject.maps and n.startswith("last_bn."))]
+    bad = [n for n, p in used if p.grad is None or not bool(torch.isfinite(p.grad).all())]
     ok = bool(torch.isfinite(loss)) and not bad
     return Check(
         "finite", ok, f"loss {float(loss):.3g}" + (f"; no finite gradient in {', '.join(bad[:3])}" if bad else "")
@@ -138,6 +141,8 @@ def input_magnitudes(subject: Subject) -> list[float]:
 
 def check_scaling(subject: Subject) -> Check:
     """With BN the logits do not see the scale of the weights before it; without, they follow it (Theorem 1)."""
+    if other := [key for key in OTHER_NORMS if key in subject.changed]:
+        return Check("scaling", True, f"with {', '.join(other)} there may be weights that no BN follows", skipped=True)
     model = copy.deepcopy(subject.model)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -181,6 +186,8 @@ def check_last_bn(subject: Subject) -> Check:
     at most d; in general it is at most the sum of gamma^2 + beta^2. What the last BN itself sees is the plain
     twin's classifier input.
     """
+    if subject.maps:
+        return Check("last BN", True, "it normalizes pooled features; unpooled maps pass it by", skipped=True)
     bn = subject.model.last_bn
     with recorded_inputs([bn, subject.model.get_classifier()]) as inputs, torch.no_grad():
         buffers = {n: b.clone() for n, b in subject.model.named_buffers()}

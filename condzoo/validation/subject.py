@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from condzoo.catalog import ModelInfo, list_models, model_info, read_catalog
-from condzoo.models import create_model
+from condzoo.catalog import ModelInfo, model_info, read_catalog
+from condzoo.models import create_model, insert_last_bn
 from condzoo.models.last_bn import check_module
 from condzoo.models.registry import FAMILIES, sibling
 from condzoo.probe.copying import copied
 from condzoo.probe.wrappers import unwrapped
+
+USUAL = {"final_norm": True, "shortcut": True}  # what a row leaves to its class
 
 
 class OneProcess(_BatchNorm):
@@ -47,6 +49,11 @@ class Subject:
     y: Tensor
     changed: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def maps(self) -> bool:
+        """Whether its output is unpooled maps, which pass a last BN by."""
+        return self.changed.get("global_pool") == ""
+
 
 def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
     """The network as a float64 copy in train mode, and a batch small enough for its depth."""
@@ -63,7 +70,7 @@ def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
         model = copied(unwrapped(name_or_model)).cpu().requires_grad_(True)
         arch = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
         wrapped = not hasattr(model, "get_classifier")  # features_only=True: stages without a head
-        if not arch or wrapped or (arch not in list_models() and is_model(arch)):
+        if not arch or wrapped or is_foreign(arch):
             raise ValueError(not_of_the_zoo(type(model).__name__))
         info = zoo_info(arch)
         changed = changed_arguments(model, info)
@@ -83,9 +90,14 @@ def zoo_info(name: str) -> ModelInfo:
     Raises:
         ValueError: an unknown name, or another network of timm's.
     """
-    if is_model(name) and not any(name in table for table in read_catalog()):
+    if is_foreign(name):
         raise ValueError(not_of_the_zoo(name))
     return model_info(name)
+
+
+def is_foreign(name: str) -> bool:
+    """Whether this is a network of timm's that is no plain twin of the zoo's."""
+    return is_model(name) and not any(name in table for table in read_catalog())
 
 
 def not_of_the_zoo(said: str) -> str:
@@ -110,9 +122,10 @@ def changed_arguments(model: Any, info: ModelInfo) -> dict[str, Any]:
         pool_type = getattr(model.global_pool, "pool_type", "avg")  # without one, another module stands there
         if pool_type != "avg":
             found["global_pool"] = pool_type
-    built = registered_arguments(info.name)
+    built = USUAL | registered_arguments(info.name)
     found |= {key: value for key, value in variant(model).items() if built.get(key, value) != value}
-    if info.family == "cifar_resnet" and any(name.endswith(".shortcut.0") for name, _ in weighted(model)):
+    shortcuts = getattr(model, "has_shortcut", info.family == "cifar_resnet")
+    if shortcuts and any(name.endswith(".shortcut.0") for name, _ in weighted(model)):
         found["projection"] = True
     if getattr(model, "last_bn_init", "ones") != "ones":
         found["last_bn_init"] = model.last_bn_init
@@ -120,23 +133,26 @@ def changed_arguments(model: Any, info: ModelInfo) -> dict[str, Any]:
 
 
 def registered_arguments(name: str) -> dict[str, Any]:
-    """What the zoo's class is called with for a network of this name."""
+    """What the zoo's class is called with for a network of this name; timm's own have no last BN."""
     rows = next((family.rows for family in FAMILIES.values() if name in family.rows), None)
-    return sibling(name)[1] if rows is None else rows[name]["args"]
+    if rows is not None:
+        return rows[name]["args"]  # type: ignore[no-any-return]
+    return {"last_bn": False} if is_model(name) else sibling(name)[1]
 
 
 def variant(model: Any) -> dict[str, bool]:
     """The keywords that make a family's variants, as a network has them; a last BN also where it was put in later.
 
-    A network says itself whether it was built with BatchNorms, since one that lost them all is no variant; only the
-    classes that always have some, and older pickles, do not say it.
+    A network says itself whether it was built with BatchNorms and shortcuts, since one that lost them all is no
+    variant; only the classes that always have some, and older pickles, do not say it.
     """
     body = (m for name, m in model.named_modules() if not name.startswith(("last_bn", "fc")))
     found = {
         "norm": model.has_norm if hasattr(model, "has_norm") else any(isinstance(m, _BatchNorm) for m in body),
         "last_bn": isinstance(getattr(model, "last_bn", None), nn.Module),
     }
-    return found | ({"final_norm": model.final_norm} if hasattr(model, "final_norm") else {})
+    said = {"final_norm": "final_norm", "shortcut": "has_shortcut"}
+    return found | {key: getattr(model, name) for key, name in said.items() if hasattr(model, name)}
 
 
 def with_arguments(info: ModelInfo, changed: Mapping[str, Any]) -> ModelInfo:
@@ -145,13 +161,27 @@ def with_arguments(info: ModelInfo, changed: Mapping[str, Any]) -> ModelInfo:
         return info
     size = changed.get("input_size", (changed.get("in_chans", info.input_size[0]), *info.input_size[1:]))
     with torch.random.fork_rng(devices=[]):
-        built = create_model(info.name, **changed)
+        built = build_with(info, changed)
     classes = changed.get("num_classes", info.num_classes)
     params, macs = size_of(built, size)
     norm = "bn" if changed.get("norm", info.norm == "bn") else "none"
     last_bn = changed.get("last_bn", info.last_bn)
     found = replace(info, input_size=size, num_classes=classes, params=params, macs=macs)
-    return replace(found, norm=norm, last_bn=last_bn)
+    # the CIFAR ResNets without shortcuts are the VGG-style ones, whichever name they were built by
+    family = {True: "cifar_resnet", False: "cifar_vgg", None: info.family}[changed.get("shortcut")]
+    return replace(found, norm=norm, last_bn=last_bn, family=family)
+
+
+def build_with(info: ModelInfo, arguments: Mapping[str, Any]) -> nn.Module:
+    """A network built with these arguments; timm's own take no last BN, which is put in while there is a head."""
+    _, plain = read_catalog()
+    if info.name not in plain:
+        return create_model(info.name, **arguments)
+    built: Any = create_model(info.name, in_chans=arguments.get("in_chans"))
+    if arguments.get("last_bn"):
+        insert_last_bn(built)
+    built.reset_classifier(arguments.get("num_classes", info.num_classes), arguments.get("global_pool", "avg"))
+    return built  # type: ignore[no-any-return]
 
 
 def size_of(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:

@@ -54,11 +54,12 @@ def validate(name_or_model: str | Path | nn.Module, *, seed: int = 0, trained: b
 
     A network of the zoo built with other arguments (`num_classes=100`), or given a last BN by `insert_last_bn`, is
     held against one built with the same; what only the registered one has a record of is skipped, and says so.
-    Dropout is left out of all checks.
+    timm's own networks do not say what they were built with: of `resnet18` ... `resnet152`, the plain twins of
+    `resnet18_lastbn` ..., other classes, channels, pooling and a last BN are known. Dropout is left out of all checks.
 
     Args:
         name_or_model: a registered name; a checkpoint by its released name ("arch.tag") or path; or a network of the
-            zoo at its default initialization.
+            zoo, or a plain twin, at its default initialization.
         seed: of the initialization, where it is built here, and of the images.
         trained: the network given is trained; a checkpoint by its name is known to be.
 
@@ -66,8 +67,9 @@ def validate(name_or_model: str | Path | nn.Module, *, seed: int = 0, trained: b
         ValueError: an unknown name, or a network that is not of the zoo (it has no promises to hold).
         TypeError: neither a name nor a path nor a module.
     """
-    # whatever the caller has set: seeded generators are of one device, and checks differentiate
-    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+    # whatever the caller has set: seeded generators are of one device, and checks differentiate; the caller's random
+    # stream is left alone by networks that are built or loaded here
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         model: str | nn.Module
         if isinstance(name_or_model, Path) or (isinstance(name_or_model, str) and is_checkpoint(name_or_model)):
             said, model, trained = str(name_or_model), load_checkpoint(name_or_model), True

@@ -219,3 +219,11 @@ def test_a_parametrized_weight_is_an_error():
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match=r"the weight of layer '0' is computed by a parametrization"):
         init_weights(net, "he")
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "scaled"])
+@pytest.mark.parametrize(("inputs", "units"), [(0, 3), (3, 0)])
+def test_a_layer_without_weights_has_none_to_draw(scheme: str, inputs: int, units: int):
+    with pytest.warns(UserWarning, match="zero-element"):
+        layer = nn.Linear(inputs, units)
+    assert init_weights(layer, scheme, seed=0).bias.tolist() == [0.0] * units

@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condzoo.models.weight_files import PICKLE_STARTS, check_state, parse_weights, read_plain_file
+from condzoo.models.weight_files import PICKLE_STARTS, check_state, describe, parse_weights, read_plain_file
 
 # where training scripts put the weights among other things, the average first
 NESTED = (
@@ -60,6 +61,7 @@ PLAIN += [
 # option-B shortcuts' weights: chenyaofo's and torchvision's name, akamaster's and condzoo's
 PROJECTION = re.compile(r"^(layer\d+\.\d+)\.(?:downsample|shortcut)\.")
 
+ZIP_START = PICKLE_STARTS[0]  # by which torch.load tells an archive
 COUNTER = "num_batches_tracked"  # BatchNorm's, which eval mode does without
 
 # how torch's weights-only unpickler names what a pickle asks for
@@ -85,15 +87,39 @@ def read_foreign(path: Path) -> tuple[bytes, dict[str, Tensor], str]:
     # a counter is no floating-point number but where all of a file was cast; in half precision it may be infinite
     state = {k: v for k, v in state.items() if not (k.endswith(COUNTER) and v.is_floating_point())}
     for key, value in state.items():
-        if value.is_meta or value.layout != torch.strided:
-            raise ValueError(f"{path}: {key!r} is no tensor with all its values: {value.layout} on {value.device}")
-        if value.is_floating_point() and not torch.isfinite(value.double()).all():  # not every type of 8 bits knows
-            raise ValueError(f"{path}: {key!r} has values that are not finite; these weights cannot be used")
+        check_values(value, f"{path}: {key!r}", len(content))
     return content, strip_prefixes(state), path.name + entry
+
+
+def check_values(value: Tensor, said: str, most: int) -> None:
+    """ValueError for a tensor that is not there whole, is not finite, or has more bytes than `most`, its file's."""
+    if value.is_nested or value.is_meta or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else f"{value.layout} on {value.device}"
+        raise ValueError(f"{said} is no tensor with all its values: {kind}")
+    if value.numel() * value.element_size() > most:  # by strides of 0
+        raise ValueError(f"{said} is {describe(value)}, which the {most:,} bytes of its file do not hold")
+    try:
+        finite = not value.is_floating_point() or torch.isfinite(value.double()).all()  # not every type of 8 bits knows
+    except NotImplementedError as error:
+        raise ValueError(f"{said} is {describe(value)}, a type that torch cannot convert here") from error
+    if not finite:
+        raise ValueError(f"{said} has values that are not finite; these weights cannot be used")
+
+
+def check_stored(content: bytes, path: Path) -> None:
+    """ValueError for a zip archive that unpacks to more than its size: torch.save's never does."""
+    try:
+        entries = zipfile.ZipFile(io.BytesIO(content)).infolist() if content.startswith(ZIP_START) else []
+    except Exception:  # no archive at all, which torch's own reader says
+        return
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > len(content):
+        raise ValueError(f"{path} is a compressed archive, and torch.save's are not; save the state dict by it again")
 
 
 def read_pickle(content: bytes, path: Path) -> tuple[dict[str, Tensor], str]:
     """(the state dict in a file of torch.save's, which of its entries that is); ValueError as `read_foreign`."""
+    check_stored(content, path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
             warnings.simplefilter("ignore")  # pickle protocols that torch does not write itself

@@ -108,14 +108,19 @@ def load_folder(folder: CheckpointFolder) -> nn.Module:
 
     Raises:
         ValueError: files that are damaged, disagree, or do not fit the network.
+        MemoryError: there is too little.
     """
     model = load_weights(folder)
     try:
         with in_float32():  # half precision moves logits further than another function's need be
             difference = logits_difference(model, read_record(folder, EXPECTED, Expected))
     except RuntimeError as error:
-        raise ValueError(
-            f"{folder.path}: the network of {CONFIG} takes no images of its input_size: {error}"
+        if "DefaultCPUAllocator" in str(error):
+            said = str(error).splitlines()[0]
+            raise MemoryError(f"{folder.path}: too little memory to run its network on {EXPECTED}: {said}") from error
+        raise ValueError(  # oneDNN does not say that it found no memory
+            f"{folder.path}: the network of {CONFIG} takes no images of its input_size, or there is too little memory: "
+            f"{error}"
         ) from error
     if not difference <= OTHER_FUNCTION:
         raise ValueError(

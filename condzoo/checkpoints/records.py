@@ -1,15 +1,17 @@
 """What a checkpoint's JSON files hold, as strict schemas: a wrong type or value is an error that names its field."""
 
-import json
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from condzoo.checkpoints.folder import CONDITIONING, CheckpointFolder
 from condzoo.probe import Conditioning
-from condzoo.probe.serialization import from_record
+from condzoo.probe.serialization import from_record, strict_json
 
-Pixels = Annotated[int, Field(ge=1, le=4096)]  # a size that is tried out must fit into memory
+LARGEST_SIDE = 4096
+Pixels = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]  # a size that is tried out must fit into memory
+LARGEST_INPUT = 2**24  # values, of four channels at least: each pixel has the activations of a first layer, too
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Finite, Field(gt=0)]
 # arguments a config may pass to a model beside num_classes: sizes and switches, never something that names a file
@@ -53,6 +55,19 @@ class InputConfig(BaseModel):
             raise ValueError(f"{len(self.mean)} means and {len(self.std)} stds for images of {channels} channels")
         return self
 
+    @model_validator(mode="after")
+    def check_test_size(self) -> "InputConfig":
+        """The size and crop that timm evaluates at, where it has others, are a size and a crop."""
+        extra = self.model_extra or {}
+        size, crop = extra.get("test_input_size"), extra.get("test_crop_pct")
+        sizes = list(size) if isinstance(size, list | tuple) else []
+        whole = all(type(n) is int and 1 <= n <= LARGEST_SIDE for n in sizes)
+        if size is not None and not (whole and len(sizes) == 3 and sizes[0] == self.input_size[0]):
+            raise ValueError(f"test_input_size must be {self.input_size[0]} channels, height and width, got {size!r}")
+        if crop is not None and not (isinstance(crop, int | float) and 0 < crop < math.inf):
+            raise ValueError(f"test_crop_pct must be a number above 0, got {crop!r}")
+        return self
+
 
 class Config(BaseModel):
     """config.json, in timm's layout. `insert_last_bn`: the network is timm's own with a last BN put in."""
@@ -72,6 +87,14 @@ class Expected(Record):
 
     shape: tuple[Annotated[int, Field(ge=1, le=8)], Pixels, Pixels, Pixels]
     logits: list[list[Finite]]
+
+    @model_validator(mode="after")
+    def check_size(self) -> "Expected":
+        """No more than can be tried out: files that agree with each other may be anyone's."""
+        images, channels, height, width = self.shape
+        if images * height * width * max(channels, 4) > LARGEST_INPUT:
+            raise ValueError(f"shape {self.shape} is too large to try out; two images of 3 x 1400 x 1400 are not")
+        return self
 
 
 class SeedResult(Record):
@@ -162,7 +185,7 @@ def read_conditioning(folder: CheckpointFolder) -> dict[str, Conditioning]:
         ValueError: the file is not such a pair, or one of them has no layer or no table of those skipped.
     """
     try:
-        records = json.loads(folder.text(CONDITIONING))
+        records = strict_json(folder.text(CONDITIONING))
         found = {when: from_record(records[when]) for when in ("at_init", "at_end")}
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:  # torch.tensor's, too
         raise ValueError(f"{folder.source(CONDITIONING)} lacks a record: {error}") from error

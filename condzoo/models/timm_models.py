@@ -24,6 +24,7 @@ def create_timm_model(
 
     Raises:
         ValueError: a name that timm has removed; a tag, or weights, that it does not have; `last_bn_init`.
+        OSError: weights that the Hub did not give.
     """
     if last_bn_init != "ones":
         raise ValueError(f"last_bn_init is for networks with a last BN; {name!r} is timm's own and has none")
@@ -31,7 +32,13 @@ def create_timm_model(
         arch, _, tag = current_name(name).partition(".")
         if (tag or pretrained) and not brings_weights(model_kwargs):
             check_timm_weights(arch, tag)
-    model = timm.create_model(name, pretrained=pretrained, **model_kwargs)  # by an older name timm warns
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **model_kwargs)  # by an older name timm warns
+    except OSError as error:  # the Hub's client says in many lines what it did not give
+        lines = str(error).splitlines()
+        if len(lines) < 2:
+            raise
+        raise OSError(f"the weights of {name!r} did not come from the Hub: {lines[0]}") from error
     return model if init is None else init_weights(model, init)
 
 

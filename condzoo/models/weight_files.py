@@ -35,8 +35,9 @@ def read_plain_file(path: Path) -> bytes:
         )
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    # the flags cover a link or a pipe that was put there since
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    # the flags cover a link or a pipe that was put there since, and Windows' reading as text
+    flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    handle = os.open(path, sum(flags, os.O_RDONLY))
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):  # before fdopen, which has an error of its own for a folder
         os.close(handle)

@@ -6,7 +6,6 @@ run went on from an older checkpoint.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ import numpy as np
 
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.files import expanded, naming
-from condzoo.probe.serialization import dumps, from_record
+from condzoo.probe.serialization import dumps, from_record, strict_json
 
 if TYPE_CHECKING:
     import pandas
@@ -78,7 +77,7 @@ def read_records(path: str | Path) -> list[Conditioning]:
         raise ValueError(f"{path} is no file of conditioning records: {error}") from None
     for number, line in enumerate(lines, start=1):
         try:
-            record = from_record(json.loads(line))
+            record = from_record(strict_json(line))
         except ValueError as error:
             if number == len(lines) and not line.endswith("\n"):
                 warnings.warn(f"{path}:{number}: skipped a torn last line", stacklevel=2)

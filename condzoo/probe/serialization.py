@@ -6,6 +6,7 @@ Schema (version 1) in docs/probe.md. Strict JSON: there is no NaN or Infinity in
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def from_record(record: dict[str, Any]) -> Conditioning:
         raise ValueError(f"not a conditioning record: expected schema {SCHEMA!r}, got {found!r}")
     try:
         return Conditioning(
-            layers={name: _layer(entry) for name, entry in record["layers"].items()},
+            layers={name: _layer(name, entry) for name, entry in record["layers"].items()},
             neurons={name: Neurons(**entry) for name, entry in record["neurons"].items()},
             **{name: record[name] for name in _PLAIN if name in record or name not in _LATER},
         )
@@ -52,6 +53,11 @@ def from_record(record: dict[str, Any]) -> Conditioning:
         raise ValueError(f"conditioning record lacks the field {missing}; was the file edited?") from None
     except (TypeError, AttributeError) as error:
         raise ValueError(f"conditioning record does not fit its schema: {error}; was the file edited?") from None
+
+
+def strict_json(text: str) -> Any:
+    """Parsed JSON; ValueError for the NaN and Infinity that Python reads, and `dumps` does not write."""
+    return json.loads(text, parse_constant=_refuse_constant)
 
 
 def dumps(conditioning: Conditioning) -> str:
@@ -67,7 +73,7 @@ def write_json(conditioning: Conditioning, path: Path) -> None:
 def read_json(path: Path) -> Conditioning:
     """Read a measurement from a file of its own; errors name the file."""
     try:
-        return from_record(json.loads(path.read_text(encoding="utf-8")))
+        return from_record(strict_json(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -79,9 +85,18 @@ def _layer_record(layer: LayerConditioning) -> dict[str, Any]:
     return record
 
 
-def _layer(record: dict[str, Any]) -> LayerConditioning:
-    spectra = {name: _spectrum(record[name]) for name in ("input", "output_grad")}
+def _layer(name: str, record: dict[str, Any]) -> LayerConditioning:
+    spectra = {}
+    for side in ("input", "output_grad"):
+        try:
+            spectra[side] = _spectrum(record[side])
+        except ValueError as error:
+            raise ValueError(f"conditioning record, {side} of {name!r}: {error}; was the file edited?") from None
     return LayerConditioning(**{**record, **spectra})
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which no record has")
 
 
 def _spectrum_record(s: Spectrum) -> dict[str, Any]:
@@ -93,6 +108,19 @@ def _spectrum_record(s: Spectrum) -> dict[str, Any]:
 
 def _spectrum(record: dict[str, Any]) -> Spectrum:
     values = torch.tensor(record["eigenvalues"], dtype=torch.float64, device="cpu")
+    if values.ndim not in (1, 2):
+        raise ValueError("eigenvalues must be a list of numbers, or one list a group")
     grouped = values.ndim == 2
+    _check_numbers(record["eigenvalues"] if grouped else [record["eigenvalues"]], record.get("noise_floor", 0.0))
     eigenvalues = values.flatten().sort(descending=True).values if grouped else values
     return Spectrum(**{**record, "eigenvalues": eigenvalues, "blocks": values if grouped else None})
+
+
+def _check_numbers(blocks: list[Any], noise_floor: Any) -> None:
+    # by lists, not tensors: the log of a deep network has thousands of short spectra a step
+    for values in blocks:
+        falling = not values or (values == sorted(values, reverse=True) and 0 <= values[-1] <= values[0] < math.inf)
+        if not falling or math.isnan(sum(values)):
+            raise ValueError("eigenvalues must be finite, at least 0, and descending")
+    if not isinstance(noise_floor, int | float) or not 0 <= noise_floor < math.inf:
+        raise ValueError(f"noise_floor must be a finite number, at least 0, got {noise_floor!r}")

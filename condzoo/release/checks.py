@@ -14,10 +14,14 @@ from condzoo.checkpoints.loading import FEW_IMAGES
 from condzoo.release.records import RULE
 from condzoo.training import Recipe, Run, evaluate_run, load_recipe, load_run
 from condzoo.training.environment import device_name, processor
+from condzoo.training.outcome import last_epoch
 from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json, read_summary
+from condzoo.training.run_directory import METRICS as STEPS
 from condzoo.training.runs import is_complete, runs_within
 
 OTHER_DEVICE = 0.002  # share of the images that the arithmetic of another device or CPU may decide otherwise
+# of the test loss, which other weights move though they classify every image alike; small ones by at least so much
+SAME_LOSS, OTHER_LOSS, SMALL_LOSS = 1e-3, 0.05, 1e-4
 
 
 class Ended(BaseModel):
@@ -40,6 +44,7 @@ class Done(Ended):
     test_error: float
     test_correct: int
     test_images: int
+    test_loss: float | None = None
 
 
 class Source(BaseModel):
@@ -130,11 +135,16 @@ def checked_parts(path: Path, summary: dict[str, Any]) -> list[Part]:
 
 
 def check_one_run(recipe: Recipe, path: Path) -> None:
-    """ValueError where the summary is of another run than the recipe beside it."""
+    """ValueError where the summary is of another run than the recipe, or the lines of its epochs, beside it."""
     summary = read_summary(path)
     for field, own in (("seed", recipe.seed), ("model", recipe.model.name), ("data", recipe.data.name)):
         if summary.get(field, own) != own:
             raise ValueError(f"{path}: {SUMMARY} has {field} {summary[field]}, {RECIPE} {own}: they are not of one run")
+    taken = last_epoch(path).get("step", summary["steps"])
+    if summary["status"] == "done" and taken != summary["steps"]:
+        raise ValueError(
+            f"{path}: {SUMMARY} has {summary['steps']} steps, the last line of {STEPS} {taken}: they are not of one run"
+        )
 
 
 def check_same_recipe(recipes: dict[Path, Recipe]) -> None:
@@ -195,7 +205,7 @@ def check_evaluation(run: Run, data_root: str | Path | None) -> None:
     """Check that the run ended well and that evaluating it again gives its result.
 
     To the last image on the GPU, or the CPU and number of threads, that it ran on; where only another is here, to
-    `OTHER_DEVICE` of them, and `FEW_IMAGES` of few.
+    `OTHER_DEVICE` of them, and `FEW_IMAGES` of few. The loss, to `SAME_LOSS` or `OTHER_LOSS` of it.
 
     Raises:
         ValueError: it does not.
@@ -213,13 +223,22 @@ def check_evaluation(run: Run, data_root: str | Path | None) -> None:
             f"{run.path} recorded {summary['test_correct']} of {summary['test_images']} test images right, "
             f"evaluating it again gives {again.correct} of {again.total}: the weights, the data or the code changed"
         )
+    recorded = summary.get("test_loss")  # null where it was not finite
+    bound = SAME_LOSS if same else OTHER_LOSS
+    if recorded is not None and not math.isclose(again.loss, recorded, rel_tol=bound, abs_tol=SMALL_LOSS):
+        raise ValueError(
+            f"{run.path} recorded a test loss of {recorded:.6g}, evaluating it again gives {again.loss:.6g}: the "
+            "weights, the data or the code changed"
+        )
     error = 1 - summary["test_correct"] / summary["test_images"]
     if not math.isclose(summary["test_error"], error, abs_tol=1e-9):
         raise ValueError(f"{run.path} recorded a test error of {summary['test_error']}; its right answers make {error}")
 
 
 def same_arithmetic(environment: dict[str, Any], kind: str) -> bool:
-    """Whether this machine adds up as the one that a run's environment.json describes."""
+    """Whether this machine, in one process, adds up as what a run's environment.json describes."""
+    if environment.get("processes", 1) != 1:  # each had a part of every batch
+        return False
     if kind == "cpu":
         return (environment["processor"], environment["threads"]) == (processor(), torch.get_num_threads())
     return bool(environment["device"] == device_name(torch.device(kind)))

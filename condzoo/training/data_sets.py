@@ -1,5 +1,6 @@
 """The data set a recipe describes, and what is known of its images before it is read."""
 
+import math
 from pathlib import Path
 
 from condzoo.data import HUB, IMAGE_FOLDER, DataSet, data_info, folder_view, load_data
@@ -53,5 +54,10 @@ def centre_share(section: DataSection) -> float:
     """The share of an image's side that evaluation sees, as timm's crop_pct."""
     if section.name in STORED:
         view = folder_view(section.image_size, section.eval_resize)
-        return view.size / view.resize
-    return section.crop / data_info(section.name).size if section.crop else 1.0
+        seen, whole = view.size, view.resize
+    else:
+        whole = data_info(section.name).size
+        seen = section.crop or whole
+    # timm scales images to floor(size / crop_pct), which is one pixel less where the division rounds down
+    size, share = image_shape(section)[1], seen / whole
+    return share if math.floor(size / share) == size * whole // seen else math.nextafter(share, 0)

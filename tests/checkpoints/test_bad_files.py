@@ -289,6 +289,24 @@ def test_a_missing_file_is_named(checkpoint, name):
             lambda c: c["pretrained_cfg"].update(input_size=[1, 10**9, 12]),
             r"input_size\.1: Input should",
         ),
+        (
+            "expected.json",
+            lambda e: e.update(shape=[8, 1, 2000, 2000]),
+            r"expected\.json: the file: .* shape \(8, 1, 2000, 2000\) is too large to try out",
+        ),
+        *(
+            (
+                "config.json",
+                lambda c, size=size: c["pretrained_cfg"].update(test_input_size=size),
+                r"config\.json: pretrained_cfg: .* test_input_size must be 1 channels, height and width, got",
+            )
+            for size in ("224", [224], [3, 12, 12], [1, 12, 10**9], [1, 12.0, 12])
+        ),
+        (
+            "config.json",
+            lambda c: c["pretrained_cfg"].update(test_crop_pct="1"),
+            r"config\.json: pretrained_cfg: .* test_crop_pct must be a number above 0, got '1'",
+        ),
         ("metrics.json", lambda m: m.pop("seeds"), "metrics.json: seeds: Field required"),
         ("metrics.json", lambda m: m.update(more=1), "metrics.json: more: Extra inputs"),
         ("metrics.json", lambda m: m.update(released_seed=3), r"the seed: in recipe\.toml 2, in metrics\.json 3"),
@@ -422,6 +440,41 @@ def test_a_file_larger_than_memory_is_named(tmp_path, monkeypatch):
             read_plain_file(tmp_path / WEIGHTS)
 
 
+def test_files_are_opened_as_bytes_where_a_system_tells_them_from_text(tmp_path, monkeypatch):
+    """On Windows text ends at a byte of 26, and its ends of lines are changed."""
+    binary, opened, flags_given = 1 << 29, os.open, []
+    (tmp_path / WEIGHTS).write_bytes(b"a\r\n\x1ab")
+    monkeypatch.setattr("os.O_BINARY", binary, raising=False)
+    monkeypatch.setattr("os.open", lambda path, flags: flags_given.append(flags) or opened(path, flags & ~binary))
+    assert read_plain_file(tmp_path / WEIGHTS) == b"a\r\n\x1ab"
+    assert [bool(flags & binary) for flags in flags_given] == [True]
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "message"),
+    [
+        (
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 7 bytes. Error code 12",
+            MemoryError,
+            r"digits: too little memory to run its network on expected\.json: .*DefaultCPUAllocator",
+        ),
+        (
+            "could not create a primitive",
+            ValueError,
+            "takes no images of its input_size, or there is too little memory",
+        ),
+    ],
+)
+def test_too_little_memory_is_not_the_files_fault(checkpoint, monkeypatch, said, kind, message):
+    def fail(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("condzoo.checkpoints.loading.logits_difference", fail)
+    with pytest.raises(kind, match=message):
+        load_checkpoint(checkpoint)
+
+
 def test_a_config_of_a_giant_builds_nothing(checkpoint):
     def enlarge(config):
         config["num_classes"] = config["pretrained_cfg"]["num_classes"] = 10**13
@@ -459,6 +512,24 @@ def test_a_record_of_conditioning_that_is_none_names_the_file(checkpoint, text):
     write_sums(checkpoint)
     with pytest.raises(ValueError, match=r"conditioning\.json lacks a record"):
         load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("field", "number"),
+    [
+        *(("eigenvalues", number) for number in ("NaN", "Infinity", "1e400", "-1.0")),
+        *(("noise_floor", number) for number in ("NaN", "Infinity", "1e400", "-1.0", '"5"', "null", "[]", "{}")),
+        ("loss", "NaN"),
+    ],
+)
+def test_numbers_that_no_measurement_gives_are_refused_by_load_and_verify(checkpoint, field, number):
+    text = (checkpoint / "conditioning.json").read_text()
+    found = re.search(rf'"{field}": (?:\[\s*)?([^,\s]+)', text)
+    (checkpoint / "conditioning.json").write_text(text[: found.start(1)] + number + text[found.end(1) :])
+    write_sums(checkpoint)
+    with pytest.raises(ValueError, match=r"conditioning\.json lacks a record: .*(eigenvalues|noise_floor|holds) "):
+        load_checkpoint(checkpoint)
+    assert not verify_checkpoint(checkpoint).ok
 
 
 def test_an_mlp_for_images_of_another_shape_is_refused_although_the_values_are_as_many(checkpoint):

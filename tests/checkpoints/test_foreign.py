@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -323,12 +324,42 @@ def test_a_file_that_is_no_pickle_is_said(tmp_path):
         ({"a": torch.tensor([float("nan")])}, "'a' has values that are not finite"),
         ({"a": torch.ones(2).to_sparse()}, r"'a' is no tensor with all its values: torch\.sparse_coo on cpu"),
         ({"a": torch.ones(2, device="meta")}, r"'a' is no tensor with all its values: torch\.strided on meta"),
+        ({"a": torch.zeros(1).expand(10**7, 10**7)}, r"'a' is \[10000000, 10000000\] float32, which the [\d,]+ bytes"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=message):
         read_foreign(tmp_path / "w.pt")
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no numbers of 4 bits")
+def test_numbers_of_four_bits_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(2, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt: 'a' is .* float4_e2m1fn_x2, a type that torch cannot convert here"):
+        read_foreign(tmp_path / "w.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_nested_tensors_are_refused(tmp_path):
+    torch.save({"a": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt: 'a' is no tensor with all its values: nested"):
+        read_foreign(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_an_archive_that_unpacks_to_more_than_itself_is_not_unpacked(tmp_path, monkeypatch, compression):
+    torch.save({"a": torch.zeros(10**5)}, tmp_path / "w.pt")
+    whole = read_foreign(tmp_path / "w.pt")[1]
+    assert whole["a"].shape == (10**5,)  # torch.save's own is not compressed
+    with zipfile.ZipFile(tmp_path / "w.pt") as plain, zipfile.ZipFile(tmp_path / "b.pt", "w", compression) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("it was unpacked"))
+    with pytest.raises(
+        ValueError, match=r"b\.pt is a compressed archive, and torch\.save's are not; save the state di"
+    ):
+        read_foreign(tmp_path / "b.pt")
 
 
 def test_an_empty_file_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """`release`: what it makes of finished runs, and every reason it refuses one."""
 
 import json
+import math
 import shutil
 import tomllib
 from contextlib import nullcontext
@@ -22,6 +23,8 @@ from condzoo.release import release, released_before
 from condzoo.release.checks import check_evaluation, same_arithmetic
 from condzoo.release.records import described_data, header_fields, repository_recipe
 from condzoo.training import load_recipe, load_run
+from condzoo.training.data_sets import centre_share
+from condzoo.training.schema import DataSection
 
 
 def edit_json(path, change):
@@ -137,6 +140,12 @@ def test_cards_can_be_made_again(checkpoint):
             lambda s: s.update(test_correct=None),
             r"summary.json is not .*: test_correct: Input should be",
         ),
+        (
+            "summary.json",
+            lambda s: s.update(steps=1),
+            r"seed2: summary\.json has 1 steps, the last line of metrics\.jsonl \d+: they are not of one run",
+        ),
+        ("summary.json", lambda s: s.update(test_loss="low"), r"summary.json is not .*: test_loss: Input should be"),
         ("summary.json", lambda s: s.pop("status"), r"summary.json is not the summary of a run"),
         (
             "environment.json",
@@ -160,6 +169,35 @@ def test_other_weights_than_were_evaluated_are_refused(runs, tmp_path):
     save_file(state, runs[1] / "model.safetensors")
     with pytest.raises(ValueError, match="the weights, the data or the code changed"):
         release(runs, "digits", out=tmp_path)
+
+
+def test_weights_of_another_function_that_classifies_alike_are_refused(runs, tmp_path):
+    """Four times the logits: their largest is where it was."""
+    state = load_file(runs[1] / "model.safetensors")
+    save_file(
+        state | {f"fc.{key}": 4 * state[f"fc.{key}"] for key in ("weight", "bias")}, runs[1] / "model.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match=r"recorded a test loss of [\d.]+, evaluating it again gives [\d.]+: the weights"
+    ):
+        release(runs, "digits", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("processor", "factor", "accepted"), [("another", 1.03, True), ("another", 1.1, False), (None, 1.03, False)]
+)
+def test_the_loss_on_another_cpu_may_differ_a_little(runs, processor, factor, accepted):
+    if processor:
+        edit_json(runs[1] / "environment.json", lambda parts: parts[-1].update(processor=processor))
+    edit_json(runs[1] / "summary.json", lambda summary: summary.update(test_loss=factor * summary["test_loss"]))
+    with nullcontext() if accepted else pytest.raises(ValueError, match="recorded a test loss of"):
+        check_evaluation(load_run(runs[1]), None)
+
+
+def test_a_run_of_before_losses_were_summed_up_is_released(runs):
+    edit_json(runs[1] / "summary.json", lambda summary: summary.pop("test_loss"))
+    check_evaluation(load_run(runs[1]), None)
 
 
 def test_every_seed_is_evaluated_again_and_not_the_released_one_only(runs, tmp_path):
@@ -228,6 +266,7 @@ def test_a_gpu_of_another_model_is_other_arithmetic(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100")
     assert same_arithmetic({"device": "NVIDIA A100"}, "cuda")
     assert not same_arithmetic({"device": "NVIDIA H200"}, "cuda")
+    assert not same_arithmetic({"device": "NVIDIA A100", "processes": 4}, "cuda")
 
 
 def test_a_clone_that_git_does_not_tell_of_is_refused(runs, tmp_path):
@@ -285,6 +324,20 @@ def test_images_of_class_folders_are_described(tmp_path):
     )
     assert "Huang et al. 2020: 29.38" in results(metrics)
     assert "No published error" in results(metrics.model_copy(update={"test_images": 390}))
+
+
+def test_timm_scales_images_as_evaluation_does():
+    """To floor(size / crop_pct): with the plain quotient for that, 224 of 400 were scaled to 399."""
+    stored = {
+        (size, whole): dict(name="imagefolder", image_size=size, eval_resize=whole)
+        for size in (32, 224, 299)
+        for whole in range(size, 600)
+    }
+    cropped = {(size, 28): dict(name="mnist", crop=size) for size in range(1, 29)}
+    for (size, whole), fields in (stored | cropped).items():
+        share = centre_share(DataSection.model_construct(**fields))
+        assert math.floor(size / share) == whole, (size, whole)
+        assert math.isclose(share, size / whole, rel_tol=1e-15)
 
 
 def test_an_unfinished_run_is_refused(runs, tmp_path):

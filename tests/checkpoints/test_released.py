@@ -1,6 +1,8 @@
 """The checkpoints that come with condzoo: the index and the folders say the same, generated files are up to date."""
 
 import json
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -25,6 +27,17 @@ NAMES = sorted(read_index())
 def test_the_index_and_the_folders_name_the_same_releases():
     assert [folder.name for folder in checkpoint_folders_in(ROOT)] == NAMES
     assert sorted(condzoo.list_checkpoints()) == NAMES == sorted(condzoo.list_models(pretrained=True))
+
+
+@pytest.mark.skipif(not (ROOT.parent / ".git").exists() or not shutil.which("git"), reason="no clone")
+def test_no_clone_has_other_ends_of_lines_in_a_checkpoint():
+    """Git for Windows has core.autocrlf on, and the sums are over bytes."""
+    git = ["git", "-c", "safe.directory=*", "-C", str(ROOT.parent)]
+    files = subprocess.run([*git, "ls-files", "checkpoints"], capture_output=True, check=True).stdout
+    asked = [*git, "check-attr", "--stdin", "text"]
+    said = subprocess.run(asked, input=files, capture_output=True, check=True).stdout.decode().splitlines()
+    assert len(said) > len(NAMES)
+    assert all(line.endswith(": text: unset") for line in said)
 
 
 def test_there_is_one_default_a_model():

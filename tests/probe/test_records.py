@@ -28,6 +28,7 @@ from condzoo.probe import (
 )
 from condzoo.probe.heatmaps import panels
 from condzoo.probe.records import append_record, drop_torn_line
+from condzoo.probe.serialization import from_record, to_record
 from condzoo.probe.spectra import Spectrum
 from condzoo.probe.tables import lower_bound, shown
 
@@ -115,6 +116,26 @@ def test_a_broken_line_within_is_an_error_that_names_it(log):
 def test_a_run_that_went_on_from_an_older_step_replaces_what_came_after(log, measured):
     append_record(log, replace(measured, step=10, samples=7))
     assert [(r.step, r.samples) for r in read_records(log.parent)] == [(0, 64), (10, 7)]
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [[1.0, 2.0], [2.0, float("nan"), 1.0], [float("inf"), 1.0], [1.0, -1e-30], [[2.0, 1.0], [1.0, 2.0]], 5.0],
+)
+def test_eigenvalues_that_no_measurement_gives_name_their_layer(measured, eigenvalues):
+    record = to_record(measured)
+    record["layers"]["2"]["output_grad"]["eigenvalues"] = eigenvalues
+    with pytest.raises(
+        ValueError, match=r"conditioning record, output_grad of '2': eigenvalues must be .*; was the fi"
+    ):
+        from_record(record)
+
+
+def test_a_log_with_nan_is_no_strict_json(log):
+    first = log.read_text().splitlines()[0]
+    log.write_text(first.replace('"step":0', '"step":NaN') + "\n")
+    with pytest.raises(ValueError, match=r"conditioning\.jsonl:1: it holds NaN, which no record has"):
+        read_records(log)
 
 
 def test_no_records_says_where_they_were_looked_for(tmp_path):
@@ -294,6 +315,20 @@ def test_names_of_runs_are_written_as_they_are(measured, monkeypatch, tmp_path):
     for ax in axes:
         texts = [text.get_text().strip() for text in ax.get_legend().get_texts()]
         assert [text.replace("\\$", "$") for text in texts] == names
+
+
+@pytest.mark.parametrize("mark", ["w_$y^$", "$\\frac$", "cost_$"])
+def test_names_of_layers_are_written_as_they_are(measured, mark, monkeypatch, tmp_path):
+    named = replace(measured, layers={f"{mark}.{name}": layer for name, layer in measured.items()})
+    figures = figures_of(monkeypatch, lambda: [named.plot(tmp_path / "x"), plot_records(named, tmp_path / "y")])
+    for figure in figures:
+        figure.draw_without_rendering()  # a formula that is none was an error
+    depth, maps = figures
+    last = list(named)[-1].replace("$", r"\$")
+    below = f"layer, in forward order (ringed: the last, {last})"
+    assert [ax.get_xlabel() for ax in depth.axes].count(below) == 2
+    assert f"Last layer, {last} (dotted: noise floors)" in [ax.get_title() for ax in depth.axes]
+    assert [text.get_text() for ax in maps.axes for text in ax.get_yticklabels()].count(last) == 4
 
 
 def test_one_measurement_is_taken_for_a_run_of_one(measured, monkeypatch, tmp_path):

@@ -12,15 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 import timm
-import torch
-from timm.data import create_transform, resolve_data_config
-from torch import Tensor, nn
-from torchvision.datasets import ImageFolder
 
 import condzoo
 from condzoo.catalog import model_info, read_catalog
 from condzoo.checkpoints.folder import CONVERSION
 from condzoo.checkpoints.foreign import channels_of, has_projections, read_foreign, translate
+from condzoo.checkpoints.timm_sources import calibration_images, images_of, timm_network
 from condzoo.checkpoints.writing import (
     check_free,
     check_tag,
@@ -30,17 +27,15 @@ from condzoo.checkpoints.writing import (
     write_checkpoint,
     write_table,
 )
-from condzoo.data.image_files import read_image
 from condzoo.models import create_model, insert_last_bn
 from condzoo.models.last_bn_heads import find_head
 from condzoo.models.last_bn_insertion import drops_by_call
 from condzoo.models.registry import FAMILIES
-from condzoo.models.timm_models import create_timm_model, current_name
+from condzoo.models.timm_models import current_name
 from condzoo.models.weight_files import in_float32, sha256
 from condzoo.probe.files import expanded
 
 OWN_ROOT = Path("converted")  # the repository's checkpoints/ holds what is released
-CALIBRATION_BATCH = 64
 # what timm's configs say of how images are prepared
 PREPROCESSING = (
     "input_size",
@@ -114,14 +109,6 @@ def convert(
     return write(target, network, tag, origin, fields | given, args=args)
 
 
-def images_of(cfg: Mapping[str, Any], channels: int | None) -> dict[str, Any]:
-    """The fields of a config for images of another number of channels, which are as the usual ones on average."""
-    if channels in (None, cfg["input_size"][0]):
-        return {}
-    mean, std = ((sum(cfg[key]) / len(cfg[key]),) * channels for key in ("mean", "std"))
-    return {"input_size": (channels, *cfg["input_size"][1:]), "mean": mean, "std": std}
-
-
 @in_float32()
 def convert_last_bn(
     source: str,
@@ -140,7 +127,9 @@ def convert_last_bn(
     Args:
         source: "timm/resnet50.a1_in1k" (with timm's own weights), or with `weights` the architecture alone; an older
             name of timm's stands for what it is today.
-        weights: a state dict of it in a file, instead of timm's own.
+        weights: a state dict of it in a file, instead of timm's own; also under the names of older versions of timm
+            and of the networks' authors, where timm itself takes them. Its first convolution says how many channels
+            images have; those of calibration are made grey for one.
         calibrate: folder of images, one folder a class as torchvision's ImageFolder; with it the last linear layer's
             input is standardized on them. Without, the last BN is the identity.
         images: how many of them, spread evenly over the folder.
@@ -161,12 +150,14 @@ def convert_last_bn(
         raise ValueError(not_timms(source, arch))
     ours = arch + "_lastbn" in read_catalog()[0]
     target = check_free(root_of(out, OWN_ROOT) / f"{arch}{'_lastbn' * ours}.{check_tag(tag)}")
-    network, said, digest = timm_network(name, weights)
+    network, said, digest, channels = timm_network(name, weights)
     cfg = network.pretrained_cfg
-    fields = {key: cfg[key] for key in PREPROCESSING if cfg.get(key) is not None}
-    given = standardization(mean, std, cfg["input_size"][0])
-    network.pretrained_cfg = {**cfg, **given}  # the images of calibration are prepared alike
-    batches = [] if calibrate is None else calibration_images(network, expanded(calibrate), images)
+    fields = {key: cfg[key] for key in PREPROCESSING if cfg.get(key) is not None} | images_of(cfg, channels)
+    if channels is not None and "test_input_size" in fields:
+        fields["test_input_size"] = (channels, *fields["test_input_size"][1:])
+    given = standardization(mean, std, fields["input_size"][0])
+    described = {**cfg, **fields, **given}  # the images of calibration are prepared alike
+    batches = [] if calibrate is None else calibration_images(described, expanded(calibrate), images)
     args = {"drop_rate": 0.0} if drops_by_call(network, find_head(network)) else {}
     if args:
         network.drop_rate = 0.0
@@ -178,9 +169,9 @@ def convert_last_bn(
     )
     note += " Dropout, which timm puts before that layer by a function call, is off." if args else ""
     license = license or str((cfg.get("license") if weights is None else None) or "unknown")
-    known = weights is None or "." in name or bool(given)
+    known = weights is None or ("." in name and channels is None) or bool(given)
     if ours:
-        network = as_ours(network, arch + "_lastbn")
+        network = as_ours(network, arch + "_lastbn", channels)
     origin = Origin(said, digest, note, license, known)
     return write(target, network, tag, origin, fields | given, inserted=not ours, args=args)
 
@@ -196,23 +187,9 @@ def not_timms(source: str, arch: str) -> str:
     return said + (f"; did you mean 'timm/{close[0]}'?" if close else "")
 
 
-def timm_network(name: str, weights: str | Path | None) -> tuple[Any, str, str | None]:
-    """(a network of timm's, where its weights are from, their file's SHA-256): timm's own, or those in a file."""
-    network: Any = create_timm_model(name, pretrained=weights is None)
-    if weights is None:
-        return network, f"timm/{name}", None
-    content, state, said = read_foreign(expanded(weights))
-    classifier = state.get(f"{network.pretrained_cfg['classifier']}.weight")
-    if classifier is not None and classifier.ndim and len(classifier) != network.num_classes:
-        network.reset_classifier(len(classifier))
-    state, _ = translate(state, network, str(weights))
-    network.load_state_dict(state)
-    return network, f"{said} for timm/{name}", sha256(content)
-
-
-def as_ours(theirs: Any, name: str) -> Any:
-    """condzoo's network of the same keys, with the weights of timm's."""
-    ours: Any = create_model(name, num_classes=theirs.num_classes).eval()
+def as_ours(theirs: Any, name: str, channels: int | None) -> Any:
+    """condzoo's network of the same keys, with the weights of timm's; `channels`: of images, None for the usual."""
+    ours: Any = create_model(name, num_classes=theirs.num_classes, in_chans=channels).eval()
     ours.load_state_dict(theirs.state_dict())
     return ours
 
@@ -271,25 +248,3 @@ def write(
     write_checkpoint(target, network, content, config, {CONVERSION: record})
     write_table(target.parent)
     return target
-
-
-def calibration_images(network: nn.Module, folder: Path, count: int) -> list[Tensor]:
-    """Batches of images as timm would evaluate the network on them, evenly spread over an ImageFolder.
-
-    Raises:
-        ValueError: no folder of images there, or fewer than two; one that cannot be read.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder of images, one folder a class: it does not exist, or is a file")
-    transform = create_transform(**resolve_data_config({}, model=network), is_training=False)
-    try:
-        data = ImageFolder(str(folder), transform, loader=read_image)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} is no folder of images, one folder a class: {str(error).splitlines()[0]}"
-        ) from error
-    if len(data) < 2 or count < 2:
-        raise ValueError(f"calibration needs at least 2 images, {folder} has {len(data)} and {count} were asked for")
-    count = min(count, len(data))
-    images = torch.stack([data[i * len(data) // count][0] for i in range(count)])
-    return list(images.split(CALIBRATION_BATCH))

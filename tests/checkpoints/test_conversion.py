@@ -1,6 +1,7 @@
 """`convert` and `convert_last_bn`: folders that load, verify, and compute what their source did."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,9 +19,10 @@ import condzoo
 from condzoo.checkpoints import load_checkpoint, verify_checkpoint
 from condzoo.checkpoints.folder import read_folder, write_sums
 from condzoo.checkpoints.model_card import model_card
+from condzoo.checkpoints.timm_sources import calibration_images
 from condzoo.cli import main
 from condzoo.commands.checkpoints import numbers
-from condzoo.conversion import calibration_images, convert, convert_last_bn
+from condzoo.conversion import convert, convert_last_bn
 from condzoo.data import BatchPlan, ImageData
 from condzoo.data.arrays import LabelledImages
 from condzoo.evaluating import checkpoint_images, evaluate_again
@@ -193,6 +195,20 @@ def test_a_card_names_only_what_loads_it(tmp_path):
         assert ("timm.create_model" in card) == by_timm == timm.is_model(name)
 
 
+def test_weights_that_the_hub_does_not_give_are_one_line(tmp_path, monkeypatch):
+    def refuse(name, **_):
+        raise OSError(
+            f"404 Client Error. (Request ID: 7)\n\nRepository Not Found for url: https://hub/{name}.\nLog in."
+        )
+
+    monkeypatch.setattr("condzoo.models.timm_models.timm.create_model", refuse)
+    with pytest.raises(
+        OSError, match=r"^the weights of 'test_vit' did not come from the Hub: 404 Client Error\.[^\n]*$"
+    ):
+        convert_last_bn("timm/test_vit", out=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_unknown_model_gets_the_closest_name(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"did you mean .*cifar_resnet20"):
@@ -227,6 +243,67 @@ def test_a_last_bn_twin_is_the_same_function(tmp_path, photos, name, calibrated)
     assert verify_checkpoint(made).ok
 
 
+# names of today's timm -> those of the authors of ConvNeXt, in this order
+AUTHORS_NAMES = {
+    r"^stem\.": "downsample_layers.0.",
+    r"\.blocks\.": ".",
+    r"stages\.(\d)\.downsample": r"downsample_layers.\1",
+    r"conv_dw": "dwconv",
+    r"mlp\.fc": "pwconv",
+    r"^head\.fc": "head",
+    r"^head\.norm": "norm",
+}
+
+
+def test_the_names_that_timm_takes_for_a_network_are_taken(tmp_path):
+    """timm renames as it reads a file: those of its authors, and of its own older versions."""
+    plain = made_up("test_convnext", tmp_path / "weights.pth", num_classes=7)
+    state = plain.state_dict()
+    for ours, theirs in AUTHORS_NAMES.items():
+        state = {re.sub(ours, theirs, key): value for key, value in state.items()}
+    assert "downsample_layers.0.0.weight" in state
+    assert "head.weight" in state
+    torch.save({"model": state}, tmp_path / "theirs.pth")
+    made = convert_last_bn("timm/test_convnext", weights=tmp_path / "theirs.pth", out=tmp_path / "out")
+    x = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(load_checkpoint(made)(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert "from theirs.pth['model'] for timm/test_convnext" in config_and_card(made)[1]
+    del state["norm.bias"]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match=r"part\.pth: '[\w.]+' is missing; the network has it"):
+        convert_last_bn("timm/test_convnext", weights=tmp_path / "part.pth", out=tmp_path / "out", tag="part")
+
+
+def test_a_network_that_timm_fills_in_part_is_refused(tmp_path):
+    """timm loads DLA's weights without asking that all be there."""
+    torch.save({"fc.weight": torch.zeros(1000, 256, 1, 1)}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match=r"part\.pth: 'base_layer\.0\.weight' is missing; the network has it"):
+        convert_last_bn("timm/dla46_c", weights=tmp_path / "part.pth", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "resnet18"])
+def test_grey_weights_for_a_twin_are_calibrated_on_grey_images(tmp_path, photos, name):
+    plain = made_up(name, tmp_path / "weights.pth", in_chans=1)
+    made = convert_last_bn(f"timm/{name}", weights=tmp_path / "weights.pth", calibrate=photos, out=tmp_path / "out")
+    twin, (config, card) = load_checkpoint(made), config_and_card(made)
+    size = config["input_size"]
+    x = torch.randn(2, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert twin.last_bn.running_mean.abs().max() > 0
+    assert size[0] == 1 == len(config["mean"])
+    assert config.get("test_input_size", size)[0] == 1
+    assert "Not known: nothing in the source says it" in card
+    assert verify_checkpoint(made).ok
+
+
+def test_weights_for_images_that_files_do_not_hold_are_not_calibrated(tmp_path, photos):
+    made_up("test_efficientnet", tmp_path / "weights.pth", in_chans=5)
+    with pytest.raises(ValueError, match="images in files have 3 channels, or are made grey; these weights take 5"):
+        convert_last_bn("timm/test_efficientnet", weights=tmp_path / "weights.pth", calibrate=photos, out=tmp_path)
+
+
 def test_the_command_makes_a_calibrated_twin(tmp_path, photos):
     plain, weights = made_up("test_vit", tmp_path / "weights.pth"), str(tmp_path / "weights.pth")
     options = ["--weights", weights, "--calibrate", str(photos), "--tag", "mine", "--out", str(tmp_path / "out")]
@@ -244,7 +321,7 @@ def test_calibration_standardizes_the_classifier_s_input(tmp_path, photos):
     plain = made_up("resnet18", tmp_path / "weights.pth")
     made = convert_last_bn("timm/resnet18", weights=tmp_path / "weights.pth", calibrate=photos, out=tmp_path)
     twin = load_checkpoint(made)
-    (batch,) = calibration_images(plain, photos, 1024)
+    (batch,) = calibration_images(plain.pretrained_cfg, photos, 1024)
     with torch.no_grad():
         h = twin.forward_head(twin.forward_features(batch), pre_logits=True)
     torch.testing.assert_close(h.mean(0), torch.zeros(512), rtol=0, atol=1e-3)
@@ -255,7 +332,7 @@ def test_calibration_standardizes_the_classifier_s_input(tmp_path, photos):
 
 def test_the_images_asked_for_are_spread_over_the_folder(photos):
     model = timm.create_model("test_vit").eval()
-    few, all_ = (torch.cat(calibration_images(model, photos, n)) for n in (3, 99))
+    few, all_ = (torch.cat(calibration_images(model.pretrained_cfg, photos, n)) for n in (3, 99))
     assert (len(few), len(all_)) == (3, 6)
     assert torch.equal(few, all_[::2])
 
@@ -264,7 +341,7 @@ def test_a_folder_without_images_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     model = timm.create_model("test_vit")
     with pytest.raises(ValueError, match="is no folder of images, one folder a class"):
-        calibration_images(model, tmp_path / "empty", 10)
+        calibration_images(model.pretrained_cfg, tmp_path / "empty", 10)
 
 
 @pytest.mark.parametrize(
@@ -293,12 +370,12 @@ def in_16_bits(path):
 def test_an_image_of_a_calibration_folder_that_cannot_be_used_is_named(photos, damage, fault):
     damage(photos / "class1" / "3.png")
     with pytest.raises(ValueError, match=rf"class1/3\.png.*{fault}"):
-        calibration_images(timm.create_model("test_vit"), photos, 10)
+        calibration_images(timm.get_pretrained_cfg("test_vit").to_dict(), photos, 10)
 
 
 def test_a_calibration_folder_that_is_not_there_is_said(tmp_path):
     with pytest.raises(ValueError, match="nowhere is no folder of images, one folder a class: it does not exist"):
-        calibration_images(timm.create_model("test_vit"), tmp_path / "nowhere", 10)
+        calibration_images(timm.get_pretrained_cfg("test_vit").to_dict(), tmp_path / "nowhere", 10)
 
 
 def test_weights_of_another_network_name_the_key(tmp_path):
@@ -365,7 +442,9 @@ def test_the_command_takes_mean_and_std(tmp_path):
 def test_a_twin_keeps_timms_license_and_preprocessing(tmp_path, monkeypatch):
     source = "resnet18.fb_ssl_yfcc100m_ft_in1k"
     theirs = timm.get_pretrained_cfg(source)
-    monkeypatch.setattr("condzoo.conversion.create_timm_model", lambda name, pretrained: timm.create_model(name))
+    monkeypatch.setattr(
+        "condzoo.checkpoints.timm_sources.create_timm_model", lambda name, pretrained: timm.create_model(name)
+    )
     config, card = config_and_card(convert_last_bn(f"timm/{source}", out=tmp_path))
     assert config["license"] == theirs.license == "cc-by-nc-4.0"
     assert "license: cc-by-nc-4.0" in card

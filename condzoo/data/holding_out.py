@@ -30,7 +30,7 @@ def held_out(labels: np.ndarray, validation: int | float) -> tuple[np.ndarray, n
     Args:
         labels: [n] class numbers of the training images.
         validation: the share held out (under 1), or their number (1 or more, whole). Every class gives its share,
-            rounded so that the number is met (largest remainders first).
+            rounded so that the number is met (largest remainders first), and keeps an image where the number allows.
 
     Raises:
         ValueError: none or all would be held out.
@@ -40,8 +40,11 @@ def held_out(labels: np.ndarray, validation: int | float) -> tuple[np.ndarray, n
     _, sizes = np.unique(labels, return_counts=True)
     exact = sizes * (count / n)
     quotas = np.floor(exact + 1e-9).astype(int)  # a share of 0.1 of 10 images is 1, whatever round-off says
-    short = np.argsort(quotas - exact, kind="stable")[: count - quotas.sum()]
-    quotas[short] += 1
+    most = sizes - 1 if count <= n - len(sizes) else sizes  # a class that is held out whole cannot be learned
+    while (missing := count - quotas.sum()) > 0:  # once, unless classes of one image have no share to give
+        able = np.flatnonzero(quotas < most)
+        short = able[np.argsort((quotas - exact)[able], kind="stable")[:missing]]
+        quotas[short] += 1
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     order = torch.randperm(n, generator=generator, device="cpu").numpy()
     by_class = order[np.argsort(labels[order], kind="stable")]  # once: a pass for every class takes minutes at ImageNet

@@ -37,8 +37,9 @@ class HubImages:
             raise ImageError(f"{name} cannot be read ({error}); replace it, or remove it") from error
         except (AssertionError, TypeError) as error:  # what timm's reader makes of it
             raise ImageError(f"{name} has neither bytes nor a path; replace it, or remove it") from error
+        path = getattr(file, "name", None)  # of a file on the disk; what lies in the parquet file has none
         with file:
-            return read_image(file, name), label
+            return read_image(file, f"{path} ({name})" if path else name), label
 
 
 def load_hub_data(

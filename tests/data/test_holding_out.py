@@ -42,6 +42,23 @@ def test_a_class_gives_its_first_images_in_one_order_of_all(validation: float) -
     assert sorted(np.concatenate(chosen)) == out.tolist()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "validation", "counts"),
+    [
+        ([1, 1, 100], 0.5, [0, 0, 51]),
+        ([1, 1, 1, 1, 4], 3, [0, 0, 0, 0, 3]),
+        ([2, 2, 3], 4, [1, 1, 2]),
+        ([1, 1, 3], 4, [1, 1, 2]),  # more than can leave each class an image
+    ],
+)
+def test_every_class_keeps_an_image_where_the_number_allows(
+    sizes: list[int], validation: float, counts: list[int]
+) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    _, out = held_out(labels, validation)
+    assert np.bincount(labels[out], minlength=len(sizes)).tolist() == counts
+
+
 @pytest.mark.parametrize(("validation", "count"), [(0.001, 0), (100, 100), (200, 200)])
 def test_none_or_all_is_an_error(validation: float, count: int) -> None:
     with pytest.raises(ValueError, match=rf"data\.validation: \S+ holds out {count} of 100 training images; it must"):

@@ -224,3 +224,29 @@ def test_places_may_begin_with_the_users_home(written: Written, monkeypatch: pyt
     monkeypatch.setenv("HOME", str(home))
     assert load_data("hfds", "~/cache", dataset="~/set", image_size=16, workers=0).size("train") == 8
     assert (home / "cache").is_dir()
+
+
+def sixteen_bits() -> bytes:
+    file = io.BytesIO()
+    Image.new("I;16", (20, 24)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"not one", r" is no image; replace it"),
+        (encoded(COLOURS[0])[:60], r" cannot be read \("),
+        (sixteen_bits(), r": its pixels are of mode 'I;16"),
+    ],
+    ids=["no image", "cut off", "16 bits"],
+)
+def test_a_damaged_image_on_the_disk_is_named_by_its_path(content: bytes, fault: str, tmp_path: Path) -> None:
+    file = tmp_path / "red.png"
+    file.write_bytes(content)
+    features = datasets.Features({"image": datasets.Value("string"), "label": CLASSES})
+    for split in ("train", "test"):
+        table = datasets.Dataset.from_dict({"image": [str(file)] * 2, "label": [0, 1]}, features=features)
+        table.to_parquet(tmp_path / "set" / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(ImageError, match=rf"{file} \(train\[1\] of \S+\){fault}"):
+        load(tmp_path / "set").train.read(1)

@@ -163,13 +163,13 @@ def fitted_exponent(points: Sequence[dict[str, Any]], over: str, way: str) -> fl
     return float(np.polyfit(sizes, [math.log(point["seconds"][way]) for point in chosen], 1)[0])
 
 
-def finite_median(values: Sequence[float], what: str) -> float:
-    """The median of what is known.
+def known_median(values: Sequence[float], what: str) -> float:
+    """The median of what is known, which NaN is not; it may be infinite.
 
     Raises:
         Missing: nothing is.
     """
-    known = [value for value in values if math.isfinite(value)]
+    known = [value for value in values if not math.isnan(value)]
     if not known:
         raise Missing(f"{what} is not known at enough layers")
     return float(np.median(known))

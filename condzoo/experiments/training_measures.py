@@ -20,8 +20,8 @@ from condzoo.experiments.readings import (
     ended_runs,
     final_metric,
     finals,
-    finite_median,
     fitted_slope,
+    known_median,
     paired,
     rows_of,
     runs_at,
@@ -35,25 +35,36 @@ def slope_over_depth(data: Data, label: str, quantity: str, at: str = "start", s
     """Change of log10 of a quantity a layer towards the output: least squares, median over the steps chosen.
 
     `skip_last` leaves out the classifier, which has another width and no nonlinearity behind it.
+
+    Raises:
+        Missing: a layer is at 0, to which no line leads; leaving it out would flatter a network that has died.
     """
     values = {}
     for run in runs_at(data, label, at):
         table = rows_of(run, quantity, at)
         table = table[:, : table.shape[1] - skip_last]
+        if dead := int(np.isneginf(table).any(axis=0).sum()):
+            where = f"{dead} layer{'' if dead == 1 else 's'}"
+            raise Missing(f"{label}, seed {run['seed']}: {quantity} is 0 at {where}")
         slopes = [fitted_slope(row) for row in table]
-        values[run["seed"]] = finite_median(slopes, f"{label}: {quantity}")
+        values[run["seed"]] = known_median(slopes, f"{label}: {quantity}")
     return values
 
 
 def spread_over_depth(data: Data, label: str, quantity: str, at: str = "start", skip_last: int = 1) -> Values:
-    """Decades between the largest and the smallest layer of a quantity, median over the steps chosen."""
+    """Decades between the largest and the smallest layer of a quantity, median over the steps chosen; see `decades`."""
     values = {}
     for run in runs_at(data, label, at):
         table = rows_of(run, quantity, at)
         table = table[:, : table.shape[1] - skip_last]
-        spreads = [float(np.nanmax(row) - np.nanmin(row)) for row in table if np.isfinite(row).any()]
-        values[run["seed"]] = finite_median(spreads, f"{label}: {quantity}")
+        values[run["seed"]] = known_median([decades(row) for row in table], f"{label}: {quantity}")
     return values
+
+
+def decades(row: np.ndarray) -> float:
+    """The range of what is known of log10 values: infinite where some are of 0; NaN of none known, or of 0 alone."""
+    known = row[~np.isnan(row)].tolist()
+    return max(known) - min(known) if known else math.nan
 
 
 def ratio_between(data: Data, label: str, to: str, quantity: str, at: str = "all", last: bool = False) -> Values:
@@ -96,9 +107,8 @@ def variation(run: dict[str, Any], quantity: str) -> float:
         Missing: there is no such layer.
     """
     table = table_of(run, quantity)
-    columns = [column[np.isfinite(column)] for column in table.T]
-    ranges = [float(np.ptp(column)) for column in columns if len(column) >= 2]
-    return finite_median(ranges, f"{run['label']}, seed {run['seed']}: {quantity} at two steps")
+    ranges = [decades(column) for column in table.T if np.count_nonzero(~np.isnan(column)) >= 2]
+    return known_median(ranges, f"{run['label']}, seed {run['seed']}: {quantity} at two steps")
 
 
 def median_share(data: Data, label: str, quantity: str, at: str = "end", part: str = "all") -> Values:
@@ -108,7 +118,7 @@ def median_share(data: Data, label: str, quantity: str, at: str = "end", part: s
         table = rows_of(run, quantity, at)
         half = table.shape[1] // 2
         table = {"all": table, "lower": table[:, :half], "upper": table[:, half:]}[part]
-        values[run["seed"]] = finite_median(np.nanmean(table, axis=1).tolist(), quantity)
+        values[run["seed"]] = known_median(np.nanmean(table, axis=1).tolist(), quantity)
     return values
 
 

@@ -298,3 +298,31 @@ def test_nan_of_a_theorem_is_a_failure_whichever_seed_has_it(place, kept):
     rows = [{"seed": seed, "errors": {"q": kept if seed == place else 0.0}} for seed in SEEDS]
     verdict = judge_claim(holds, {"trials": rows}, "here", seeds=SEEDS)
     assert (verdict.outcome, verdict.measured) == ("did not hold", "nan (nan to nan, n = 3)")
+
+
+def zeros_below(depth: int, label: str, seed: int = 1) -> dict:
+    """A run whose magnitudes fall to exactly 0 from the layer `depth` on, at every step but the first."""
+    rows = [[1.0, 2.0, 4.0, 8.0, 16.0, 1.0]] + [[1.0, 2.0, 4.0, 8.0, 16.0, 1.0][:depth] + [0.0] * (6 - depth)] * 3
+    return run_of(label, seed, quantities=by_layer("input_lambda_max", rows))
+
+
+def test_a_layer_that_dies_goes_through_infinitely_many_decades():
+    args = {"label": "a", "to": "b", "quantity": "input_lambda_max"}
+    stabler = Claim(text="", measure="variation_ratio", args=args, below=1, reason="")
+    varied = run_of("b", 1, quantities=by_layer("input_lambda_max", [[1.0] * 6, [100.0] * 6]))
+    verdict = judge_claim(stabler, {"runs": [zeros_below(1, "a"), varied]}, "here")
+    assert (verdict.outcome, verdict.values) == ("did not hold", {1: math.inf})
+    verdict = judge_claim(stabler, {"runs": [{**varied, "label": "a"}, zeros_below(1, "b")]}, "here")
+    assert (verdict.outcome, verdict.values) == ("held", {1: 0.0})
+
+
+def test_a_network_that_has_died_is_not_level_over_its_depth():
+    args = {"label": "a", "quantity": "input_lambda_max", "at": "end"}
+    level = Claim(text="", measure="slope_over_depth", args=args, below=1, above=-1, reason="")
+    assert judge_claim(level, {"runs": [zeros_below(5, "a")]}, "here").outcome == "held", "the classifier is left out"
+    verdict = judge_claim(level, {"runs": [zeros_below(3, "a")]}, "here")
+    assert (verdict.outcome, verdict.why) == ("not decided", "a, seed 1: input_lambda_max is 0 at 2 layers")
+    spread = Claim(text="", measure="spread_over_depth", args=args, below=5, reason="")
+    assert judge_claim(spread, {"runs": [zeros_below(3, "a")]}, "here").values == {1: math.inf}
+    verdict = judge_claim(spread, {"runs": [zeros_below(0, "a")]}, "here")
+    assert verdict.why == "a: input_lambda_max is not known at enough layers"

@@ -9,7 +9,7 @@ from matplotlib.ticker import NullFormatter
 from condzoo.experiments.readings import errors_by_seed, fitted_exponent, points_by_seed
 from condzoo.experiments.schema import Experiment
 from condzoo.experiments.training_figures import MARKERS, tidy
-from condzoo.probe.picture_style import OKABE_ITO
+from condzoo.probe.picture_style import OKABE_ITO, run_style
 
 MATRICES = {"fisher": "F", "grad_moment": "M", "hessian": "H"}
 WAYS = {"full": "exact, whole", "blocks": "exact, layer by layer", "kronecker": "Kronecker factors"}
@@ -94,7 +94,8 @@ def theory(figure: Any, data: dict[str, Any], experiment: Experiment) -> None:
         for i, seed in enumerate(data["seeds"]):
             values = np.sort(errors_by_seed(data, quantity)[seed])
             shown = np.maximum(values, 1e-17)  # an error of exactly 0 stays on a logarithmic axis
-            ax.plot(shown, MARKERS[i % 7], color=OKABE_ITO[i % 7], markersize=3, label=f"seed {seed}")
+            style = run_style(i) | {"linestyle": "none", "markersize": 3}
+            ax.plot(shown, **style, label=f"seed {seed}")
         ax.set(yscale="linear" if quantity == "eps_exponent" else "log", xlabel="trial, ascending")
         ax.set_title(ERRORS[quantity], fontsize=9)
         low, high = (float(limit) for limit in ax.get_ylim())

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from condzoo.experiments.loading import planned_runs
 from condzoo.experiments.schema import Experiment
-from condzoo.probe.picture_style import OKABE_ITO
+from condzoo.probe.picture_style import OKABE_ITO, run_style
 
 NAMES = {
     "input_lambda_max": r"$\lambda_{max}(\Sigma_x)$",
@@ -150,10 +150,10 @@ def draw_losses(ax: Axes, runs: Sequence[dict[str, Any]], epoch: int | None = No
             steps = [step / (epoch or 1) for step, _ in run["loss"]]
             losses = [loss for _, loss in run["loss"]]
             shown = np.array([np.nan if loss is None else loss for loss in losses], dtype=float)
-            color = OKABE_ITO[i % len(OKABE_ITO)]
+            style = run_style(i) | {"marker": None}
             label = f"seed {run['seed']}" + " (x: diverged)" * (run["status"] == "diverged")
-            ax.plot(steps, shown, color=color, lw=0.9, label=label)
-            cross_where_diverged(ax, run, steps, losses, color)
+            ax.plot(steps, shown, **style, lw=0.9, label=label)
+            cross_where_diverged(ax, run, steps, losses, style["color"])
     ax.set_yscale("log")
     tidy(ax)
     if len(runs) > 1:

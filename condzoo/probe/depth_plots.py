@@ -128,7 +128,7 @@ def _by_depth(ax: Axes, values: Any, color: str, marker: str, dash: str, label: 
 
 
 def _finish_depth(ax: Axes, title: str, conditioning: Conditioning) -> None:
-    last = list(conditioning)[-1] or "(model)"
+    last = as_written(list(conditioning)[-1] or "(model)")
     ax.set(yscale="log", xlabel=f"layer, in forward order (ringed: the last, {last})")
     ax.set_title(title, fontsize=10)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -167,7 +167,7 @@ def _last_layer(ax: Axes, conditioning: Conditioning) -> None:
         if s.noise_floor > 0:
             ax.axhline(s.noise_floor, color=color, lw=1, ls=":")
     ax.set(yscale="log", xlabel="eigenvalue, largest first", ylabel=r"$\lambda$")
-    ax.set_title(f"Last layer, {name or '(model)'} (dotted: noise floors)", fontsize=10)
+    ax.set_title(f"Last layer, {as_written(name or '(model)')} (dotted: noise floors)", fontsize=10)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, frameon=False)

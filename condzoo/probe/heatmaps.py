@@ -13,6 +13,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import Normalize
 
 from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.picture_style import as_written
 from condzoo.probe.spectra import Spectrum
 
 NAMES = 10  # layer names written at an axis at most
@@ -101,7 +102,7 @@ def draw_heatmap(ax: Axes, panel: Panel, norm: Normalize, *, names: bool) -> Qua
     ax.invert_yaxis()
     ax.axhline(count - 1.5, color="white", lw=1.2)  # the last layer stands apart
     shown = list(range(count - 1, -1, -math.ceil(count / NAMES)))  # evenly, the last layer always
-    ax.set_yticks(shown, [panel.layers[i] or "(model)" for i in shown] if names else [str(i) for i in shown])
+    ax.set_yticks(shown, [as_written(panel.layers[i] or "(model)") if names else str(i) for i in shown])
     ax.set_xticks(panel.steps[:: math.ceil(len(panel.steps) / STEPS)])
     ax.tick_params(labelsize=7.5)
     note = "  (grey: not known)" if np.isnan(panel.values).any() else ""

@@ -7,8 +7,9 @@ from matplotlib.figure import Figure
 from condzoo.experiments import load_experiment
 from condzoo.experiments.curve_figures import curves, errors
 from condzoo.experiments.loading import planned_runs
-from condzoo.experiments.matrix_figures import draw_values, growth
+from condzoo.experiments.matrix_figures import draw_values, growth, theory
 from condzoo.experiments.training_figures import (
+    draw_losses,
     explosion,
     labels_of,
     last_layer,
@@ -226,3 +227,15 @@ def test_times_are_medians_over_seeds_and_exponents_too():
     line = figure.axes[0].lines[0]
     assert list(line.get_ydata()) == [12.0, 48.0, 192.0]
     assert line.get_label() == "exact, whole: exponent 2.00"
+
+
+def test_every_seed_of_many_is_told_apart():
+    seeds = list(range(1, 11))
+    figure = Figure()
+    trials = [{"seed": seed, "errors": {"input": 1e-7}} for seed in seeds]
+    theory(figure, {"seeds": seeds, "trials": trials}, load_experiment("thm1"))
+    losses = Figure().subplots()
+    draw_losses(losses, [probed_run("plain", seed, 5) for seed in seeds])
+    for ax in (figure.axes[0], losses):
+        looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines]
+        assert len(set(looks)) == len(looks) == 10

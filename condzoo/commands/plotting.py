@@ -1,6 +1,7 @@
 """The command `condzoo plot`: pictures of what was measured."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from condzoo.commands import reproduce
 
 RECORDS = "conditioning.jsonl"
+DATA_FILE = re.compile(r"\.json(\.bak\d*)?$")  # an experiment's, or a copy of before; or a measurement
 
 
 def plot(
@@ -30,7 +32,7 @@ def plot(
     if len(runs) > 1:
         target = out or Path("comparison.png")
         plot_comparison(dict(zip(labels, runs, strict=True)), target)
-    elif runs[0].suffix == ".json" and not is_measurement(runs[0]):
+    elif DATA_FILE.search(runs[0].name) and not is_measurement(runs[0]):
         target = reproduce.redraw(runs[0], out)
     else:
         target = out or (runs[0] / "conditioning.png" if runs[0].is_dir() else runs[0].with_suffix(".png"))

@@ -77,8 +77,8 @@ def run_experiments(
     """Run, draw and judge each experiment; returns whether no run failed, and whether no claim did not hold.
 
     Raises:
-        ValueError, FileNotFoundError: an engine or a data set that is not there, or `out` is a file: before the first
-            experiment begins.
+        ValueError, FileNotFoundError: an engine or a data set that is not there, or `out` is a file or cannot be made:
+            before the first experiment begins.
         Stopped: on a signal, also one between two experiments; the same call goes on.
     """
     from condzoo.commands import display
@@ -100,12 +100,25 @@ def run_experiments(
             stop_where_asked()
             own = {key: value for key, value in own_options(experiment, imagenet, options).items() if key in DATA}
             read_data_sets(experiment, scale, out, read, **own)
+        make_folder(out)
         for number, experiment in enumerate(experiments, start=1):
             stop_where_asked()
             display.console.print(f"[{number}/{len(experiments)}] {experiment.id}: {experiment.title}")
             ended = run_experiment(experiment, scale, out, own_options(experiment, imagenet, options))
             whole, held = whole and ended[0], held and ended[1]
     return whole, held
+
+
+def make_folder(out: Path) -> None:
+    """The folder of runs, data and figures: one that cannot be made is told before hours of work for it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: the folder cannot be made ({error}); name another one") from error
 
 
 DATA = ("seeds", "only", "data", "data_root")  # the options that say which data sets are read
@@ -149,7 +162,11 @@ def time_ahead(
     from condzoo.experiments import estimated_minutes, finished
 
     chosen = {key: options[key] for key in ("seeds", "only")}
-    ahead = [experiment for experiment in experiments if finished(experiment, scale, out, **chosen) is None]
+    ahead = []
+    for experiment in experiments:
+        folder = own_options(experiment, imagenet, options).get("data")
+        if finished(experiment, scale, out, **chosen, fields=folder) is None:
+            ahead.append(experiment)
     fields = None if imagenet is None else {"root": str(imagenet.resolve())}
     minutes = estimated_minutes(ahead, scale, **chosen, out=out, data=fields)
     length = f"{minutes / 60:.1f} hours" if minutes > 120 else f"{minutes:.3g} minutes"
@@ -185,12 +202,23 @@ def with_images(experiments: list["Experiment"], folder: Path | None, every: boo
 
 
 def redraw(source: Path, target: Path | None) -> Path:
-    """Draw an experiment's figure again, of its data file; returns the picture."""
+    """Draw an experiment's figure again, of its data file; returns the picture.
+
+    Args:
+        source: NAME.json, or a copy of before, NAME.json.bak.
+        target: None for NAME.png, or NAME.bak.png, beside it.
+
+    Raises:
+        ValueError: another file, or a damaged one.
+    """
     from condzoo.experiments import draw, load_experiment, read_data_file
+    from condzoo.experiments.data_files import damage_told
 
     data = read_data_file(source)
-    target = target or source.with_suffix(".png")
-    draw(load_experiment(data["id"]), data, target)
+    name, _, copy = source.name.rpartition(".json")
+    target = target or source.with_name(f"{name}{copy}.png")
+    with damage_told(source):
+        draw(load_experiment(data["id"]), data, target)
     return target
 
 

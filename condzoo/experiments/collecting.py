@@ -56,6 +56,7 @@ def collect(
     Raises:
         ValueError, FileNotFoundError: a scale, curve or engine that there is not; data that are not there; torchrun
             started several of this process.
+        OSError: `out` cannot be made; before anything is run.
         Stopped: on a signal; the same call goes on.
     """
     check_alone()
@@ -67,6 +68,7 @@ def collect(
         return kept
     labels = curves(experiment, scale, only)
     before = data_before(experiment, scale, out)
+    out.mkdir(parents=True, exist_ok=True)  # where it cannot be made, that is told before hours of work for it
     settings, folder = settings_of(experiment, scale), runs_folder(experiment, scale, out)
     if settings is not None:
         found = collect_settings(settings, wanted, data_root, folder, on_event, before)

@@ -22,7 +22,8 @@ def write_data(
 ) -> None:
     """Write an experiment's data, unless a run failed that the file in their place has finished.
 
-    Of what is in that file alone a copy is kept: *.json.bak, or the first of *.json.bak2, *.json.bak3 ... that is free.
+    Of what is in that file alone a copy is kept, and of another experiment's file, which was put there: *.json.bak, or
+    the first of *.json.bak2, *.json.bak3 ... that is free.
 
     Args:
         path: of the file.
@@ -36,11 +37,13 @@ def write_data(
         what = f"{count} run{'' if count == 1 else 's'} that failed now"
         notify(Notice(f"{path} stays as it is, for it has {what}; `condzoo plot {path}` draws it again"))
         return
-    if any(is_lost(key, entry, data, folder) for key in ENTRY_KEYS for entry in before.get(key, [])):
+    other = path.exists() and not before
+    if other or any(is_lost(key, entry, data, folder) for key in ENTRY_KEYS for entry in before.get(key, [])):
         names = (f"{path.name}.bak{number}" for number in itertools.chain([""], itertools.count(2)))
         copy = next(target for name in names if not (target := path.with_name(name)).exists())
         write_atomically(copy, path.read_bytes())
-        notify(Notice(f"{copy}: what was in {path.name} and is nowhere else"))
+        which = "of another experiment or scale" if other else "and is nowhere else"
+        notify(Notice(f"{copy}: what was in {path.name} {which}"))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(data, allow_nan=False, separators=(",", ":")) + "\n").encode())
 

@@ -1,6 +1,5 @@
 """docs/reproduction.md, of the experiments' files and data alone."""
 
-import itertools
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from condzoo.experiments.claims import Verdict, judge
 from condzoo.experiments.collecting import stem
-from condzoo.experiments.data_files import read_data_file
+from condzoo.experiments.data_files import damage_told, read_data_file
 from condzoo.experiments.loading import experiment_ids, labels_run, load_experiment, scale_of, training_of
 from condzoo.experiments.made import made_on
 from condzoo.experiments.planning import estimated_minutes, needs_folder
@@ -27,6 +26,10 @@ epoch is its last and not its mean, were written down on 28 November 2026, when 
 seen: values moved by them, bounds and verdicts did not. Scale `paper` is the appendix's own setup, for GPUs; scale
 `cpu` is what two cores can do, and what it leaves out is listed with each experiment.
 """
+HEAD = (
+    "| experiment | held | did not hold | not decided | scale | seeds | minutes | hardware | date | command |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+)
 OUTCOMES = ("held", "did not hold", "not decided")
 
 
@@ -36,48 +39,50 @@ def report(data_folder: str | Path, figures: str = "figures") -> str:
     Args:
         data_folder: with the data file of each experiment that was run (`condzoo.experiments.stem`).
         figures: the folder of the pictures, as the page links to it.
+
+    Raises:
+        ValueError: a damaged file; it is named.
     """
-    experiments = [load_experiment(name) for name in experiment_ids()]
-    found: dict[str, list[dict[str, Any]]] = {experiment.id: [] for experiment in experiments}
-    for experiment, scale in itertools.product(experiments, SCALES):
-        path = Path(data_folder) / f"{stem(experiment.id, scale)}.json"
-        if path.exists():
-            found[experiment.id].append(read_data_file(path))
-    parts = [INTRODUCTION, *overview(experiments, found)]
-    for experiment in experiments:
-        parts += section(experiment, found[experiment.id], figures)
-    return "\n".join(parts)
+    rows: list[str] = []
+    sections: list[str] = []
+    for experiment in map(load_experiment, experiment_ids()):
+        own_rows: list[str] = []
+        own_parts: list[str] = []
+        for scale in SCALES:
+            path = Path(data_folder) / f"{stem(experiment.id, scale)}.json"
+            if path.exists():
+                data = read_data_file(path)
+                with damage_told(path):
+                    own_rows.append(overview_row(experiment, data))
+                    own_parts += scale_section(experiment, data, figures)
+        rows += own_rows or [f"| {link_to(experiment)} | not run yet | | | | | | | | `{command(experiment, 'cpu')}` |"]
+        sections += section(experiment, own_parts)
+    return "\n".join([INTRODUCTION, *HEAD, *rows, "", *sections])
 
 
-def overview(experiments: list[Experiment], found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """One row an experiment and scale."""
-    yield "| experiment | held | did not hold | not decided | scale | seeds | minutes | hardware | date | command |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    for experiment in experiments:
-        link = f"[{experiment.id}](#{experiment.id}) {experiment.title}"
-        for data in found[experiment.id]:
-            verdicts: list[str] = [verdict.outcome for verdict in judge(experiment, data)]
-            counts = " | ".join(str(verdicts.count(outcome) or "") for outcome in OUTCOMES)
-            how = f"{data['scale']} | {numbers(data['seeds'])} | {minutes(data)} | {made_on(data)} | "
-            how += data["made"]["date"]
-            how += f" | `{command(experiment, data['scale'], data)}`"
-            elsewhere = " (**not on ImageNet**)" * any(text.startswith(NOT_IMAGENET) for text in data["reductions"])
-            yield f"| {link}{elsewhere} | {counts} | {how} |"
-        if not found[experiment.id]:
-            yield f"| {link} | not run yet | | | | | | | | `{command(experiment, 'cpu')}` |"
-    yield ""
+def link_to(experiment: Experiment) -> str:
+    """Its name and title, with a link to its section."""
+    return f"[{experiment.id}](#{experiment.id}) {experiment.title}"
 
 
-def section(experiment: Experiment, found: list[dict[str, Any]], figures: str) -> Iterator[str]:
-    """An experiment: its setup, and at each scale that was run what was reduced, its claims, its figure."""
+def overview_row(experiment: Experiment, data: dict[str, Any]) -> str:
+    """The row of an experiment at one scale."""
+    verdicts: list[str] = [verdict.outcome for verdict in judge(experiment, data)]
+    counts = " | ".join(str(verdicts.count(outcome) or "") for outcome in OUTCOMES)
+    how = f"{data['scale']} | {numbers(data['seeds'])} | {minutes(data)} | {made_on(data)} | {data['made']['date']}"
+    elsewhere = " (**not on ImageNet**)" * any(text.startswith(NOT_IMAGENET) for text in data["reductions"])
+    return f"| {link_to(experiment)}{elsewhere} | {counts} | {how} | `{command(experiment, data['scale'], data)}` |"
+
+
+def section(experiment: Experiment, found: list[str]) -> Iterator[str]:
+    """An experiment: its setup, and the lines found of each scale that was run (`scale_section`)."""
     yield f"## {experiment.id}"
     yield ""
     yield f"{experiment.title}. {experiment.setup}"
     if experiment.departs:
         yield f"Choices and departures: {experiment.departs}."
     yield ""
-    for data in found:
-        yield from scale_section(experiment, data, figures)
+    yield from found
     if not found:
         about = estimated_minutes([experiment], "cpu")
         yield f"Not run yet: `{command(experiment, 'cpu')}` (about {about:.3g} minutes)."
@@ -85,7 +90,7 @@ def section(experiment: Experiment, found: list[dict[str, Any]], figures: str) -
 
 
 def scale_section(experiment: Experiment, data: dict[str, Any], figures: str) -> Iterator[str]:
-    """How it was run, its claims, its figure."""
+    """What was reduced, how it was run, its claims, its figure."""
     made = data["made"]
     if less := reductions_of(experiment, data):
         yield f"Less than the paper's: {'; '.join(less)}."

@@ -22,7 +22,14 @@ from condzoo.training import Run
 from condzoo.training.data_sets import read_data
 from condzoo.training.events import OnEvent
 from condzoo.training.many_runs import run_all
-from condzoo.training.run_directory import CONDITIONING, ENVIRONMENT, METRICS, read_json, read_metrics
+from condzoo.training.run_directory import (
+    CONDITIONING,
+    ENVIRONMENT,
+    METRICS,
+    RunDirectoryError,
+    read_json,
+    read_metrics,
+)
 
 DIGITS = 5  # significant ones that are kept
 LOSS_POINTS, EPOCHS, PROBED_STEPS = 200, 100, 100  # of a run that are kept, at most
@@ -74,7 +81,7 @@ def collect_trainings(
     mark_chosen(rows, training_of(experiment))
     rows = [thinned(row) for row in rows]
     seconds = sum(row["seconds"] or 0.0 for row in rows)
-    made = [*([before["made"]] if known else []), *map(made_of, environments_of(runs))]
+    made = [*([before["made"]] if known else []), *made_by(runs)]
     return {"runs": rows, "seconds": seconds, "made": made, "kept": len(known)}
 
 
@@ -234,7 +241,16 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
-def environments_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What each run was begun on and, where it was stopped, taken up on."""
-    paths = (run.path / ENVIRONMENT for run in runs)
-    return [environment for path in paths if path.exists() for environment in read_json(path)]
+def made_by(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """On what each run was begun and, where it was stopped, taken up; nothing of one without an environment.json.
+
+    Raises:
+        ValueError: that file is damaged.
+    """
+    found: list[dict[str, Any]] = []
+    for path in (run.path / ENVIRONMENT for run in runs):
+        try:
+            found += map(made_of, read_json(path) if path.exists() else [])
+        except (RunDirectoryError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged; delete it, and give the `reproduce` command again") from error
+    return found

@@ -101,6 +101,18 @@ def test_runs_of_another_recipe_are_kept_and_none_gives_way_to_one_that_failed(
     assert path.read_bytes() != first
 
 
+@pytest.mark.usefixtures("pretended")
+def test_another_experiment_s_file_in_this_place_is_kept(tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parents[2] / "docs" / "data" / "thm2.json", tmp_path / "fig11.json")
+    other = (tmp_path / "fig11.json").read_bytes()
+    told: list[Any] = []
+    for seeds in ([1], [1, 2]):
+        collect(load_experiment("fig11"), "cpu", tmp_path, seeds=seeds, on_event=told.append)
+    assert (tmp_path / "fig11.json.bak").read_bytes() == other
+    assert copies(tmp_path) == ["fig11.json.bak"]
+    assert told == [Notice(f"{tmp_path / 'fig11.json.bak'}: what was in fig11.json of another experiment or scale")]
+
+
 def test_run_directories_of_another_recipe_leave_the_data_as_they_are(tiny: Any, tmp_path: Path) -> None:
     experiment = tiny("fig11")
     collect(experiment, "cpu", tmp_path, only=["(a)*"])

@@ -5,11 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from condzoo.experiments import collect, load_experiment
 from condzoo.experiments.figures import small_print
 from condzoo.experiments.made import joined, made_of, made_on
 from condzoo.experiments.report import scale_section
-from condzoo.experiments.training import environments_of
+from condzoo.experiments.training import made_by
 from condzoo.training.run_directory import ENVIRONMENT
 from tests.experiments.made_up import run_of
 
@@ -40,11 +42,21 @@ def test_every_machine_of_every_run_is_named_once_those_that_took_it_up_too(tmp_
         runs.append(SimpleNamespace(path=tmp_path / name))
         if records:
             (tmp_path / name / ENVIRONMENT).write_text(json.dumps(records))
-    made = joined([made_of(record) for record in environments_of(runs)])
+    made = joined(made_by(runs))
     assert made["hardware"] == "laptop, 1 thread(s), cpu; server, 1 thread(s), cpu"
     assert (made["torch"], made["commit"], made["python"]) == ("2.14.1; 2.15.0", "c0ffee; beef", "3.11.7")
     assert joined([made, made]) == made
     assert joined([made_of(environment("laptop", None))])["commit"] is None
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', '[{"python": "3.11"}]', '[{"packages": []}]'])
+def test_a_damaged_record_of_a_machine_says_what_to_do_here(content: str, tmp_path: Path) -> None:
+    (tmp_path / ENVIRONMENT).write_text(content)
+    runs: list[Any] = [SimpleNamespace(path=tmp_path)]
+    with pytest.raises(ValueError, match=r"environment\.json is damaged; delete it, and give the `reproduce` command"):
+        made_by(runs)
+    (tmp_path / ENVIRONMENT).unlink()
+    assert made_by(runs) == []
 
 
 def test_precisions_are_named_where_runs_differ_in_them() -> None:

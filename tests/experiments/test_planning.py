@@ -1,9 +1,13 @@
 """What is known before anything is run: data sets that are not there, runs that are finished."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from condzoo.cli import main
-from condzoo.experiments import collect, estimated_minutes, load_experiment
+from condzoo.commands.reproduce import time_ahead
+from condzoo.experiments import collect, estimated_minutes, load_experiment, read_data_file
 from condzoo.experiments.planning import one_seed_alone
 from condzoo.training import Stopped
 
@@ -64,3 +68,28 @@ def test_one_of_several_processes_is_told_to_leave_torchrun_out(tmp_path, monkey
     with pytest.raises(ValueError, match="leave torchrun out"):
         collect(load_experiment("thm1"), "cpu", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_on_another_folder_of_images_are_still_ahead(tmp_path):
+    data = Path(__file__).parents[2] / "docs" / "data" / "fig14.json"
+    shutil.copy(data, tmp_path)
+    experiment, options = load_experiment("fig14"), {"seeds": None, "only": None}
+    same = Path(read_data_file(data)["runs"][0]["root"])
+    assert time_ahead([experiment], "cpu", tmp_path, same, options).endswith("; 1 finished before")
+    whole = f"about {experiment.scales['cpu'].minutes:.3g} minutes in all"
+    assert time_ahead([experiment], "cpu", tmp_path, tmp_path / "other", options).endswith(whole)
+
+
+@pytest.mark.parametrize("below", ["below", "below/deeper"])
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_run(below, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("condzoo.experiments.collecting.collect_theory", lambda *_: pytest.fail("it was run"))
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / below
+    with pytest.raises(SystemExit) as stop:
+        main(["reproduce", "thm1", "--out", str(out)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: --out {out}: the folder cannot be made ([Errno ")
+    assert line.endswith("); name another one")
+    with pytest.raises(OSError, match="file"):
+        collect(load_experiment("thm1"), "cpu", out)

@@ -70,7 +70,8 @@ class StoredData:
 
     Attributes:
         view: what the network sees of an image.
-        workers: processes that decode, for each process that trains; None: a core each, at most 8.
+        workers: processes that decode, for each process that trains; None: a core each, of those that torchrun's
+            processes on this machine share, at most 8.
         device: where batches are put.
         validation: the training images that are held out, where a recipe asks for it.
     """
@@ -142,7 +143,8 @@ class StoredData:
 
     def _loaded(self, views: "Views", batches: list[list[int]], plan: BatchPlan) -> Iterator[Batch]:
         on_gpu = self.device.type == "cuda"
-        workers = usual_workers() if self.workers is None else self.workers
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of one training, as torchrun says
+        workers = usual_workers(here) if self.workers is None else self.workers
         loader = DataLoader(
             views,
             batch_sampler=batches,
@@ -153,7 +155,8 @@ class StoredData:
             worker_init_fn=functools.partial(outlive_signals, os.getpid()),
         )
         normalize = normalizer(self.mean, self.std, self.device, plan.channels_last)
-        with signals_held(), on_cpu():  # it seeds its workers by a tensor from its generator
+        current = torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext()  # for which memory is pinned
+        with signals_held(), on_cpu(), current:  # it seeds its workers by a tensor from its generator
             batches_loaded = iter(loader)
         for loaded in batches_loaded:
             if isinstance(loaded, ImageError):
@@ -206,10 +209,10 @@ class Stacked:
         return torch.stack([image for image, _ in pairs]), labels
 
 
-def usual_workers() -> int:
-    """A worker a core that this process may use, at most `MOST_WORKERS`."""
+def usual_workers(processes: int = 1) -> int:
+    """A worker a core that this process may use, at most `MOST_WORKERS`; so many processes share the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
+    return max(1, min(cores // processes, MOST_WORKERS))
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@ to zero the two agree.
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 from condzoo.data import Batch
 from condzoo.training.distributed import Ranks, share_buffers
@@ -40,7 +41,7 @@ def evaluated(training: Training) -> Iterator[nn.Module]:
     try:
         batches: Iterable[Batch] = statistics_batches(training)
         if training.recipe.sync_bn:  # each forward pass waits for all processes: none may fail on the way
-            batches = ranks.all_do(lambda: list(batches))
+            batches = ranks.all_do(lambda: [(x.cpu(), y.cpu()) for x, y in batches])  # in float32 gigabytes of a GPU
         ranks.all_do(lambda: measure_statistics(training, network, batches))
         share_mean(network, ranks)
         yield network
@@ -65,9 +66,26 @@ def measure_statistics(training: Training, network: nn.Module, batches: Iterable
 
     Stochastic depth and dropout draw as in the first step: what is written has the statistics that were evaluated.
     """
+    norms = {module: module.momentum for module in network.modules() if isinstance(module, _BatchNorm)}
+    calls: Counter[nn.Module] = Counter()
+
+    def averages(norm: _BatchNorm, _: object) -> None:  # without a momentum BatchNorm reads its own counter from a GPU
+        calls[norm] += 1
+        norm.momentum = 1 / calls[norm]
+
+    was_training = network.training
     seed_step(training, 0)
-    with training.numerics.autocast():
-        update_bn(batches, network)
+    with contextlib.ExitStack() as held:
+        held.callback(network.train, was_training)
+        for norm, momentum in norms.items():
+            held.callback(setattr, norm, "momentum", momentum)
+            held.callback(norm.register_forward_pre_hook(averages).remove)
+            norm.reset_running_stats()
+        held.enter_context(torch.no_grad())
+        held.enter_context(training.numerics.autocast())
+        network.train()
+        for x, _ in batches if norms else ():
+            network(x.to(training.numerics.device))
 
 
 def share_mean(network: nn.Module, ranks: Ranks) -> None:

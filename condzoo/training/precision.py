@@ -97,7 +97,8 @@ def resolve_precision(recipe: Recipe, convolutional: bool, bf16_units: bool) -> 
 def has_bf16_units(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices in hardware: AMX or AVX512-BF16, or a GPU that says so."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # the current one is asked
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
     # torch has no public name for these yet; a release that drops them reads as "no".
@@ -118,7 +119,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # hpu is in a package of its own
         first = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} cannot be used here: {first}; try --device cpu") from error
     if resolved.type not in DEVICES:

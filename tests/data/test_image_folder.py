@@ -6,7 +6,8 @@ import os
 import pickle
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from condzoo.data import BatchPlan, StoredData, check_images, data_info, epoch_order, load_data
+from condzoo.data import BatchPlan, StoredData, check_images, data_info, epoch_order, load_data, stored
 from condzoo.data.augment import cut_out, draw_moves
 from condzoo.data.image_files import ImageError, read_image
 from condzoo.data.image_folder import MEAN, STD
-from condzoo.data.stored import Views, outlive_signals, signals_held
+from condzoo.data.stored import Views, outlive_signals, signals_held, usual_workers
 from condzoo.data.views import random_view, seeded
 
 PLAN = BatchPlan(batch_size=4, seed=3)
@@ -337,3 +338,35 @@ def test_a_folder_that_may_not_be_read_is_an_error(folders: Folders, monkeypatch
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError, match=r"Permission denied: '.*ant.more'"):
         load(root)
+
+
+def test_memory_is_pinned_for_the_gpu_that_is_trained_on_and_cores_are_shared(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A DataLoader pins for the current GPU, of which it then takes memory; of torchrun's processes each has one."""
+    current, started = [0], []
+
+    @contextmanager
+    def set_to(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    class Loader:
+        def __init__(self, views: Views, **options: Any) -> None:
+            self.workers, self.pins = options["num_workers"], options["pin_memory"]
+
+        def __iter__(self) -> Iterator[Any]:
+            started.append((current[-1], self.workers, self.pins))
+            return iter(())
+
+    monkeypatch.setattr(torch.cuda, "device", set_to)
+    monkeypatch.setattr(stored, "DataLoader", Loader)
+    monkeypatch.setattr(stored, "normalizer", lambda *_: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    data = replace(load(folders()), workers=None)
+    for device in ("cuda:1", "cpu"):
+        assert list(data.to(device).ordered_batches("train", replace(PLAN, batch_size=1))) == []
+    assert started == [(1, 3, True), (0, 3, False)]
+    assert (usual_workers(), usual_workers(2), usual_workers(100)) == (8, 6, 1)

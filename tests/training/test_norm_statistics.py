@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from condzoo.training import Notice, Recipe, evaluate_run, norm_statistics, train
 from condzoo.training.distributed import Ranks
@@ -81,6 +83,64 @@ def test_statistics_are_measured_on_the_pieces_that_are_trained_on(tiny: Any) ->
     assert [len(x) for x in trained] == [43, 43, 42] * 2
     assert len(measured) == 3 * 11
     assert all(torch.equal(x, other) for x, other in zip(trained, measured, strict=False))
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read, each of which makes the host wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_statistics_are_torchs_to_the_last_bit_and_no_number_is_read(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm_statistics, "seed_step", lambda *_: None)
+    training = prepare(tiny(**AVERAGED), torch.device("cpu"))
+    network, batches = training.result, list(norm_statistics.statistics_batches(training))
+    update_bn(batches, network)
+    expected = {key: value.clone() for key, value in network.state_dict().items()}
+    network.train(False)
+    with Reads() as reads:
+        norm_statistics.measure_statistics(training, network, batches)
+    assert reads.count == 0
+    assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
+    assert not network.training
+
+
+def test_a_batch_that_cannot_be_read_leaves_the_network_as_it_was_built(tiny: Any) -> None:
+    training = prepare(tiny(**AVERAGED), torch.device("cpu"))
+    network = training.result.eval()
+
+    def damaged() -> Iterator[Any]:
+        yield next(norm_statistics.statistics_batches(training))
+        raise OSError("damaged image")
+
+    with pytest.raises(OSError, match="damaged image"):
+        norm_statistics.measure_statistics(training, network, damaged())
+    norms = [module for module in network.modules() if isinstance(module, NORMS)]
+    assert {norm.momentum for norm in norms} == {0.1}
+    assert not any(norm.training or norm._forward_pre_hooks for norm in norms)
+
+
+class Far:
+    """A batch on a GPU, which a network here cannot take."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.cpu = lambda: values
+
+
+def test_sync_bn_keeps_its_batches_beside_the_gpu(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand of ImageNet's images are 6 GB in float32."""
+    training = prepare(tiny(**AVERAGED), torch.device("cpu"))
+    training = replace(training, recipe=tiny(**AVERAGED, sync_bn=True))
+    batches = list(norm_statistics.statistics_batches(training))
+    monkeypatch.setattr(norm_statistics, "statistics_batches", lambda _: ((Far(x), Far(y)) for x, y in batches))
+    with norm_statistics.evaluated(training) as network:
+        assert int(network.get_buffer("bn1.num_batches_tracked")) == len(batches)
 
 
 def test_an_average_errs_less_by_statistics_of_its_own(tiny: Any, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What precision and channels_last mean where the tests run, and what `auto` picks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,22 @@ def test_units_are_read_from_the_processor(monkeypatch: pytest.MonkeyPatch) -> N
         assert has_bf16_units(CPU) == bool(names)
 
 
+def test_units_are_those_of_the_gpu_that_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says them of the current one, which `--device cuda:1` does not make it."""
+    current = [0]
+
+    @contextmanager
+    def set_to(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", set_to)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: current[-1] == 1)
+    assert has_bf16_units(torch.device("cuda", 1))
+    assert not has_bf16_units(torch.device("cuda", 0))
+
+
 def test_fp16_needs_a_gpu(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="precision: fp16 needs a GPU; on a CPU use bf16, fp32 or auto"):
         train(tiny(precision="fp16"), out=tmp_path / "run", device="cpu")
@@ -53,6 +71,8 @@ def test_an_absent_device_is_said() -> None:
     for name in ("mps", "mps:0"):
         with pytest.raises(ValueError, match=rf"^device '{name}': sums are in float64, which MPS does not have; use"):
             resolve_device(name)
+    with pytest.raises(ValueError, match=r"device 'hpu' cannot be used here: .*; try --device cpu"):  # a package
+        resolve_device("hpu")
     assert resolve_device("cpu") == CPU
 
 

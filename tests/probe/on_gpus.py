@@ -30,6 +30,9 @@ class OnGPU(Tensor):
     def __init__(self, values: Tensor, device: str = "cuda:0") -> None:
         self.values_there = values
 
+    def __getitem__(self, key: Any) -> "OnGPU":  # torch's own asks CUDA's driver first
+        return OnGPU(self.values_there[key])
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in REFUSED, f"{func} on a GPU"

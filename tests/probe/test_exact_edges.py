@@ -339,7 +339,7 @@ def test_the_clock_and_the_rate_of_products_are_of_the_device(monkeypatch):
     costs.now(torch.device("cuda", 1))
     costs.now(torch.device("cpu"))
     assert waited == [torch.device("cuda", 1)]
-    monkeypatch.setattr(costs, "products_a_second", lambda threads, device: of.append(device.type) or 1.0)
+    monkeypatch.setattr(costs, "products_a_second", lambda threads, device: of.append(device.type) or 1e12)
     costs.cost(3, 0.0, device=torch.device("cuda", 1))
     costs.cost(3, 0.0)
     curvature(network(), *data(), "grad_moment")

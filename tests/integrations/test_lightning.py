@@ -186,7 +186,7 @@ def test_with_two_optimizers_a_second_fit_of_the_trainer_goes_on_with_its_step(t
     callback = ProbeCallback(every=5, out=tmp_path / "run")
     module, trainer = fit(tmp_path, [callback], TwoOptimizers())
     trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, loader())
+    trainer.fit(module, loader(), loader(8))
     assert trainer.global_step == 40
     assert [r.step for r in read_records(tmp_path / "run")] == [0, 5, 10, 15]
     callback.out = tmp_path / "another"

@@ -188,9 +188,9 @@ def test_weights_unfrozen_between_steps_have_their_gradient():
 
 @pytest.mark.parametrize("first", ["critic", "generator"])
 def test_a_critic_that_is_frozen_in_a_part_of_the_step_has_its_gradient(first):
-    """A WGAN leaves it frozen where a step ends, a CycleGAN freezes it for the step's first pass."""
+    """As a WGAN leaves it where a step ends, and as others freeze it for the step's first pass, too."""
     torch.manual_seed(0)
-    critic = Tokens().double().requires_grad_(first == "generator")
+    critic = Tokens().double().requires_grad_(False)
     x, y = torch.randn(12, 6).double(), torch.randint(4, (12,))
     with Probe(critic, every=1) as probe:
         for _ in range(2):
@@ -198,6 +198,7 @@ def test_a_critic_that_is_frozen_in_a_part_of_the_step_has_its_gradient(first):
             for part in ("critic", "generator") if first == "critic" else ("generator", "critic"):
                 critic.requires_grad_(part == "critic")
                 F.cross_entropy(critic(x.clone().requires_grad_(part == "generator")), y).backward()
+            critic.requires_grad_(False)
             probe.step()
             assert_gradients(probe.latest, {"used": critic.used.weight, "head": critic.head.weight})
 

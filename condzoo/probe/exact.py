@@ -129,6 +129,8 @@ def in_float64_copies(
 
 def _has_batch_statistics(model: nn.Module, x: Any) -> bool:
     """Whether a forward pass calls F.batch_norm on statistics of the batch."""
+    if len({p.device for p in model.parameters()}) > 1:
+        return False  # split over devices, which `exact_layers` refuses
     with preserved(model, 0), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), BatchStatistics() as noted:
         call(model, x)
     return noted.seen

@@ -87,7 +87,7 @@ def plotted(tmp_path, data, capsys):
     ("name", "path", "lacking"),
     [
         ("thm1", ["made", "hardware"], "'hardware'"),
-        ("thm1", ["trials", 0, "errors", "input"], "'input'"),
+        ("thm1", ["trials", 1, "errors", "input"], "'input'"),
         ("cost", ["points", 3, "seconds", "full"], "'full'"),
         ("fig01", ["networks", 0, "matrices", "fisher", "full", "kappa"], "'kappa'"),
     ],

@@ -237,6 +237,8 @@ def one_line(error: Any, code: int, command: str) -> str:
     if (context := getattr(error, "ctx", None)) is None:
         return f"error: {lack_of_memory(error, command) or not_compiled(error) or error}"
     message = " ".join(error.format_message().split()).rstrip(".") or "no command was given"
+    if type(error.__cause__).__name__ == "ValidationError":  # newer typers say what pydantic says: not what came
+        message = message.replace("Input should be", f"got {error.__cause__.errors()[0]['input']!r}, must be", 1)
     return f"error: {message}; see `{context.command_path} --help`"
 
 

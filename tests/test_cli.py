@@ -127,7 +127,7 @@ def test_info_says_which_weights_are_released(capsys, name: str, weights: str, r
         (("probe", "cifar_resnet20", "--data", "cifar"), "unknown data set 'cifar'; did you mean 'cifar10'?"),
         (
             ("sweep", "digits/resnet20_nobn", "--gpus-per-run", "-1"),
-            "'--gpus-per-run': Input should be greater than or",
+            "'--gpus-per-run': got '-1', must be greater than or",
         ),
         (("probe", "resnet18_lastbn", "--data-root", "no/such"), "error: no class folders were found"),
         (("probe", "resnet18_lastbn", "--data", "hfds"), "error: data set 'hfds': which one is missing; a recipe says"),
@@ -326,7 +326,7 @@ def test_a_damaged_run_is_one_line(capsys, tmp_path):
     [
         (["info"], "error: Missing argument 'name'; see `"),
         (["train", "x", "--seeed", "1"], "error: No such option: --seeed"),
-        (["train", "x", "--seed", "x"], "error: Invalid value for '--seed'"),
+        (["train", "x", "--seed", "seven"], "error: Invalid value for '--seed': got 'seven', must be a valid integer"),
         (["trian"], "error: No such command 'trian'"),
     ],
 )

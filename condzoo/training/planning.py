@@ -127,7 +127,9 @@ def plan_training(
     update = 2 * (traced.parameter_bytes + traced.gradient_bytes + traced.optimizer_bytes)
     seconds = passes * device.time_of(traced.flops, PASSES * activations, traced.operations, half)
     seconds += update / (device.reached_bandwidth * device.bandwidth) + communicated / device.link
-    flops = traced.flops / in_pass * per_step
+    per_image = traced.flops / in_pass
+    epochs, rest = divmod(int(steps), per_epoch)
+    seen = epochs * min(per_epoch * per_step, images) + rest * per_step  # the last batch of an epoch may be smaller
     average = traced.parameter_bytes + traced.buffer_bytes if recipe.ema else 0
     resident = images_in_memory(recipe.data.name) * math.prod(image_shape(recipe.data))
     weights = traced.parameter_bytes + traced.buffer_bytes
@@ -147,8 +149,8 @@ def plan_training(
         steps_per_epoch=per_epoch,
         steps=int(steps),
         flops_forward_per_image=traced.flops_forward / in_pass,
-        flops_per_step=flops,
-        flops=flops * steps,
+        flops_per_step=per_image * per_step,
+        flops=per_image * seen,
         weight_bytes=weights,
         gradient_bytes=traced.gradient_bytes,
         optimizer_bytes=traced.optimizer_bytes,

@@ -96,11 +96,15 @@ def measure_split(training: Training, network: nn.Module, split: Split) -> dict[
 def write_results(
     training: Training, progress: Progress, path: Path, record: dict[str, Any], status: dict[str, Any], notify: OnEvent
 ) -> dict[str, Any]:
-    """Write model.safetensors, conditioning.png and, last, summary.json; returns the summary in every process."""
+    """Write conditioning.png, model.safetensors and, last, summary.json; returns the summary in every process.
+
+    The picture takes seconds: it is drawn first, so that the weights of a run that is killed then are still those of
+    the summary beside them.
+    """
     ranks = training.ranks
+    ranks.first_does(lambda: draw_picture(path, notify))
     with evaluated(training) as network:
         ranks.first_does(lambda: write_weights(network, path / MODEL))
-    ranks.first_does(lambda: draw_picture(path, notify))
     return ranks.first_does(lambda: write_summary(training, progress, path, record, status))
 
 

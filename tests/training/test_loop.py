@@ -126,6 +126,24 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(
     )
 
 
+def test_a_run_killed_at_its_picture_still_has_the_weights_of_its_summary(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments: Any) -> None:
+        raise Killed
+
+    recipe = tiny(**{"probe.every": 5})
+    train(recipe, out=tmp_path, max_steps=5, device="cpu")
+    before = {name: (tmp_path / name).read_bytes() for name in ("model.safetensors", "summary.json")}
+    monkeypatch.setattr(reports, "plot_records", kill)
+    with pytest.raises(Killed):
+        train(recipe, out=tmp_path, device="cpu")
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
 def test_metrics_hold_steps_and_epochs(tiny: Any, tmp_path: Path) -> None:
     run = train(tiny(), out=tmp_path / "run", device="cpu")
     lines = metrics(run.path)

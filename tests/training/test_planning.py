@@ -194,6 +194,17 @@ def test_devices_share_every_chunk_of_a_full_batch_as_in_training(tiny: Any) -> 
     assert plan.flops_per_step == pytest.approx(alone.flops_per_step, rel=1e-6)
 
 
+def test_a_smaller_last_batch_counts_for_what_it_holds(tiny: Any) -> None:
+    kept = {"data.drop_last": False, "data.batch_size": 128}
+    plan = plan_training(tiny(epochs=3, **kept), A100)
+    assert plan.steps_per_epoch == 12
+    assert plan.flops == pytest.approx(plan.flops_per_step / 128 * 1437 * 3)
+    stopped = plan_training(tiny(epochs=3, **kept), A100, max_steps=14)
+    assert stopped.flops == pytest.approx(plan.flops_per_step / 128 * (1437 + 2 * 128))
+    dropped = plan_training(tiny(epochs=3, **(kept | {"data.drop_last": True})), A100)
+    assert dropped.flops == pytest.approx(plan.flops_per_step * 11 * 3)
+
+
 def test_a_batch_holds_no_more_images_than_there_are(tiny: Any) -> None:
     plan = plan_training(tiny(**{"data.batch_size": 5000, "data.drop_last": False}), A100)
     assert (plan.images_per_step, plan.images_per_pass) == (1437, 1437)

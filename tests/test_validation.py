@@ -401,6 +401,15 @@ def test_what_the_conditioning_check_says_names_the_number():
     assert "times allowed" in check.detail
 
 
+@pytest.mark.parametrize("stage", ["layer1", "layer2", "layer3"])
+def test_a_shortcut_put_into_any_block_of_a_shallow_plain_network_is_seen_by_its_scale(stage):
+    torch.manual_seed(0)
+    model, other = create_model("cifar_resnet8_nobn", shortcut=False), create_model("cifar_resnet8_nobn")
+    assert check_scaling(prepare(model, 0)).ok
+    getattr(model, stage)[0].shortcut = getattr(other, stage)[0].shortcut
+    assert not check_scaling(prepare(model, 0)).ok
+
+
 @pytest.mark.parametrize("name", ["cifar_vgg230", "cifar_vgg230_nobn_lastbn"])
 def test_scaling_is_exact_where_depth_amplifies_round_off(name):
     check = check_scaling(prepare(name, 0))

@@ -19,7 +19,7 @@ STANDARD_ERRORS = 5  # a seeded draw is compared with its distribution this wide
 TINY_EPS = 1e-300  # BN's, where its scale invariance is checked: torch takes none at all for a mistake
 # Weights are scaled by powers of two, which round nothing: a deep network without shortcuts amplifies round-off
 # (cifar_vgg1202 by 1e70) until nothing of its logits is left.
-FACTORS = (0.25, 0.5, 2.0, 4.0)
+FACTORS = (2.0, 4.0)  # exact, and no two layers' cancel: what lies between them would not be seen
 # Without BN, the factor of the inputs' root mean square a layer (a block of a ResNet). He's initializer keeps it at 1
 # but for what zero padding takes off small images, a residual block adds its branch, and U(+-1/sqrt(fan_in)) leaves
 # sqrt(1/6) = 0.41. The bounds hold every depth of a family with room for the draw. Of an MLP's the logarithm varies by

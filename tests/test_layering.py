@@ -22,7 +22,7 @@ ALLOWED = {
     "validation": {"models", "probe", "catalog", "checkpoints"},
     "evaluating": {"models", "data", "catalog", "checkpoints", "training", "probe"},
     "probing": {"models", "data", "probe", "catalog", "checkpoints", "evaluating", "training"},
-    "conversion": {"models", "data", "catalog", "checkpoints", "probe"},
+    "conversion": {"models", "catalog", "checkpoints", "probe"},
     "release": {"models", "data", "probe", "catalog", "checkpoints", "training"},
     "experiments": {"models", "data", "probe", "training"},
 }

@@ -122,19 +122,18 @@ def smallest_input(record):
 
 
 @pytest.mark.parametrize("when", ["at_init", "at_end"])
-@pytest.mark.parametrize("factor", [1.2, float("nan"), float("inf")])
-def test_a_changed_small_eigenvalue_is_found_and_one_that_is_no_number(checkpoint, when, factor):
+def test_a_changed_small_eigenvalue_is_found(checkpoint, when):
     def change(record):
         values, i = smallest_input(record[when])
         assert i > 5
-        values[i] *= factor
+        values[i] *= 1.2
 
     edit_json(checkpoint, "conditioning.json", change)
     resum(checkpoint)
     verification = verify_checkpoint(checkpoint)
     assert failed(verification) == ["conditioning"]
     detail = rows(verification)["conditioning"].detail
-    assert re.search(rf"{when} each eigenvalue within (1\.\d+e-01|nan) \(fc\)", detail)
+    assert re.search(rf"{when} each eigenvalue within 1\.\d+e-01 \(fc\)", detail)
 
 
 def test_another_number_of_eigenvalues_is_found(checkpoint):
@@ -192,11 +191,11 @@ def test_changed_logits_are_found(checkpoint):
 
 
 def test_logits_of_other_images_are_found(checkpoint):
-    edit_json(checkpoint, "expected.json", lambda expected: expected.update(shape=[2, 1, 4096, 4096]))
+    edit_json(checkpoint, "expected.json", lambda expected: expected.update(shape=[2, 1, 1024, 1024]))
     resum(checkpoint)
     verification = verify_checkpoint(checkpoint)
     assert failed(verification) == ["files"]
-    assert "the size of an image: in config.json (1, 12, 12), in expected.json (1, 4096, 4096)" in str(verification)
+    assert "the size of an image: in config.json (1, 12, 12), in expected.json (1, 1024, 1024)" in str(verification)
 
 
 def test_a_stale_card_is_found(checkpoint):

@@ -410,7 +410,7 @@ def test_a_shortcut_put_into_any_block_of_a_shallow_plain_network_is_seen_by_its
     assert not check_scaling(prepare(model, 0)).ok
 
 
-@pytest.mark.parametrize("name", ["cifar_vgg230", "cifar_vgg230_nobn_lastbn"])
+@pytest.mark.parametrize("name", ["cifar_vgg230", "cifar_vgg230_nobn_lastbn", "cifar_vgg1202_nobn"])
 def test_scaling_is_exact_where_depth_amplifies_round_off(name):
     check = check_scaling(prepare(name, 0))
     assert check.ok

@@ -116,17 +116,14 @@ def load_folder(folder: CheckpointFolder) -> nn.Module:
             difference = logits_difference(model, read_record(folder, EXPECTED, Expected))
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):
-            said = str(error).splitlines()[0]
-            raise MemoryError(f"{folder.path}: too little memory to run its network on {EXPECTED}: {said}") from error
-        raise ValueError(  # oneDNN does not say that it found no memory
-            f"{folder.path}: the network of {CONFIG} takes no images of its input_size, or there is too little memory: "
-            f"{error}"
-        ) from error
+            said = f"too little memory to run its network on {EXPECTED}: {str(error).splitlines()[0]}"
+            raise MemoryError(f"{folder.path}: {said}") from error
+        # oneDNN does not say that it found no memory
+        said = f"the network of {CONFIG} takes no images of its input_size, or there is too little memory: {error}"
+        raise ValueError(f"{folder.path}: {said}") from error
     if not difference <= OTHER_FUNCTION:
-        raise ValueError(
-            f"{folder.path}: its files disagree on the function: with {CONFIG} and {WEIGHTS} the logits are "
-            f"{difference:.1e} of the largest off those of {EXPECTED}"
-        )
+        said = f"with {CONFIG} and {WEIGHTS} the logits are {difference:.1e} of the largest off those of {EXPECTED}"
+        raise ValueError(f"{folder.path}: its files disagree on the function: {said}")
     return model.to(torch.get_default_dtype())
 
 

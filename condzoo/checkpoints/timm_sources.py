@@ -32,7 +32,7 @@ def timm_network(name: str, weights: str | Path | None) -> tuple[Any, str, str |
         return network, f"timm/{name}", None, None
     content, state, said = read_foreign(expanded(weights))
     said, digest = f"{said} for timm/{name}", sha256(content)
-    if named(state) != named(network.state_dict()):
+    if state and named(state) != named(network.state_dict()):  # of an empty one timm would ask the Hub
         renamed = read_by_timm(name, state, network, str(weights))
         if renamed is not None:
             return renamed, said, digest, None

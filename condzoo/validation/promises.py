@@ -20,6 +20,7 @@ TINY_EPS = 1e-300  # BN's, where its scale invariance is checked: torch takes no
 # Weights are scaled by powers of two, which round nothing: a deep network without shortcuts amplifies round-off
 # (cifar_vgg1202 by 1e70) until nothing of its logits is left.
 FACTORS = (2.0, 4.0)  # exact, and no two layers' cancel: what lies between them would not be seen
+FARTHEST = 2.0**300  # of their product, which a thousand layers would take out of float64's range
 # Without BN, the factor of the inputs' root mean square a layer (a block of a ResNet). He's initializer keeps it at 1
 # but for what zero padding takes off small images, a residual block adds its branch, and U(+-1/sqrt(fan_in)) leaves
 # sqrt(1/6) = 0.41. The bounds hold every depth of a family with room for the draw. Of an MLP's the logarithm varies by
@@ -153,6 +154,7 @@ def check_scaling(subject: Subject) -> Check:
     scaled = scaled_layers(subject.info, model)
     for layer in scaled:
         a = FACTORS[int(torch.randint(len(FACTORS), (), generator=factors))]
+        a = a if expected < FARTHEST else 1 / a
         layer.weight.data.mul_(a)
         expected *= a
         if layer.bias is not None:  # a bias is of its layer's output, which every factor up to here has reached

@@ -80,7 +80,8 @@ def finish(
         for moment in moments:
             moment.coarsen(TF32)
     head = _head(capture, good, softmax, mean, counted, loss_dtype) if _has_the_last(capture, list(good)) else None
-    wide = capture.dtypes | {loss_dtype or torch.float64} == {torch.float64}
+    dtypes = capture.dtypes | {moment.dtype for moment in moments}  # those of a process without a batch, the others'
+    wide = dtypes | {loss_dtype or torch.float64} == {torch.float64}
     spectra = spectra_of(moments, kappa=capture.kappa, head=head, zero=ZERO_IN_FLOAT64 if wide else ZERO)
     layers = {
         name: LayerConditioning(

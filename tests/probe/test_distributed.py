@@ -174,6 +174,20 @@ def test_layers_that_processes_call_at_other_widths_are_skipped(process_group, m
     assert skipped == {"": "called at several widths, whose rows cannot be added up"}
 
 
+def test_a_process_without_a_batch_knows_the_precision_of_the_others():
+    """A small sum of float32 gradients is zero there, too; of float64 ones it would be a number."""
+    model, generator = nn.Linear(7, 6), torch.Generator().manual_seed(0)
+    capture = capture_of(model, {"": model})
+    g = torch.randn((64, 6), generator=generator)
+    g += 1e-4 - g.mean(1, keepdim=True)
+    capture.sums[""] = LayerSums(samples=64)
+    capture.sums[""].input.add(torch.randn((1, 1, 7, 64), generator=generator), "auto")
+    capture.sums[""].output_grad.add(g.T[None, None], "auto")
+    layers, _, _ = finish(capture, {}, {})
+    assert not capture.dtypes
+    assert layers[""].output_grad.null_reason == "1: rows sum to 0 (softmax, LayerNorm)"
+
+
 def test_under_nccl_the_models_own_device_is_taken(process_group, monkeypatch):
     """The current one is the machine's first in every process that has not set it (no GPU is here to run it on)."""
     entered = []

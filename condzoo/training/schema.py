@@ -74,7 +74,8 @@ class DataSection(Section):
     workers: int | None = Field(
         None,
         ge=0,
-        description="imagefolder, hfds: processes that decode; default: a core each, at most 8; they change no result",
+        description="imagefolder, hfds: processes that decode; default: a core each, of those that torchrun's "
+        "processes share, at most 8; they change no result",
     )
     num_classes: int | None = Field(
         None, gt=0, description="imagefolder: how many class folders there must be; default: as many as there are"

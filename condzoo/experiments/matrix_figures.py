@@ -8,8 +8,8 @@ from matplotlib.ticker import NullFormatter
 
 from condzoo.experiments.readings import errors_by_seed, fitted_exponent, points_by_seed
 from condzoo.experiments.schema import Experiment
-from condzoo.experiments.training_figures import MARKERS, tidy
-from condzoo.probe.picture_style import OKABE_ITO, run_style
+from condzoo.experiments.training_figures import tidy
+from condzoo.probe.picture_style import MARKERS, OKABE_ITO, run_style
 
 MATRICES = {"fisher": "F", "grad_moment": "M", "hessian": "H"}
 WAYS = {"full": "exact, whole", "blocks": "exact, layer by layer", "kronecker": "Kronecker factors"}

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from condzoo.experiments.loading import planned_runs
 from condzoo.experiments.schema import Experiment
-from condzoo.probe.picture_style import OKABE_ITO, run_style
+from condzoo.probe.picture_style import MARKERS, OKABE_ITO, run_style
 
 NAMES = {
     "input_lambda_max": r"$\lambda_{max}(\Sigma_x)$",
@@ -27,7 +27,6 @@ NAMES = {
     "test_error": "test error, %",
 }
 COLOURS = "viridis"
-MARKERS = "osD^v<>"
 
 
 def name_of(quantity: str) -> str:

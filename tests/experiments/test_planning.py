@@ -76,7 +76,7 @@ def test_runs_on_another_folder_of_images_are_still_ahead(tmp_path):
     experiment, options = load_experiment("fig14"), {"seeds": None, "only": None}
     same = Path(read_data_file(data)["runs"][0]["root"])
     assert time_ahead([experiment], "cpu", tmp_path, same, options).endswith("; 1 finished before")
-    whole = f"about {experiment.scales['cpu'].minutes:.3g} minutes in all"
+    whole = f"about {estimated_minutes([experiment], 'cpu'):.3g} minutes in all"
     assert time_ahead([experiment], "cpu", tmp_path, tmp_path / "other", options).endswith(whole)
 
 

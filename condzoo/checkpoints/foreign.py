@@ -100,7 +100,7 @@ def check_values(value: Tensor, said: str, most: int) -> None:
         raise ValueError(f"{said} is {describe(value)}, which the {most:,} bytes of its file do not hold")
     try:
         finite = not value.is_floating_point() or torch.isfinite(value.double()).all()  # not every type of 8 bits knows
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # torch's, where it has no conversion from a type: numbers of 4 bits
         raise ValueError(f"{said} is {describe(value)}, a type that torch cannot convert here") from error
     if not finite:
         raise ValueError(f"{said} has values that are not finite; these weights cannot be used")

@@ -28,13 +28,6 @@ from condzoo.probe.wrappers import unwrapped
 USUAL = {"final_norm": True, "shortcut": True}  # what a row leaves to its class
 
 
-class OneProcess(_BatchNorm):
-    """A BatchNorm over inputs with any number of dimensions, as SyncBatchNorm is."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class Subject:
     """A network under validation, in float64 and train mode, with its images and labels.
@@ -76,7 +69,6 @@ def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
         changed = changed_arguments(model, info)
         info = with_arguments(info, changed)
         without_dropout(model)
-        without_synchronization(model)
     batch = 64 if info.family == "mlp" else 16 if info.depth <= 110 else 8
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *small_input(info), generator=generator, dtype=torch.float64)
@@ -200,13 +192,6 @@ def without_dropout(model: nn.Module) -> None:
             module.p = 0.0
         elif isinstance(module, DropPath | DropBlock2d):
             module.drop_prob = 0.0
-
-
-def without_synchronization(model: nn.Module) -> None:
-    """BatchNorms that take their own batch's statistics, as SyncBatchNorm's do in one process, on any device."""
-    for module in model.modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = OneProcess  # type: ignore[assignment]  # its parameters and buffers are a BatchNorm's
 
 
 def small_input(info: ModelInfo) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from condzoo.checkpoints import load_checkpoint
 from condzoo.checkpoints.loading import is_path
+from condzoo.probe.wrappers import without_synchronization
 from condzoo.validation.initial_conditioning import initial_records
 from condzoo.validation.promises import (
     Check,
@@ -69,7 +70,13 @@ def validate(name_or_model: str | Path | nn.Module, *, seed: int = 0, trained: b
     """
     # whatever the caller has set: seeded generators are of one device, and checks differentiate; the caller's random
     # stream is left alone by networks that are built or loaded here
-    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with (
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[]),
+        without_synchronization(),
+    ):
         model: str | nn.Module
         if isinstance(name_or_model, Path) or (isinstance(name_or_model, str) and is_checkpoint(name_or_model)):
             said, model, trained = str(name_or_model), load_checkpoint(name_or_model), True

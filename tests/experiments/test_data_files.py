@@ -11,6 +11,28 @@ from condzoo.experiments import collect, report
 DATA = Path(__file__).parents[2] / "docs" / "data"
 
 
+def without(name, path):
+    """The data of an experiment, less one piece."""
+    data = json.loads((DATA / f"{name}.json").read_text())
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    del inner[path[-1]]
+    return data
+
+
+def plotted(tmp_path, data, capsys):
+    """The data's file, and the one line that `condzoo plot` ends with."""
+    target = tmp_path / "damaged.json"
+    target.write_text(json.dumps(data))
+    with pytest.raises(SystemExit) as stop:
+        main(["plot", str(target)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert not target.with_suffix(".png").exists()
+    return target, line
+
+
 @pytest.mark.parametrize(
     ("name", "path", "said"),
     [
@@ -26,18 +48,8 @@ DATA = Path(__file__).parents[2] / "docs" / "data"
     ],
 )
 def test_data_that_lack_a_piece_are_one_line(name, path, said, tmp_path, capsys):
-    data = json.loads((DATA / f"{name}.json").read_text())
-    inner = data
-    for key in path[:-1]:
-        inner = inner[key]
-    del inner[path[-1]]
-    target = tmp_path / f"{name}.json"
-    target.write_text(json.dumps(data))
-    with pytest.raises(SystemExit) as stop:
-        main(["plot", str(target)])
-    assert stop.value.code == 2
-    message = f"error: {target} is damaged: it has no {said}; delete it, and give the `reproduce` command again"
-    assert capsys.readouterr().err.strip() == message
+    target, line = plotted(tmp_path, without(name, path), capsys)
+    assert line == f"error: {target} is damaged: it has no {said}; delete it, and give the `reproduce` command again"
 
 
 def test_an_empty_list_is_a_missing_piece(tmp_path, capsys):
@@ -71,18 +83,6 @@ def test_data_of_other_settings_are_not_taken_for_finished(name, change, key, co
     assert collect(experiment, "cpu", tmp_path) == again
 
 
-def plotted(tmp_path, data, capsys):
-    """The data's file, and the one line that `condzoo plot` ends with."""
-    target = tmp_path / "damaged.json"
-    target.write_text(json.dumps(data))
-    with pytest.raises(SystemExit) as stop:
-        main(["plot", str(target)])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert not target.with_suffix(".png").exists()
-    return target, line
-
-
 @pytest.mark.parametrize(
     ("name", "path", "lacking"),
     [
@@ -93,14 +93,8 @@ def plotted(tmp_path, data, capsys):
     ],
 )
 def test_a_piece_that_is_lacking_deep_within_is_one_line(name, path, lacking, tmp_path, capsys):
-    data = json.loads((DATA / f"{name}.json").read_text())
-    inner = data
-    for key in path[:-1]:
-        inner = inner[key]
-    del inner[path[-1]]
-    target, line = plotted(tmp_path, data, capsys)
-    again = "delete it, and give the `reproduce` command again"
-    assert line == f"error: {target} is damaged: it has no {lacking}; {again}"
+    target, line = plotted(tmp_path, without(name, path), capsys)
+    assert line == f"error: {target} is damaged: it has no {lacking}; delete it, and give the `reproduce` command again"
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,8 @@ def _piece_sum(pieces: Float[Tensor, "bg d k"], groups: int) -> Float[Tensor, "g
     products = torch.bmm(pieces, pieces.mT)
     count = products.shape[0] // groups
     together = math.gcd(count, FOLD)
-    return products.view(count // together, together, groups, *products.shape[1:]).sum(1).double().sum(0)
+    few = products.view(count // together, together, groups, *products.shape[1:]).sum(1)
+    return few.sum(0, dtype=torch.float64)
 
 
 def gram_float64(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:

@@ -20,7 +20,6 @@ from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import PRECISIONS, Precision, plain_products
 from condzoo.probe.attention import has_bias, stop, watch
 from condzoo.probe.calls import called_on, unreadable
-from condzoo.probe.correlations import correlates, patch_gram, pieces, positions
 from condzoo.probe.function_calls import FunctionCalls
 from condzoo.probe.hooks import Hook, apart, remove
 from condzoo.probe.inner_products import InnerProducts, Watch
@@ -29,6 +28,7 @@ from condzoo.probe.layers import CONVS, Conv, has_own_forward, input_columns, is
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, LinearRange, Neurons, RunningNeurons, linear_range
 from condzoo.probe.origins import Origin
+from condzoo.probe.patch_products import patch_products
 from condzoo.probe.patches import padded_inside
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.relu_calls import ReluCalls
@@ -182,8 +182,9 @@ class Capture:
         return partial(_put_back, [(self, own), *before])
 
     def _on_call(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
-        for call in self._products.calls(name, module, called_on(args, kwargs), h):
-            self._on_layer(name, module, *call)
+        with torch._C.DisableTorchFunction():  # else the modes that are on see every look at a tensor
+            for call in self._products.calls(name, module, called_on(args, kwargs), h):
+                self._on_layer(name, module, *call)
 
     def _on_layer(self, name: str, module: nn.Module, x: Any, h: Any, watch: Watch = None, why: str = "") -> None:
         """Read a call. watch: has the gradients of h read, if h itself is not to; why: it cannot be read."""
@@ -218,9 +219,8 @@ class Capture:
 
     def _add_input(self, moment: RunningMoment, module: nn.Module, x: Tensor) -> None:
         bias = self.bias and has_bias(module)
-        if self.conv == "patches" and not bias and isinstance(module, nn.Conv2d) and correlates(module, x):
-            rows, multiply = x.shape[0] * positions(module, x), partial(patch_gram, x, module)
-            moment.add_product(multiply, rows, pieces(x), x, self.precision)
+        if self.conv == "patches" and not bias and (patches := patch_products(module, x)) is not None:
+            moment.add_product(*patches, x, self.precision)
             return
         for columns in input_columns(module, x, self.conv):
             moment.add(with_constant(columns) if bias else columns, self.precision)

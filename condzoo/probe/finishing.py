@@ -143,18 +143,20 @@ def spectra_of(
     """
     moments = [_near(moment) for moment in moments]
     values = eigenvalues_of(moments, top_only=not kappa)
+    diagonals = [moment.diagonal() for moment in moments]
+    largest = [float(diagonal.max()) for diagonal in diagonals]
     heads = {len(moments) - 1: head}
     remainders = [  # of a single row the sum is small by chance in one of a thousand layers
-        zero_sum_remainder(m.squared_sum(), m.diagonal(), m.dtype, heads.get(i), zero=zero)
+        zero_sum_remainder(m.squared_sum(), diagonals[i], m.dtype, heads.get(i), zero=zero)
         if i % 2 and m.vectors > 1
         else None
         for i, m in enumerate(moments)
     ]
     # The gradient p - y of a softmax cross-entropy loses digits where p is close to y. How far its rows are
     # from a sum of zero shows that noise, and the gradients of all layers before it have it too.
-    noise = max((r / float(m.diagonal().max()) for r, m in zip(remainders, moments, strict=True) if r), default=0.0)
+    noise = max((r / top for r, top in zip(remainders, largest, strict=True) if r), default=0.0)
     return [
-        _spectrum(m, values[i], noise if i % 2 else 0.0, kappa=kappa, sums_to_zero=remainders[i] is not None)
+        _spectrum(m, values[i], largest[i], noise * (i % 2), kappa=kappa, sums_to_zero=remainders[i] is not None)
         for i, m in enumerate(moments)
     ]
 
@@ -202,11 +204,19 @@ def _largest(moment: RunningMoment) -> Float[Tensor, "g 1"]:
 
 
 def _spectrum(
-    moment: RunningMoment, values: Float[Tensor, "g m"], noise: float, *, kappa: bool, sums_to_zero: bool
+    moment: RunningMoment,
+    values: Float[Tensor, "g m"],
+    diagonal: float,
+    noise: float,
+    *,
+    kappa: bool,
+    sums_to_zero: bool,
 ) -> Spectrum:
-    """values: m = d, or the number of vectors where that is smaller, or 1 without kappa; noise: over E[x_i^2]."""
+    """values: m = d, or the number of vectors where that is smaller, or 1 without kappa.
+
+    diagonal: max_i E[x_i^2]; noise: over E[x_i^2].
+    """
     dim, largest = moment.dim, max(0.0, float(values.max()))
-    diagonal = float(moment.diagonal().max())
     # A block of side 1 is a sum of squares: rounding moves it by a part of itself, however small it is beside others.
     apart = dim == 1
     of_data = max(data_noise(moment.dtype, 0.0 if apart else diagonal, moment.grain), SAFETY * noise * diagonal)

@@ -7,6 +7,7 @@ Grouped convolutions give one block a group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -34,6 +35,7 @@ MEASURED = (nn.Linear, *CHANNELS_FIRST)
 PLAIN = {kind.forward for kind in MEASURED}
 NAMED_BY_LAYERS = (nn.MultiheadAttention, ParametrizationList)  # whose own matrices are those of layers
 LINEAR_OF_OTHERS = {"transformers.pytorch_utils.Conv1D"}  # GPT-2's, whose weight is [in, out]
+NAMES_OF_OTHERS = {full.rpartition(".")[2] for full in LINEAR_OF_OTHERS}
 
 ROWS_A_PIECE = 64  # rows of a linear layer multiplied together before float64 takes over
 ROWS_OF_PATCHES = 512  # the same of patches, whose products are larger: adding them up costs more
@@ -49,7 +51,7 @@ REASONS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] =
 
 def kind(module: nn.Module) -> str:
     """How a layer is named in a record: "Linear", "Conv2d", "depthwise Conv2d", "grouped Conv2d", ..."""
-    name = next(base.__name__ for base in type(module).__mro__ if base in MEASURED or _full(base) in LINEAR_OF_OTHERS)
+    name = next(base.__name__ for base in type(module).__mro__ if base in MEASURED or _of_others(base))
     groups = getattr(module, "groups", 1)
     if groups == 1:
         return name
@@ -58,7 +60,7 @@ def kind(module: nn.Module) -> str:
 
 def is_measured(module: nn.Module) -> bool:
     """Whether this is a linear or convolution layer."""
-    return isinstance(module, MEASURED) or any(_full(base) in LINEAR_OF_OTHERS for base in type(module).__mro__)
+    return isinstance(module, MEASURED) or any(map(_of_others, type(module).__mro__))
 
 
 def has_own_forward(layer: nn.Module) -> bool:
@@ -66,8 +68,9 @@ def has_own_forward(layer: nn.Module) -> bool:
     return type(layer).forward not in PLAIN
 
 
-def _full(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _of_others(kind: type) -> bool:
+    """Whether this is a class of `LINEAR_OF_OTHERS`."""
+    return kind.__name__ in NAMES_OF_OTHERS and f"{kind.__module__}.{kind.__qualname__}" in LINEAR_OF_OTHERS
 
 
 def check_module(model: Any) -> None:
@@ -136,7 +139,7 @@ def _no_layer(pattern: str, model: nn.Module, found: dict[str, nn.Module], skipp
 
 
 def _reason(module: nn.Module) -> str | None:
-    own = list(module.parameters(recurse=False))
+    own = [p for p in module._parameters.values() if p is not None]
     if any(isinstance(p, UninitializedParameter) for p in own):
         return "not initialized yet (lazy); run one batch through the model first"
     if any(p.is_complex() for p in own):
@@ -203,9 +206,9 @@ def _rows(x: Float[Tensor, "r d"]) -> Iterator[Float[Tensor, "b g d k"]]:
 
 
 def _positions(x: Float[Tensor, "n c *hw"], groups: int) -> Iterator[Float[Tensor, "b g d k"]]:
-    flat = x.flatten(2)
-    channels = flat.shape[1]
-    if groups == 1 and channels > flat.shape[2]:  # many channels, few positions: rows are cheaper
-        yield from _rows(flat.mT.flatten(0, 1))
+    images, channels, *spatial = x.shape
+    positions = math.prod(spatial)
+    if groups == 1 and channels > positions:  # many channels, few positions: rows are cheaper
+        yield from _rows(x.flatten(2).mT.flatten(0, 1))
     else:
-        yield flat.reshape(flat.shape[0], groups, channels // groups, flat.shape[2])
+        yield x.reshape(images, groups, channels // groups, positions)

@@ -123,6 +123,7 @@ class RunningMoment:
             multiply = arithmetic.gram_float64, arithmetic.gram_float32
             self.add_product(
                 lambda wide: multiply[not wide](columns),
+                (groups, dim),
                 pieces * width,
                 pieces,
                 columns,
@@ -139,6 +140,7 @@ class RunningMoment:
     def add_product(
         self,
         multiply: Callable[[bool], Float[Tensor, "g d d"]],
+        shape: tuple[int, int],
         rows: int,
         pieces: int | float,
         data: Tensor,
@@ -151,17 +153,19 @@ class RunningMoment:
 
         Args:
             multiply: gives the sum, by float64 products (True) or by float32 ones added in float64.
+            shape: (g, d) of the sum.
             rows: at least as many as coordinates, with those already there.
             pieces: as many independent float32 products would leave as much noise.
             data: what the rows are of; `precision` and `new_rows`: as in `add`.
         """
+        if not self.takes(*shape):
+            return
         self._count(rows, data.dtype, new_rows, scale)
-        if self.dropped is not None:
+        if not self.fits(*shape):
+            self.finite = self.finite and bool(torch.isfinite(data).all())
             return
         self.spill()
         product, noise = self._product(multiply, rows, pieces, data, precision)
-        if not self.takes(*product.shape[:2]) or not self.fits(*product.shape[:2]):
-            return
         if scale != 1.0:
             product, noise = product.mul_(scale**2), noise * scale**2
         self.total = product if self.total is None else self.total + product
@@ -285,7 +289,7 @@ class RunningMoment:
     def squared_sum(self) -> float:
         """E[(sum_i x_i)^2], added over the groups."""
         if self.total is not None:
-            return float(self.decomposable().sum())
+            return float(self.total.sum()) / max(1, self.rows)
         return float(torch.cat(self.pending, dim=2).sum(1).square().sum()) / max(1, self.rows)
 
 

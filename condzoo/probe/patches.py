@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -56,7 +56,7 @@ def unfolded(
         rows: images stand side by side in a piece until it has about so many rows; with 1 a piece is an image.
     """
     frame = padded(x, conv)
-    sizes = _positions(frame, conv)
+    sizes = _positions(frame.shape[2:], conv)
     shifts = list(itertools.product(*(range(k) for k in conv.kernel_size)))
     beside = max(1, min(frame.shape[0], rows // max(1, math.prod(sizes))))
     step = max(1, IMAGES // max(1, frame.shape[1] * len(shifts) * math.prod(sizes))) // beside * beside or beside
@@ -79,7 +79,7 @@ def padded_inside(module: nn.Module, x: Float[Tensor, "n c *hw"], h: Float[Tenso
     """
     if not isinstance(module, Convolution) or x.ndim != len(module.kernel_size) + 2:
         return x
-    if _positions(padded(x, module), module) == list(h.shape[2:]):
+    if output_size(x, module) == list(h.shape[2:]):
         return x
     from timm.layers import Conv2dSame, ScaledStdConv2dSame, StdConv2dSame
     from timm.layers.padding import pad_same
@@ -90,12 +90,18 @@ def padded_inside(module: nn.Module, x: Float[Tensor, "n c *hw"], h: Float[Tenso
     return pad_same(x, list(module.kernel_size), list(stride), list(dilation))
 
 
-def _positions(frame: Float[Tensor, "n c *padded"], conv: Convolution) -> list[int]:
+def output_size(x: Float[Tensor, "n c *hw"], conv: Convolution) -> list[int]:
     """Output positions along each dimension."""
+    around = sides(conv)[::-1]  # the last side of the first dimension first
+    return _positions([size + sum(around[2 * d : 2 * d + 2]) for d, size in enumerate(x.shape[2:])], conv)
+
+
+def _positions(frame: Sequence[int], conv: Convolution) -> list[int]:
+    """Output positions along each dimension of a padded map."""
     dilation, stride = every(conv, conv.dilation), every(conv, conv.stride)
     return [
         (size - d * (k - 1) - 1) // step + 1
-        for size, d, k, step in zip(frame.shape[2:], dilation, conv.kernel_size, stride, strict=True)
+        for size, d, k, step in zip(frame, dilation, conv.kernel_size, stride, strict=True)
     ]
 
 

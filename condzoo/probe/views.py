@@ -25,4 +25,8 @@ def shown(h: Tensor) -> Tensor:
 def watch_gradient(h: Tensor, read: Callable[[Tensor], None]) -> None:
     """Have each gradient of h, as it is now, read; none where a function behind it passes None back, as DDP's may."""
     shape = h.shape
-    shown(h).register_hook(lambda grad: None if grad is None else read(grad.reshape(shape)))
+    watched = shown(h)
+    if watched is h:
+        h.register_hook(lambda grad: None if grad is None else read(grad))
+    else:
+        watched.register_hook(lambda grad: None if grad is None else read(grad.reshape(shape)))

@@ -1,4 +1,4 @@
-"""Patch moments from correlations and border terms, against patches cut out one by one."""
+"""Patch moments from correlations and border terms, or as weight gradients, against patches cut out one by one."""
 
 import pytest
 import torch
@@ -6,10 +6,21 @@ from torch import nn
 
 from condzoo.probe import measure
 from condzoo.probe.arithmetic import SAFETY, float32_noise, gram_float64
-from condzoo.probe.correlations import correlates, patch_gram, pieces
+from condzoo.probe.correlations import patch_gram
+from condzoo.probe.patch_products import patch_products
 from condzoo.probe.patches import padded, unfolded
+from condzoo.probe.strided import strided_gram
 from tests.probe.on_gpus import OnGPU
 
+STRIDED = {
+    "stride": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "steps over pixels": {"kernel_size": 2, "stride": 3},
+    "dilation": {"kernel_size": 3, "dilation": 2, "padding": 2},
+    "all of them": {"kernel_size": (3, 2), "stride": (1, 2), "dilation": (2, 3), "padding": (0, 2)},
+    "circular": {"kernel_size": 3, "padding": (2, 1), "padding_mode": "circular"},
+    "same, of an even kernel": {"kernel_size": (4, 3), "dilation": (1, 2), "padding": "same"},
+    "as large as the map": {"kernel_size": (6, 7)},
+}
 LAYERS = {
     "3x3": nn.Conv2d(17, 2, 3, padding=1),
     "no padding": nn.Conv2d(17, 2, 3),
@@ -19,6 +30,12 @@ LAYERS = {
     "as large as the map": nn.Conv2d(17, 2, (6, 7)),
     "larger than the map": nn.Conv2d(17, 2, (7, 9), padding=(3, 4)),
 }
+
+
+def way(conv, x):
+    """How the patches are multiplied without unfolding them, if so."""
+    found = patch_products(conv, x)
+    return None if found is None else found.multiply.func
 
 
 def direct(x, conv):
@@ -31,12 +48,26 @@ def direct(x, conv):
 def test_it_is_the_sum_over_patches(name, wide):
     torch.manual_seed(0)
     x = torch.randn(40, 17, 6, 7, dtype=torch.float64) + 0.5
-    if not wide and not correlates(LAYERS[name], x):
+    if not wide and way(LAYERS[name], x) is not patch_gram:
         pytest.skip("border terms cancel most of the sum: never taken in float32")
     expected = direct(x, LAYERS[name])
     found = patch_gram(x, LAYERS[name], wide)[0]
-    allowed = 1e-13 * float(expected.abs().max()) if wide else float32_noise(found[None], pieces(x)) / SAFETY
+    noise = 0.0 if wide else float32_noise(found[None], patch_products(LAYERS[name], x).pieces)
+    assert float((found - expected).abs().max()) < (1e-13 * float(expected.abs().max()) if wide else noise / SAFETY)
+
+
+@pytest.mark.parametrize("name", STRIDED)
+@pytest.mark.parametrize("wide", [True, False])
+def test_with_strides_and_dilation_it_is_the_sum_over_patches(name, wide):
+    torch.manual_seed(0)
+    x, conv = torch.randn(150, 17, 6, 7, dtype=torch.float64) + 0.5, nn.Conv2d(17, 2, **STRIDED[name])
+    assert (way(conv, x) is strided_gram) == (name != "as large as the map")  # that has fewer patches than coordinates
+    expected, found = direct(x, conv), strided_gram(x, conv, wide)[0]
+    pieces = 1.0 if name == "as large as the map" else patch_products(conv, x).pieces
+    allowed = 1e-13 * float(expected.abs().max()) if wide else float32_noise(found[None], pieces) / SAFETY
     assert float((found - expected).abs().max()) < allowed
+    assert found.shape == expected.shape
+    assert torch.allclose(found, found.T, rtol=1e-12 if wide else 1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 13, 40, 10_000])
@@ -77,30 +108,49 @@ def test_the_float32_error_is_under_the_noise_said_of_it(shape, kind):
     x, conv = torch.randn(shape), nn.Conv2d(shape[1], 2, 3, padding=1)
     if shape[2] == 16:  # many border lines, of an odd number of images
         conv = nn.Conv2d(shape[1], 2, 5)
-        assert correlates(conv, x)
+    assert way(conv, x) is patch_gram
     if kind == "smooth":
         x = nn.functional.avg_pool2d(x, 5, stride=1, padding=2) + 0.1
     elif kind == "nearly constant":
         x = 1 + 0.01 * x
     found, exact = patch_gram(x, conv, wide=False), direct(x, conv)
     error = float(torch.linalg.matrix_norm(found[0] - exact, 2))
-    assert 0 < error < float32_noise(found, pieces(x)) / SAFETY
+    assert 0 < error < float32_noise(found, patch_products(conv, x).pieces) / SAFETY
+
+
+@pytest.mark.parametrize("kind", ["even", "smooth", "nearly constant"])
+@pytest.mark.parametrize(
+    "shape", [(128, 16, 32, 32), (7, 20, 100, 100), (128, 32, 16, 16), (5, 16, 5, 3000), (1, 16, 224, 224)]
+)
+def test_the_float32_error_with_a_stride_is_under_the_noise_said_of_it(shape, kind):
+    torch.manual_seed(0)
+    x, conv = torch.randn(shape), nn.Conv2d(shape[1], 2, 3, stride=2, padding=1)
+    if shape[2] == 224:  # many positions of one image
+        conv = nn.Conv2d(shape[1], 2, 3, dilation=2)
+    if kind == "smooth":
+        x = nn.functional.avg_pool2d(x, 5, stride=1, padding=2) + 0.1
+    elif kind == "nearly constant":
+        x = 1 + 0.01 * x
+    found, exact = strided_gram(x, conv, wide=False), direct(x, conv)
+    error = float(torch.linalg.matrix_norm(found[0] - exact, 2))
+    assert 0 < error < float32_noise(found, patch_products(conv, x).pieces) / SAFETY
 
 
 def test_it_is_used_where_it_is_exact_and_only_there():
     x = torch.randn(64, 16, 8, 8)
-    assert correlates(nn.Conv2d(16, 2, 3, padding=1), x)
+    assert way(nn.Conv2d(16, 2, 3, padding=1), x) is patch_gram
     for other in (
         nn.Conv2d(16, 2, 3, stride=2),
         nn.Conv2d(16, 2, 3, dilation=2),
-        nn.Conv2d(16, 2, 3, groups=2),
         nn.Conv2d(16, 2, 3, padding=1, padding_mode="circular"),
-        nn.Conv2d(16, 2, 1),
+        nn.Conv2d(16, 2, 5, padding=0),  # 16 positions of 64 pixels: the border terms would cancel most of the sum
     ):
-        assert not correlates(other, x)
-    assert not correlates(nn.Conv2d(15, 2, 3, padding=1), x[:, :15])
-    assert not correlates(nn.Conv2d(16, 2, 3), x[:1, :, :5, :5])  # 9 rows, 144 coordinates
-    assert not correlates(nn.Conv2d(16, 2, 3, padding=1), OnGPU(x))  # cuDNN's noise was not measured
+        assert way(other, x) is strided_gram
+    assert way(nn.Conv2d(16, 2, 3, groups=2), x) is None
+    assert way(nn.Conv2d(16, 2, 1), x) is None
+    assert way(nn.Conv2d(15, 2, 3, padding=1), x[:, :15]) is None
+    assert way(nn.Conv2d(16, 2, 3), x[:1, :, :5, :5]) is None  # 9 rows, 144 coordinates
+    assert way(nn.Conv2d(16, 2, 3, padding=1), OnGPU(x)) is None  # cuDNN's noise was not measured
 
 
 @pytest.mark.parametrize("precision", ["auto", "fast"])

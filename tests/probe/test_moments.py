@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from condzoo.probe import Probe, arithmetic, measure, moments
+from condzoo.probe import Probe, arithmetic, correlations, measure, moments, strided
 from condzoo.probe.capture import capture_of
 from condzoo.probe.distributed import sum_over_ranks
 from condzoo.probe.layer_sums import LayerSums
@@ -34,9 +34,23 @@ def test_a_moment_over_the_limit_keeps_nothing_and_goes_on_counting(monkeypatch,
 def test_a_product_over_the_limit_is_dropped(monkeypatch):
     monkeypatch.setattr(moments, "LIMIT", 30)
     moment = RunningMoment()
-    for _ in range(2):
-        moment.add_product(lambda wide: torch.eye(6, dtype=torch.float64)[None], 7, 1.0, torch.ones(7, 6), "auto")
+    for value in (1.0, math.nan):
+        moment.add_product(
+            lambda wide: pytest.fail("made all the same"), (1, 6), 7, 1.0, torch.full((7, 6), value), "auto"
+        )
+        assert moment.finite == (value == 1.0)
     assert (moment.dropped, moment.total, moment.rows) == ((1, 6), None, 14)
+
+
+@pytest.mark.parametrize("settings", [{"padding": 1}, {"stride": 2}])
+def test_patches_over_the_limit_are_not_multiplied(monkeypatch, settings):
+    monkeypatch.setattr(moments, "LIMIT", 143 * 144)
+    for way in (correlations, strided):
+        monkeypatch.setattr(way, "conv2d_weight", lambda *args, **kwargs: pytest.fail("made all the same"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 4, 3, **settings), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found = measure(model, (torch.randn(16, 16, 8, 8), torch.zeros(16, dtype=torch.long)), conv="patches")
+    assert "over the limit" in found.skipped["0"]
 
 
 def test_no_product_waits_to_be_added(monkeypatch):

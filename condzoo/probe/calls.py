@@ -15,9 +15,15 @@ def layout(value: Any) -> str:
     """What a value is: a strided, sparse or nested tensor, one inside vmap or grad, or the name of another class."""
     if not isinstance(value, Tensor):
         return type(value).__name__
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+    if of_transform(value):
         return "tensor inside a transform of torch.func"
     return "nested tensor" if value.is_nested else str(value.layout).removeprefix("torch.") + " tensor"
+
+
+def of_transform(value: Tensor) -> bool:
+    """Whether this tensor, inside vmap or grad, holds no values to read, as gradients of `is_grads_batched`."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(value) or functorch.is_legacy_batchedtensor(value)
 
 
 def called_on(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

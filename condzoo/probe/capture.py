@@ -209,7 +209,7 @@ class Capture:
             self.origin.find(name)
         self.origin.passed(name, h, whole=not self.trains)
         if h.requires_grad:
-            read = partial(self._on_gradient, module, sums.output_grad, batch.scale)
+            read = partial(apart, self._on_gradient, module, sums.output_grad, batch.scale)
             watch_gradient(h, read) if watch is None else watch(read)
 
     def counts(self) -> tuple[dict[str, Neurons], dict[str, str]]:

@@ -17,7 +17,8 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.attention import packed_weights, watch_computed_inside
-from condzoo.probe.hooks import Hook, remove
+from condzoo.probe.calls import of_transform
+from condzoo.probe.hooks import Hook, apart, remove
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.weights import Norms, norms_of, own_weight, watch_computed, widened
 from condzoo.probe.wrappers import in_transform
@@ -98,7 +99,7 @@ class StepWeights:
         """Watch those weights that are whole at rest and have come to require a gradient; before each pass."""
         for name, weight in self._own.items():
             if weight.requires_grad and name not in self._own_handles:
-                self._own_handles[name] = weight.register_hook(partial(self._add, name))
+                self._own_handles[name] = weight.register_hook(partial(apart, self._add, name))
 
     @property
     def passes(self) -> int:
@@ -149,13 +150,13 @@ class StepWeights:
             return
         if weight.requires_grad:  # one that is frozen is looked at in the next pass again
             self._seen[name] = weight
-            self._handles.append(weight.register_hook(partial(self._add, name)))
+            self._handles.append(weight.register_hook(partial(apart, self._add, name)))
         if first or name not in self.norms:  # at rest it may have been another's, as where one is generated
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 self.norms |= norms_of(self.layers, {name: weight})
 
     def _add(self, name: str, grad: Tensor | None) -> None:
-        if grad is None or at_rest():
+        if grad is None or at_rest() or of_transform(grad):
             return
         held = self.grads.get(name)
         self.grads[name] = grad.detach().clone() if held is None else widened(held) + grad.detach()

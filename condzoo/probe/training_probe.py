@@ -19,6 +19,7 @@ from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.files import expanded
 from condzoo.probe.finishing import finish
+from condzoo.probe.hooks import apart
 from condzoo.probe.layers import choose
 from condzoo.probe.passes import coarsest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
@@ -167,7 +168,7 @@ class Probe:
         """
         self._must_be_open("begin")
         if self.due:
-            self._passes.begin(batch)
+            apart(self._passes.begin, batch)
 
     def step(self) -> None:
         """Say that a training step is over; measures it if it was due.
@@ -179,7 +180,7 @@ class Probe:
         if self.due:
             self._detach()
             if distributed.total(self._passes.count, self.model):
-                self._record()
+                apart(self._record)
             else:
                 warnings.warn(
                     f"step {self._step} was due, but no forward pass in train mode with gradients was seen (one that "

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from condzoo.probe.calls import of_transform
+
 
 def shown(h: Tensor) -> Tensor:
     """The tensor of which h shows all elements, in their order; h itself where there is none.
@@ -23,10 +25,15 @@ def shown(h: Tensor) -> Tensor:
 
 
 def watch_gradient(h: Tensor, read: Callable[[Tensor], None]) -> None:
-    """Have each gradient of h, as it is now, read; none where a function behind it passes None back, as DDP's may."""
-    shape = h.shape
-    watched = shown(h)
-    if watched is h:
-        h.register_hook(lambda grad: None if grad is None else read(grad))
-    else:
-        watched.register_hook(lambda grad: None if grad is None else read(grad.reshape(shape)))
+    """Have each gradient of h, as it is now, read.
+
+    None where a function behind it passes None back, as DDP's may; nor many at once, of a backward pass inside vmap.
+    """
+    shape, watched = h.shape, shown(h)
+    is_h = watched is h
+
+    def look(grad: Tensor | None) -> None:
+        if grad is not None and not of_transform(grad):
+            read(grad if is_h else grad.reshape(shape))
+
+    watched.register_hook(look)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from condzoo.probe import Probe
 
@@ -128,3 +129,18 @@ def test_a_torch_function_mode_sees_the_network_and_not_the_measuring(kit):
     assert not seen & {"bmm", "matmul", "vector_norm", "cholesky_ex", "sum", "amax", "amin"}
     assert probe.latest.neurons["1"].units == 4
     assert probe.latest["0"].input.lambda_max > 0
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_flop_counter_counts_the_network_alone(kit, told):
+    def counted(every):
+        model = kit.build("conv")
+        with Probe(model, every=every) as probe, FlopCounterMode(display=False) as counter:
+            x, y = kit.images()
+            if told:
+                probe.begin(x)
+            F.cross_entropy(model(x), y).backward()
+            probe.step()
+        return counter.get_total_flops()
+
+    assert counted(1) == counted(0) > 0

@@ -40,6 +40,52 @@ def test_passes_inside_transforms_are_no_training_steps():
         assert torch.equal(probe.latest[name].output_grad.eigenvalues, plain[name].output_grad.eigenvalues)
 
 
+def every_derivative(output, inputs, how):
+    """[n * k, ...]: one backward pass for all outputs; `how` says by which vmap."""
+    each = torch.eye(output.numel(), dtype=output.dtype).view(-1, *output.shape)
+    if how == "is_grads_batched":
+        return torch.autograd.grad(output, inputs, each, is_grads_batched=True, create_graph=True)
+    return vmap(lambda one: torch.autograd.grad(output, inputs, one, create_graph=True))(each)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_backward_passes_of_many_gradients_at_once_are_not_read(how, mode):
+    (plain, x, y), (model, _, _) = parts(), parts()
+    with Probe(plain) as alone:
+        F.cross_entropy(plain(x), y).backward()
+        alone.step()
+    with Probe(model) as probe:
+        model.train(mode == "train")
+        output = model(x)
+        every_derivative(output, list(model.parameters()), how)
+        F.cross_entropy(output if mode == "train" else model.train()(x), y).backward()
+        probe.step()
+    assert list(probe.latest) == list(alone.latest)
+    for name, layer in alone.latest.items():
+        assert torch.equal(probe.latest[name].output_grad.eigenvalues, layer.output_grad.eigenvalues)
+        assert probe.latest[name].weight_grad == layer.weight_grad
+
+
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_a_penalty_on_a_jacobian_trains_as_without_a_probe(how):
+    def trained(every):
+        model, x, y = parts()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Probe(model, every=every) as probe:
+            for _ in range(2):
+                optimizer.zero_grad()
+                output = model(x.requires_grad_())
+                (jacobian,) = every_derivative(output, [x], how)
+                (F.cross_entropy(output, y) + jacobian.square().mean()).backward()
+                optimizer.step()
+                probe.step()
+        return model.state_dict()
+
+    alone, probed = trained(0), trained(1)
+    assert all(torch.equal(probed[name], value) for name, value in alone.items())
+
+
 @pytest.mark.parametrize("batched", [True, False])
 def test_layers_called_inside_a_transform_are_skipped_by_name(batched):
     class Energy(nn.Module):

@@ -205,6 +205,8 @@ def _local_name(attention: nn.MultiheadAttention, weight: Tensor, computed: Mapp
 
 def has_bias(module: nn.Module) -> bool:
     """Whether this layer adds a bias, be it a slice of a packed one."""
+    if _is_computed(module, "bias"):  # to read it would compute it once more, with random numbers of its own
+        return True
     return bool(getattr(module, "sliced_bias", False)) or getattr(module, "bias", None) is not None
 
 

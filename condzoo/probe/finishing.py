@@ -233,7 +233,8 @@ def _spectrum(
     if moment.total is None:
         nulls, why = zero_coordinates(torch.cat(moment.pending, dim=2))
     else:
-        nulls, why = structural_nulls(moment.total, sums_to_zero=sums_to_zero, vanished=moment.vanished)
+        seen = {"sums_to_zero": sums_to_zero, "vanished": moment.vanished, "exact": not moment.fast}
+        nulls, why = structural_nulls(moment.total, **seen)
     nulls = min(nulls, plain.dim - plain.rank)
     return from_blocks(padded, floor, moment.vectors, nulls=nulls, null_reason=why, arithmetic=how)
 

@@ -34,18 +34,21 @@ class Head:
     dtype: torch.dtype = torch.float32
 
 
-def structural_nulls(moment: Float[Tensor, "g d d"], *, sums_to_zero: bool, vanished: bool = False) -> tuple[int, str]:
+def structural_nulls(
+    moment: Float[Tensor, "g d d"], *, sums_to_zero: bool, vanished: bool = False, exact: bool = True
+) -> tuple[int, str]:
     """How many eigenvalues are exactly zero by structure, and the reasons in words.
 
     Args:
-        moment: [g, d, d] second moments, float64 products.
+        moment: [g, d, d] second moments.
         sums_to_zero: whether `zero_sum_remainder` found that each row does.
         vanished: whether a square of 0 may be of a number that is not.
+        exact: whether these are float64 products; float32 ones do not tell a copy from a coordinate close to it.
     """
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     alive = diagonal > 0
     found = [(0 if vanished else int((~alive).sum()), "coordinates always 0")]
-    copies = sum(_parallel(m, a) for m, a in zip(moment, alive, strict=True))
+    copies = sum(_parallel(m, a) for m, a in zip(moment, alive, strict=True)) if exact else 0
     found.append((copies, "coordinates that copy another"))
     if sums_to_zero and int(alive.sum()) - copies > 1:  # of two coordinates one copies the other
         found.append((1, "rows sum to 0 (softmax, LayerNorm)"))

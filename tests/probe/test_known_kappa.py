@@ -360,3 +360,21 @@ def test_gradients_of_a_depthwise_layer_before_a_confident_softmax_are_right_or_
     true = measure(model.double(), (x.double(), y))["1"].output_grad
     known = found.eigenvalues > found.noise_floor
     assert float((found.eigenvalues / true.eigenvalues - 1).abs()[known].max()) < 0.05
+
+
+def test_a_coordinate_close_to_another_is_no_copy_of_it_where_products_are_in_float32():
+    """Float32 products of such data have a correlation of exactly 1 more often than not."""
+    found = {}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        first, rest = torch.randn((2, 64, 1), generator=generator)
+        x = torch.cat([first, 0.7 * first + 3e-5 * rest], dim=1)
+        true = torch.linalg.cond(x.double()).item() ** 2
+        for precision in ("fast", "auto"):
+            spectrum = measured(x, precision)
+            found.setdefault(precision, set()).add(spectrum.status())
+            assert spectrum.nulls == 0
+            assert spectrum.at_least() <= 1.05 * true
+    assert found == {"fast": {"bound"}, "auto": {"ok"}}
+    copies = torch.randn((64, 1), generator=torch.Generator().manual_seed(0)).expand(64, 2)
+    assert [measured(copies, precision).nulls for precision in ("fast", "auto")] == [0, 1]

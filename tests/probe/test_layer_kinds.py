@@ -226,3 +226,25 @@ def test_matrices_beside_an_activation_are_skipped_by_name_and_tables_beside_lay
     found = measure(model, (torch.randn(9, 5), torch.arange(9) % 3))
     assert list(found) == ["0", "2.layer", "3"]
     assert found.skipped == {"1": "Experts is not a linear or convolution layer"}
+
+
+class Noisy(nn.Module):
+    """A bias that is drawn anew each time it is read."""
+
+    def forward(self, bias):
+        return bias + 0.1 * torch.randn_like(bias)
+
+
+def test_a_bias_that_is_computed_is_not_computed_once_more():
+    ends = []
+    for probed in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 3)
+        nn.utils.parametrize.register_parametrization(layer, "bias", Noisy())
+        with Probe(layer, every=1 if probed else 0, bias=True) as probe:
+            for _ in range(2):
+                layer(torch.randn(8, 4)).square().mean().backward()
+                probe.step()
+        ends.append(layer.weight.grad)
+        assert not probed or probe.latest[""].input.dim == 5
+    assert torch.equal(*ends)

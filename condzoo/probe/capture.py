@@ -178,7 +178,7 @@ class Capture:
         """What undoes all that will be recorded from here on, should the forward pass that follows raise."""
         own = {key: copy(getattr(self, key)) for key in SEEN}
         parts = [part for sums in self.sums.values() for part in (sums, sums.input, sums.output_grad)]
-        before = [(part, copy(vars(part))) for part in (*parts, *self.neurons.values())]
+        before = [(part, copy(vars(part))) for part in (*parts, *self.neurons.values(), self._relu_calls)]
         return partial(_put_back, [(self, own), *before])
 
     def _on_call(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:

@@ -22,7 +22,7 @@ class ReluCalls:
 
     def begin(self) -> None:
         """A forward pass follows."""
-        self._calls.clear()
+        self._calls = {}
         self._layout = UnitLayout()
 
     def note_layout(self, module: nn.Module, _: Any, h: Any) -> None:
@@ -34,7 +34,7 @@ class ReluCalls:
     def add(self, neurons: dict[str, RunningNeurons], name: str, output: Tensor, linear: LinearRange) -> None:
         """Look at the output of the next call of this ReLU; its further ones count as `name` and "#1", "#2", ..."""
         call = self._calls.get(name, 0)
-        self._calls[name] = call + 1
+        self._calls = {**self._calls, name: call + 1}  # new: a snapshot keeps the one before
         if not output.numel():
             return
         units = neurons.setdefault(f"{name}#{call}" if call else name, RunningNeurons())

@@ -22,6 +22,8 @@ from condzoo.probe.wrappers import in_transform, refuse_replica
 class StepPasses:
     """Watches a model's forward passes from `attach` to `detach`, and begins each that trains in the capture.
 
+    A call of the model from within one that is recorded is a part of that pass: the loss is a mean over the outer batch.
+
     One that raises, or whose backward pass does, is forgotten again: a batch that does not fit into memory is tried
     again in parts. Passes that wait for their backward pass together are forgotten together. One that was interrupted
     (KeyboardInterrupt) is forgotten at the end of the step, and those after it are with it.
@@ -88,6 +90,7 @@ class StepPasses:
             self._ended = False
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        within = self._running != [] and self.capture.recording
         self._running.append((None, self.capture.recording))
         refuse_replica(module)
         if self._told or at_rest():
@@ -95,7 +98,8 @@ class StepPasses:
         self.capture.recording = module.training and torch.is_grad_enabled() and not in_transform()
         repeated = self.count > 0 and torch._C._current_graph_task_id() != -1  # by checkpointing
         if self.capture.recording and not repeated:
-            self._running[-1] = self._start([args, kwargs]), self._running[-1][1]
+            forget = self._snapshot() if within else self._start([args, kwargs])
+            self._running[-1] = forget, self._running[-1][1]
 
     def _returned(self, *_: Any) -> None:
         if self._running:

@@ -415,12 +415,58 @@ class InParts(Fragile):
             return torch.cat([self(half) for half in x.chunk(2)])
 
 
-def test_a_pass_inside_a_pass_does_not_end_the_outer_one(kit):
-    model = InParts(kit.build("conv"), most=8)
+class Chunks(nn.Module):
+    """Takes a large batch in parts, by calls of itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(48, 8), nn.Linear(8, 4)
+        self.double()
+
+    def forward(self, x):
+        return torch.cat([self(part) for part in x.split(5)]) if len(x) > 5 else self.head(self.body(x.flatten(1)))
+
+
+class Again(Chunks):
+    """Has a layer that runs after a call of itself, on fewer samples."""
+
+    def forward(self, x, again=True):
+        h = F.relu(self.body(x.flatten(1)))
+        return self.head(h) + (self(x[:3], again=False).mean(0) if again else 0)
+
+
+@pytest.mark.parametrize("make", [Chunks, Again, InParts])
+def test_a_pass_inside_a_pass_is_a_part_of_it(kit, make):
+    model = InParts(kit.build("conv"), most=8) if make is InParts else make()
     x, y = kit.images(16)
+    expected = measure(model, (x, y))
     with Probe(model) as probe:
         F.cross_entropy(model(x), y).backward()
         probe.step()
-    # the outer call of 16 samples, which reached the first two layers only, and its two halves
-    assert (probe.latest.samples, probe.latest.batches) == (32, 3)
-    assert [layer.samples for layer in probe.latest.values()] == [32, 32, 16, 16]
+    close(probe.latest, expected)
+    assert (probe.latest.samples, probe.latest.batches) == (16, 1)
+    assert probe.latest.neurons == expected.neurons
+    assert [a.samples for a in probe.latest.values()] == [a.samples for a in expected.values()]
+
+
+def test_a_pass_inside_a_pass_that_raised_is_forgotten_alone(kit):
+    class Careful(Again):
+        def forward(self, x, again=True, fails=False):
+            if again and fails:
+                with pytest.raises(MemoryError):
+                    self(x[:3], again=False, fails=True)
+            elif fails:
+                super().forward(x, again)
+                raise MemoryError
+            return super().forward(x, again)
+
+    (x, y), found = kit.images(16), []
+    for fails in (True, False):
+        model = Careful()
+        with Probe(model) as probe:
+            F.cross_entropy(model(x, fails=fails), y).backward()
+            probe.step()
+        found.append(probe.latest)
+    same_record(*found)
+    assert found[0].samples == 16

@@ -22,9 +22,9 @@ from condzoo.probe.wrappers import in_transform, refuse_replica
 class StepPasses:
     """Watches a model's forward passes from `attach` to `detach`, and begins each that trains in the capture.
 
-    A call of the model from within one that is recorded is a part of that pass: the loss is a mean over the outer batch.
+    A call of the model within a recorded one is a part of that pass: the loss is a mean over the outer batch.
 
-    One that raises, or whose backward pass does, is forgotten again: a batch that does not fit into memory is tried
+    A pass that raises, or whose backward pass does, is forgotten again: a batch that does not fit into memory is tried
     again in parts. Passes that wait for their backward pass together are forgotten together. One that was interrupted
     (KeyboardInterrupt) is forgotten at the end of the step, and those after it are with it.
 
@@ -61,11 +61,11 @@ class StepPasses:
         self._running.clear()
         self._waiting.clear()
         self._backwards.clear()
-        self._handles.append(self.model.register_forward_pre_hook(Hook(self._before), with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(Hook(self._before, self.model), with_kwargs=True))
         self.weights.attach()
         self.capture.attach()  # of a network that is a layer itself the call is read before it is over
-        self._handles.append(self.model.register_forward_hook(Hook(self._returned)))
-        self._handles.append(self.model.register_forward_hook(Hook(self._over), always_call=True))
+        self._handles.append(self.model.register_forward_hook(Hook(self._returned, self.model)))
+        self._handles.append(self.model.register_forward_hook(Hook(self._over, self.model), always_call=True))
 
     def detach(self) -> None:
         """Take the hooks off; `count` and `samples` are then final."""

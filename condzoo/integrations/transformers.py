@@ -136,7 +136,7 @@ def _at_next_output(model: nn.Module, look: Callable[[dict[str, Any], Any], None
             handle.remove()
             look(keywords, output)
 
-    handle = model.register_forward_hook(Hook(note), with_kwargs=True)
+    handle = model.register_forward_hook(Hook(note, model), with_kwargs=True)
     return handle
 
 

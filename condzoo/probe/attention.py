@@ -115,11 +115,13 @@ def watch_computed_inside(
     attention: nn.MultiheadAttention, report: Callable[[str, Tensor], None]
 ) -> list[RemovableHandle]:
     """Report (local name of the layer, weight) each time a parametrization has computed the weight of one."""
-    return [
-        module.parametrizations[name].register_forward_hook(Hook(partial(_report_computed, report, local)))
-        for local, (module, name) in _weights(attention).items()
-        if _is_computed(module, name)
-    ]
+    handles: list[RemovableHandle] = []
+    for local, (module, name) in _weights(attention).items():
+        if _is_computed(module, name):
+            computing = module.parametrizations[name]
+            hook = Hook(partial(_report_computed, report, local), computing)
+            handles.append(computing.register_forward_hook(hook))
+    return handles
 
 
 def _report_computed(report: Callable[[str, Tensor], None], local: str, _: Any, args: Any, weight: Tensor) -> None:
@@ -156,12 +158,13 @@ def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[R
         _watchers.pop(watcher, None)
         _put_linear()
 
+    out = attention.out_proj
     return [
         *watch_computed_inside(attention, computed.__setitem__),
-        attention.register_forward_pre_hook(Hook(before)),
-        attention.register_forward_hook(Hook(after), always_call=True, prepend=True),
-        attention.out_proj.register_forward_pre_hook(Hook(lambda module, args: called.append(module))),
-        attention.out_proj.register_forward_hook(Hook(lambda *_: called.clear()), always_call=True, prepend=True),
+        attention.register_forward_pre_hook(Hook(before, attention)),
+        attention.register_forward_hook(Hook(after, attention), always_call=True, prepend=True),
+        out.register_forward_pre_hook(Hook(lambda module, args: called.append(module), out)),
+        out.register_forward_hook(Hook(lambda *_: called.clear(), out), always_call=True, prepend=True),
     ]
 
 

@@ -140,19 +140,19 @@ class Capture:
         """Hooks on all modules inside the model, or on the model, whose name is empty."""
         handles: list[RemovableHandle] = []
         for name, module in _side(self.layers, inside):
-            hook = Hook(partial(self._on_call, name))  # before a hook of the user's that changes h
+            hook = Hook(partial(self._on_call, name), module)  # before a hook of the user's that changes h
             handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
             if has_own_forward(module):
-                handles.append(module.register_forward_pre_hook(Hook(partial(self._products.begin, name))))
+                handles.append(module.register_forward_pre_hook(Hook(partial(self._products.begin, name), module)))
         for name, attention in _side(self.attentions, inside):
             handles += watch(name, attention, self._on_projection)
         for name, module in _side(self.modules, inside):
             if self.counts_neurons or name not in self.relus:
                 handles += self.functions.watch(name, module)
             if self.counts_neurons and name in self.relus:
-                handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name))))
+                handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name), module)))
             elif self.counts_neurons and is_measured(module) and name not in self.layers:
-                handles.append(module.register_forward_hook(Hook(self._relu_calls.note_layout)))
+                handles.append(module.register_forward_hook(Hook(self._relu_calls.note_layout, module)))
         return handles
 
     def begin(self, samples: int, scale: float) -> None:

@@ -103,9 +103,10 @@ class FunctionCalls(TorchFunctionMode):
         if name and _calls_none(module):
             return []
 
+        enter, leave = Hook(partial(self._enter, name), module), Hook(self._leave, module)
         return [
-            module.register_forward_pre_hook(Hook(partial(self._enter, name))),
-            module.register_forward_hook(Hook(self._leave), always_call=True, prepend=True),  # last in, first out
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True, prepend=True),  # last in, first out
         ]
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:

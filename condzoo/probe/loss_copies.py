@@ -62,7 +62,7 @@ def loss_beside(loss: Any, model: nn.Module, memo: dict[int, Any], move: Move) -
     if isinstance(loss, nn.Module):
         loss = moved(loss)
         if not isinstance(loss, torch.jit.ScriptModule):
-            loss.register_forward_hook(Hook(lambda module, args, value: _refuse_original(value, originals)))
+            loss.register_forward_hook(Hook(lambda module, args, value: _refuse_original(value, originals), loss))
         return loss
     if isinstance(loss, MethodType) and id(loss.__self__) in memo:
         loss = MethodType(loss.__func__, memo[id(loss.__self__)])

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from condzoo.probe.batches import batch_size
 from condzoo.probe.capture import Capture
-from condzoo.probe.hooks import Hook, remove
+from condzoo.probe.hooks import Hook, remove, remove_copied
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.step_weights import StepWeights
 from condzoo.probe.wrappers import in_transform, refuse_replica
@@ -70,6 +70,7 @@ class StepPasses:
     def detach(self) -> None:
         """Take the hooks off; `count` and `samples` are then final."""
         remove(self._handles)
+        remove_copied(self.model)
         if (interrupted := next((forget for forget, _ in self._running if forget), None)) is not None:
             interrupted()
         self._settle()

@@ -52,10 +52,11 @@ class StepWeights:
         """Put the hooks on, after forgetting all that was seen."""
         self.clear()
         for name, module in self.layers.items():
-            self._handles.append(module.register_forward_pre_hook(Hook(partial(self._before_layer, name))))
+            self._handles.append(module.register_forward_pre_hook(Hook(partial(self._before_layer, name), module)))
             self._handles.append(watch_computed(module, partial(self._look, name)))
         for name, attention in self.attentions.items():
-            self._handles.append(attention.register_forward_pre_hook(Hook(partial(self._before_attention, name))))
+            before = Hook(partial(self._before_attention, name), attention)
+            self._handles.append(attention.register_forward_pre_hook(before))
             self._handles += watch_computed_inside(attention, partial(self._look_inside, name))
         self._follow_own(self._whole())
 

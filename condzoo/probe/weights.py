@@ -50,8 +50,9 @@ def watch_computed(module: nn.Module, report: Callable[[Tensor | None], None]) -
     """
     parametrized = getattr(module, "parametrizations", None)
     if parametrized is not None and "weight" in parametrized:
-        return parametrized["weight"].register_forward_hook(Hook(lambda _, args, weight: report(weight)))
-    return module.register_forward_pre_hook(Hook(partial(_report_computed, report)))
+        computing = parametrized["weight"]
+        return computing.register_forward_hook(Hook(lambda _, args, weight: report(weight), computing))
+    return module.register_forward_pre_hook(Hook(partial(_report_computed, report), module))
 
 
 def _report_computed(report: Callable[[Tensor | None], None], module: nn.Module, args: object) -> None:

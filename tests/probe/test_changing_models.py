@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.ao import quantization
 from torch.overrides import _get_current_function_mode_stack
 
 from condzoo.probe import Probe, measure
+from condzoo.probe.hooks import Hook
 
 
 class Adapted(nn.Module):
@@ -244,3 +246,33 @@ def test_a_lazy_model_is_refused_with_what_to_do(layers):
     with pytest.raises(ValueError, match=r"layer '0' is not initialized yet \(lazy\); run one batch through"):
         measure(model, (torch.randn(6, 5), torch.arange(6) % 3))
     assert isinstance(model[0], nn.LazyLinear)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own of torch.ao, where and however it gives them
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_turns_quantization_aware_before_a_step_that_is_due(kit, fused):
+    def trained(every):
+        torch.manual_seed(0)
+        body = [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 4)]
+        model = nn.Sequential(*body)
+        model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+        with Probe(model, every=every) as probe:
+            if fused:
+                quantization.fuse_modules_qat(model, [["0", "1", "2"]], inplace=True)
+            quantization.prepare_qat(model, inplace=True)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for seed in range(2):
+                x, y = kit.images(seed=seed)
+                optimizer.zero_grad()
+                F.cross_entropy(model(x.float()), y).backward()
+                optimizer.step()
+                probe.step()
+        return model, probe.latest
+
+    (plain, _), (probed, record) = trained(0), trained(1)
+    assert list(record) == (["4"] if fused else ["0", "4"])
+    kinds = {
+        type(hook) for m in probed.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    }
+    assert Hook not in kinds
+    assert all(torch.equal(probed.state_dict()[name], value) for name, value in plain.state_dict().items())

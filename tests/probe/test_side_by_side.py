@@ -165,3 +165,30 @@ def test_a_network_that_is_scripted_as_a_whole_is_refused_by_a_probe_and_its_lay
         Probe(model)
     found = measure(model, (torch.randn(6, 8), torch.arange(6) % 3))
     assert (len(found), set(found.skipped)) == (0, {"0", "2"})
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # of jaxtyping, which checks here
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_export_in_a_step_that_is_due_is_of_the_network_alone(mode, strict):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    x, y = torch.randn(10, 6), torch.arange(10) % 4
+    expected = [node.target for node in torch.export.export(model, (x,), strict=strict).graph.nodes]
+    with Probe(model) as probe:
+        with torch.no_grad():
+            exported = torch.export.export(model.train(mode == "train"), (x,), strict=strict)
+        F.cross_entropy(model.train()(x), y).backward()
+        probe.step()
+    assert [node.target for node in exported.graph.nodes] == expected
+    assert (probe.latest.samples, probe.latest["0"].input.rows) == (10, 10)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_network_that_is_scripted_in_a_step_that_is_due_says_why_it_cannot_be():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    with Probe(model, every=2) as probe:
+        with pytest.raises(AttributeError, match=r"of a condzoo.Probe; script the model in a step that is not due"):
+            torch.jit.script(model)
+        F.cross_entropy(model(torch.randn(10, 6)), torch.arange(10) % 4).backward()
+        probe.step()
+        torch.jit.script(model)

@@ -23,7 +23,7 @@ from condzoo.probe.neurons import CHANGING, RunningNeurons
 _SIDES = ("input", "output_grad")
 # of a moment, to the other processes
 _TOLD = ("rows", "vectors", "noise", "dtype", "finite", "fast", "mixed", "grain", "vanished")
-NOT_CALLED: dict[str, Any] = {"samples": 0, "input": None, "output_grad": None}
+NOT_CALLED: dict[str, Any] = {"samples": 0, "hidden": None, "input": None, "output_grad": None}
 
 
 def active() -> bool:
@@ -38,28 +38,31 @@ def first() -> bool:
 
 def total(number: int, model: nn.Module) -> int:
     """The sum of a number over the processes."""
-    if not active():
-        return number
-    value = torch.tensor(number, device=_device(model))
-    dist.all_reduce(value)
-    return int(value)
+    return _reduced(number, model, dist.ReduceOp.SUM) if active() else number
+
+
+def largest(number: int, model: nn.Module) -> int:
+    """The largest of the processes' numbers."""
+    return _reduced(number, model, dist.ReduceOp.MAX) if active() else number
 
 
 def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
     """Make every process's sums those of all processes; all must call it at the same step.
 
-    Layers that only some processes called are summed over those; the order is that of the first process.
+    Layers that only some processes called are summed over those; the order is that of the first process. What one
+    process could not see of a layer is missing in the sum, which none then has.
     """
     device = _device(model)
     units = {name: (u.rows, u.count().units if u.hidden is None else u.hidden) for name, u in capture.neurons.items()}
-    gathered = _gathered((_described(capture), units), device)
-    names = list(dict.fromkeys(name for layers, _ in gathered for name in layers))
+    gathered = _gathered((_described(capture), units, capture.dtypes), device)
+    names = list(dict.fromkeys(name for layers, _, _ in gathered for name in layers))
     merged: dict[str, LayerSums] = {}
     parts: list[tuple[RunningMoment, tuple[int, ...]]] = []
     for name in names:
-        of_ranks = [layers.get(name, NOT_CALLED) for layers, _ in gathered]
+        of_ranks = [layers.get(name, NOT_CALLED) for layers, _, _ in gathered]
         merged[name] = capture.sums.get(name, LayerSums())
         merged[name].samples = sum(entry["samples"] for entry in of_ranks)
+        merged[name].hidden = next((entry["hidden"] for entry in of_ranks if entry["hidden"] is not None), None)
         for side in _SIDES:
             moment = getattr(merged[name], side)
             entries = [entry[side] for entry in of_ranks if entry[side] is not None]
@@ -67,7 +70,7 @@ def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
                 continue
             _adopt(moment, entries)
             shape, kept = entries[0]["shape"], [0 if entry[side] is None else entry[side]["kept"] for entry in of_ranks]
-            if moment.mixed or not moment.fits(*shape[:2]):  # of all processes together, which each finds alike
+            if merged[name].hidden is not None or moment.mixed or not moment.fits(*shape[:2]):  # as each finds alike
                 continue
             if None not in kept and sum(kept) < shape[1]:
                 _join_vectors(moment, shape, kept, device)
@@ -75,8 +78,9 @@ def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
                 moment.spill()
                 parts.append((moment, shape))
     _sum_totals(parts, device)
-    capture.sums = merged
-    _sum_neurons(capture, [neurons for _, neurons in gathered], device)
+    capture.sums, capture.dtypes = merged, set().union(*(dtypes for _, _, dtypes in gathered))
+    _agree_on_origin(capture, device)
+    _sum_neurons(capture, [neurons for _, neurons, _ in gathered], device)
 
 
 def summed(grads: dict[str, Tensor], weight: float, model: nn.Module) -> tuple[dict[str, Tensor], float]:
@@ -101,6 +105,12 @@ def summed(grads: dict[str, Tensor], weight: float, model: nn.Module) -> tuple[d
     return found, sum(weight for _, weight in gathered)
 
 
+def _reduced(number: int, model: nn.Module, how: dist.ReduceOp.RedOpType) -> int:
+    value = torch.tensor(number, device=_device(model))
+    dist.all_reduce(value, op=how)
+    return int(value)
+
+
 def _gathered(mine: Any, device: torch.device) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # NCCL sends from the current one
@@ -120,7 +130,7 @@ def _device(model: nn.Module) -> torch.device:
 def _described(capture: Capture) -> dict[str, dict[str, Any]]:
     described: dict[str, dict[str, Any]] = {}
     for name, sums in capture.sums.items():
-        described[name] = {"samples": sums.samples}
+        described[name] = {"samples": sums.samples, "hidden": sums.hidden}
         for side in _SIDES:
             moment: RunningMoment = getattr(sums, side)
             entry = {key: getattr(moment, key) for key in _TOLD}
@@ -159,6 +169,13 @@ def _sum_totals(parts: list[tuple[RunningMoment, tuple[int, ...]]], device: torc
     dist.all_reduce(flat)
     for (moment, shape), values in zip(parts, flat.split([torch.Size(s).numel() for _, s in parts]), strict=True):
         moment.total = values.reshape(shape).clone()
+
+
+def _agree_on_origin(capture: Capture, device: torch.device) -> None:
+    """The first layer, in their order, whose output held NaN or Inf in a process; looked for where any shows some."""
+    capture.origin.find(everywhere=not all(sums.output_grad.finite for sums in capture.sums.values()))
+    found = set(_gathered(capture.origin.name, device))
+    capture.origin.name = next((name for name in capture.sums if name in found), None)
 
 
 def _sum_neurons(capture: Capture, of_ranks: list[dict[str, tuple[int, int | str]]], device: torch.device) -> None:

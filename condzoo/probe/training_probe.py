@@ -179,8 +179,8 @@ class Probe:
         self._must_be_open("step")
         if self.due:
             self._detach()
-            if distributed.total(self._passes.count, self.model):
-                apart(self._record)
+            if batches := distributed.largest(self._passes.count, self.model):
+                apart(self._record, batches)
             else:
                 warnings.warn(
                     f"step {self._step} was due, but no forward pass in train mode with gradients was seen (one that "
@@ -226,7 +226,7 @@ class Probe:
         self._capture.follow(chosen)
         self._weights.attach()
 
-    def _record(self) -> None:
+    def _record(self, batches: int) -> None:
         capture, grads, mean = self._capture, self._weights.grads, self.reduction == "mean"
         weight = 0.0  # of these gradients, in all: what each pass, or sample, of a process was multiplied by
         if self._passes.count:
@@ -259,7 +259,7 @@ class Probe:
             precision=capture.precision,
             kappa=capture.kappa,
             samples=samples,
-            batches=self._passes.count,
+            batches=batches,
             step=self._step,
             first_nonfinite=nonfinite,
         )

@@ -1,4 +1,4 @@
-"""Which loss or gradient of a bad step is not finite, and where that begins."""
+"""Which loss, gradient or running statistic of a bad step is not finite, and where that begins."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,10 +9,12 @@ from torch import Tensor
 from condzoo.training.preparation import Training, training_steps
 from condzoo.training.steps import mean_loss, seed_step
 
+KINDS = ("loss", "gradient", "running statistic")  # the first that any process finds is believed
+
 
 @dataclass(frozen=True)
 class Fault:
-    """`what` is "loss" or "gradient", `where` the module or parameter where it is first seen."""
+    """`what` is one of KINDS, `where` the module, parameter or buffer where it is first seen."""
 
     what: str
     step: int
@@ -28,10 +30,10 @@ def diagnose(training: Training, step: int) -> Fault:
     """Take the bad step again without its update, from the state before it.
 
     Every process looks at its own images; the first that finds a loss, else the first that finds a gradient,
-    is believed.
+    else the first that finds a statistic is believed.
     """
     findings = training.ranks.gather(_find(training, step))
-    for what in ("loss", "gradient"):
+    for what in KINDS:
         for found in findings:
             if found is not None and found[0] == what:
                 return Fault(what, step, found[1])
@@ -39,9 +41,10 @@ def diagnose(training: Training, step: int) -> Fault:
 
 
 def _find(training: Training, step: int) -> tuple[str, str] | None:
-    """("loss", module) or ("gradient", parameter) of this process's part of a step; None where all is finite."""
+    """(one of KINDS, where) of this process's part of a step; None where all is finite."""
     training.optimizer.zero_grad()
     training.guard.remember()
+    finite_before = _finite_buffers(training)
     (batch,) = training_steps(training, step, step + 1)
     seed_step(training, step)
     met: list[str] = []
@@ -63,12 +66,21 @@ def _find(training: Training, step: int) -> tuple[str, str] | None:
                 where = _first_layer(training, x)
                 return ("loss", where) if bad else None
             (loss * (len(y) / batch.images)).backward()
-        return ("gradient", met[0]) if met else None
+        if met:
+            return "gradient", met[0]
+        finite = _finite_buffers(training)
+        overflown = [name for name in finite_before if name not in finite]
+        return ("running statistic", overflown[0]) if overflown else None
     finally:
         for handle in handles:
             handle.remove()
         training.guard.restore()
         training.optimizer.zero_grad()
+
+
+def _finite_buffers(training: Training) -> list[str]:
+    """The names of the buffers in which all is finite."""
+    return [name for name, buffer in training.model.named_buffers() if torch.isfinite(buffer).all()]
 
 
 def _bad_for_all(training: Training, bad: bool) -> bool:

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite is not taken: how that is seen, kept to, and explained.
+"""A step whose loss, gradient or BatchNorm statistics are not finite is not taken: how that is seen and kept to.
 
 On a CPU every step is checked before its update. Reading a number back from a GPU would stop it in every
 step, so there the check stays on the device: the update of a bad step and of every one after it is masked
@@ -17,10 +17,10 @@ ALIGNMENT = 16  # elements: kernels may want more than an element's own
 
 
 class NonFinite(ArithmeticError):
-    """A loss or gradient that is not finite; the step was not taken."""
+    """A loss, gradient or running statistic that is not finite; the step was not taken."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"the loss or gradient of step {step} is not finite")
+        super().__init__(f"the loss, the gradient or a running statistic of step {step} is not finite")
         self.step = step
 
 
@@ -53,8 +53,19 @@ class Guard:
             buffer.copy_(kept)
 
     def weight(self, loss: Tensor) -> Tensor:
-        """The factor that makes every gradient of a step NaN where its loss is not finite, or an earlier one's was."""
-        return torch.where(torch.isfinite(loss.detach()), self.health, torch.nan)
+        """1, which makes the loss and every gradient of a step NaN where it is NaN: from the first bad step on."""
+        return torch.where(torch.isfinite(loss.detach()) & self.finite_statistics(), self.health, torch.nan)
+
+    def finite_statistics(self) -> Tensor:
+        """Whether all is finite in the buffers that was so before the step (a mask may hold infinities); bool [].
+
+        A running variance may overflow in a forward pass whose outputs are finite: they are divided by the batch's.
+        """
+        finite = torch.ones((), dtype=torch.bool, device=self.health.device)
+        for kept, buffer in zip(self.before, self.buffers, strict=True):
+            if buffer.is_floating_point():
+                finite = finite & (buffer.isfinite() | ~kept.isfinite()).all()
+        return finite
 
     def note(self, finite: Tensor, step: int) -> None:
         """Take in, on the device, whether a step is finite; from the first that is not on, none counts."""

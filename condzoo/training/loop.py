@@ -66,7 +66,7 @@ def train(
     Raises:
         RecipeError, RunDirectoryError, CheckpointError, FileNotFoundError: before anything is trained.
         Stopped: SIGTERM or Ctrl-C; the state is saved, the same call goes on.
-        Diverged: a loss or gradient that is not finite, unless on_divergence = "record".
+        Diverged: a loss, gradient or running statistic that is not finite, unless on_divergence = "record".
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     if seed is not None:

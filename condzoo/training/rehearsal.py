@@ -59,7 +59,7 @@ def rehearse(
 
     Raises:
         RecipeError, ValueError, FileNotFoundError: as `train`.
-        Diverged: the first loss or gradient is not finite.
+        Diverged: the first loss, gradient or running statistic is not finite.
     """
     check_recipe(recipe)
     ranks, own_device = join(device)
@@ -107,7 +107,7 @@ def first_step(training: Training, probe: Probe | None) -> StepResult:
     """Take the first step, and the second where that is the first one compiled: none is that the probe measures.
 
     Raises:
-        Diverged: its loss or gradient is not finite; says where that begins.
+        Diverged: its loss, gradient or a running statistic is not finite; says where that begins.
     """
     compiled_next = training.recipe.compile and probe is not None and training.recipe.probe.every > 1
     end = min(2 if compiled_next else 1, training.total_steps)

@@ -23,7 +23,7 @@ from condzoo.training.schema import Recipe
 
 
 class Diverged(RuntimeError):
-    """A run whose loss or gradient stopped being finite; `summary` says where."""
+    """A run whose loss, gradient or running statistics stopped being finite; `summary` says where."""
 
     exit_code = exit_codes.DIVERGED
     shared = True  # raised in every process of a run alike

@@ -107,10 +107,9 @@ def accumulate_gradient(
             with training.numerics.autocast():
                 logits = forward(x)
             loss = mean_loss(training.recipe, logits, y)
+            loss = loss * training.guard.weight(loss)  # NaN in one process makes the sum and the average NaN in all
             share = len(y) * training.ranks.world / batch.images
             weighted = loss * share if share != 1 else loss
-            if training.guard.deferred:
-                weighted = weighted * training.guard.weight(loss)
             training.scaler.scale(weighted).backward()
         sums += torch.stack([loss.detach().double() * len(y), (logits.detach().argmax(1) == y).sum().double()])
     loss_sum, correct = training.ranks.sum_(sums)

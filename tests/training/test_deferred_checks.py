@@ -105,6 +105,13 @@ def spoiled_gradient(model: nn.Module) -> Any:
     return model.get_parameter("layers.1.linear.weight").register_hook(lambda gradient: gradient * torch.inf)
 
 
+def spoiled_statistics(model: nn.Module) -> Any:
+    def overflow(norm: Any, x: Any) -> None:
+        norm.running_var.data.fill_(torch.inf)  # as BatchNorm does, past autograd
+
+    return model.get_submodule("layers.1.bn").register_forward_pre_hook(overflow)
+
+
 def state(training: Training, folder: Path) -> dict[str, Tensor]:
     """Everything a checkpoint would hold, but for the number of times that the average was asked."""
     tensors = capture(training, start_of(training), folder).tensors
@@ -112,7 +119,7 @@ def state(training: Training, folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("taken", [0, 3], ids=["from the first step", "in training"])
-@pytest.mark.parametrize("spoil", [spoiled_loss, spoiled_gradient])
+@pytest.mark.parametrize("spoil", [spoiled_loss, spoiled_gradient, spoiled_statistics])
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_from_the_bad_step_on_none_changes_anything(
     optim: str, spoil: Callable[[nn.Module], Any], taken: int, tiny: Any, tmp_path: Path, deferred: Callable[[], None]

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite ends the run before the step, and is said or recorded."""
+"""A loss, gradient or running statistic that is not finite ends the run before the step, and is said or recorded."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from condzoo.training import Diverged, train
 from condzoo.training.diagnosis import diagnose
 from condzoo.training.distributed import Ranks
-from condzoo.training.divergence import NonFinite
+from condzoo.training.divergence import Guard, NonFinite
 from condzoo.training.preparation import prepare, training_steps
 from condzoo.training.steps import take_step
 
@@ -48,7 +48,7 @@ def test_the_step_that_diverges_is_not_taken(tiny: Any) -> None:
     take_step(training, next(steps))
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     handle = training.model.get_parameter("layers.1.linear.weight").register_hook(lambda g: g * torch.inf)
-    with pytest.raises(NonFinite, match="the loss or gradient of step 1 is not finite"):
+    with pytest.raises(NonFinite, match="the loss, the gradient or a running statistic of step 1 is not finite"):
         take_step(training, next(steps))
     fault = diagnose(training, 1)
     assert fault.text == "the gradient of step 1 is not finite, first in layers.1.linear.weight"
@@ -64,6 +64,28 @@ def test_the_last_checkpoint_before_divergence_is_kept_and_finite(tiny: Any, tmp
     (newest,) = (tmp_path / "run/checkpoints").glob("*.safetensors")
     assert newest.stem == "step_0000000011"
     assert all(bool(value.isfinite().all()) for value in load_file(newest).values())
+
+
+def test_a_running_variance_that_overflows_is_divergence_and_is_nowhere_kept(tiny: Any, tmp_path: Path) -> None:
+    """It does so in a step whose loss and gradient are still finite: what is normalized by the batch's own is."""
+    changes = {"model.name": "mlp4x24_lastbn", "optim.lr": 3e4, "save_every": 0.01}
+    run = train(tiny(**changes, on_divergence="record"), out=tmp_path, device="cpu")
+    assert run.summary["diverged"]["text"] == (
+        f"the running statistic of step {run.summary['steps']} is not finite, first in last_bn.running_var"
+    )
+    kept = [tmp_path / "model.safetensors", *(tmp_path / "checkpoints").glob("*.safetensors")]
+    assert len(kept) == 3
+    for path in kept:
+        assert all(bool(value.isfinite().all()) for value in load_file(path).values()), path
+
+
+def test_a_buffer_that_holds_infinities_from_the_start_is_no_divergence(tiny: Any) -> None:
+    training = prepare(tiny(), torch.device("cpu"))
+    training.model.register_buffer("mask", torch.tensor([0.0, -torch.inf, torch.nan]))
+    guarded = replace(training, guard=Guard(training.model, torch.device("cpu"), deferred=False))
+    for batch in training_steps(guarded, 0, 2):
+        take_step(guarded, batch)
+    assert diagnose(guarded, 2).where == "the norm of all parameters together", "as where nothing is found"
 
 
 def test_a_run_that_diverges_right_after_an_epoch_keeps_the_training_loss_of_its_line(

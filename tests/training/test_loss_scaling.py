@@ -68,13 +68,24 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(optim: str, tiny: Any) 
     assert all(bool(p.isfinite().all()) for p in training.result.parameters())
 
 
+def spoil_loss(fc: Any, x: Any) -> Any:
+    return (x[0] * torch.inf,)
+
+
+def spoil_statistics(norm: Any, x: Any) -> None:
+    norm.running_var.data.fill_(torch.inf)  # as BatchNorm does, past autograd
+
+
 @pytest.mark.usefixtures("checks")
-def test_a_loss_that_is_not_finite_is_divergence_with_a_scaler_too(tiny: Any) -> None:
-    training = scaled(tiny(), 2.0**10)
+@pytest.mark.parametrize(("place", "spoil"), [("fc", spoil_loss), ("layers.1.bn", spoil_statistics)])
+def test_a_loss_or_statistic_that_is_not_finite_is_divergence_with_a_scaler_too(
+    place: str, spoil: Any, tiny: Any
+) -> None:
+    training = scaled(tiny(**{"model.name": "mlp4x24_bn"}), 2.0**10)
     steps = training_steps(training, 0, 3)
     take_step(training, next(steps))
     before = weights(training.model)
-    handle = training.model.get_submodule("fc").register_forward_hook(lambda module, x, h: h * torch.inf)
+    handle = training.model.get_submodule(place).register_forward_pre_hook(spoil)
     with pytest.raises(NonFinite, match="of step 1 is not finite"):  # noqa: PT012
         take_step(training, next(steps))
         handle.remove()

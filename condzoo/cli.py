@@ -4,7 +4,6 @@ what it needs, so that `condzoo --help` answers at once."""
 import contextlib
 import io
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 
 from condzoo import __version__, exit_codes
 from condzoo.commands import checkpoints, plotting, reproduce, sweep, training
+from condzoo.commands.error_texts import lack_of_memory, not_compiled, one_line
 from condzoo.commands.training import AsJson, DataRoot, Device
 
 app = typer.Typer(
@@ -27,10 +27,6 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 a check did not hold, 2 bad input, 3 the training diverged, "
     "75 stopped on a signal with everything saved (run the same command again to go on).",
 )
-
-
-SMALLER_BATCHES = "; use a smaller data.batch_size, or a larger accumulate"
-LESS_MEMORY = {"train": SMALLER_BATCHES, "sweep": SMALLER_BATCHES, "probe": "; use a smaller --batch-size"}
 
 
 def _print_version(asked: bool) -> None:
@@ -47,6 +43,9 @@ def condzoo(
 ) -> None:
     """Options that stand before a command."""
 
+
+MOST = 10**9  # beyond any use: the product of two still is a number of torch's
+SEEDS: Any = dict(min=-(2**63), max=2**63 - 1)  # torch's
 
 Name = Annotated[str, typer.Argument(help="A model's name, e.g. cifar_resnet20_lastbn; `condzoo list` shows them.")]
 
@@ -110,8 +109,8 @@ def probe(
         ),
     ] = None,
     data_root: DataRoot = None,
-    batches: Annotated[int, typer.Option(min=1, help="Training batches to measure.")] = 4,
-    batch_size: Annotated[int, typer.Option(min=2, help="Examples in a batch.")] = 128,
+    batches: Annotated[int, typer.Option(min=1, max=MOST, help="Training batches to measure.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=2, max=MOST, help="Examples in a batch.")] = 128,
     labels: Annotated[
         str,
         typer.Option(
@@ -136,7 +135,7 @@ def probe(
         ),
     ] = None,
     eval_mode: Annotated[bool, typer.Option("--eval-mode", help="Measure in eval mode, not train mode.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the initialization and the measurement.")] = 0,
+    seed: Annotated[int, typer.Option(**SEEDS, help="Of the initialization and the measurement.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the measurement here, as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the measurement here, as PNG.")] = None,
     device: Device = None,
@@ -164,7 +163,7 @@ def validate(
     every: Annotated[
         bool, typer.Option("--all", help="Every model of the zoo, and every released checkpoint (minutes).")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the initialization and the images.")] = 0,
+    seed: Annotated[int, typer.Option(**SEEDS, help="Of the initialization and the images.")] = 0,
 ) -> None:
     """Hold a model against what its family promises.
 
@@ -207,9 +206,7 @@ for other in (
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every foreseen failure is one line on stderr and an exit code, not a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")  # a path may have letters that the encoding has not
+    make_writable()
     given = [with_home(text) for text in (sys.argv[1:] if args is None else args)]
     with first_of_processes_speaks():
         try:
@@ -224,48 +221,23 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(result if isinstance(result, int) else 0)
 
 
+def make_writable() -> None:
+    """See that whatever is printed can be: a path may have letters that the encoding has not.
+
+    A stream that was closed before the process began (`>&-`, as some daemons start theirs) leads nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  it stays for the process
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def with_home(text: str) -> str:
     """An argument with ~ as the home, which shells leave in quotes and in --out=~/x."""
     option, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
     return option + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
-
-
-def one_line(error: Any, code: int, command: str) -> str:
-    """What is said of an error; of a wrong command line (typer's errors carry its context) also where help is."""
-    if code == exit_codes.STOPPED:
-        return str(error)
-    if (context := getattr(error, "ctx", None)) is None:
-        return f"error: {lack_of_memory(error, command) or not_compiled(error) or error}"
-    message = " ".join(error.format_message().split()).rstrip(".") or "no command was given"
-    if type(error.__cause__).__name__ == "ValidationError":  # newer typers say what pydantic says: not what came
-        message = message.replace("Input should be", f"got {error.__cause__.errors()[0]['input']!r}, must be", 1)
-    return f"error: {message}; see `{context.command_path} --help`"
-
-
-def lack_of_memory(error: BaseException, command: str = "") -> str | None:
-    """What is said of too little memory, for which torch has RuntimeErrors of many lines; None of other errors."""
-    less = LESS_MEMORY.get(command, "")
-    said = re.match(r"\S.*?(?=\.(\s|$)|$)(\. Tried to allocate [\d.]+ \w+)?", str(error))
-    if said is not None and type(error).__name__ == "OutOfMemoryError":  # by its name: torch may not be imported
-        return f"{said[0]}{less}"
-    if isinstance(error, MemoryError):
-        return f"{str(error) or 'too little memory'}{less}"
-    if not isinstance(error, RuntimeError):
-        return None
-    if on_cpu := re.search(r"DefaultCPUAllocator: [^.]*", str(error)):
-        return f"{on_cpu[0]}{less}"
-    if said is not None and said[0].startswith("DataLoader worker (pid"):
-        return f"{said[0]}; use fewer data.workers, or give them more memory (/dev/shm, in a container --shm-size)"
-    return None
-
-
-def not_compiled(error: BaseException) -> str | None:
-    """What is said where torch.compile fails, most often for want of a C++ compiler; None of other errors."""
-    if "TorchDynamoException" not in (kind.__name__ for kind in type(error).__mro__):  # as above
-        return None
-    lines = [line for line in str(error).splitlines() if not line.endswith(" raised:")]  # "backend='inductor' raised:"
-    said = (lines or [type(error).__name__])[0]
-    return f"compile: {said}; {'install one, or ' if 'CxxCompiler' in said else ''}set compile = false"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -129,6 +130,9 @@ def test_info_says_which_weights_are_released(capsys, name: str, weights: str, r
         (("probe", "resnet18_lastbn", "--data-root", "no/such"), "error: no class folders were found"),
         (("probe", "resnet18_lastbn", "--data", "hfds"), "error: data set 'hfds': which one is missing; a recipe says"),
         (("train", "digits/resnet20_nobn_lastbn", "--seed", "-1"), "resnet20_nobn_lastbn: seed: got -1, must be"),
+        (("probe", "mlp4x24", "--seed", str(2**63)), "error: Invalid value for '--seed': "),
+        (("validate", "mlp4x24", "--seed", str(2**63)), "error: Invalid value for '--seed': "),
+        (("probe", "mlp4x24", "--batches", "1" + "0" * 30), "error: Invalid value for '--batches': "),
         (("validate",), "error: validate takes a model's name, or --all"),
         (("verify",), "error: verify takes a checkpoint's name or folder, or --all"),
         (("convert", "weights.pt"), "error: convert takes FILE --model NAME, or timm/NAME --last-bn"),
@@ -142,6 +146,14 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, args, text):
     assert text in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+@pytest.mark.parametrize(("pattern", "code"), [("mlp4x24", 0), ("nothing_of_the_kind", 2)])
+def test_a_process_without_standard_streams_does_its_work(pattern, code):
+    """Some daemons start theirs so: there is nowhere to print to, and sys.stdout is None."""
+    command = shlex.join([sys.executable, "-m", "condzoo", "list", pattern])
+    assert subprocess.run(["sh", "-c", f"{command} <&- >&- 2>&-"], timeout=120).returncode == code
 
 
 def test_an_unforeseen_error_keeps_its_traceback():
@@ -294,7 +306,7 @@ def test_help_joins_the_lines_of_a_paragraph_and_keeps_wildcards(capsys, monkeyp
         (("probe", "mlp8x24.mnist", "--init", "he"), "error: --init is for new weights; mlp8x24.mnist"),
         (("probe", "mlp4x24", "--data", "digits", "--device", "gpu"), "error: device 'gpu' cannot be used here"),
         (("validate", "efficientnet_b0"), "error: efficientnet_b0 is not a network of the zoo"),
-        (("info", "mlp4x99999999999"), "error: mlp4x99999999999 cannot be built"),
+        (("info", "mlp4x99999999999"), "error: 'mlp4x99999999999': at most 10,000 layers, of 1,0"),
         (("convert", "timm/resnet18.nosuch", "--last-bn"), "error: timm has no weights 'resnet18.nosuch'; did"),
         (("convert", "timm/resnet18d.x", "--last-bn"), "error: timm has no weights 'resnet18d.x'"),
     ],

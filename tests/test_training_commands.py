@@ -209,6 +209,9 @@ def test_a_sweep_can_be_looked_at_before_and_split(capsys, tmp_path):
     code, _, err = run(capsys, *others, "--dry-run")
     assert code == 2
     assert "is the directory of one run; several need a folder of their own" in err
+    code, _, err = run(capsys, *args[:-1], __file__, "--dry-run")
+    assert code == 2
+    assert err.startswith(f"error: {__file__} is a file; --out must be a folder")
     code, _, err = run(capsys, "eval", tmp_path / "s")
     assert code == 2
     assert re.search(

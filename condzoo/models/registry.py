@@ -30,7 +30,8 @@ from condzoo.models.timm_models import create_timm_model
 TABLES = Path(__file__).parent / "tables"
 NUMBERS = re.compile(r"\d+")  # what siblings differ in
 NORMS = {"bn": ("BatchNorm",), "ln": ("LayerNorm", "RMSNorm", "RmsNorm"), "gn": ("GroupNorm",)}  # in a class's name
-DEEPEST = 10_000  # layers: where a digit too many was typed, no network that takes minutes to build
+# layers, and units of one: where a digit too many was typed, no network that takes minutes, or that no memory holds
+DEEPEST, WIDEST = 10_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -223,17 +224,18 @@ def sibling(name: str) -> tuple[Family, dict[str, Any]]:
     A tag is left out of account.
 
     Raises:
-        ValueError: no such row (the message names the closest models), or beyond `DEEPEST`.
+        ValueError: no such row (the message names the closest models), or beyond `DEEPEST` or `WIDEST`.
     """
     arch = name.split(".", 1)[0]
     shape = NUMBERS.sub("#", arch)
-    numbers = [int(n) for n in NUMBERS.findall(arch)]
+    numbers = [int(n[:10]) for n in NUMBERS.findall(arch)]  # whatever follows, ten digits are beyond the bounds
     for family in FAMILIES.values():
         size = family.shared["size"]  # the arguments that the numbers of a name stand for, in their order
         for row_name, row in family.rows.items():
             if NUMBERS.sub("#", row_name) == shape and size and len(size) == len(numbers):
-                if numbers[0] > DEEPEST:
-                    raise ValueError(f"{name!r} has {numbers[0]:,} layers; at most {DEEPEST:,} are built by name")
+                if numbers[0] > DEEPEST or numbers[-1] > WIDEST:
+                    said = arch if len(arch) <= 60 else f"{arch[:57]}..."
+                    raise ValueError(f"{said!r}: at most {DEEPEST:,} layers, of {WIDEST:,} units, are built by name")
                 own = {k: v for k, v in row["args"].items() if k != "input_size"}  # a sibling has the family's
                 return family, {**own, **dict(zip(size, numbers, strict=True))}
     raise ValueError(unknown_model(name))
@@ -258,11 +260,8 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name.
     """
-    try:
-        with torch.device("meta"):
-            model: Any = create_model(name).eval()
-    except RuntimeError as error:  # a size that no tensor can have
-        raise ValueError(f"{name} cannot be built: {error}") from error
+    with torch.device("meta"):
+        model: Any = create_model(name).eval()
     config = model.pretrained_cfg
     input_size = tuple(getattr(model, "input_size", None) or config["input_size"])
     model.requires_grad_(False)  # the counter's hooks find no gradient function of some views (CaiT's, PiT's tokens)

@@ -24,12 +24,15 @@ def whole_seed(seed: SupportsIndex) -> int:
     """The seed as an int: numpy's whole numbers are seeds, too, and torch's generators refuse them.
 
     Raises:
-        TypeError: it is no whole number.
+        TypeError: it is no whole number; ValueError: torch's generators take none of its size.
     """
     try:
-        return operator.index(seed)
+        number = operator.index(seed)
     except TypeError:
         raise TypeError(f"seed must be a whole number, got {seed!r}") from None
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must be from -2**63 to 2**64 - 1, got a number of {number.bit_length()} bits")
+    return number
 
 
 def positive(name: str, value: Any) -> float:

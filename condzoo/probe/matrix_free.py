@@ -70,7 +70,10 @@ def top_curvature(
     model, x, y, loss = in_float64_copies(model, x, y, matrix, loss, reduction)
     layers = exact_layers(model, block)
     parameters = own_parameters(layers)
-    dim, device = sum(p.numel() for p in parameters), parameters[0].device
+    side, device = sum(p.numel() for p in parameters), parameters[0].device
+    if not 1 <= k <= side:
+        raise ValueError(f"k must be from 1 to the matrix's side {side}, got {k}")
+    dim = side  # of what has products
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         if matrix == "hessian":
             product: Product | None = _hessian_product(_checked_loss(model, x, y, loss, reduction), parameters)
@@ -80,7 +83,15 @@ def top_curvature(
             with preserved(model, seed):  # dropout as in a first forward pass
                 rows = rows_of(model, layers, x, y, loss, matrix, seed, reduction=reduction, decomposed=False)
             product, dim = _rows_product(rows, batch_size(x)), sum(layer.parameters for layer in rows)
-        return largest_eigenvalues(_on_cpu(product, device), dim, k, tolerance=tolerance, seed=seed)
+        product = _on_cpu(product, device)
+        return _with_zeros(largest_eigenvalues(product, dim, min(k, dim), tolerance=tolerance, seed=seed), k)
+
+
+def _with_zeros(found: TopEigenvalues, k: int) -> TopEigenvalues:
+    """k eigenvalues: those of layers that are not called, which have no rows, are exactly 0."""
+    missing = found.values.new_zeros(k - len(found.values))
+    values, order = torch.cat([found.values, missing]).sort(descending=True, stable=True)
+    return TopEigenvalues(values, torch.cat([found.residuals, missing])[order], found.products)
 
 
 def _on_cpu(product: Product, device: torch.device) -> Product:

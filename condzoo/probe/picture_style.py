@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,11 @@ def run_style(index: int) -> dict[str, Any]:
 
 
 def as_written(label: object) -> str:
-    """A label for matplotlib to write as it is: no formula between two "$", no entry left out for a "_" in front."""
-    text = str(label).replace("$", r"\$")
+    """A label for matplotlib to write as it is: no formula between two "$", no entry left out for a "_" in front.
+
+    Bytes of a file's name that are no UTF-8, which Python holds as half a letter each, are written by their numbers.
+    """
+    text = str(label).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
@@ -60,5 +64,7 @@ def save(figure: Figure, path: Path) -> None:
         OSError: it cannot be written; names the file. A picture of before stays.
     """
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=130, format=path.suffix[1:] or "png")
+    with warnings.catch_warnings():  # letters that the font has not are drawn as boxes, and nobody can mend that here
+        warnings.filterwarnings("ignore", r"Glyph \d+ ", UserWarning)
+        figure.savefig(drawn, dpi=130, format=path.suffix[1:] or "png")
     write_whole(path, drawn.getvalue())

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.depth_plots import draw_units, widened
@@ -103,6 +104,8 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
         widened(ax)
         ax.set_title(f"Input of the last layer, {what}", fontsize=10)
         ax.set_xlabel("iteration")
+        # one tick may be enough: of one measurement parts of an iteration would be counted
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         if len(runs) > 1:

@@ -57,7 +57,10 @@ def from_record(record: dict[str, Any]) -> Conditioning:
 
 def strict_json(text: str) -> Any:
     """Parsed JSON; ValueError for the NaN and Infinity that Python reads, and `dumps` does not write."""
-    return json.loads(text, parse_constant=_refuse_constant)
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:  # of brackets, which no record has more than a few of in one another
+        raise ValueError("it is nested too deep for a record") from None
 
 
 def dumps(conditioning: Conditioning) -> str:

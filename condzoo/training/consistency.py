@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from condzoo.data import HUB, data_info, folder_view
+from condzoo.data.augment import PADDING
 from condzoo.probe.layers import choose
 from condzoo.training.data_sets import STORED, class_count, image_shape
 from condzoo.training.networks import freeze, network_of
@@ -128,6 +129,11 @@ def _images(data: DataSection) -> Iterator[str]:
     side = view.size if stored else data.resize or data.crop or largest
     if side is not None and data.cutout is not None and data.cutout >= side:
         yield f"data.cutout: got {data.cutout}, must be under {side}, the side of an image"
+    if side is not None and not stored and data.augment == "paper" and side <= PADDING:
+        yield (
+            f"data.augment: got 'paper', which reflects {PADDING} pixels at each border and needs images over "
+            f"{PADDING} pixels a side, and these have {side}"
+        )
 
 
 class _NetworkFault(Exception):

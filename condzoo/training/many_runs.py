@@ -68,11 +68,13 @@ def finished_among(planned: Mapping[str, Recipe], out: Path, max_steps: int | No
 
 
 def unclaimed(out: Path) -> Path:
-    """The folder of many runs, seen to be none of a single one, whose summary.json theirs would replace.
+    """The folder of many runs, seen to be none of a single one, whose summary.json theirs would replace, and no file.
 
     Raises:
-        RunDirectoryError: it is.
+        RunDirectoryError: it is one of these.
     """
+    if file := next((place for place in (out, *out.parents) if place.exists() and not place.is_dir()), None):
+        raise RunDirectoryError(f"{file} is a file; --out must be a folder, or not there yet: use another one")
     if (out / RECIPE).is_file():
         raise RunDirectoryError(f"{out} is the directory of one run; several need a folder of their own: another --out")
     return out

@@ -3,6 +3,7 @@
 import difflib
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date, time
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -149,7 +150,9 @@ def _closest_field(path: str, given: Mapping[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     try:
-        text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        text = value.isoformat() if isinstance(value, date | time) else repr(value)  # as TOML writes them
     except (ValueError, RecursionError):  # a number of more digits, or more tables in one another, than Python writes
         text = "what is too long to be shown"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -21,6 +21,7 @@ def _no_number(value: Any) -> Any:
 LARGEST = 1e30  # of a learning rate, and of its factors
 MOST_DECAY = 1e6  # times the largest learning rate
 MOST_EPOCHS, MOST_STEPS = 10**9, 10**12
+MOST_IMAGES, MOST_PIXELS = 10**9, 10**5  # of a batch; a side of an image
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Switch = Annotated[Literal[True, False, "auto"], BeforeValidator(_no_number)]
@@ -46,7 +47,7 @@ class DataSection(Section):
     """The images, how they are prepared, and how batches are made of them."""
 
     name: str = Field(description="digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder or hfds")
-    batch_size: int = Field(gt=0, description="images in a batch, over all processes")
+    batch_size: int = Field(gt=0, le=MOST_IMAGES, description="images in a batch, over all processes")
     augment: Literal["none", "paper", "standard", "alternating"] = Field(
         "none", description="see condzoo.data.augment, and condzoo.data.views for imagefolder and hfds"
     )
@@ -61,11 +62,16 @@ class DataSection(Section):
     )
     drop_last: bool = Field(True, description="leave the last, incomplete training batch of an epoch out")
     crop: int | None = Field(None, gt=0, description="in memory: centre crop to this many pixels a side")
-    resize: int | None = Field(None, gt=0, description="in memory: then resize to this many a side, antialiased")
-    image_size: int | None = Field(None, gt=0, description="imagefolder, hfds: pixels a side of a view; default: 224")
+    resize: int | None = Field(
+        None, gt=0, le=MOST_PIXELS, description="in memory: then resize to this many a side, antialiased"
+    )
+    image_size: int | None = Field(
+        None, gt=0, le=MOST_PIXELS, description="imagefolder, hfds: pixels a side of a view; default: 224"
+    )
     eval_resize: int | None = Field(
         None,
         gt=0,
+        le=MOST_PIXELS,
         description="imagefolder, hfds: shorter side before evaluation's centre crop; default: image_size / 0.875",
     )
     interpolation: Literal["bilinear", "bicubic"] | None = Field(
@@ -203,7 +209,7 @@ class Recipe(Section):
     sync_bn: bool = Field(False, description="BatchNorm over the global batch of all GPUs, not each process's own")
     ema: Share | None = Field(None, description="decay of an average of the weights, which is evaluated")
     grad_clip: float | None = Field(None, gt=0, le=LARGEST, description="largest norm of the whole gradient")
-    accumulate: int = Field(1, gt=0, description="parts a batch is processed in, one after the other")
+    accumulate: int = Field(1, gt=0, le=MOST_IMAGES, description="parts a batch is processed in, one after the other")
     freeze: list[str] = Field([], description="patterns (fnmatch) of parameters that are not updated")
     eval_every: int = Field(1, ge=0, description="epochs between evaluations; the last epoch always is; 0: never")
     save_every: float = Field(1.0, gt=0, le=MOST_EPOCHS, description="epochs (or a part of one) between checkpoints")

@@ -5,7 +5,6 @@ float32's range, too.
 """
 
 import copy
-import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from condzoo.catalog import ModelInfo, model_info, read_catalog
 from condzoo.models import create_model, insert_last_bn
 from condzoo.models.last_bn import check_module
 from condzoo.models.registry import FAMILIES, sibling
+from condzoo.probe.arguments import whole_seed
 from condzoo.probe.copying import copied
 from condzoo.probe.wrappers import unwrapped
 
@@ -51,7 +51,7 @@ class Subject:
 def prepare(name_or_model: str | nn.Module, seed: int) -> Subject:
     """The network as a float64 copy in train mode, and a batch small enough for its depth."""
     model: Any
-    seed = operator.index(seed)  # of numpy's, too, which torch's generators refuse
+    seed = whole_seed(seed)
     if isinstance(name_or_model, str):
         info = zoo_info(name_or_model)
         with torch.random.fork_rng(devices=[]):

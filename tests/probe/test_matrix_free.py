@@ -18,6 +18,17 @@ def networks(name):
     return nn.Sequential(nn.Flatten(), nn.Linear(48, 5), norm, nn.Tanh(), nn.Linear(5, 4)).double()
 
 
+class PartlyUsed(nn.Module):
+    """A network with a layer that its forward pass does not call."""
+
+    def __init__(self, used):
+        super().__init__()
+        self.used, self.other = used, nn.Linear(2, 3).double()
+
+    def forward(self, x):
+        return self.used(x)
+
+
 @pytest.mark.parametrize("matrix", ["fisher", "grad_moment", "hessian", "ggn"])
 @pytest.mark.parametrize("name", ["mlp", "conv", "bn"])
 @pytest.mark.parametrize("whole", [True, False])
@@ -59,6 +70,17 @@ def test_the_directions_are_held_once():
 def test_k_out_of_range_is_explained():
     with pytest.raises(ValueError, match="k must be from 1 to the matrix's side 3, got 4"):
         largest_eigenvalues(lambda v: v, 3, 4)
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "fisher", "ggn", "grad_moment"])
+def test_there_are_as_many_as_of_the_full_spectrum_where_a_layer_is_not_called(kit, matrix):
+    model, (x, y) = PartlyUsed(networks("mlp")), kit.images(6)
+    full = curvature(model, x, y, matrix).eigenvalues
+    found = top_curvature(model, x, y, matrix, k=len(full))
+    assert torch.allclose(found.values, full, rtol=1e-7, atol=1e-9 * float(full[0]))
+    assert found.residuals.shape == full.shape
+    with pytest.raises(ValueError, match=f"k must be from 1 to the matrix's side {len(full)}, got {len(full) + 1}"):
+        top_curvature(model, x, y, matrix, k=len(full) + 1)
 
 
 @pytest.mark.parametrize("copies", [1, 2, 3])

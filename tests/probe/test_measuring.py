@@ -303,6 +303,8 @@ def test_a_seed_of_numpys_is_one(kit, tmp_path):
     c.to_json(tmp_path / "c.json")
     for of in (curvature, curvature_blocks, top_curvature, kronecker_report):
         of(model, x, y, seed=np.int64(3))
+    with pytest.raises(ValueError, match=r"seed must be from -2\*\*63 to 2\*\*64 - 1, got a number of 65 bits"):
+        measure(model, (x, y), seed=2**64)
     with pytest.raises(TypeError, match=r"seed must be a whole number, got array\(\[1, 2\]\)"):
         measure(model, (x, y), seed=np.array([1, 2]))
 

@@ -1,6 +1,7 @@
 """JSON there and back, the log's rules, columns, tables and pictures."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -110,6 +111,12 @@ def test_a_broken_line_within_is_an_error_that_names_it(log):
     lines = log.read_text().splitlines(keepends=True)
     log.write_text(lines[0] + "{}\n" + lines[2])
     with pytest.raises(ValueError, match=r"conditioning.jsonl:2: not a conditioning record"):
+        read_records(log)
+
+
+def test_brackets_without_end_are_an_error_that_names_the_line(log):
+    log.write_text("[" * 100_000 + "\n{}\n")
+    with pytest.raises(ValueError, match=r"conditioning.jsonl:1: it is nested too deep for a record"):
         read_records(log)
 
 
@@ -315,6 +322,24 @@ def test_names_of_runs_are_written_as_they_are(measured, monkeypatch, tmp_path):
     for ax in axes:
         texts = [text.get_text().strip() for text in ax.get_legend().get_texts()]
         assert [text.replace("\\$", "$") for text in texts] == names
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("name", "written"), [(os.fsdecode(b"caf\xe9"), r"caf\udce9"), ("実験", "実験")])
+def test_names_of_other_letters_are_drawn(measured, name, written, monkeypatch, tmp_path):
+    run = tmp_path / name
+    run.mkdir()
+    append_record(run / "conditioning.jsonl", measured)
+    plot_comparison({name: measured, "b": measured}, tmp_path / "x.png")  # a letter that the font has not was a warning
+    (figure,) = figures_of(monkeypatch, lambda: plot_records(run, tmp_path / "x.png"))
+    assert figure.get_suptitle() == written
+
+
+def test_iterations_are_whole_numbers_also_of_one_measurement(measured, monkeypatch, tmp_path):
+    (figure,) = figures_of(monkeypatch, lambda: plot_records(measured, tmp_path / "x.png"))
+    for ax in figure.axes:
+        if ax.get_title().startswith("Input of the last layer"):
+            assert all(tick == round(tick) for tick in ax.get_xticks())
 
 
 @pytest.mark.parametrize("mark", ["w_$y^$", "$\\frac$", "cost_$"])

@@ -7,14 +7,17 @@ import shutil
 import signal
 import statistics
 from pathlib import Path
+from threading import Thread, current_thread
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from condzoo.training import (
     Finished,
+    Message,
     Notice,
     RecipeError,
     RunDirectoryError,
@@ -28,6 +31,7 @@ from condzoo.training import (
     plan_sweep,
     run_all,
     state_of,
+    summaries,
     sweep,
     take_shard,
     train,
@@ -35,6 +39,7 @@ from condzoo.training import (
 )
 from condzoo.training.attempts import RunOptions, attempt
 from condzoo.training.recipe import parse_recipe
+from condzoo.training.summaries import write_summary
 
 
 def test_every_combination_is_a_run_of_its_own(tiny: Any, tmp_path: Path) -> None:
@@ -90,6 +95,46 @@ def test_a_diverged_or_failed_run_is_recorded_and_the_others_go_on(tiny: Any, tm
     assert "is not a run directory" in runs[1].summary["error"]
     assert any(isinstance(e, Notice) and "failed" in e.text for e in events)
     assert runs[2].test_error is not None
+
+
+def test_a_run_that_another_call_had_in_use_and_has_finished_since_is_done(tiny: Any, tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "seed2", tiny(epochs=1, seed=2)
+    folder.mkdir()
+    lock = FileLock(folder / ".lock")
+    lock.acquire()
+
+    def finish(event: Any) -> None:
+        """As the other call, once this one has gone on to seed 3."""
+        if isinstance(event, Message) and event.text == "[3/3] seed3":
+            lock.release()
+            train(recipe, out=folder, device="cpu")
+
+    events: list[Any] = []
+    runs = sweep(recipe, {}, [1, 2, 3], tmp_path, device="cpu", on_event=lambda e: (events.append(e), finish(e)))
+    assert any(isinstance(e, Notice) and "seed2 is in use by another run" in e.text for e in events)
+    assert [run.summary["status"] for run in runs] == ["done"] * 3
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert [run["status"] for run in written["runs"].values()] == ["done"] * 3
+
+
+def test_calls_that_end_at_once_keep_each_others_runs(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One comes to its end while the other has read the summary and not yet written its own."""
+    one, two = (train(tiny(seed=n), out=tmp_path / f"seed{n}", max_steps=1, device="cpu") for n in (1, 2))
+    inner, other = summaries.earlier, Thread(target=lambda: write_summary(tmp_path, {"seed2": two}))
+
+    def slow(summary: Path) -> Any:
+        found = inner(summary)
+        if current_thread() is not other:
+            other.start()
+            other.join(0.3)
+        return found
+
+    monkeypatch.setattr(summaries, "earlier", slow)
+    write_summary(tmp_path, {"seed1": one})
+    other.join()
+    assert list(json.loads((tmp_path / "summary.json").read_text())["runs"]) == ["seed1", "seed2"]
 
 
 def test_what_one_of_several_processes_meets_alone_ends_the_sweep(
@@ -176,6 +221,14 @@ def test_many_runs_do_not_go_into_the_directory_of_one(engine: str, tiny: Any, t
     assert json.loads((tmp_path / "summary.json").read_text()) == run.summary
 
 
+@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("out", ["file", "file/within"])
+def test_many_runs_do_not_go_into_a_file(engine: str, out: str, tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunDirectoryError, match=r"file is a file; --out must be a folder, or not there yet"):
+        sweep(tiny(), {}, [1, 2], tmp_path / out, engine=engine)
+
+
 def test_the_summary_of_others_is_not_replaced(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"year": 1905}')
     for many in (lambda: sweep(tiny(), {}, [1], tmp_path), lambda: train_seeds(tiny(), [1], tmp_path)):
@@ -231,7 +284,7 @@ def test_a_sweep_of_another_recipe_does_not_join_a_summary(tiny: Any, tmp_path: 
             RunDirectoryError, match=rf"summary\.json is of other runs, too: .*-seed1 belongs to {message}"
         ):
             sweep(other, grid, [1], tmp_path)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["optim.lr=0.1-seed1", "summary.json"]
+    assert [path.name for path in sorted(tmp_path.glob("[!.]*"))] == ["optim.lr=0.1-seed1", "summary.json"]
     assert (tmp_path / "summary.json").read_text() == written
 
 

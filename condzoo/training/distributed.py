@@ -91,15 +91,20 @@ def launched() -> bool:
     return dist.is_available() and all(name in os.environ for name in STARTED_BY_LAUNCHER)
 
 
+def among_others() -> bool:
+    """Whether `join` makes this process one of several: torchrun started it, or the caller has set up a group."""
+    return launched() or (dist.is_available() and dist.is_initialized())
+
+
 def join(device: str | torch.device | None) -> tuple[Ranks, torch.device]:
-    """This process's place among those that torchrun started, or alone; and the device it trains on.
+    """This process's place among those that train with it, or alone; and the device it trains on.
 
     The group is joined once in a process and left when it ends. One that the caller has set up is used.
 
     Raises:
         ValueError: no such device here, one GPU for several processes, or more processes than GPUs.
     """
-    if not (launched() or (dist.is_available() and dist.is_initialized())):
+    if not among_others():
         return ALONE, resolve_device(device)
     own = _own_device(device)
     if not dist.is_initialized():

@@ -2,11 +2,12 @@
 
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from condzoo.probe.files import expanded
 from condzoo.training.attempts import RunOptions, attempt, finished_run
-from condzoo.training.distributed import ALONE, join, launched
+from condzoo.training.distributed import ALONE, among_others, join, launched
 from condzoo.training.events import Message, OnEvent
 from condzoo.training.loop import ignore
 from condzoo.training.run_directory import RECIPE, RunDirectoryError
@@ -58,6 +59,7 @@ def run_all(
         from condzoo.training.ray_engine import Resources, run_all_on_ray
 
         ended |= run_all_on_ray(missing, folder, options, Resources(gpus_per_run, cpus_per_run))
+        ended |= finished_elsewhere(planned, ended, folder, max_steps)
     return [ended[name] for name in planned]
 
 
@@ -65,6 +67,14 @@ def finished_among(planned: Mapping[str, Recipe], out: Path, max_steps: int | No
     """Folder name -> run of those of which nothing is left to do."""
     runs = ((name, finished_run(recipe, out / name, max_steps)) for name, recipe in planned.items())
     return {name: run for name, run in runs if run is not None}
+
+
+def finished_elsewhere(
+    planned: Mapping[str, Recipe], ended: Mapping[str, Run], out: Path, max_steps: int | None = None
+) -> dict[str, Run]:
+    """Of the runs that failed here those that another call has finished since: it had them in use."""
+    failed = [name for name, run in ended.items() if run.summary["status"] == "failed"]
+    return finished_among({name: planned[name] for name in failed}, out, max_steps)
 
 
 def unclaimed(out: Path) -> Path:
@@ -81,15 +91,16 @@ def unclaimed(out: Path) -> Path:
 
 
 def run_all_here(planned: Mapping[str, Recipe], out: Path, options: RunOptions, one: OneRun = attempt) -> list[Run]:
-    """Run what is missing here, one after the other, by `one`; torchrun's processes take part in each run together.
+    """Run what is missing here, one after the other, by `one`; several processes take part in each run together.
 
     Raises:
         RunDirectoryError: `out` is the directory of one run.
         Stopped: on a signal, also one that comes between two runs.
     """
-    ranks = join(options.device)[0] if launched() else ALONE
+    ranks = join(options.device)[0] if among_others() else ALONE
     runs = ranks.first_does(lambda: finished_among(planned, unclaimed(out), options.max_steps))
     notify = options.on_event if options.on_event is not None and ranks.first else ignore
+    options = replace(options, on_event=notify)
     with stop_signals(patient=launched()) as request:
         for number, (name, recipe) in enumerate(planned.items(), start=1):
             if name in runs:
@@ -100,4 +111,5 @@ def run_all_here(planned: Mapping[str, Recipe], out: Path, options: RunOptions, 
             if len(planned) > 1:
                 notify(Message(f"[{number}/{len(planned)}] {name}"))
             runs[name] = one(recipe, out / name, options)
+    runs |= ranks.first_does(lambda: finished_elsewhere(planned, runs, out, options.max_steps))
     return [runs[name] for name in planned]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from condzoo.training.distributed import writes
 from condzoo.training.recipe import RecipeError, load_recipe, parse_recipe, set_field
 from condzoo.training.run_directory import RECIPE, SUMMARY, RunDirectoryError, begun, read_json, write_json
@@ -161,12 +163,13 @@ def write_summary(out: str | Path, runs: Mapping[str, Run], shard: str | None = 
     """Write `summarize(runs)` to out/summary.json, or the part of a shard to out/summary-2of4.json; returns it.
 
     What is written there of earlier runs stays, as long as they lie in `out`: seeds 4 and 5 join 1 to 3.
-    Of torchrun's processes the first one writes.
+    Of several processes the first one writes; of several calls one at a time reads and writes.
     """
     if not writes():
         return summarize(runs)
     path = summary_file(out, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
-    summary = summary_of(earlier(path) | in_short(runs))
-    write_json(path, summary)
+    with FileLock(path.parent / ".lock"):
+        summary = summary_of(earlier(path) | in_short(runs))
+        write_json(path, summary)
     return summary

@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from PIL import Image
 
-from condzoo.training import Recipe, StepDone, preparation, train, train_seeds
+from condzoo.training import Recipe, StepDone, preparation, run_all, train, train_seeds
+from condzoo.training.distributed import STARTED_BY_LAUNCHER
 from condzoo.training.recipe import parse_recipe
 from condzoo.training.rehearsal import rehearse
 from tests.forked import forked
@@ -214,6 +216,40 @@ def seeds(folder: Path) -> dict[str, Outcomes]:
     return {"one": in_processes(2, of_seeds(1), folder), "two": in_processes(2, of_seeds(1, 2), folder)}
 
 
+def in_a_callers_group(folder: Path) -> dict[str, Outcomes]:
+    """Many runs in a group that no launcher made: one that fails, then three of which a signal stops the rest.
+
+    The second process gets a SIGTERM as the first of three ends. What the processes are told is in events0 and events1.
+    """
+    recipe = parse_recipe(NORMS)
+    (folder / "failing/blocked").mkdir(parents=True)
+    (folder / "failing/blocked/thesis.tex").touch()
+
+    def grouped(rank: int) -> None:
+        for name in STARTED_BY_LAUNCHER:
+            del os.environ[name]
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+        def note(event: Any) -> None:
+            with (folder / f"events{rank}").open("a") as file:
+                file.write(f"{getattr(event, 'text', '')}\n")
+
+        many = sys.modules["condzoo.training.sweep"]
+        run_one = many.train_to_any_end  # type: ignore[attr-defined]
+
+        def then_signal(*arguments: Any) -> Any:
+            run = run_one(*arguments)
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return run
+
+        many.train_to_any_end = then_signal  # type: ignore[attr-defined]
+        run_all({"blocked": recipe}, folder / "failing", device="cpu", on_event=note)
+        train_seeds(recipe, [1, 2, 3], folder / "seeds", max_steps=1, device="cpu", on_event=note)
+
+    return {"stopped": in_processes(2, grouped, folder)}
+
+
 def rehearsed(folder: Path) -> dict[str, Outcomes]:
     """A dry run in one process and in two, and one that several on CPUs refuse."""
 
@@ -243,5 +279,6 @@ CASES = {
     "stopped": stopped,
     "failing": failing,
     "seeds": seeds,
+    "in_a_callers_group": in_a_callers_group,
     "rehearsed": rehearsed,
 }

@@ -116,6 +116,17 @@ def test_several_seeds_in_several_processes_are_written_by_the_first(tmp_path: P
     assert not (tmp_path / "of1").exists()
 
 
+def test_many_runs_in_a_group_of_the_callers_are_told_and_stopped_together(tmp_path: Path) -> None:
+    report = run_case("in_a_callers_group", tmp_path)
+    stopped = ["Stopped", "stopped by SIGTERM between two runs; run the same command to go on"]
+    assert report["stopped"] == [stopped, stopped]
+    told = (tmp_path / "events0").read_text()
+    assert "blocked failed: " in told
+    assert "[1/3] seed1" in told
+    assert not (tmp_path / "events1").exists()
+    assert not (tmp_path / "seeds/seed2").exists()
+
+
 def test_what_fails_in_one_process_fails_in_all_alike(tmp_path: Path) -> None:
     report = run_case("failing", tmp_path)
     for outcomes in report.values():

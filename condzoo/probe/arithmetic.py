@@ -30,7 +30,9 @@ FLOAT64_PRODUCT = 100 * 2.0**-53  # times sqrt(d) * lambda_max: the product and 
 DATA_ROUNDINGS = 2.0  # roundings that a value of the data has behind it, at least
 SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in a CPU's cache
 GPU_SLICE = 1 << 24  # the same on a GPU, or of the products: it needs much work at a time; 128 MB (not run on one)
-LONGEST_SUM = 1 << 13  # rows added in float32: BLAS adds small products in one long chain, whose noise grows with it
+# Rows that are added in one chain, as BLAS does in small products. Where they are alike (maps that are constant but for
+# a few pixels), all roundings are in one direction, and the noise grows with the chain and not with its root.
+CHAIN_FLOAT32, CHAIN_FLOAT64 = 1 << 8, 1 << 10
 FOLD = 8  # products of pieces added in float32: the noise stays as calibrated, and the conversion to float64 is short
 
 
@@ -174,18 +176,31 @@ def _set_plain_before(op: str) -> Iterator[None]:
 
 
 def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
-    """sum over pieces and rows of x x^T: float32 within a piece and over up to 8, float64 over all.
-
-    Of a piece float32 adds 8192 rows at most.
-    """
-    b, g, d, k = columns.shape
+    """sum over pieces and rows of x x^T: float32 over chains of rows and up to 8 of them, float64 over all."""
+    _, g, d, _ = columns.shape
     step = max(1, (1 << 23) // (g * d * d))
     total: Tensor | None = None
-    for rows in [columns] if k <= LONGEST_SUM else columns.split(LONGEST_SUM, dim=3):
-        for part in [rows] if b <= step else rows.split(step):
+    for rows in chains(columns, CHAIN_FLOAT32):
+        for part in [rows] if len(rows) <= step else rows.split(step):
             product = _piece_sum(part.reshape(-1, d, part.shape[3]).float(), g)
             total = product if total is None else total.add_(product)  # none waits: a large one is gigabytes
     return columns.new_zeros((g, d, d), dtype=torch.float64) if total is None else total
+
+
+def chains(columns: Float[Tensor, "b g d k"], longest: int) -> Iterator[Float[Tensor, "_ g d _"]]:
+    """The same rows in pieces of `longest` at most, as few tensors of them as there can be without a copy."""
+    rows = columns.shape[3]
+    if rows <= longest:
+        yield columns
+        return
+    count = rows // longest
+    whole = columns[..., : count * longest]
+    if len(columns) < count:  # few maps of many positions
+        yield from (piece.unflatten(2, (count, longest)).permute(2, 0, 1, 3) for piece in whole)
+    else:
+        yield from whole.split(longest, dim=3)
+    if count * longest < rows:
+        yield columns[..., count * longest :]
 
 
 def _piece_sum(pieces: Float[Tensor, "bg d k"], groups: int) -> Float[Tensor, "g d d"]:
@@ -202,8 +217,9 @@ def gram_float64(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     step = max(1, SLICE // (g * d * k) if columns.device.type == "cpu" else GPU_SLICE // (g * d * max(d, k)))
     total = columns.new_zeros((g, d, d), dtype=torch.float64)
     for start in range(0, b, step):
-        piece = columns[start : start + step].reshape(-1, d, k).double()
-        total += torch.bmm(piece, piece.mT).reshape(-1, g, d, d).sum(0)
+        for rows in chains(columns[start : start + step].double(), CHAIN_FLOAT64):
+            piece = rows.reshape(-1, d, rows.shape[3])
+            total += torch.bmm(piece, piece.mT).reshape(-1, g, d, d).sum(0)
     return total
 
 

@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from condzoo.probe.arithmetic import LONGEST_SUM
-
 Pixel = tuple[int, int]
+
+
+LONGEST_SUM = 1 << 13  # pixels of lines that are added in float32
 
 
 class Along(NamedTuple):

@@ -28,6 +28,7 @@ from condzoo.probe.weights import Norms, own_weight
 
 TF32 = torch.float16  # has as many digits
 DECOMPOSED = 256  # side up to which one eigenvalue costs no less than all
+FINER = 5  # times: eigenvalues of float64 data are to be right to 1 %, those of others to 5
 SMALLEST_SQUARE = SAFETY * torch.finfo(torch.float64).tiny  # under it products lose digits to the range's end
 LANCZOS = 1e-8  # residual over lambda_max
 COPIED = 1 << 20  # numbers of one moment that come from a GPU to be read, at most: 8 MB
@@ -220,7 +221,8 @@ def _spectrum(
     # A block of side 1 is a sum of squares: rounding moves it by a part of itself, however small it is beside others.
     apart = dim == 1
     of_data = max(data_noise(moment.dtype, 0.0 if apart else diagonal, moment.grain), SAFETY * noise * diagonal)
-    floor = of_data + moment.noise / max(1, moment.rows) + (0.0 if apart else float64_noise(dim, largest))
+    of_sum = 0.0 if apart else float64_noise(dim, largest) * (FINER if moment.dtype == torch.float64 else 1)
+    floor = of_data + moment.noise / max(1, moment.rows) + of_sum
     how = f"{'float32' if moment.fast else 'float64'} products of {str(moment.dtype).removeprefix('torch.')} data"
     if not kappa:
         return from_blocks(values, floor, moment.vectors, arithmetic=how, size=dim * values.shape[0])

@@ -40,7 +40,7 @@ class Spectrum:
     Attributes:
         eigenvalues: float64, descending, [d]; for a grouped layer those of all groups together. With
             `kappa=False` only the largest, [1], or that of each group.
-        noise_floor: an eigenvalue at or under it counts as zero; one above it is right to about 5 %.
+        noise_floor: an eigenvalue at or under it counts as zero; one above it is right to about 5 %, of float64 data 1.
         rows: vectors behind the moment (None if unknown); each group's rank cannot exceed it.
         nulls: eigenvalues that are exactly zero by structure, not by arithmetic.
         null_reason: what makes them so ("2 coordinates always 0", ...).

@@ -12,13 +12,15 @@ Shapes: n images, c channels, h x w pixels, kernel kh x kw, k = kh * kw.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from condzoo.probe.arithmetic import gram_float64, plain_convolutions
-from condzoo.probe.correlations import of_a_sum
+from condzoo.probe.correlations import of_a_sum, rounded_one_way
 from condzoo.probe.layers import ROWS_OF_PATCHES
 from condzoo.probe.patches import every, output_size, padded, unfolded
 
@@ -31,34 +33,49 @@ def strided_gram(x: Float[Tensor, "n c h w"], conv: nn.Conv2d, wide: bool) -> Fl
         conv: gives kernel, padding, stride and dilation; of one group.
         wide: multiply in float64; else in float32, added in float64.
     """
-    channels, (kh, kw) = x.shape[1], conv.kernel_size
-    if wide:
-        total = x.new_zeros((1, channels * kh * kw, channels * kh * kw), dtype=torch.float64)
+    found = None if wide else _moment_float32(x, conv)
+    if found is None:
+        dim = x.shape[1] * math.prod(conv.kernel_size)
+        found = x.new_zeros((1, dim, dim), dtype=torch.float64)
         for part in unfolded(x, conv, ROWS_OF_PATCHES):
-            total += gram_float64(part)
-        return total
+            found += gram_float64(part)
+    return found
+
+
+def _moment_float32(x: Float[Tensor, "n c h w"], conv: nn.Conv2d) -> Float[Tensor, "1 ck ck"] | None:
+    """The same by convolutions; None where the first sum is too far off."""
+    channels, (kh, kw) = x.shape[1], conv.kernel_size
     moment = x.new_zeros((kh, kw, channels, channels, kh, kw), dtype=torch.float64)
     height, width = output_size(x, conv)
     images, rows = of_a_sum(height, width)
+    checked = False
     with plain_convolutions(x.device.type):
         for part in padded(x.float(), conv).split(images):
             for top in range(0, height, rows):
-                _add(moment, part, conv, range(top, min(top + rows, height)), width)
+                first = _add(moment, part, conv, range(top, min(top + rows, height)), width)
+                if not checked and rounded_one_way(moment[0, 0, :, :, 0, 0].diagonal(), first):
+                    return None
+                checked = True
     for i in range(1, kh):  # what is above the diagonal of rows, turned
         moment[i, :, :, :, :i] = moment[:i, :, :, :, i].permute(4, 3, 2, 0, 1)
     return moment.permute(2, 0, 1, 3, 4, 5).reshape(1, channels * kh * kw, channels * kh * kw)
 
 
-def _add(moment: Tensor, frame: Float[Tensor, "n c ph pw"], conv: nn.Conv2d, rows: range, width: int) -> None:
-    """Add the products of some rows of output positions, for offsets (i, j) and (i', j') with i' >= i."""
+def _add(moment: Tensor, frame: Float[Tensor, "n c ph pw"], conv: nn.Conv2d, rows: range, width: int) -> Tensor:
+    """Add the products of some rows of output positions, for offsets (i, j) and (i', j') with i' >= i.
+
+    Returns:
+        What the first offset reaches.
+    """
     (kh, kw), (down, along) = conv.kernel_size, every(conv, conv.stride)
     (below, right), channels, height = every(conv, conv.dilation), frame.shape[1], len(rows)
-    for i in range(kh):
-        first = rows.start * down + i * below
-        there = frame[:, :, first : first + (height - 1) * down + (kh - 1 - i) * below + 1]
+    for i in reversed(range(kh)):
+        start = rows.start * down + i * below
+        there = frame[:, :, start : start + (height - 1) * down + (kh - 1 - i) * below + 1]
         there = there[..., : (width - 1) * along + (kw - 1) * right + 1]
         grad = there[:, :, : (height - 1) * down + 1 : down]
         grads = [grad[..., j * right : j * right + (width - 1) * along + 1 : along] for j in range(kw)]
         size = [kw * channels, channels, kh - i, kw]
         products = conv2d_weight(there, size, torch.cat(grads, 1), stride=(down, along), dilation=(below, right))
         moment[i, :, :, :, i:] += products.unflatten(0, (kw, channels))
+    return grads[0]

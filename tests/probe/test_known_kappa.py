@@ -378,3 +378,48 @@ def test_a_coordinate_close_to_another_is_no_copy_of_it_where_products_are_in_fl
     assert found == {"fast": {"bound"}, "auto": {"ok"}}
     copies = torch.randn((64, 1), generator=torch.Generator().manual_seed(0)).expand(64, 2)
     assert [measured(copies, precision).nulls for precision in ("fast", "auto")] == [0, 1]
+
+
+def grey_pictures(side, seed=0):
+    """[1, 3, side, side]: one picture in three channels, normalized as ImageNet's: of rank 2."""
+    generator = torch.Generator().manual_seed(seed)
+    white = torch.rand((1, 1, side, side), generator=generator) > 0.05
+    grey = torch.where(white, 1.0, torch.rand((1, 1, side, side), generator=generator).mul(255).round() / 255)
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (grey - mean) / std
+
+
+def nearly_constant(shape, seed=0):
+    """Channels that are constant but for a few pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    x = (0.3 + 2.7 * torch.rand(shape[1], generator=generator))[:, None, None].expand(shape).clone()
+    for pixel in range(9):
+        row, column = (int(torch.randint(size, (), generator=generator)) for size in shape[2:])
+        x[pixel % shape[0], :, row, column] += 0.05 * torch.randn(shape[1], generator=generator)
+    return x
+
+
+@pytest.mark.parametrize("precision", ["auto", "fast"])
+@pytest.mark.parametrize("conv", ["channels", "patches"])
+@pytest.mark.parametrize(
+    "x",
+    [
+        pytest.param(grey_pictures(384), id="grey pictures"),
+        *(pytest.param(nearly_constant(s), id=str(s)) for s in [(1, 2, 224, 224), (8, 3, 96, 96), (16, 16, 32, 32)]),
+        pytest.param(nearly_constant((1, 16, 128, 128)).double(), id="float64"),
+    ],
+)
+def test_maps_whose_roundings_are_all_in_one_direction_have_no_kappa_of_round_off(x, conv, precision):
+    torch.manual_seed(0)
+    kernel = 1 if conv == "channels" else 2
+    model = nn.Sequential(nn.Conv2d(x.shape[1], 2, kernel), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(x.dtype)
+    found = measure(model, (x, torch.zeros(len(x), dtype=torch.long)), conv=conv, precision=precision)["0"].input
+    rows = x.double().flatten(2).mT.flatten(0, 1)
+    if conv == "patches":
+        rows = nn.functional.unfold(x.double(), 2).mT.flatten(0, 1)
+    true = torch.linalg.svdvals(rows).square()
+    for j in range(1, len(true) + 1):
+        kappa = found.condition_number(j / len(true))
+        if math.isfinite(kappa):
+            assert kappa == pytest.approx(float(true[0] / true[j - 1]), rel=TOLERANCE[x.dtype])
+    assert found.condition_number(1 / len(true)) == 1.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakMethod, WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ Watcher = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 _PARTS = {(0, 3): "in_proj", (0, 1): "q_proj", (1, 2): "k_proj", (2, 3): "v_proj", (1, 3): "kv_proj"}
 _SPLIT = ("in_proj_bias_q", "in_proj_bias_k", "in_proj_bias_v")  # parameters in place of the packed `in_proj_bias`
 
-_watchers: dict[Watcher, Report] = {}  # of the attentions that run now, and what each reports to
+# Of the attentions that run now, and what each reports to; weak, for a call that Ctrl-C ends does not take itself out.
+_watchers: WeakKeyDictionary[Watcher, WeakMethod[Report]] = WeakKeyDictionary()
 _original: Any = F.linear
 
 
@@ -151,7 +152,7 @@ def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[R
             report(f"{name}.{local}" if name else local, layer, x, h)
 
     def before(module: nn.Module, args: Any) -> None:
-        _watchers[watcher] = report
+        _watchers[watcher] = WeakMethod(report)
         _put_linear()
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -170,7 +171,7 @@ def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[R
 
 def stop(report: Report) -> None:
     """Report no call any more to this: what is no `Exception` (KeyboardInterrupt) passes by the hooks that end it."""
-    for watcher in [watcher for watcher, to in _watchers.items() if to == report]:
+    for watcher in [watcher for watcher, to in _watchers.items() if to() == report]:
         del _watchers[watcher]
     _put_linear()
 

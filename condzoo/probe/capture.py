@@ -20,28 +20,23 @@ from condzoo.probe.arguments import checked
 from condzoo.probe.arithmetic import PRECISIONS, Precision, plain_products
 from condzoo.probe.attention import has_bias, stop, watch
 from condzoo.probe.calls import called_on, unreadable
-from condzoo.probe.function_calls import FunctionCalls
+from condzoo.probe.function_calls import FunctionCalls, stop_interrupted
 from condzoo.probe.hooks import Hook, apart, remove
 from condzoo.probe.inner_products import InnerProducts, Watch
 from condzoo.probe.layer_sums import LayerSums
 from condzoo.probe.layers import CONVS, Conv, has_own_forward, input_columns, is_measured, output_columns, with_constant
 from condzoo.probe.moments import RunningMoment
-from condzoo.probe.neurons import RELUS, LinearRange, Neurons, RunningNeurons, linear_range
+from condzoo.probe.neurons import RELUS, LinearRange, RunningNeurons, linear_range
 from condzoo.probe.origins import Origin
 from condzoo.probe.patch_products import patch_products
 from condzoo.probe.patches import padded_inside
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.relu_calls import ReluCalls
-from condzoo.probe.repetitions import Batch, Calls, within_backward
+from condzoo.probe.repetitions import MIXED, Batch, Calls, within_backward
 from condzoo.probe.views import watch_gradient
 from condzoo.probe.wrappers import named_modules
 
 Module = TypeVar("Module", bound=nn.Module)
-
-MIXED = (
-    "forward passes of several sizes waited together for their backward passes under checkpoints with use_reentrant="
-    "True, which do not say whose pass they repeat"
-)
 
 SEEN: dict[str, Callable[[], Any]] = {  # what a Capture records -> nothing recorded yet
     "sums": dict,
@@ -124,6 +119,7 @@ class Capture:
 
     def attach(self) -> None:
         """Put the hooks on."""
+        stop_interrupted()
         self._outer = self._hook(inside=False)
         self._inner = self._hook(inside=True)
 
@@ -191,7 +187,7 @@ class Capture:
         mixed = self._calls.mixed(name)
         if name in self.split or (batch := self._reads(name)) is None:
             return
-        sums = self.sums.setdefault(name, LayerSums())
+        sums = self._of_called(name)
         sums.samples += batch.samples
         if mixed:
             sums.hidden = MIXED
@@ -211,11 +207,6 @@ class Capture:
         if h.requires_grad:
             read = partial(apart, self._on_gradient, module, sums.output_grad, batch.scale)
             watch_gradient(h, read) if watch is None else watch(read)
-
-    def counts(self) -> tuple[dict[str, Neurons], dict[str, str]]:
-        """Dying and full units by ReLU, and the reason by ReLU that cannot be counted."""
-        counted = {name: units.count() for name, units in self.neurons.items() if units.hidden is None}
-        return counted, {name: units.hidden for name, units in self.neurons.items() if units.hidden is not None}
 
     def _add_input(self, moment: RunningMoment, module: nn.Module, x: Tensor) -> None:
         bias = self.bias and has_bias(module)
@@ -253,9 +244,15 @@ class Capture:
         if not (self.recording or (self.repeats and within_backward())) or (self.trains and at_rest()):
             return None
         batch = self._calls.counts(name, Batch(self.batch, self.scale), at_once=at_once)
-        if self._calls.waiting[name]:
-            self.sums.setdefault(name, LayerSums())  # its place in the order of the forward pass
+        if batch is None and not (at_once or within_backward()):
+            self.sums.setdefault(name, LayerSums())  # its place, if a repetition alone has gradients
         return batch
+
+    def _of_called(self, name: str) -> LayerSums:
+        """A layer's sums; the place of its calls without gradients is for their repetition alone."""
+        if name in self.sums and not (self.sums[name].samples or within_backward() or self._calls.waiting[name]):
+            del self.sums[name]
+        return self.sums.setdefault(name, LayerSums())
 
 
 def _side(modules: Mapping[str, Module], inside: bool) -> list[tuple[str, Module]]:

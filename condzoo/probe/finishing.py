@@ -67,6 +67,7 @@ def finish(
         Layers in forward order, the skipped with their reasons, and the first layer with NaN or Inf
         by direction ("forward", "backward").
     """
+    capture.sums = {name: sums for name, sums in capture.sums.items() if sums.samples}  # the others had a place alone
     uncalled = [name for name in capture.layers if name not in capture.sums]
     skipped = {name: _not_called(name, capture, used=name in weight_grads) for name in uncalled}
     good: dict[str, LayerSums] = {}

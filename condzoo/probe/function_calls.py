@@ -7,9 +7,12 @@ taken for ReLUs, nor are products (`x @ layer.weight.T`) for layers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import FrameType
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +43,7 @@ RELU_FUNCTIONS: dict[Any, tuple[str, LinearRange]] = {
 }
 
 
-class FunctionCalls(TorchFunctionMode):
+class FunctionCalls:
     """Reports (name, output, linear range) of functional ReLUs, and (name, layer, input, output) of functional layers.
 
     A ReLU's name is that of the module that runs, with the function's at the end; a layer's is its own. Of the products
@@ -57,17 +60,16 @@ class FunctionCalls(TorchFunctionMode):
     def __init__(
         self, layers: Mapping[str, nn.Module], on_relu: OnRelu, on_layer: OnLayer, on_product: OnProduct
     ) -> None:
-        super().__init__()
         self.layers, self.on_relu, self.on_layer, self.on_product = layers, on_relu, on_layer, on_product
         self.batch_statistics = False
         self.running: list[tuple[str, nn.Module]] = []
-        self.below: list[TorchFunctionMode] = []  # the modes that were on when this one was entered
+        self.below: list[TorchFunctionMode] = []  # the modes that were on when its own was entered
+        self._mode = _Mode(self)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+    def see(self, func: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A function was called."""
         if not self.running:
-            return output
+            return
         if func in RELU_FUNCTIONS:
             name, module = self.running[-1]
             if not isinstance(module, RELUS):  # those are counted by their own hooks
@@ -77,7 +79,6 @@ class FunctionCalls(TorchFunctionMode):
             self.batch_statistics = True
         elif func in PRODUCTS:
             self._product(func, output, *args[:2], **{key: kwargs[key] for key in ("input", "weight") if key in kwargs})
-        return output
 
     def _product(self, func: Any, h: Tensor, input: Tensor, weight: Tensor) -> None:
         name, module = self.running[-1]
@@ -112,7 +113,7 @@ class FunctionCalls(TorchFunctionMode):
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         if not self.running:
             self.below = _get_current_function_mode_stack()
-            self.__enter__()
+            self._mode.__enter__()
         self.running.append((name, module))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -120,21 +121,66 @@ class FunctionCalls(TorchFunctionMode):
             return  # another hook raised before this module was entered
         self.running.pop()
         if not self.running:
-            self.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)
+
+    def interrupted(self) -> bool:
+        """Whether its mode stayed on after a call that is over: what is no `Exception` passes by the hooks."""
+        return self.running != [] and not _runs(self.running[0][1])
 
     def stop(self) -> None:
         """Take the mode off if it is still on: what is no `Exception` (KeyboardInterrupt) passes by the hooks."""
         on = _get_current_function_mode_stack()
-        if any(mode is self for mode in on):
-            above = []
-            while (mode := _pop_mode()) is not self:
-                above.append(mode)
-            for mode in reversed(above):
-                _push_mode(mode)
+        if any(mode is self._mode for mode in on):
+            _take_off(self._mode)
         elif self.running and on and on == self.below[: len(on)]:
             _pop_mode()  # a mode around has ended since, and took off the topmost one, which was this, for itself
         self.running.clear()
         self.below.clear()
+
+
+class _Mode(TorchFunctionMode):
+    """Sees every function for a FunctionCalls, which it holds weakly: left on by Ctrl-C it keeps no network alive."""
+
+    def __init__(self, calls: FunctionCalls) -> None:
+        super().__init__()
+        self.calls = ref(calls)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if (calls := self.calls()) is not None:
+            calls.see(func, output, args, kwargs)
+        return output
+
+
+def stop_interrupted() -> None:
+    """Take off the modes that Ctrl-C left on, of networks that are gone or that nobody has closed a Probe of."""
+    for mode in _get_current_function_mode_stack():
+        if isinstance(mode, _Mode):
+            calls = mode.calls()
+            if calls is None:
+                _take_off(mode)
+            elif calls.interrupted():
+                calls.stop()
+
+
+def _take_off(mode: TorchFunctionMode) -> None:
+    """Take one mode off that is on, whatever is above it."""
+    above = []
+    while (last := _pop_mode()) is not mode:
+        above.append(last)
+    for last in reversed(above):
+        _push_mode(last)
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether a call of this module is under way here."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class BatchStatistics(TorchFunctionMode):

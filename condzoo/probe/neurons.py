@@ -11,6 +11,7 @@ dying units and are not counted.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -150,6 +151,12 @@ class RunningNeurons:
             full=int((~self.been_zero).sum()),
             rows=self.rows,
         )
+
+
+def counts(running: Mapping[str, RunningNeurons]) -> tuple[dict[str, Neurons], dict[str, str]]:
+    """Dying and full units by ReLU, and the reason by ReLU that cannot be counted."""
+    counted = {name: units.count() for name, units in running.items() if units.hidden is None}
+    return counted, {name: units.hidden for name, units in running.items() if units.hidden is not None}
 
 
 def _seen(units: Tensor, axis: int, linear: LinearRange) -> tuple[Bool[np.ndarray, " u"], Bool[np.ndarray, " u"]]:

@@ -20,6 +20,7 @@ from condzoo.probe.finishing import finish
 from condzoo.probe.hooks import remove
 from condzoo.probe.layers import samples_interact
 from condzoo.probe.losses import Labels, Loss
+from condzoo.probe.neurons import counts
 from condzoo.probe.weights import Norms, norms_of, own_weight, watch_computed, widened
 
 MANY = 2000  # backward passes a batch that are worth a warning
@@ -194,7 +195,7 @@ class Passes:
                 counted=counted,
                 loss_dtype=self.loss_dtype,
             )
-        neurons, uncounted = self.capture.counts()
+        neurons, uncounted = counts(self.capture.neurons)
         mean = self.total_loss / self.samples
         dtypes = self.capture.dtypes or {torch.get_default_dtype()}
         return Conditioning(

@@ -10,6 +10,11 @@ import torch
 
 from condzoo.probe.wrappers import in_reentrant_checkpoint
 
+MIXED = (
+    "forward passes of several sizes waited together for their backward passes under checkpoints with use_reentrant="
+    "True, which do not say whose pass they repeat"
+)
+
 
 class Batch(NamedTuple):
     """Of one forward pass: its samples, and what an output gradient is multiplied by."""

@@ -21,6 +21,7 @@ from condzoo.probe.files import expanded
 from condzoo.probe.finishing import finish
 from condzoo.probe.hooks import apart
 from condzoo.probe.layers import choose
+from condzoo.probe.neurons import counts
 from condzoo.probe.passes import coarsest
 from condzoo.probe.records import FILE_NAME, append_record, drop_torn_line
 from condzoo.probe.step_passes import StepPasses
@@ -243,7 +244,7 @@ class Probe:
                 grads = {name: widened(grad) / weight for name, grad in grads.items()}
             norms = norms_of(capture.layers, grads)
             layers, unseen, nonfinite = finish(capture, self._weights.norms, norms, softmax=self.softmax, mean=mean)
-        neurons, uncounted = capture.counts()
+        neurons, uncounted = counts(capture.neurons)
         split = dict.fromkeys(self._weights.split, SPLIT)
         if split:
             neurons, uncounted = {}, dict.fromkeys(capture.neurons, SPLIT)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from condzoo.probe import Probe
+from condzoo.probe import Probe, measure
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -145,6 +145,68 @@ def test_a_pass_without_gradients_within_a_pass_hides_nothing_after_it():
         probe.step()
     assert list(probe.latest) == ["first", "second"]
     assert probe.latest.samples == 9
+
+
+class Repeated(torch.autograd.Function):
+    """A checkpoint that is not torch's, as Megatron's and RevNet's are."""
+
+    @staticmethod
+    def forward(ctx, run, x, *weights):
+        ctx.run, ctx.count = run, len(weights)
+        ctx.save_for_backward(x)
+        return run(x)  # without gradients
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            torch.autograd.backward(ctx.run(x), grad)
+        return None, x.grad, *[None] * ctx.count
+
+
+class Repeating(nn.Module):
+    """Layers inside such a checkpoint, between two outside; one that only runs without gradients."""
+
+    def __init__(self, on):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.inner, self.stem = (
+            nn.Linear(5, 3),
+            nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 5)),
+            nn.Linear(6, 7),
+        )
+        self.target, self.unused, self.on = nn.Linear(6, 7), nn.Linear(6, 7), on
+        self.double()
+
+    def forward(self, x):
+        with torch.no_grad():
+            start = self.head(torch.ones(2, 5, dtype=x.dtype)).mean(0) + self.target(x).mean()
+        h = self.stem(x)
+        h = Repeated.apply(self.inner, h, *self.inner.parameters()) if self.on else self.inner(h)
+        return self.head(h.relu()) + start
+
+
+@pytest.mark.parametrize("by", ["Probe", "measure"])
+def test_layers_inside_checkpoints_that_are_not_torchs_are_in_forward_order(by):
+    torch.manual_seed(1)
+    x, y, found = torch.randn(9, 6).double(), torch.randint(3, (9,)), []
+    for on in (False, True):
+        model = Repeating(on)
+        if by == "measure":
+            found.append(measure(model, (x, y)))
+            continue
+        with Probe(model) as probe:
+            F.cross_entropy(model(x), y).backward()
+            probe.step()
+        found.append(probe.latest)
+    plain, repeated = found
+    assert list(repeated) == list(plain) == ["stem", "inner.0", "inner.1", "head"]
+    assert repeated.skipped == plain.skipped
+    assert all("only without gradients" in plain.skipped[name] for name in ("target", "unused"))
+    for name, layer in plain.items():
+        assert torch.allclose(
+            repeated[name].output_grad.eigenvalues, layer.output_grad.eigenvalues, rtol=1e-9, atol=1e-15
+        )
 
 
 def test_passes_of_several_sizes_that_wait_together_under_reentrant_checkpoints_are_named():

@@ -2,6 +2,7 @@
 
 import gc
 from contextlib import ExitStack, nullcontext
+from weakref import ref
 
 import pytest
 import torch
@@ -241,6 +242,60 @@ def test_an_interrupted_pass_and_those_after_it_in_its_step_are_forgotten(kit):
         other.step()
         assert _get_current_function_mode_stack()[0] is mode
     same_record(other.latest, probe.latest)
+
+
+def test_what_an_interruption_leaves_of_a_probe_that_nobody_closed_is_garbage_with_its_model(kit):
+    model, linear, (x, y) = Interruptible(), F.linear, kit.images(dtype=torch.float32)
+    probe = ExitStack().enter_context(Probe(model))  # as in a notebook's cell
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert len(_get_current_function_mode_stack()) == 1
+    left = ref(model), ref(probe)
+    del model, probe
+    gc.collect()
+    assert [each() for each in left] == [None, None]
+    with Probe(kit.build("mlp")) as other:
+        assert _get_current_function_mode_stack() == []
+        F.cross_entropy(other.model(x.double()), y).backward()
+        other.step()
+    assert F.linear is linear
+
+
+def test_a_probe_takes_off_the_mode_that_an_interrupted_one_left_on(kit):
+    model, (x, y), found = Interruptible(), kit.images(dtype=torch.float32), []
+    for interrupted in (False, True):
+        first = ExitStack().enter_context(Probe(model))
+        with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+            model(x if interrupted else x[:8])
+        with Probe(model) as probe:
+            assert _get_current_function_mode_stack() == []
+            F.cross_entropy(model(x[:8]), y[:8]).backward()
+            assert _get_current_function_mode_stack() == []
+            probe.step()
+        first.__exit__(None, None, None)
+        found.append(probe.latest)
+        model.zero_grad()
+    same_record(*found)
+
+
+def test_a_probe_that_is_opened_within_a_pass_leaves_its_mode_on(kit):
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.opens = nn.Linear(48, 4).double(), True
+
+        def forward(self, x):
+            h = self.layer(x.flatten(1))
+            if self.opens:
+                with Probe(kit.build("mlp")) as probe:
+                    train(probe.model, kit, 1, probe)
+            return F.relu(h)
+
+    model, (x, y) = Inside(), kit.images()
+    with Probe(model) as probe:
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    assert probe.latest.neurons["relu()"].rows == 12
 
 
 def test_memory_does_not_grow_with_the_number_of_measurements(kit):

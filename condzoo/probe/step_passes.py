@@ -15,6 +15,7 @@ from condzoo.probe.batches import batch_size
 from condzoo.probe.capture import Capture
 from condzoo.probe.hooks import Hook, remove, remove_copied
 from condzoo.probe.preserving import at_rest
+from condzoo.probe.repetitions import within_backward
 from condzoo.probe.step_weights import StepWeights
 from condzoo.probe.wrappers import in_transform, refuse_replica
 
@@ -44,7 +45,7 @@ class StepPasses:
         self, model: nn.Module, capture: Capture, weights: StepWeights, *, mean: bool, on_first: Callable[[], None]
     ) -> None:
         self.model, self.capture, self.weights, self.mean, self.on_first = model, capture, weights, mean, on_first
-        capture.on_gradient = self._in_backward
+        capture.on_gradient, weights.reads = self._in_backward, self._reads
         self.count = self.samples = 0
         self._told = False
         # A call of the model each: what forgets it, and whether layers are read again once it is over.
@@ -116,8 +117,12 @@ class StepPasses:
             if forget in self._waiting:
                 del self._waiting[self._waiting.index(forget) :]
 
+    def _reads(self) -> bool:
+        return self.capture.recording or (self.capture.repeats and within_backward())
+
     def _in_backward(self) -> None:
         """A gradient has come to a layer."""
+        self.weights.note_read()
         task = torch._C._current_graph_task_id()
         if task != -1 and task not in self._backwards:
             self._backwards.add(task)

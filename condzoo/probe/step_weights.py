@@ -1,7 +1,8 @@
 """The layers' weights in one training step: the norms of each, and its gradient summed over the backward passes.
 
 A weight is read as the forward pass sees it: one sharded over processes (FSDP) is whole only then, and its
-gradient is the process's own only before it is averaged.
+gradient is the process's own only before it is averaged. It is looked at after the layer's call, before hooks that
+shard it again: only then is it sure to be the one that was used, whatever hooks have computed it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from condzoo.probe.attention import packed_weights, watch_computed_inside
 from condzoo.probe.calls import of_transform
 from condzoo.probe.hooks import Hook, apart, remove
 from condzoo.probe.preserving import at_rest
+from condzoo.probe.views import watch_gradient
 from condzoo.probe.weights import Norms, norms_of, own_weight, watch_computed, widened
 from condzoo.probe.wrappers import in_transform
 
@@ -31,6 +33,7 @@ class StepWeights:
         norms: of each weight, by layer name.
         grads: sum of each weight's gradients over the backward passes seen.
         split: layers whose weight is split over processes even in the forward pass (tensor parallelism).
+        reads: whether a call of a layer now is of a pass that is read.
     """
 
     def __init__(
@@ -40,11 +43,14 @@ class StepWeights:
         self.norms: dict[str, Norms] = {}
         self.grads: dict[str, Tensor] = {}
         self.split: set[str] = set()
+        self.reads: Callable[[], bool] = lambda: True
         self._own: dict[str, Tensor] = {}  # the weights that are whole at rest
         self._own_handles: dict[str, RemovableHandle] = {}  # of those that require a gradient
         self._seen: dict[str, Tensor] = {}  # of those in their place, the last one each
         self._run: set[str] = set()  # whose layer has run in this step
         self._passes: dict[str, set[int]] = defaultdict(set)
+        self._read: set[int] = set()  # backward passes in which a gradient came to a call that is read,
+        self._unread: set[int] = set()  # and to one that is not
         self._outer: list[int] = []  # backward passes that run now and have run a forward: checkpointing, reentrant
         self._handles: list[RemovableHandle] = []
 
@@ -52,11 +58,14 @@ class StepWeights:
         """Put the hooks on, after forgetting all that was seen."""
         self.clear()
         for name, module in self.layers.items():
-            self._handles.append(module.register_forward_pre_hook(Hook(partial(self._before_layer, name), module)))
+            before, after = partial(self._before_layer, name), partial(self._after_layer, name)
+            self._handles.append(module.register_forward_pre_hook(Hook(before, module)))
+            self._handles.append(module.register_forward_hook(Hook(after, module), prepend=True))
             self._handles.append(watch_computed(module, partial(self._look, name)))
         for name, attention in self.attentions.items():
-            before = Hook(partial(self._before_attention, name), attention)
-            self._handles.append(attention.register_forward_pre_hook(before))
+            before, after = partial(self._before_attention, name), partial(self._after_attention, name)
+            self._handles.append(attention.register_forward_pre_hook(Hook(before, attention)))
+            self._handles.append(attention.register_forward_hook(Hook(after, attention), prepend=True))
             self._handles += watch_computed_inside(attention, partial(self._look_inside, name))
         self._follow_own(self._whole())
 
@@ -72,6 +81,8 @@ class StepWeights:
         self.split.clear()
         self._run.clear()
         self._passes.clear()
+        self._read.clear()
+        self._unread.clear()
         self._outer.clear()
 
     def snapshot(self) -> Callable[[], None]:
@@ -100,7 +111,7 @@ class StepWeights:
         """Watch those weights that are whole at rest and have come to require a gradient; before each pass."""
         for name, weight in self._own.items():
             if weight.requires_grad and name not in self._own_handles:
-                self._own_handles[name] = weight.register_hook(partial(apart, self._add, name))
+                self._own_handles[name] = weight.register_hook(self._hook(self._add, name))
 
     @property
     def passes(self) -> int:
@@ -127,18 +138,38 @@ class StepWeights:
 
     def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._note_outer()
+        self._note_split(name, vars(module).get("weight", module._parameters.get("weight")))
+
+    def _after_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], h: Any) -> None:
         self._look(name, module._parameters.get("weight"))
+        self._note_unread(h)
 
     def _before_attention(self, name: str, attention: nn.MultiheadAttention, args: tuple[Any, ...]) -> None:
         for local, weight in packed_weights(attention).items():
+            self._note_split(f"{name}.{local}".lstrip("."), weight)
+
+    def _after_attention(self, name: str, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        assert isinstance(attention, nn.MultiheadAttention)
+        for local, weight in packed_weights(attention).items():
             self._look_inside(name, local, weight)
+        self._note_unread(output[0] if isinstance(output, tuple) else output)
 
     def _look_inside(self, name: str, local: str, weight: Tensor | None) -> None:
         if (layer := f"{name}.{local}".lstrip(".")) in self.layers:
             self._look(layer, weight)
 
+    def _note_split(self, name: str, weight: Tensor | None) -> None:
+        """Before the call, at whose end the layer is read unless it is split."""
+        if weight is not None and _is_split(weight) and name in self.layers and self.reads():
+            self.split.add(name)
+
+    def _note_unread(self, h: Any) -> None:
+        """See when a gradient comes to a call that is not read: it was in eval mode, or outside of the model's."""
+        if isinstance(h, Tensor) and h.requires_grad and not (self.reads() or at_rest() or in_transform()):
+            watch_gradient(h, lambda _: self._unread.add(self._task()))
+
     def _look(self, name: str, weight: Tensor | None) -> None:
-        if weight is None or at_rest() or in_transform():
+        if weight is None or at_rest() or in_transform() or not self.reads():
             return
         first = name not in self._run
         self._run.add(name)
@@ -151,7 +182,7 @@ class StepWeights:
             return
         if weight.requires_grad:  # one that is frozen is looked at in the next pass again
             self._seen[name] = weight
-            self._handles.append(weight.register_hook(partial(apart, self._add, name)))
+            self._handles.append(weight.register_hook(self._hook(self._add, name)))
         if first or name not in self.norms:  # at rest it may have been another's, as where one is generated
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 self.norms |= norms_of(self.layers, {name: weight})
@@ -159,9 +190,25 @@ class StepWeights:
     def _add(self, name: str, grad: Tensor | None) -> None:
         if grad is None or at_rest() or of_transform(grad):
             return
+        if (task := self._task()) in self._unread and task not in self._read:
+            return
         held = self.grads.get(name)
         self.grads[name] = grad.detach().clone() if held is None else widened(held) + grad.detach()
-        self._passes[name].add((self._outer or [torch._C._current_graph_task_id()])[0])
+        self._passes[name].add(task)
+
+    def note_read(self) -> None:
+        """A gradient has come to a layer's output that is read; those of the weights follow it."""
+        self._read.add(self._task())
+
+    def _task(self) -> int:
+        """The backward pass that runs, the outermost of several."""
+        return (self._outer or [torch._C._current_graph_task_id()])[0]
+
+    @staticmethod
+    def _hook(function: Callable[..., None], name: str) -> Callable[[Tensor], None]:
+        """A hook of a weight; a process that the weight is sent to goes without it, which torch needs no warning of."""
+        hook: Callable[[Tensor], None] = unserializable_hook(partial(apart, function, name))
+        return hook
 
     def _note_outer(self) -> None:
         """Remember the backward pass around, as long as it runs: those inside it are parts of it, not passes more."""

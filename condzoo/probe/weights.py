@@ -46,16 +46,17 @@ def watch_computed(module: nn.Module, report: Callable[[Tensor | None], None]) -
     """Report a weight that is computed from other parameters, each time it is computed for a forward pass.
 
     By a parametrization of torch's, or by a hook that puts it beside the parameters (the older weight_norm and
-    spectral_norm, pruning, sharded training); None where there is no such weight.
+    spectral_norm, pruning, sharded training), which is then reported after the call: such a hook may have been put on
+    later than this one. None where there is no such weight.
     """
     parametrized = getattr(module, "parametrizations", None)
     if parametrized is not None and "weight" in parametrized:
         computing = parametrized["weight"]
         return computing.register_forward_hook(Hook(lambda _, args, weight: report(weight), computing))
-    return module.register_forward_pre_hook(Hook(partial(_report_computed, report), module))
+    return module.register_forward_hook(Hook(partial(_report_computed, report), module), prepend=True)
 
 
-def _report_computed(report: Callable[[Tensor | None], None], module: nn.Module, args: object) -> None:
+def _report_computed(report: Callable[[Tensor | None], None], module: nn.Module, args: object, h: object) -> None:
     weight = vars(module).get("weight")
     report(weight if isinstance(weight, Tensor) else None)
 

@@ -9,6 +9,7 @@ from condzoo.training.distributed import in_step
 from condzoo.training.events import Notice, OnEvent
 from condzoo.training.loop import train
 from condzoo.training.recipe import RecipeError, load_recipe
+from condzoo.training.resume import checkpoint_files
 from condzoo.training.run_directory import CHECKPOINTS, MODEL, RECIPE, SUMMARY, RunDirectoryError, begun, read_summary
 from condzoo.training.runs import Diverged, Run, is_complete
 from condzoo.training.schema import Recipe
@@ -98,7 +99,7 @@ def finished_run(recipe: Recipe, path: Path, max_steps: int | None = None) -> Ru
     if summary["status"] == "diverged":
         return Run(path, recipe, summary)
     reached = max_steps is not None and summary["steps"] >= max_steps
-    lost = not (path / MODEL).is_file() and any((path / CHECKPOINTS).glob("step_*.json"))
+    lost = not (path / MODEL).is_file() and bool(checkpoint_files(path / CHECKPOINTS))
     if lost or not (reached or is_complete(recipe, summary)):
         return None
     return Run(path, recipe, summary)

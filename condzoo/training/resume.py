@@ -7,6 +7,7 @@ written after the first is on the disk. The one before is kept.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,12 @@ class Checkpoint:
     numbers: dict[str, Any]
 
 
+def checkpoint_files(folder: Path, end: str = ".json") -> list[Path]:
+    """The files of checkpoints that end so, the newest first; a user's own copies, called much alike, are none."""
+    name = re.compile(rf"step_\d{{10,}}{re.escape(end)}")
+    return sorted((path for path in folder.glob("step_*") if name.fullmatch(path.name)), reverse=True)
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, read it back, and only then delete all but the newest two.
 
@@ -54,6 +61,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 def newest_checkpoint(folder: Path, notify: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that is whole; None where none was ever finished. Newer ones are put aside by name.
 
+    Where none is damaged, what a kill left of those that were being deleted goes: a run that ends here saves no other.
+
     Args:
         folder: of the checkpoints.
         notify: told about each damaged one that is passed over.
@@ -63,7 +72,7 @@ def newest_checkpoint(folder: Path, notify: Callable[[str], None]) -> Checkpoint
         OSError: one cannot be read at the moment, which is no reason to go on from an older one.
     """
     damaged = []
-    for path in sorted(folder.glob("step_*.json"), reverse=True):
+    for path in checkpoint_files(folder):
         try:
             content, numbers = _read_valid(path)
         except CheckpointError as error:
@@ -71,9 +80,11 @@ def newest_checkpoint(folder: Path, notify: Callable[[str], None]) -> Checkpoint
             continue
         for fault in damaged:
             notify(f"{fault}; going on from {path.name} instead")
-        for other in folder.glob("step_*.json"):  # one that is damaged must not count as one that is kept
+        for other in checkpoint_files(folder):  # one that is damaged must not count as one that is kept
             if other.name > path.name:
                 other.replace(other.with_name(other.name + DAMAGED))
+        if not damaged:
+            _delete_old(folder)
         return Checkpoint(load(content), numbers)
     if damaged:
         raise CheckpointError(
@@ -114,11 +125,12 @@ def _digest(record: dict[str, Any]) -> str:
 
 def _delete_old(folder: Path) -> None:
     """Delete all but the newest checkpoints, the part that makes one valid first."""
-    for path in sorted(folder.glob("step_*.json"), reverse=True)[KEPT:]:
+    for path in checkpoint_files(folder)[KEPT:]:
         path.unlink()
-    valid = {path.stem for path in folder.glob("step_*.json")}
-    for path in folder.glob("step_*.safetensors"):
+    valid = {path.stem for path in checkpoint_files(folder)}
+    for path in checkpoint_files(folder, ".safetensors"):
         if path.stem not in valid:
             path.unlink()
-    for path in folder.glob(f"step_*{TEMPORARY}"):  # of a run that was killed as it wrote
-        path.unlink()
+    for end in (".safetensors", ".json"):
+        for path in checkpoint_files(folder, end + TEMPORARY):  # of a run that was killed as it wrote
+            path.unlink()

@@ -451,7 +451,7 @@ def test_a_run_directory_on_a_read_only_file_system_is_left_as_it_is(
 
 
 @pytest.mark.parametrize("damage", [b'{"status"', b"\xff\xfe\x00" * 200, b"\x00" * 600, b"[" * 10_000])
-@pytest.mark.parametrize("name", ["summary.json", "environment.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["summary.json", "environment.json"])
 def test_a_damaged_record_is_named_and_can_be_made_again(name: str, damage: bytes, tiny: Any, tmp_path: Path) -> None:
     recipe = tiny(log_every=1)
     run = train(recipe, out=tmp_path / "run", max_steps=2, device="cpu")
@@ -511,6 +511,31 @@ def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path: Path) -> None:
     (tmp_path / "step_0000000005.safetensors.tmp").write_bytes(b"half")
     save_checkpoint(tmp_path, Checkpoint({"x": torch.zeros(3)}, {"step": 6}))
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"]
+
+
+def test_what_a_kill_left_of_a_checkpoint_that_was_being_deleted_goes_as_the_run_goes_on(tmp_path: Path) -> None:
+    for step in (6, 7):
+        save_checkpoint(tmp_path, Checkpoint({"x": torch.zeros(3)}, {"step": step}))
+    before = sorted(tmp_path.iterdir())
+    (tmp_path / "step_0000000005.safetensors").write_bytes(b"old")
+    assert newest_checkpoint(tmp_path, notify=lambda text: None) is not None
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_users_own_copies_of_checkpoints_are_left_alone(tiny: Any, tmp_path: Path) -> None:
+    """They are neither gone on from, nor counted as one of the two that are kept, nor deleted."""
+    recipe, folder = tiny(**{"save_every": 0.2, "probe.every": 5}), tmp_path / "run/checkpoints"
+    whole = train(recipe, out=tmp_path / "whole", device="cpu")
+    train(recipe, out=tmp_path / "run", max_steps=4, device="cpu")
+    copies = {folder / "step_.json": b"{}", folder / "step_.safetensors.tmp": b"half"}
+    for path in sorted(folder.iterdir()):
+        for end in ("_best", " (copy)", ".2"):
+            copies[path.with_name(f"{path.stem}{end}{path.suffix}")] = path.read_bytes()
+    for path, content in copies.items():
+        path.write_bytes(content)
+    assert_same_results(whole.path, train(recipe, out=tmp_path / "run", device="cpu").path)
+    assert {path: path.read_bytes() for path in copies} == copies
+    assert len(set(folder.iterdir()) - set(copies)) == 4
 
 
 @pytest.mark.parametrize("steps", [7, None], ids=["cut short", "whole"])

@@ -22,6 +22,7 @@ from condzoo.training.run_directory import (
     RunDirectoryError,
     durable_size,
     read_json,
+    read_metrics,
     read_summary,
     truncate,
     write_json,
@@ -144,10 +145,12 @@ def go_on(training: Training, path: Path, notify: OnEvent) -> Progress:
 def take_up(training: Training, path: Path, notify: OnEvent) -> Checkpoint | None:
     """The newest whole checkpoint, with the records as they were at it.
 
-    environment.json gets a line for every time that the run was taken up.
+    environment.json gets an entry for every time that the run was taken up. It is written before records are cut off:
+    where nothing can be written, none are.
 
     Raises:
-        RunDirectoryError: the run was trained on other images, or to an end whose checkpoints are lost.
+        RunDirectoryError: the run was trained on other images, or to an end whose checkpoints are lost, or a record is
+            damaged: it is read at the end, after all training.
     """
     checkpoint = newest_checkpoint(path / CHECKPOINTS, lambda text: notify(Notice(text)))
     sizes, step = {METRICS: 0, CONDITIONING: 0}, 0
@@ -158,13 +161,14 @@ def take_up(training: Training, path: Path, notify: OnEvent) -> Checkpoint | Non
         sizes, step = checkpoint.numbers["bytes"], checkpoint.numbers["step"]
         for difference in differences(training, checkpoint):
             notify(Notice(difference))
-    for name, size in sizes.items():
-        if not truncate(path / name, size):
-            notify(Notice(f"{path / name} has lost records from before step {step}"))
     environment = path / ENVIRONMENT
     earlier = read_json(environment) if environment.exists() else []
     now = describe_environment(training.numerics) | {"processes": training.ranks.world}
     write_json(environment, [*earlier, {"start_step": step, **now}])
+    for name, size in sizes.items():
+        if not truncate(path / name, size):
+            notify(Notice(f"{path / name} has lost records from before step {step}"))
+    read_metrics(path / METRICS)
     return checkpoint
 
 

@@ -30,7 +30,8 @@ def claimed(path: Path, recipe: Recipe) -> Iterator[None]:
     """Hold the run directory for this process alone, for this recipe alone.
 
     A new directory gets the recipe as resolved; an old one must hold an equal one. Where nothing comes of a new one,
-    since its data is missing, say, the recipe goes again: it may be another one that mends it.
+    since its data is missing or its first step needs too much memory, the recipe goes again: it may be another one that
+    mends it.
 
     Raises:
         RunDirectoryError: it belongs to another recipe, or another process writes to it.
@@ -57,8 +58,9 @@ def claimed(path: Path, recipe: Recipe) -> Iterator[None]:
             write_atomically(path / RECIPE, dump_recipe(recipe).encode())
         yield
     except BaseException:
-        if new and not any(p.name not in (".lock", RECIPE) for p in path.iterdir()):
-            (path / RECIPE).unlink(missing_ok=True)
+        if new and not any(p.name not in (".lock", RECIPE, ENVIRONMENT) for p in path.iterdir()):
+            for name in (ENVIRONMENT, RECIPE):
+                (path / name).unlink(missing_ok=True)
         raise
     finally:
         lock.release()
@@ -165,7 +167,10 @@ def read_json(path: Path) -> Any:
     Raises:
         RunDirectoryError: it is damaged.
     """
-    return _parsed(path.read_bytes(), path)
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _damaged(f"{path} is damaged: {error}; delete it") from error
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -176,20 +181,12 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     summary = read_json(folder / SUMMARY)
     if not isinstance(summary, dict) or not {"status", "steps", "epochs"} <= summary.keys():
-        raise RunDirectoryError(
-            f"{folder / SUMMARY} is not the summary of a run; delete it, and give the `condzoo train` command of the "
-            "run again"
-        )
+        raise _damaged(f"{folder / SUMMARY} is not the summary of a run; delete it")
     return summary
 
 
-def _parsed(content: bytes, path: Path) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise RunDirectoryError(
-            f"{path} is damaged: {error}; delete it, and give the `condzoo train` command of the run again"
-        ) from error
+def _damaged(what: str) -> RunDirectoryError:
+    return RunDirectoryError(f"{what}, and give the `condzoo train` command of the run again")
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
@@ -208,15 +205,36 @@ def durable_size(path: Path) -> int:
 
 
 def truncate(path: Path, size: int) -> bool:
-    """Cut a file back to what it held at a checkpoint; False where it holds less than that."""
+    """Cut a file of lines back to what it held at a checkpoint; False where that is no longer there.
+
+    It then ends with the last whole line of what is: the next one must not begin within a line.
+    """
     if not path.exists():
         return size == 0
     with path.open("r+b") as file:
-        held = file.seek(0, os.SEEK_END)
-        file.truncate(min(size, held))
-    return held >= size
+        file.seek(max(0, size - 1))
+        if file.read(1) == b"\n":
+            file.truncate(size)
+            return True
+        file.seek(0)
+        file.truncate(file.read(size).rfind(b"\n") + 1)
+    return size == 0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every line of a .jsonl file."""
-    return [_parsed(line, path) for line in path.read_bytes().splitlines()] if path.exists() else []
+    """Every line of a metrics.jsonl; none where there is no file.
+
+    Raises:
+        RunDirectoryError: a line is damaged, or no record of a run.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+                raise ValueError("it is no record of a step or an epoch")
+        except (ValueError, RecursionError) as error:
+            raise _damaged(f"line {number} of {path} is damaged: {error}; delete that line") from error
+        records.append(record)
+    return records

@@ -30,7 +30,7 @@ FLOAT64_PRODUCT = 100 * 2.0**-53  # times sqrt(d) * lambda_max: the product and 
 DATA_ROUNDINGS = 2.0  # roundings that a value of the data has behind it, at least
 SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in a CPU's cache
 GPU_SLICE = 1 << 24  # the same on a GPU, or of the products: it needs much work at a time; 128 MB (not run on one)
-# Rows that are added in one chain, as BLAS does in small products, of up to 16 coordinates; of more, in proportion more.
+# Rows that are added in one chain, as BLAS does in small products, of up to 16 coordinates; of more, as many more rows.
 # Where they are alike (maps that are constant but for a few pixels), all roundings are in one direction, and the noise
 # grows with the chain and not with its root; in the direction of a small eigenvalue less so, the more coordinates.
 CHAIN_FLOAT32, CHAIN_FLOAT64, LONGEST_CHAIN = 1 << 8, 1 << 10, 1 << 13

@@ -217,8 +217,11 @@ def main(args: list[str] | None = None) -> None:
                 raise
             if not said_elsewhere(error):
                 print(one_line(error, code, next(iter(given), "")), file=sys.stderr)
+            leave_together(error)
             sys.exit(code)
-        sys.exit(result if isinstance(result, int) else 0)
+        if code := result if isinstance(result, int) else 0:
+            leave_together()
+        sys.exit(code)
 
 
 def make_writable() -> None:
@@ -257,6 +260,15 @@ def said_elsewhere(error: Exception) -> bool:
     from condzoo.training.distributed import said_elsewhere
 
     return said_elsewhere(error)
+
+
+def leave_together(error: Exception | None = None) -> None:
+    """Wait, where several processes have met, until the first has spoken, which would not outlive the others."""
+    if "condzoo.training.distributed" in sys.modules:  # else they have not met, and torch need not be imported
+        from condzoo.training.distributed import leave_together
+
+        sys.stdout.flush()
+        leave_together(error)
 
 
 def exit_code(error: Any) -> int | None:

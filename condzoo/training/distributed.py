@@ -6,9 +6,11 @@ up. Every decision is taken by all processes at the same step; the first one alo
 """
 
 import atexit
+import contextlib
 import inspect
 import os
 import pickle
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +27,7 @@ from condzoo.training.precision import resolve_device
 T = TypeVar("T")
 FORESEEN = (ValueError, TypeError, OSError)  # what the command line says in one line
 STARTED_BY_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SECONDS_TO_BE_ENDED = 30.0  # from the first error on; processes may differ so much in how long they import
 
 
 @dataclass(frozen=True)
@@ -179,11 +182,29 @@ def synchronize_norms(model: nn.Module, ranks: Ranks, device: torch.device) -> n
 
 
 def said_elsewhere(error: BaseException) -> bool:
-    """Whether another process says this error: the first one, or the first on this machine before they met."""
+    """Whether another process says this error: the first one, where all have come to it.
+
+    Before they have met the first on this machine most likely comes to it, too, and speaks at once. As a process
+    leaves torchrun ends those that are left, so the others wait for that, and speak only if it does not come.
+    """
     if os.environ.get("RANK", "0") == "0":
         return False
-    met = dist.is_available() and dist.is_initialized()
-    return getattr(error, "shared", False) if met else os.environ.get("LOCAL_RANK", "0") != "0"
+    if dist.is_available() and dist.is_initialized():
+        return getattr(error, "shared", False)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(SECONDS_TO_BE_ENDED)
+    return False
+
+
+def leave_together(error: BaseException | None = None) -> None:
+    """Wait for the others, where all have come to this error, or without one to the end of the same work.
+
+    torchrun ends those that are left as soon as one leaves with an exit code, while the first may still write.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and (error is None or in_step(error)):
+        with contextlib.suppress(RuntimeError):  # one of them is gone
+            Ranks(dist.get_rank(), dist.get_world_size()).largest(0)
 
 
 def _own_device(device: str | torch.device | None) -> torch.device:

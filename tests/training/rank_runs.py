@@ -63,17 +63,27 @@ AVERAGED = NORMS | {"iterations": 5, "precision": "fp32", "ema": 0.9}
 DIVERGING = NORMS | {"optim": {"name": "sgd", "lr": 1e30}}
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def become(rank: int, world: int, port: int) -> None:
+    """Have what torchrun gives one of its processes on one machine."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
 def in_processes(world: int, action: Callable[[int], Any], folder: Path) -> Outcomes:
     """What an action came to in each of `world` processes, given their ranks."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     files = [folder / f"outcome{rank}.json" for rank in range(world)]
     for file in files:
         file.unlink(missing_ok=True)  # an earlier run's
 
     def run(rank: int) -> None:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        become(rank, world, port)
         try:
             action(rank)
             outcome = ["done"]

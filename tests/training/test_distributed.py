@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,11 +205,15 @@ def test_a_dry_run_in_two_processes_is_the_first_step_of_both(tmp_path: Path) ->
     assert other == two
 
 
-def test_before_processes_meet_each_machine_says_an_error_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for rank, local, elsewhere in (("0", "0", False), ("1", "1", True), ("8", "0", False)):
+def test_before_processes_meet_each_machines_first_says_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another waits to be ended, and says it if it is not."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for rank, local, waits in (("0", "0", []), ("8", "0", []), ("1", "1", [30.0])):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local)
-        assert said_elsewhere(ValueError("no such recipe")) is elsewhere
+        assert not said_elsewhere(ValueError("no such recipe"))
+        assert waited == waits
 
 
 def test_a_process_tries_out_no_gpu_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from condzoo.cli import main
 from condzoo.models import create_model, init_weights, insert_last_bn
 from condzoo.models.released import find_release, release_folder
 from condzoo.validation import validate
+from condzoo.validation.initial_vectors import misplaced
 from condzoo.validation.promises import check_last_bn, check_scaling, check_size
 from condzoo.validation.subject import prepare
 
@@ -242,6 +243,26 @@ def a_bias_in_the_body(model):
     nn.init.constant_(model.layers[3].linear.bias, 0.3)
 
 
+def a_bias_drawn_for_the_classifier(model):
+    nn.init.normal_(model.fc.bias)
+
+
+def a_gamma_of_a_half_more(model):
+    model.layer2[0].bn1.weight.data.mul_(1.5)
+
+
+def a_beta_of_a_half(model):
+    model.layer2[0].bn1.bias.data.add_(0.5)
+
+
+def the_last_gamma_tripled(model):
+    model.last_bn.weight.data.mul_(3)
+
+
+def logits_tripled(model):
+    model.fc.register_forward_hook(lambda layer, args, out: 3 * out)
+
+
 def last_bn_rescaled(model):
     """The classifier's input is no longer what the last BN's gamma and beta say."""
     model.last_bn.register_forward_hook(lambda bn, args, out: out * torch.linspace(0.5, 2, out.shape[1]).to(out))
@@ -268,6 +289,12 @@ def last_bn_rescaled(model):
         ("cifar_resnet14_nobn", a_gelu_for_a_relu, "scaling"),
         ("mlp8x24", relus_that_are_tanh, "scaling"),
         ("mlp8x24", a_bias_in_the_body, "conditioning"),
+        ("cifar_resnet14", a_bias_drawn_for_the_classifier, "weights"),
+        ("cifar_resnet14", a_gamma_of_a_half_more, "weights"),
+        ("cifar_preresnet14", a_beta_of_a_half, "weights"),
+        ("mlp8x24_lastbn", the_last_gamma_tripled, "weights"),
+        ("mlp8x24_bn", logits_tripled, "function"),
+        ("cifar_resnet14_lastbn", logits_tripled, "function"),
         ("cifar_resnet14_lastbn", last_bn_rescaled, "last BN"),
         ("cifar_resnet14", without_he, "weights"),
         ("cifar_vgg20_nobn", without_he, "signals"),
@@ -361,6 +388,23 @@ def test_a_plain_twin_is_checked_as_a_network_as_by_its_name():
     found = validate(create_model("resnet18"))
     assert found == validate("resnet18")
     assert found.ok, found.table()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "faults"),
+    [
+        ("resnet18", {}, {"layer1.0.bn1.weight", "fc.bias"}),  # timm's biases are drawn, its last gammas 0
+        ("resnet18_lastbn", {"zero_init_last": True}, {"layer1.0.bn1.weight", "layer1.0.bn2.weight", "fc.bias"}),
+        ("mlp4x24_lastbn", {"last_bn_init": "uniform"}, {"layers.1.linear.bias", "fc.bias"}),
+    ],
+)
+def test_gammas_and_biases_are_where_the_networks_own_initializer_puts_them(name, arguments, faults):
+    torch.manual_seed(0)
+    subject = prepare(create_model(name, **arguments), 0)
+    assert misplaced(subject) == []
+    for fault in faults:
+        subject.model.get_parameter(fault).data.add_(0.1)
+    assert set(misplaced(subject)) == faults
 
 
 def test_a_plain_twin_with_a_last_bn_and_other_sizes_is_held_against_its_like():

@@ -58,19 +58,19 @@ def logits(model: nn.Module, input_size: tuple[int, int, int], step: float = 0.0
 
 
 def fingerprint(model: nn.Module, input_size: tuple[int, int, int]) -> list[float] | None:
-    """The first logits of the first image, to a part of the largest of all; None where round-off would show."""
+    """The first logits of the first image, as parts of the largest of all, and that one; None: round-off would show."""
     found, moved = (logits(model, input_size, step) for step in (0.0, STEP))
     scale = float(found.abs().max())
     if not float((found - moved).abs().max()) <= AMPLIFICATION * STEP * scale:
         return None
-    return (found[0, :LOGITS] / scale).tolist()
+    return [*(found[0, :LOGITS] / scale).tolist(), scale]
 
 
 def difference(model: nn.Module, input_size: tuple[int, int, int], recorded: list[float]) -> float:
-    """How far a network's first logits are from the record's, as a part of the largest of all."""
-    found = logits(model, input_size)
-    first = (found[0, : len(recorded)] / found.abs().max()).tolist()
-    return max(abs(a - b) for a, b in zip(first, recorded, strict=True))
+    """How far a network's first logits are from the record's, as a part of the record's largest of all."""
+    *expected, scale = recorded
+    first = (logits(model, input_size)[0, : len(expected)] / scale).tolist()
+    return max(abs(a - b) for a, b in zip(first, expected, strict=True))
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from condzoo.catalog import ModelInfo
 from condzoo.probe import spectrum
 from condzoo.validation.fingerprint import TOLERANCE, difference, read_fingerprints
 from condzoo.validation.initial_conditioning import DOUBTFUL, Numbers, deviations, initial_records, measure_initial
+from condzoo.validation.initial_vectors import misplaced
 from condzoo.validation.subject import Subject, prepare, recorded_inputs, size_of, small_input, weighted
 
 STANDARD_ERRORS = 5  # a seeded draw is compared with its distribution this widely
@@ -62,7 +63,10 @@ def check_size(subject: Subject) -> Check:
 
 
 def check_initialization(subject: Subject) -> Check:
-    """Each weight's mean square is its initializer's variance, within the standard error of so many draws."""
+    """Each weight's mean square is its initializer's variance, within the standard error of so many draws.
+
+    Norms' gammas and betas, and biases, are where the initializer puts them.
+    """
     worst, where = 0.0, ""
     for name, layer in weighted(subject.model):
         variance, kurtosis = expected_variance(subject.info, name, layer)
@@ -71,7 +75,10 @@ def check_initialization(subject: Subject) -> Check:
         deviation = math.inf if math.isnan(deviation) else deviation
         if deviation > worst:
             worst, where = deviation, name
-    return Check("weights", worst < STANDARD_ERRORS, f"worst variance is {worst:.1f} standard errors off, in {where}")
+    detail = f"worst variance is {worst:.1f} standard errors off, in {where}"
+    if vectors := misplaced(subject):
+        detail += f"; no initial values: {', '.join(vectors[:3])}"
+    return Check("weights", worst < STANDARD_ERRORS and not vectors, detail)
 
 
 def expected_variance(info: ModelInfo, name: str, layer: nn.Module) -> tuple[float, float]:

@@ -27,9 +27,9 @@ def conditioning(name: str) -> InitialConditioning:
 
 
 def logits(name: str) -> list[float] | None:
-    """A model's fingerprint, eight digits of each logit."""
+    """A model's fingerprint, eight digits of each logit and nine of the largest."""
     found = fingerprint.fingerprint(prepare(name, 0).model, small_input(model_info(name)))
-    return None if found is None else [round(value, 8) for value in found]
+    return None if found is None else [*(round(value, 8) for value in found[:-1]), float(f"{found[-1]:.9g}")]
 
 
 def dump_conditioning(records: dict[str, InitialConditioning]) -> str:

@@ -27,7 +27,8 @@ IMAGES = 10_000  # of the first epoch, shuffled and augmented as in training
 def evaluated(training: Training) -> Iterator[nn.Module]:
     """The result of a training as it is now; all of its processes ask for it together.
 
-    What is measured here is not part of the training's state: afterwards that is as it was.
+    What is measured here is not part of the training's state: afterwards that is as it was. Where a statistic comes out
+    infinite, as in a training about to diverge, the average of those in training stands.
 
     Raises:
         ValueError, OSError: training images that cannot be read, by whichever process.
@@ -44,6 +45,8 @@ def evaluated(training: Training) -> Iterator[nn.Module]:
             batches = ranks.all_do(lambda: [(x.cpu(), y.cpu()) for x, y in batches])  # in float32 gigabytes of a GPU
         ranks.all_do(lambda: measure_statistics(training, network, batches))
         share_mean(network, ranks)
+        for buffer, kept in zip(network.buffers(), before, strict=True):
+            buffer.copy_(torch.where(buffer.isfinite(), buffer, kept))
         yield network
     finally:
         for buffer, kept in zip(network.buffers(), before, strict=True):

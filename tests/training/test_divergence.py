@@ -66,9 +66,12 @@ def test_the_last_checkpoint_before_divergence_is_kept_and_finite(tiny: Any, tmp
     assert all(bool(value.isfinite().all()) for value in load_file(newest).values())
 
 
-def test_a_running_variance_that_overflows_is_divergence_and_is_nowhere_kept(tiny: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_running_variance_that_overflows_is_divergence_and_is_nowhere_kept(
+    ema: float | None, tiny: Any, tmp_path: Path
+) -> None:
     """It does so in a step whose loss and gradient are still finite: what is normalized by the batch's own is."""
-    changes = {"model.name": "mlp4x24_lastbn", "optim.lr": 3e4, "save_every": 0.01}
+    changes = {"model.name": "mlp4x24_lastbn", "optim.lr": 3e4, "save_every": 0.01, "ema": ema}
     run = train(tiny(**changes, on_divergence="record"), out=tmp_path, device="cpu")
     assert run.summary["diverged"]["text"] == (
         f"the running statistic of step {run.summary['steps']} is not finite, first in last_bn.running_var"

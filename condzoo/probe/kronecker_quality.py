@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from condzoo.probe.arguments import checked, whole_seed
-from condzoo.probe.arithmetic import float64_noise
+from condzoo.probe.arithmetic import float64_noise, gram_float64
 from condzoo.probe.batches import batch_size
 from condzoo.probe.costs import too_large
 from condzoo.probe.eigenvalues import eigvalsh
@@ -193,9 +193,9 @@ def _quality(module: nn.Module, rows: LayerRows, samples: int) -> KroneckerQuali
     x = torch.cat(rows.inputs, dim=2)  # [N, g, T, d]
     x = torch.cat([x, torch.ones_like(x[..., :1])], dim=3) if rows.bias else x
     positions = x.shape[2]
-    inputs = torch.einsum("ngti,ngtj->gij", x, x) / samples
+    inputs = gram_float64(x.mT) / samples
     draws = [torch.cat(calls, dim=2) for calls in rows.grads]
-    grads = torch.stack([torch.einsum("ngto,ngtp->gop", g, g) for g in draws]).sum(0) / (samples * positions)
+    grads = torch.stack([gram_float64(g.mT) for g in draws]).sum(0) / (samples * positions)
     product = KroneckerSpectrum(
         _spectrum(inputs, samples * positions), _spectrum(grads, len(draws) * samples * positions)
     )

@@ -100,7 +100,9 @@ class ProbeCallback(pl.Callback):
             TypeError: nothing says how many samples the batch has.
         """
         assert self.probe is not None
-        if self.probe.due:
+        if _averages(trainer):
+            self._open.close()
+        elif self.probe.due:
             self.probe.begin(self._counted(batch))
 
     def _counted(self, batch: Any) -> Any:
@@ -124,9 +126,10 @@ class ProbeCallback(pl.Callback):
         assert self.probe is not None
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
-            self.probe.loss_scale = self.settings.get("loss_scale", 1.0) / trainer.accumulate_grad_batches
-            self.probe.step()
             self._taken += 1
+            if not _averages(trainer):
+                self.probe.loss_scale = self.settings.get("loss_scale", 1.0) / trainer.accumulate_grad_batches
+                self.probe.step()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hooks off."""
@@ -135,3 +138,8 @@ class ProbeCallback(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Hooks off."""
         self._open.close()
+
+
+def _averages(trainer: pl.Trainer) -> bool:
+    """Whether this is StochasticWeightAveraging's epoch after the last, for BatchNorm's statistics: nothing trains."""
+    return bool(getattr(getattr(trainer, "fit_loop", None), "_skip_backward", False))

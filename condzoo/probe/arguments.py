@@ -2,9 +2,13 @@
 
 import math
 import operator
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, SupportsIndex
+
+from condzoo.probe.files import expanded
 
 
 def whole_number(name: str, value: int) -> int:
@@ -33,6 +37,28 @@ def whole_seed(seed: SupportsIndex) -> int:
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed must be from -2**63 to 2**64 - 1, got a number of {number.bit_length()} bits")
     return number
+
+
+def folder(name: str, value: Any) -> Path | None:
+    """The folder, wherever a loop moves to from here, or None; else a TypeError."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a folder (a str or Path) or None, got {value!r:.60}")
+    return None if value is None else expanded(value).absolute()
+
+
+def grad_scaler(value: Any) -> Any:
+    """The GradScaler, or None; of a wrapper around one, as timm's NativeScaler, what is inside.
+
+    Raises:
+        TypeError: it has no scale to ask for.
+    """
+    found = getattr(value, "_scaler", value)
+    if found is not None and not hasattr(found, "get_scale"):
+        raise TypeError(
+            f"scaler must be a torch.amp.GradScaler or None, got {type(value).__name__}; a factor that is known "
+            "otherwise goes to loss_scale"
+        )
+    return found
 
 
 def positive(name: str, value: Any) -> float:

@@ -67,6 +67,7 @@ class Capture:
         on_gradient: called before a gradient is read.
         batch: samples of the current batch.
         scale: what an output gradient is multiplied by: the batch, for a loss that is its mean.
+        idle: no layer was called since this batch began.
         sums: by layer name, in the order of their first call.
         neurons: by the ReLU's name, its further calls within a forward by that name and "#1", "#2", ...
         dtypes: of the layers' outputs.
@@ -93,6 +94,7 @@ class Capture:
     on_gradient: Callable[[], None] | None = None
     batch: int = 0
     scale: float = 1.0
+    idle: bool = True
     sums: dict[str, LayerSums] = field(default_factory=dict)
     neurons: dict[str, RunningNeurons] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
@@ -154,7 +156,7 @@ class Capture:
     def begin(self, samples: int, scale: float) -> None:
         """A forward pass over `samples` samples follows, its gradients to be multiplied by `scale`."""
         self.origin.next_pass()
-        self.batch, self.scale = samples, scale
+        self.batch, self.scale, self.idle = samples, scale, True
         self._relu_calls.begin()
 
     def detach(self) -> None:
@@ -243,6 +245,7 @@ class Capture:
         """The batch of this call if it is recorded: in training, and no repetition of one that was (checkpointing)."""
         if not (self.recording or (self.repeats and within_backward())) or (self.trains and at_rest()):
             return None
+        self.idle = self.idle and within_backward()
         batch = self._calls.counts(name, Batch(self.batch, self.scale), at_once=at_once)
         if batch is None and not (at_once or within_backward()):
             self.sums.setdefault(name, LayerSums())  # its place, if a repetition alone has gradients

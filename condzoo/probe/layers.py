@@ -93,13 +93,15 @@ def choose(
 
     Raises:
         TypeError: not a module, or not a list of names.
-        ValueError: a name that matches no layer; says the closest. A model on MPS.
+        ValueError: a name that matches no layer; says the closest. No names. A model on MPS.
     """
     check_module(model)
     if isinstance(names, str):
         raise TypeError(f"layers must be a list of names, got a string; write layers=[{names!r}]")
     if names is not None and not all(isinstance(name, str) for name in names):
         raise TypeError(f"layers must be a list of names, got {names!r:.60}")
+    if names is not None and not len(names):
+        raise ValueError("layers must name at least one layer, got none; leave it out (None) to measure all of them")
     found: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     for name, module in named_modules(model):

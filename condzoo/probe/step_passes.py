@@ -78,7 +78,13 @@ class StepPasses:
         self._waiting.clear()  # what could still be undone keeps sums alive
 
     def begin(self, batch: Any) -> None:
-        """A pass over this batch begins; from now on in this step, passes are told and not looked for."""
+        """A pass over this batch begins; from now on in this step, passes are told and not looked for.
+
+        It takes the place of one that was told and has not run: its batch was skipped.
+        """
+        if self._told and self.capture.idle:
+            self.count, self.samples = self.count - 1, self.samples - self.capture.batch
+            del self._waiting[-1:]
         self._told = True
         self._start(batch)
 

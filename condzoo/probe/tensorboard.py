@@ -22,7 +22,13 @@ SIDES = ("input", "output_grad")
 
 
 def settled(writer: SummaryWriter | str | Path | None) -> SummaryWriter | str | Path | None:
-    """A folder wherever a loop moves to from here; addresses ("s3://"), and what is no folder, stay."""
+    """A folder wherever a loop moves to from here; addresses ("s3://"), and what is no folder, stay.
+
+    Raises:
+        TypeError: it is neither a folder nor writes scalars.
+    """
+    if not (writer is None or isinstance(writer, (str, Path)) or hasattr(writer, "add_scalar")):
+        raise TypeError(f"tensorboard must be a folder or an open SummaryWriter, got {writer!r:.60}")
     if not isinstance(writer, (str, Path)) or "://" in str(writer):
         return writer
     return expanded(writer).absolute()

@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import nn
-from torch.amp.grad_scaler import GradScaler
 
 from condzoo.probe import distributed
-from condzoo.probe.arguments import checked, positive, whole_number
+from condzoo.probe.arguments import checked, folder, grad_scaler, positive, whole_number
 from condzoo.probe.capture import capture_of
 from condzoo.probe.conditioning import Conditioning
-from condzoo.probe.files import expanded
 from condzoo.probe.finishing import finish
 from condzoo.probe.hooks import apart
 from condzoo.probe.layers import choose
@@ -69,8 +67,8 @@ class Probe:
         loss_scale: what the loss was multiplied by before backward, for example 1 / n for n
             accumulated batches; may be set anew each step, at any time before `step()`. Of several processes each
             has its own, as where they weigh their losses by their samples; `weight_grad` is the mean so weighed.
-        scaler: the GradScaler that scales the loss on top of that; its scale at the step's first
-            forward pass is undone.
+        scaler: the GradScaler that scales the loss on top of that (or timm's NativeScaler around one); its scale at
+            the step's first forward pass is undone.
         softmax: whether the loss is a softmax cross-entropy (also with smoothed labels). Where it is known to be, its
             null is named however small the gradients become; None: not known.
 
@@ -98,7 +96,7 @@ class Probe:
         start_step: int = 0,
         reduction: str = "mean",
         loss_scale: float = 1.0,
-        scaler: GradScaler | None = None,
+        scaler: Any = None,
         softmax: bool | None = None,
     ) -> None:
         every, start_step = whole_number("every", every), whole_number("start_step", start_step)
@@ -109,7 +107,8 @@ class Probe:
         refuse_scripted(model)
         self.model, self.every, self.reduction, self.loss_scale = model, every, reduction, loss_scale
         self.softmax = softmax
-        self.path = None if out is None else expanded(out).absolute() / FILE_NAME  # the loop may change its folder
+        written = folder("out", out)
+        self.path = None if written is None else written / FILE_NAME
         self.latest: Conditioning | None = None
         chosen, self._unmeasurable = choose(model, layers)
         self._names, self._structure = None if layers is None else list(layers), structure(model)
@@ -120,7 +119,7 @@ class Probe:
         self._capture.split = self._weights.split
         self._step = start_step
         self._tensorboard, self._own_writer = settled(tensorboard), False
-        self._scaler, self._scaler_scale = scaler, 1.0
+        self._scaler, self._scaler_scale = grad_scaler(scaler), 1.0
         self._eager = ExitStack()
         self._passes = StepPasses(
             model, self._capture, self._weights, mean=reduction == "mean", on_first=self._begin_step
@@ -152,6 +151,10 @@ class Probe:
             assert self._tensorboard is not None
             assert not isinstance(self._tensorboard, (str, Path))
             self._tensorboard.close()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """What a copy or pickle is made of: None of one that is open, since a copy of a network is not probed."""
+        return (_none, ()) if self._open else super().__reduce_ex__(protocol)
 
     @property
     def due(self) -> bool:
@@ -275,3 +278,7 @@ class Probe:
 
     def _scale(self) -> float:
         return positive("probe.loss_scale", self.loss_scale) * self._scaler_scale
+
+
+def _none() -> None:
+    """The copy of an open Probe, as that of a module that holds its own."""

@@ -194,6 +194,39 @@ def test_with_two_optimizers_a_second_fit_of_the_trainer_goes_on_with_its_step(t
     assert [r.step for r in read_records(tmp_path / "another")] == [0, 5]
 
 
+class Skips(Module):
+    """Ends its first epoch before the third batch."""
+
+    def on_train_batch_start(self, batch, index):
+        return -1 if (self.current_epoch, index) == (0, 2) else None
+
+
+def test_a_batch_that_is_skipped_is_no_part_of_the_next_step(tmp_path):
+    from condzoo.integrations.lightning import ProbeCallback
+
+    module, _ = fit(tmp_path / "probed", [ProbeCallback(every=1)], Skips(), max_epochs=2)
+    same_weights(module, fit(tmp_path / "without", (), Skips(), max_epochs=2)[0])
+    assert [(r.step, r.samples, r.batches) for r in read_records(tmp_path / "probed")] == [(i, 4, 1) for i in range(12)]
+
+
+@pytest.mark.filterwarnings("ignore:The `average_fn` is deprecated")
+@pytest.mark.parametrize("first", [True, False])
+def test_the_epoch_that_only_renews_batch_statistics_is_not_recorded(tmp_path, first):
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    from condzoo.integrations.lightning import ProbeCallback
+
+    def averaging():
+        return StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1)
+
+    probe = ProbeCallback(every=1)
+    module, _ = fit(tmp_path / "probed", [probe, averaging()] if first else [averaging(), probe], max_epochs=2)
+    same_weights(module, fit(tmp_path / "without", [averaging()], max_epochs=2)[0])
+    records = read_records(tmp_path / "probed")
+    assert [(r.step, r.samples, r.skipped) for r in records] == [(i, 4, {}) for i in range(20)]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
 def test_a_wrong_setting_fails_at_once():
     from condzoo.integrations.lightning import ProbeCallback
 
@@ -203,6 +236,12 @@ def test_a_wrong_setting_fails_at_once():
         ProbeCallback(start_step=100)
     with pytest.raises(ValueError, match="loss_scale must be"):
         ProbeCallback(loss_scale=0.0)
+    with pytest.raises(TypeError, match="out must be a folder"):
+        ProbeCallback(out=5)
+    with pytest.raises(TypeError, match="tensorboard must be a folder"):
+        ProbeCallback(tensorboard=5)
+    with pytest.raises(TypeError, match="scaler must be"):
+        ProbeCallback(scaler=2.0)
 
 
 class Scaled(Module):

@@ -241,6 +241,8 @@ for call in (
     lambda: Probe(model, every=True),
     lambda: Probe(model, start_step=None),
     lambda: Probe(model, loss_scale=None),
+    lambda: Probe(model, out=5),
+    lambda: Probe(model, tensorboard=5),
     lambda: curvature("mlp4x24", *batch),
     lambda: kronecker_report("mlp4x24", *batch),
 ):
@@ -265,6 +267,8 @@ print(spectrum([[2, 0], [0, 1]]).eigenvalues.tolist())
         "every must be a whole number of steps, got True",
         "start_step must be a whole number of steps, got None",
         "loss_scale must be a number above 0, got None",
+        "out must be a folder (a str or Path) or None, got 5",
+        "tensorboard must be a folder or an open SummaryWriter, got 5",
         "model must be a torch.nn.Module, got str 'mlp4x24'",
         "model must be a torch.nn.Module, got str 'mlp4x24'",
         "10",

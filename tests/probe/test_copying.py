@@ -1,11 +1,15 @@
-"""Models that hold tensors of their last forward pass, which torch does not deep-copy."""
+"""Models that hold what torch does not deep-copy: tensors of their last forward pass, a Probe that is open."""
+
+import pickle
+from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from condzoo.probe import curvature, curvature_blocks, measure, top_curvature
+from condzoo.probe import Probe, curvature, curvature_blocks, measure, top_curvature
 from condzoo.probe.copying import copied
 
 
@@ -64,3 +68,35 @@ def test_a_pruned_layer_is_copied_and_refused_in_words():
     assert set(measure(model, (x, y), certify=True).certificate) == {"0", "2"}
     with pytest.raises(ValueError, match="a layer whose weight is computed"):
         curvature(model, x, y)
+
+
+class Holding(nn.Module):
+    """Holds a Probe of a part of it, as a LightningModule may."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+        self.probe = Probe(self.net, every=1)
+
+
+def test_a_copy_of_a_module_that_holds_its_open_probe_has_none():
+    x, y = batch()
+    module = Holding()
+    with module.probe:
+        average, stored = deepcopy(module), pickle.loads(pickle.dumps(module))
+        F.cross_entropy(module.net(x), y).backward()
+        for other in (average, stored):
+            assert other.probe is None
+            assert torch.equal(other.net(x), module.net(x))
+        module.probe.step()
+    assert (module.probe.latest.samples, module.probe.latest.batches) == (18 + 9, 3)
+
+
+def test_a_copy_of_a_closed_probe_is_one_of_the_copied_network():
+    x, y = batch()
+    module = deepcopy(Holding())
+    assert module.probe.model is module.net
+    with module.probe as probe:
+        F.cross_entropy(module.net(x), y).backward()
+        probe.step()
+    assert probe.latest.samples == 9

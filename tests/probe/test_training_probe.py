@@ -7,6 +7,7 @@ from weakref import ref
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.utils import NativeScaler
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -167,6 +168,16 @@ def test_bf16_autocast_is_measured_and_recorded(kit):
     for name, layer in plain.items():
         assert probe.latest[name].input.lambda_max == pytest.approx(layer.input.lambda_max, rel=0.05)
         assert probe.latest[name].output_grad.lambda_max == pytest.approx(layer.output_grad.lambda_max, rel=0.2)
+
+
+def test_the_scale_of_timms_scaler_is_undone(kit):
+    model, (x, y), scaler = kit.build("mlp"), kit.images(), NativeScaler("cpu")
+    expected = measure(model, (x, y))
+    with Probe(model, scaler=scaler) as probe:
+        scaler(F.cross_entropy(model(x), y), torch.optim.SGD(model.parameters(), lr=0.1))
+        probe.step()
+    assert scaler.state_dict()["scale"] > 1
+    close(probe.latest, expected)
 
 
 def test_channels_last_changes_nothing_but_round_off(kit):
@@ -337,6 +348,29 @@ def test_wrong_settings_are_errors_before_the_training_starts(kit):
     for scale in (0.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"loss_scale must be a number above 0, got {scale}"):
             Probe(model, loss_scale=scale)
+    with pytest.raises(ValueError, match="layers must name at least one layer, got none; leave it out"):
+        Probe(model, layers=[])
+    with pytest.raises(TypeError, match=r"scaler must be a torch\.amp\.GradScaler or None, got float; a factor that"):
+        Probe(model, scaler=128.0)
+
+
+def test_a_pass_that_is_told_takes_the_place_of_one_that_has_not_run(kit):
+    model, (x, y), records = kit.build("mlp"), kit.images(), []
+    for skipped in (0, 2):
+        model.zero_grad()
+        with Probe(model, loss_scale=0.5) as probe:
+            for part in (slice(8), slice(8, 12)):
+                for _ in range(skipped):
+                    probe.begin(x)
+                probe.begin(x[part])
+                loss = F.cross_entropy(model(x[part]), y[part]) / 2
+                if skipped and part.start is None:
+                    probe.begin(x)  # takes no gradient along that comes after it
+                loss.backward()
+            probe.step()
+        records.append(probe.latest)
+    same_record(*records)
+    assert records[0].samples == 12
 
 
 def test_steps_outside_with_are_an_error_and_leave_no_hooks(kit, tmp_path):

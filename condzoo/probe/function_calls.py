@@ -64,7 +64,7 @@ class FunctionCalls:
         self.batch_statistics = False
         self.running: list[tuple[str, nn.Module]] = []
         self.below: list[TorchFunctionMode] = []  # the modes that were on when its own was entered
-        self._mode = _Mode(self)
+        self._mode: _Mode | None = None  # while it is on
 
     def see(self, func: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A function was called."""
@@ -113,6 +113,7 @@ class FunctionCalls:
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         if not self.running:
             self.below = _get_current_function_mode_stack()
+            self._mode = _Mode(self)
             self._mode.__enter__()
         self.running.append((name, module))
 
@@ -120,8 +121,9 @@ class FunctionCalls:
         if not self.running or self.running[-1][1] is not module:
             return  # another hook raised before this module was entered
         self.running.pop()
-        if not self.running:
+        if not self.running and self._mode is not None:
             self._mode.__exit__(None, None, None)
+            self._mode = None
 
     def interrupted(self) -> bool:
         """Whether its mode stayed on after a call that is over: what is no `Exception` passes by the hooks."""
@@ -130,10 +132,11 @@ class FunctionCalls:
     def stop(self) -> None:
         """Take the mode off if it is still on: what is no `Exception` (KeyboardInterrupt) passes by the hooks."""
         on = _get_current_function_mode_stack()
-        if any(mode is self._mode for mode in on):
+        if self._mode is not None and any(mode is self._mode for mode in on):
             _take_off(self._mode)
         elif self.running and on and on == self.below[: len(on)]:
             _pop_mode()  # a mode around has ended since, and took off the topmost one, which was this, for itself
+        self._mode = None
         self.running.clear()
         self.below.clear()
 

@@ -70,12 +70,19 @@ def test_a_pruned_layer_is_copied_and_refused_in_words():
         curvature(model, x, y)
 
 
+class Functional(nn.Sequential):
+    """Ends in a function."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
 class Holding(nn.Module):
     """Holds a Probe of a part of it, as a LightningModule may."""
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+        self.net = Functional(nn.Linear(6, 5), nn.Linear(5, 3)).double()
         self.probe = Probe(self.net, every=1)
 
 
@@ -92,11 +99,20 @@ def test_a_copy_of_a_module_that_holds_its_open_probe_has_none():
     assert (module.probe.latest.samples, module.probe.latest.batches) == (18 + 9, 3)
 
 
-def test_a_copy_of_a_closed_probe_is_one_of_the_copied_network():
+@pytest.mark.parametrize("how", ["deep copy", "pickle"])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_copy_of_a_closed_probe_is_one_of_the_copied_network(how, used):
     x, y = batch()
-    module = deepcopy(Holding())
-    assert module.probe.model is module.net
+    original = Holding()
+    if used:
+        with original.probe as probe:
+            F.cross_entropy(original.net(x), y).backward()
+            probe.step()
+    module = deepcopy(original) if how == "deep copy" else pickle.loads(pickle.dumps(original))
+    assert module.probe.model is module.net is not original.net
     with module.probe as probe:
-        F.cross_entropy(module.net(x), y).backward()
-        probe.step()
-    assert probe.latest.samples == 9
+        for _ in range(2 if not used else 1):
+            F.cross_entropy(module.net(x), y).backward()
+            probe.step()
+    assert probe.latest.step == 1
+    assert probe.latest.samples == probe.latest.neurons["relu()"].rows == 9

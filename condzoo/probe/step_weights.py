@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +46,14 @@ class StepWeights:
         self.split: set[str] = set()
         self.reads: Callable[[], bool] = lambda: True
         self._own: dict[str, Tensor] = {}  # the weights that are whole at rest
-        self._own_handles: dict[str, RemovableHandle] = {}  # of those that require a gradient
+        self._own_handles: dict[str, list[RemovableHandle]] = {}  # of those that require a gradient
         self._seen: dict[str, Tensor] = {}  # of those in their place, the last one each
         self._run: set[str] = set()  # whose layer has run in this step
         self._passes: dict[str, set[int]] = defaultdict(set)
         self._read: set[int] = set()  # backward passes in which a gradient came to a call that is read,
         self._unread: set[int] = set()  # and to one that is not
+        self._inside: dict[str, tuple[int, Tensor]] = {}  # a backward pass within another, and what it gave
+        self._generated: dict[str, tuple[int, Tensor | None]] = {}  # the sum before a pass, and which
         self._outer: list[int] = []  # backward passes that run now and have run a forward: checkpointing, reentrant
         self._handles: list[RemovableHandle] = []
 
@@ -74,6 +77,8 @@ class StepWeights:
         remove(self._handles)
         self._follow_own({})
         self._seen.clear()
+        self._inside.clear()
+        self._generated.clear()
 
     def clear(self) -> None:
         """Forget what was seen."""
@@ -83,7 +88,7 @@ class StepWeights:
         self._passes.clear()
         self._read.clear()
         self._unread.clear()
-        self._outer.clear()
+        self._forget_running()
 
     def snapshot(self) -> Callable[[], None]:
         """What undoes all that will be seen from here on, should the pass that follows raise."""
@@ -95,7 +100,12 @@ class StepWeights:
         self, norms: dict[str, Any], grads: dict[str, Tensor], run: set[str], passes: defaultdict[str, set[int]]
     ) -> None:
         self.norms, self.grads, self._run, self._passes = norms, grads, run, passes
-        self._outer.clear()  # none runs any more, and one that raised has not taken itself out
+        self._forget_running()  # none runs any more, and one that raised has not taken itself out
+
+    def _forget_running(self) -> None:
+        self._outer.clear()
+        self._inside.clear()
+        self._generated.clear()
 
     def measure(self) -> None:
         """The norms of all weights that are whole at rest; the others follow when their layers run.
@@ -111,7 +121,9 @@ class StepWeights:
         """Watch those weights that are whole at rest and have come to require a gradient; before each pass."""
         for name, weight in self._own.items():
             if weight.requires_grad and name not in self._own_handles:
-                self._own_handles[name] = weight.register_hook(self._hook(self._add, name))
+                came = weight.register_hook(self._hook(self._add_own, name))
+                accumulated = partial(_call, WeakMethod(self._accumulated), name)
+                self._own_handles[name] = [came, weight.register_post_accumulate_grad_hook(accumulated)]
 
     @property
     def passes(self) -> int:
@@ -131,8 +143,7 @@ class StepWeights:
     def _follow_own(self, now: dict[str, Tensor]) -> None:
         for name in [name for name, weight in self._own.items() if now.get(name) is not weight]:
             del self._own[name]
-            if name in self._own_handles:
-                self._own_handles.pop(name).remove()
+            remove(self._own_handles.pop(name, []))
         self._own |= now
         self.watch_own()
 
@@ -188,6 +199,33 @@ class StepWeights:
                 self.norms |= norms_of(self.layers, {name: weight})
 
     def _add(self, name: str, grad: Tensor | None) -> None:
+        """A gradient of a weight that is computed, or stands in the place of the layer's own for a call."""
+        if name in self._own and self._generated.get(name, (-1,))[0] != self._task():
+            self._generated[name] = self._task(), self.grads.get(name)
+        self._sum(name, grad)
+
+    def _add_own(self, name: str, grad: Tensor | None) -> None:
+        if (task := torch._C._current_graph_task_id()) == self._task():
+            self._sum_own(name, grad)
+        elif grad is not None and not of_transform(grad):
+            self._inside[name] = task, grad.detach()  # it may be handed to the outer pass, as in torchdiffeq's adjoint
+
+    def _accumulated(self, name: str, weight: Tensor) -> None:
+        """A gradient of a pass within another was added to `.grad`, and so is not to come in the outer one again."""
+        task, grad = self._inside.pop(name, (-1, None))
+        if task == torch._C._current_graph_task_id():
+            self._sum_own(name, grad)
+
+    def _sum_own(self, name: str, grad: Tensor | None) -> None:
+        """A gradient of the layer's own weight; it holds those of weights made of it, which the pass gave before."""
+        task, before = self._generated.pop(name, (-1, None))
+        if task == self._task() and before is None:
+            self.grads.pop(name, None)
+        elif task == self._task() and before is not None:
+            self.grads[name] = before
+        self._sum(name, grad)
+
+    def _sum(self, name: str, grad: Tensor | None) -> None:
         if grad is None or at_rest() or of_transform(grad):
             return
         if (task := self._task()) in self._unread and task not in self._read:
@@ -216,6 +254,12 @@ class StepWeights:
         if task != -1 and task not in self._outer:
             self._outer.append(task)
             Variable._execution_engine.queue_callback(partial(self._outer.remove, task))
+
+
+def _call(method: WeakMethod[Callable[[str, Tensor], None]], name: str, weight: Tensor) -> None:
+    """Weakly: the garbage collector does not see a weight's hooks of this kind, nor so the cycle that they close."""
+    if (accumulated := method()) is not None:
+        accumulated(name, weight)
 
 
 def _is_whole(weight: Tensor | None) -> TypeGuard[nn.Parameter]:

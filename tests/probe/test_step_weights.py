@@ -192,6 +192,83 @@ def test_nor_are_they_under_checkpoints(reentrant):
         measured(beside)
 
 
+class Recomputed(torch.autograd.Function):
+    """As checkpoints of other libraries."""
+
+    @staticmethod
+    def forward(ctx, run, x, *parameters):
+        ctx.run, ctx.parameters = run, parameters
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            torch.autograd.backward(ctx.run(x), grad)
+        return (None, x.grad, *[None] * len(ctx.parameters))
+
+
+class Adjoint(Recomputed):
+    """As torchdiffeq's: the parameters' gradients are handed on."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            return None, *torch.autograd.grad(ctx.run(x), [x, *ctx.parameters], grad)
+
+
+@pytest.mark.parametrize("function", [Recomputed, Adjoint])
+def test_a_gradient_that_a_function_takes_and_hands_on_in_its_backward_counts_once(function):
+    class Within(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inside, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            h = torch.tanh(self.first(x))
+            for _ in range(2):
+                h = function.apply(lambda x: torch.tanh(self.inside(x)), h, *self.inside.parameters())
+            return self.last(self.inside(h))
+
+    torch.manual_seed(0)
+    model = Within().double()
+    with Probe(model, loss_scale=1 / 2) as probe:
+        for seed in range(2):
+            x, y = batch(seed)
+            (F.cross_entropy(model(x), y) / 2).backward()
+        expected = {name: largest(layer.weight.grad) for name, layer in model.named_children()}
+        probe.step()
+    assert {name: layer.weight_grad for name, layer in probe.latest.items()} == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_weight_that_is_made_of_the_layers_own_counts_once():
+    class Adapted(nn.Module):
+        """A low-rank change is put in for the call of the layer."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+            self.up, self.down = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 6))
+
+        def forward(self, x):
+            weight = self.inner.weight + self.up @ self.down
+            return self.head(torch.tanh(functional_call(self.inner, {"weight": weight}, (x,))))
+
+    torch.manual_seed(0)
+    model = Adapted().double()
+    with Probe(model, loss_scale=1 / 2) as probe:
+        for seed in range(2):
+            x, y = batch(seed)
+            (F.cross_entropy(model(x), y) / 2).backward()
+        expected = largest(model.inner.weight.grad), largest(model.inner.weight + model.up @ model.down)
+        probe.step()
+    found = probe.latest["inner"]
+    assert (found.weight_grad, found.weight) == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_penalty_that_is_differentiated_by_itself_is_one_pass_of_two():
     """Of a network of ReLUs: no gradient of the penalty comes to the output of a layer."""
     torch.manual_seed(0)

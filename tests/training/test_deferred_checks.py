@@ -155,12 +155,15 @@ class Copies(TorchDispatchMode):
         return result
 
 
-def test_averaging_copies_nothing_to_the_device() -> None:
+def test_checks_and_averaging_read_nothing_back_and_copy_nothing_to_the_device() -> None:
     """A copy of a number would wait for all that a GPU was given to do; the meta device stands for it."""
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to("meta")
     guard = Guard(model, torch.device("meta"), deferred=True)
     average = AveragedModel(model, multi_avg_fn=Averaging(guard, 0.9), use_buffers=True)
     with Copies() as copies:
-        for _ in range(3):
+        for step in range(3):
+            guard.remember()
+            loss = torch.zeros((), device="meta")
+            guard.note(torch.isfinite(loss * guard.weight(loss)), step)
             update_average(average, model)
     assert (copies.count, int(average.n_averaged)) == (0, 3)

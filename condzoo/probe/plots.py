@@ -119,7 +119,8 @@ def _with_layers(records: Sequence[Conditioning]) -> list[Conditioning]:
 def _with_a_layer(records: Records) -> list[Conditioning]:
     several = loaded(records)
     if not any(len(record) for record in several):
-        raise ValueError("no record with a measured layer to plot; was the run probed (probe.every > 0)?")
+        place = f" in {records}" if isinstance(records, (str, Path)) else ""
+        raise ValueError(f"no record with a measured layer to plot{place}; was the run probed (probe.every > 0)?")
     return several
 
 

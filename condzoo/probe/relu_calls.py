@@ -27,7 +27,7 @@ class ReluCalls:
 
     def note_layout(self, module: nn.Module, _: Any, h: Any) -> None:
         """Remember where the units are in what follows this layer."""
-        if isinstance(h, Tensor):
+        if isinstance(h, Tensor) and not h.is_nested:  # one of these has no shape
             alone = isinstance(module, CHANNELS_FIRST) and h.ndim == len(module.kernel_size) + 1
             self._layout = UnitLayout(isinstance(module, CHANNELS_FIRST), tuple(h.shape), alone)
 

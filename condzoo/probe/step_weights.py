@@ -19,10 +19,10 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from condzoo.probe.attention import packed_weights, watch_computed_inside
-from condzoo.probe.calls import of_transform
+from condzoo.probe.calls import STRIDED, layout, of_transform
 from condzoo.probe.hooks import Hook, apart, remove
 from condzoo.probe.preserving import at_rest
-from condzoo.probe.views import watch_gradient
+from condzoo.probe.views import shown
 from condzoo.probe.weights import Norms, norms_of, own_weight, watch_computed, widened
 from condzoo.probe.wrappers import in_transform
 
@@ -177,7 +177,7 @@ class StepWeights:
     def _note_unread(self, h: Any) -> None:
         """See when a gradient comes to a call that is not read: it was in eval mode, or outside of the model's."""
         if isinstance(h, Tensor) and h.requires_grad and not (self.reads() or at_rest() or in_transform()):
-            watch_gradient(h, lambda _: self._unread.add(self._task()))
+            (shown(h) if layout(h) == STRIDED else h).register_hook(lambda _: self._unread.add(self._task()))
 
     def _look(self, name: str, weight: Tensor | None) -> None:
         if weight is None or at_rest() or in_transform() or not self.reads():

@@ -134,7 +134,15 @@ def a_part(model, x, y):
     model[2](model[1](model[0](x))).square().sum().backward()
 
 
-@pytest.mark.parametrize("beside", [fisher, validation, trace_of_hessian, averaged, a_part])
+def nested(model, x, y):
+    """On sequences of several lengths."""
+    model.eval()
+    output = model[:3](torch.nested.nested_tensor([x[:3], x[3:]]))  # tanh has no backward pass for these
+    sum(part.sum() for part in output.unbind()).backward()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("beside", [fisher, validation, trace_of_hessian, averaged, a_part, nested])
 @pytest.mark.parametrize("when", ["before", "between", "after"])
 @pytest.mark.parametrize("layers", [None, ["2"]], ids=["all", "one"])
 def test_backward_passes_of_what_is_not_read_are_no_part_of_a_weights_gradient(beside, when, layers):

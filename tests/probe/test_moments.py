@@ -72,6 +72,13 @@ def test_no_product_waits_to_be_added(monkeypatch):
     assert torch.allclose(found, expected, rtol=1e-5)
 
 
+def test_the_rows_of_a_depthwise_layer_are_one_chain_each():
+    """Sums of squares, of which nothing cancels: in short chains an image would be many products of one number."""
+    maps = torch.ones((2, 5, 1, 3136))
+    assert [piece.shape for piece in arithmetic.chains(maps, arithmetic.CHAIN_FLOAT32)] == [maps.shape]
+    assert len(list(arithmetic.chains(maps.expand(-1, -1, 2, -1), arithmetic.CHAIN_FLOAT32))) > 1
+
+
 @pytest.mark.parametrize("probed", [False, True])
 def test_an_output_as_wide_as_a_vocabulary_is_skipped_with_the_reason(monkeypatch, probed):
     generator = torch.Generator().manual_seed(0)

@@ -396,9 +396,9 @@ def test_nothing_to_plot_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no record with a measured layer"):
         plot_records([], tmp_path / "x.png")
     (tmp_path / "empty.jsonl").write_text("{")
-    with pytest.raises(ValueError, match=r"no record with a measured layer to plot in .*empty\.jsonl; was the run"):
-        with pytest.warns(UserWarning, match="skipped a torn last line"):
-            plot_records(tmp_path / "empty.jsonl", tmp_path / "x.png")
+    named = r"no record with a measured layer to plot in .*empty\.jsonl; was the run"
+    with pytest.raises(ValueError, match=named), pytest.warns(UserWarning, match="skipped a torn last line"):
+        plot_records(tmp_path / "empty.jsonl", tmp_path / "x.png")
     with pytest.raises(ValueError, match="no run to plot"):
         plot_comparison({}, tmp_path / "x.png")
     with pytest.raises(ValueError, match="no layer was measured"):

@@ -267,7 +267,8 @@ def leave_together(error: Exception | None = None) -> None:
     if "condzoo.training.distributed" in sys.modules:  # else they have not met, and torch need not be imported
         from condzoo.training.distributed import leave_together
 
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # nobody reads it any more, which Python says as it ends
+            sys.stdout.flush()
         leave_together(error)
 
 

@@ -1,5 +1,7 @@
 """The command line as a person meets it: what it prints, and how it fails."""
 
+import importlib
+import io
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import pytest
 import torch
 import typer
 
+from condzoo import cli, exit_codes
 from condzoo.catalog import list_models
 from condzoo.cli import app, exit_code, main
 from tests.forked_command import interrupted
@@ -154,6 +157,21 @@ def test_a_process_without_standard_streams_does_its_work(pattern, code):
     """Some daemons start theirs so: there is nowhere to print to, and sys.stdout is None."""
     command = shlex.join([sys.executable, "-m", "condzoo", "list", pattern])
     assert subprocess.run(["sh", "-c", f"{command} <&- >&- 2>&-"], timeout=120).returncode == code
+
+
+def test_a_command_whose_reader_has_left_keeps_its_exit_code(monkeypatch):
+    """`condzoo sweep ... | head`, where a run failed: what is left to print is flushed before the processes part."""
+
+    class Unread(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    importlib.import_module("condzoo.training.distributed")  # as a training has done
+    monkeypatch.setattr(sys, "stdout", Unread())
+    monkeypatch.setattr(cli, "app", lambda args, standalone_mode: exit_codes.CHECK_FAILED)
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep"])
+    assert ended.value.code == exit_codes.CHECK_FAILED
 
 
 def test_an_unforeseen_error_keeps_its_traceback():

@@ -185,13 +185,14 @@ def said_elsewhere(error: BaseException) -> bool:
     """Whether another process says this error: the first one, where all have come to it.
 
     Before they have met the first on this machine most likely comes to it, too, and speaks at once. As a process
-    leaves torchrun ends those that are left, so the others wait for that, and speak only if it does not come.
+    leaves torchrun ends those that are left, so the others wait for that, and speak only if it does not come. An error
+    that the first cannot come to says so (`own`): one process too many for the GPUs.
     """
     if os.environ.get("RANK", "0") == "0":
         return False
     if dist.is_available() and dist.is_initialized():
         return getattr(error, "shared", False)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not getattr(error, "own", False):
         time.sleep(SECONDS_TO_BE_ENDED)
     return False
 
@@ -220,10 +221,12 @@ def _own_device(device: str | torch.device | None) -> torch.device:
     local = _local_rank()
     if local >= here:
         alone = "; where each process is shown one of its own, set LOCAL_RANK=0" if here == 1 else ""
-        raise ValueError(
+        error = ValueError(
             f"device: process {local} of this machine has no GPU, it sees {here}; "
             f"use --nproc-per-node {here}, or --device cpu{alone}"
         )
+        error.own = local == here  # type: ignore[attr-defined]
+        raise error
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 

@@ -216,6 +216,21 @@ def test_before_processes_meet_each_machines_first_says_an_error_at_once(monkeyp
         assert waited == waits
 
 
+def test_of_the_processes_without_a_gpu_the_first_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have one wait for it, and would say nothing."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(distributed, "resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for local, waits in (("2", []), ("3", [30.0])):
+        monkeypatch.setenv("RANK", local)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(ValueError, match=f"process {local} of this machine has no GPU, it sees 2") as caught:
+            distributed._own_device(None)
+        assert not said_elsewhere(caught.value)
+        assert waited == waits
+
+
 def test_a_process_tries_out_no_gpu_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trying out "cuda" takes memory of the current GPU; without a launcher that is the one that the caller has set."""
     current, tried = [1], []

@@ -6,6 +6,7 @@ layers together.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 SIDES = ("input", "output_grad")
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32, which scalars are stored in
 
 
 def settled(writer: SummaryWriter | str | Path | None) -> SummaryWriter | str | Path | None:
@@ -55,7 +57,8 @@ def write_tensorboard(
 ) -> None:
     """Write measurements as TensorBoard scalars and histograms, each at its step (0 where it has none).
 
-    A condition number that is not known (inf) is left out; the rank beside it says how much is.
+    A condition number that is not known (inf) is left out; the rank beside it says how much is. So is a number that
+    float32, in which TensorBoard has its scalars, does not hold; of lambda_max the log10 is there, too.
 
     Args:
         records: a `conditioning.jsonl`, its run directory, one measurement, or several.
@@ -88,11 +91,19 @@ def write_tensorboard(
 
 
 def scalars(record: Conditioning, p: tuple[float, ...] = (0.5, 1.0)) -> Iterator[tuple[str, float]]:
-    """(tag, value) of every finite number of one measurement."""
+    """(tag, value) of every known number of one measurement that float32 holds; of lambda_max also the log10."""
+    for tag, value in _numbers(record, p):
+        if value == 0 or SMALLEST <= abs(value) <= LARGEST:
+            yield tag, value
+
+
+def _numbers(record: Conditioning, p: tuple[float, ...]) -> Iterator[tuple[str, float]]:
     for name, layer in record.items():
         for side in SIDES:
             s = getattr(layer, side)
             yield f"{side}_lambda_max/{name}", s.lambda_max
+            if s.lambda_max > 0:
+                yield f"{side}_log10_lambda_max/{name}", math.log10(s.lambda_max)
             yield f"{side}_rank/{name}", float(s.rank)
             for q in p:
                 if s.status(q) == "ok":

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from condzoo.probe import Probe, measure, read_records, write_tensorboard
 from condzoo.probe.records import append_record
+from condzoo.probe.spectra import Spectrum
 from condzoo.probe.tensorboard import open_writer, settled
 
 pytest.importorskip("tensorboard")
@@ -69,6 +70,27 @@ def test_an_unknown_condition_number_is_left_out(kit, tmp_path):
     assert "output_grad_kappa50/5" in tags
     assert "output_grad_kappa100/5" not in tags
     assert read(events(tmp_path), "output_grad_rank/5") == {7: 3.0}
+
+
+def test_what_float32_does_not_hold_is_left_out_but_for_its_log10(kit, tmp_path):
+    """lambda_max of a deep plain network is under float32's smallest number; it was read back as 0, or as inf."""
+    c = measure(kit.build("mlp"), kit.images())
+    (first, one), (second, other), *rest = c.items()
+    tiny = Spectrum(torch.tensor([1e-60, 1e-61, 1e-62], dtype=torch.float64), noise_floor=1e-70)
+    huge = Spectrum(torch.tensor([1e60, 1e50, 0.0], dtype=torch.float64), noise_floor=1e-70)
+    zero = Spectrum(torch.zeros(3, dtype=torch.float64))
+    layers = {first: replace(one, input=tiny, output_grad=huge), second: replace(other, input=zero), **dict(rest)}
+    write_tensorboard(replace(c, layers=layers), tmp_path)
+    reader = events(tmp_path)
+    for tag in reader.Tags()["scalars"]:
+        (value,) = read(reader, tag).values()
+        assert value == 0 or 1.2e-38 < abs(value) < 3.4e38
+    for side, log10 in (("input", -60), ("output_grad", 60)):
+        assert f"{side}_lambda_max/{first}" not in reader.Tags()["scalars"]
+        assert read(reader, f"{side}_log10_lambda_max/{first}") == {0: pytest.approx(log10)}
+    assert read(reader, f"input_kappa100/{first}") == {0: pytest.approx(100)}
+    assert read(reader, f"input_lambda_max/{second}") == {0: 0.0}
+    assert f"input_log10_lambda_max/{second}" not in reader.Tags()["scalars"]
 
 
 def test_what_a_folder_has_already_is_still_shown(kit, tmp_path):

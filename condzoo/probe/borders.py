@@ -12,6 +12,7 @@ Shapes: n images, c channels, h x w pixels, kernel kh x kw, k = kh * kw.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,7 @@ Pixel = tuple[int, int]
 
 
 LONGEST_SUM = 1 << 13  # pixels of lines that are added in float32
+CANCELLED = 2.0**-10  # of a channel's largest sum of squares: less of it may be round-off
 
 
 class Along(NamedTuple):
@@ -70,7 +72,7 @@ class Plan:
 
 
 def subtract_border(gram: Float[Tensor, "kk c c"], x: Float[Tensor, "n c h w"], geometry: Geometry, wide: bool) -> None:
-    """Subtract B from all k * k blocks, in place.
+    """Subtract B from all k * k blocks, in place; coordinates that are 0 in every patch are then 0 exactly.
 
     Args:
         gram: block i * k + j is (u_i, v_j), offsets row by row; float64.
@@ -89,6 +91,24 @@ def subtract_border(gram: Float[Tensor, "kk c c"], x: Float[Tensor, "n c h w"], 
     for (blocks, which), sign in ((plan.added, -1), (plan.left_out, 1)):
         if blocks:
             gram.index_add_(0, _index(blocks, gram), sums.index_select(0, _index(which, gram)), alpha=sign)
+    _clear_zeros(gram, x, geometry)
+
+
+def _clear_zeros(gram: Float[Tensor, "kk c c"], x: Float[Tensor, "n c h w"], geometry: Geometry) -> None:
+    """Of a channel that is 0 but at a border, the sums of the offsets that do not reach it leave round-off."""
+    k = math.prod(geometry.kernel)
+    squares = gram[:: k + 1].diagonal(dim1=1, dim2=2)
+    if not bool((squares < CANCELLED * squares.amax(0)).any()):
+        return
+    nonzero, reached = (x != 0).any(0), []
+    for u in itertools.product(*map(range, geometry.kernel)):
+        rows, columns = (
+            slice(max(0, u[d] - geometry.start[d]), max(0, u[d] - geometry.start[d] + geometry.output[d]))
+            for d in range(2)
+        )
+        reached.append(nonzero[:, rows, columns].flatten(1).any(1))
+    alive = torch.stack(reached)
+    gram.unflatten(0, (k, k)).masked_fill_(~(alive[:, None, :, None] & alive[:, None]), 0.0)
 
 
 def _index(numbers: list[int], like: Tensor) -> Int64[Tensor, " m"]:

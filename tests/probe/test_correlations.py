@@ -56,6 +56,24 @@ def test_it_is_the_sum_over_patches(name, wide):
     assert float((found - expected).abs().max()) < (1e-13 * float(expected.abs().max()) if wide else noise / SAFETY)
 
 
+@pytest.mark.parametrize("name", ["3x3", "no padding", "wide padding", "5x2", "same", "larger than the map"])
+@pytest.mark.parametrize("wide", [True, False])
+def test_coordinates_that_no_patch_reaches_are_zero_exactly(name, wide):
+    """Channels that are 0 but at a border, as zero padding leaves of a dying one, and one that is 0 altogether."""
+    torch.manual_seed(0)
+    x, at = torch.randn(40, 17, 6, 7), torch.zeros(17, 6, 7)
+    for channels, where in ((range(4), (-1, slice(None))), (range(4, 8), (slice(None), 0)), (range(8, 12), (0, -1))):
+        at[(list(channels), *where)] = 1.0
+    at[13:] = 1.0
+    found, expected = patch_gram(x * at, LAYERS[name], wide)[0], direct(x * at, LAYERS[name])
+    dead = expected.diagonal() == 0
+    assert dead.any()
+    assert torch.equal(found.diagonal() == 0, dead)
+    assert not found[dead].any()
+    assert not found[:, dead].any()
+    assert float((found - expected).abs().max()) < (1e-13 if wide else 1e-5) * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("name", STRIDED)
 @pytest.mark.parametrize("wide", [True, False])
 def test_with_strides_and_dilation_it_is_the_sum_over_patches(name, wide):

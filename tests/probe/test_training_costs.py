@@ -101,7 +101,8 @@ def test_no_memory_grows_with_the_number_of_probes(kit, tmp_path):
 
     train(kit, model, 1, steps=16, after_step=look, out=tmp_path)
     early, late = sizes
-    assert late[:2] == early[:2]
+    assert late[0] <= early[0], "tensors stay"  # fewer where what other tests left is gone by then
+    assert late[1] <= early[1]
     assert late[2] - early[2] < 12 * 3, "a probe leaves several objects behind"
 
 

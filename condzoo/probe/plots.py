@@ -53,8 +53,13 @@ def plot_comparison(runs: Mapping[str, Records], png: str | Path, title: str | N
 
     Raises:
         ValueError: no run, or a run without a record.
-        TypeError: what is no measurement.
+        TypeError: runs without labels; what is no measurement.
     """
+    if not isinstance(runs, Mapping) or isinstance(runs, Conditioning):
+        raise TypeError(
+            f"runs must be a dict of label to run, got a {type(runs).__name__}; "
+            "pass {'plain': 'runs/plain', 'bn': 'runs/bn'}, or one run to plot_records"
+        )
     if not runs:
         raise ValueError("no run to plot; pass {label: path of a conditioning.jsonl}")
     _comparison({label: _with_a_layer(records) for label, records in runs.items()}, expanded(png), title)

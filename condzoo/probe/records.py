@@ -102,7 +102,11 @@ def loaded(records: Records) -> list[Conditioning]:
     several: list[Any] = [records] if one else list(records)
     for record in several:
         if not isinstance(record, Conditioning):
-            raise TypeError(f"records must be a conditioning.jsonl or measurements, got a {type(record).__name__}")
+            path = isinstance(record, (str, Path))
+            hint = " among several; read_records(path) reads one, plot_comparison draws {label: path, ...}" * path
+            raise TypeError(
+                f"records must be a conditioning.jsonl or measurements, got a {type(record).__name__}{hint}"
+            )
     return several
 
 

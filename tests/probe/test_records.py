@@ -1,5 +1,6 @@
 """JSON there and back, the log's rules, columns, tables and pictures."""
 
+import inspect
 import json
 import os
 import sys
@@ -363,6 +364,15 @@ def test_one_measurement_is_taken_for_a_run_of_one(measured, monkeypatch, tmp_pa
     plot_comparison({"a": measured, "b": [measured]}, tmp_path / "two.png")
     with pytest.raises(TypeError, match=r"records must be a conditioning.jsonl or measurements, got a str"):
         plot_comparison({"a": iter(["runs/x"])}, tmp_path / "x.png")
+
+
+def test_several_runs_without_labels_are_answered_by_what_is_to_be_passed(log, measured, tmp_path):
+    unchecked = inspect.unwrap(plot_comparison)  # without the checks of types, which only tests have
+    for runs in ([log, log], str(log), measured):
+        with pytest.raises(TypeError, match=r"must be a dict of label to run, got a .*'runs/plain'.* plot_records$"):
+            unchecked(runs, tmp_path / "x.png")
+    with pytest.raises(TypeError, match=r"got a \w+ among several; .* plot_comparison draws {label: path, ...}$"):
+        plot_records(iter([log, str(log)]), tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.pdf", "x.svg", "x.json"])

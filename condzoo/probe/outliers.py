@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 SHOWN = 4  # layers a column, in the text
 FEWEST_LAYERS = 3  # of two layers neither is the odd one
+ZEROS = {
+    "lmax(x)": "no signal arrives",
+    "lmax(g)": "no gradient arrives",
+    "dW/W": "the weight gets no gradient",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Outlier:
         layer: its name.
         quantity: the table's column: "lmax(x)", "lmax(g)", "k50(x)", "k50(g)" or "dW/W".
         value: the layer's.
-        median: over the layers that it is compared with.
+        median: over the layers that it is compared with, those that are 0 left out; 0 where there are none.
     """
 
     layer: str
@@ -35,18 +40,19 @@ class Outlier:
 
     @property
     def ratio(self) -> float:
-        """Value over median: above 1 for a layer that has too much, below for one that has too little."""
-        return self.value / self.median
+        """Value over median: above 1 for a layer that has too much, below for one that has too little or nothing."""
+        return self.value / self.median if self.value else 0.0
 
 
 def outliers(conditioning: Conditioning, factor: float = 10.0, p: float = 0.5) -> list[Outlier]:
     """The layers that have `factor` times the median layer's value or more, or its `factor`-th part or less.
 
     Magnitudes and `weight_domination` are held against the median in both directions, condition numbers upwards
-    alone. A condition number of which only a lower bound is known counts as that; one with a structural null or
-    fewer rows than dimensions does not count, nor does what is not finite or was not measured. The gradient at
-    each position of a feature map is the smaller the more positions there are, so lambda_max of the output
-    gradients is compared among layers with equally many in their output.
+    alone. A layer that is at 0 is named whatever the others are, and they are compared without it: so also where no
+    gradient reaches most of a network. A condition number of which only a lower bound is known counts as that; one
+    with a structural null or fewer rows than dimensions does not count, nor does what is not finite or was not
+    measured. The gradient at each position of a feature map is the smaller the more positions there are, so
+    lambda_max of the output gradients is compared among layers with equally many in their output.
 
     Args:
         conditioning: the measurement.
@@ -55,7 +61,7 @@ def outliers(conditioning: Conditioning, factor: float = 10.0, p: float = 0.5) -
 
     Returns:
         By quantity, in the order of the table's columns, and within one the furthest from the median first. Empty
-        where no layer stands out; fewer than three layers are not compared.
+        where no layer stands out; fewer than three layers (that are not 0) are not compared.
 
     Raises:
         ValueError: a factor that is not above 1, a p outside (0, 1].
@@ -76,24 +82,39 @@ def outliers(conditioning: Conditioning, factor: float = 10.0, p: float = 0.5) -
 
 
 def _against_median(quantity: str, values: dict[str, float]) -> list[Outlier]:
-    middle = median(values.values()) if len(values) >= FEWEST_LAYERS else 0.0
-    if middle <= 0:  # too few layers, or so many of them without a signal that there is nothing to compare with
-        return []
-    return [Outlier(name, quantity, value, middle) for name, value in values.items()]
+    """Each layer beside the median of those that are not 0; of too few to compare, those that are 0."""
+    positive = [value for value in values.values() if value > 0]
+    middle = median(positive) if positive else 0.0
+    compared = len(positive) >= FEWEST_LAYERS
+    return [Outlier(name, quantity, value, middle) for name, value in values.items() if compared or value == 0]
 
 
 def outlier_lines(conditioning: Conditioning, p: float = 0.5, factor: float = 10.0) -> list[str]:
     """The outliers as lines below the table, one a column; none where there are too few layers to compare."""
-    if len(conditioning) < FEWEST_LAYERS:
-        return []
     found = outliers(conditioning, factor, p)
-    if not found:
-        return [f"no layer stands out: none has {factor:g} times the median layer's value, or a {factor:g}th of it"]
+    lines = _zero_lines(found)
     columns: dict[str, list[Outlier]] = {}
     for outlier in found:
-        columns.setdefault(outlier.quantity, []).append(outlier)
-    head = f"stand out, having {factor:g} times the median layer's value or more, or a {factor:g}th or less:"
-    return [head, *(f"  {quantity}: {_listed(its)}" for quantity, its in columns.items())]
+        if outlier.value:
+            columns.setdefault(outlier.quantity, []).append(outlier)
+    if columns:
+        head = f"stand out, having {factor:g} times the median layer's value or more, or a {factor:g}th or less:"
+        lines += [head, *(f"  {quantity}: {_listed(its)}" for quantity, its in columns.items())]
+    elif not lines and len(conditioning) >= FEWEST_LAYERS:
+        lines = [f"no layer stands out: none has {factor:g} times the median layer's value, or a {factor:g}th of it"]
+    return lines
+
+
+def _zero_lines(found: list[Outlier]) -> list[str]:
+    """The layers that get nothing, apart: no ratio says how far they are, and one cause has many of them."""
+    lines, named = [], set[str]()
+    for quantity, what in ZEROS.items():
+        names = [o.layer for o in found if o.quantity == quantity and not o.value]
+        # a weight between no signal or no gradient has none: those lines say why
+        if names := [name for name in names if quantity != "dW/W" or name not in named]:
+            lines.append(f"{what} ({quantity} = 0): {_first([name or '(model)' for name in names])}")
+        named |= set(names)
+    return lines
 
 
 def _quantities(p: float) -> dict[str, Callable[[LayerConditioning], float]]:
@@ -123,5 +144,8 @@ def _distance(outlier: Outlier) -> float:
 
 def _listed(found: list[Outlier]) -> str:
     """ "fc 48x, conv1 0.09x and 3 more"."""
-    names = ", ".join(f"{o.layer or '(model)'} {o.ratio:.2g}x" for o in found[:SHOWN])
-    return names + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    return _first([f"{o.layer or '(model)'} {o.ratio:.2g}x" for o in found])
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -92,7 +92,33 @@ def test_what_is_missing_or_not_finite_is_left_out():
 def test_a_layer_without_a_signal_stands_out_and_a_dead_network_does_not_divide_by_zero():
     dead = layer(g=spectrum_of(0.0, 0.0), weight_grad=0.0)
     assert found({"a": layer(), "b": layer(), "c": dead}) == [("lmax(g)", "c", 0.0), ("dW/W", "c", 0.0)]
-    assert found({"a": layer(), "b": dead, "c": dead}) == []
+    silent = layer(spectrum_of(0.0, 0.0), spectrum_of(0.0, 0.0), weight_grad=0.0)
+    assert found({"a": silent, "b": silent, "c": silent}, 10.0, 1.0) == [
+        (quantity, name, 0.0) for quantity in ("lmax(x)", "lmax(g)", "dW/W") for name in "abc"
+    ]
+
+
+def test_layers_that_get_nothing_are_named_apart_and_left_out_of_the_median():
+    dead = layer(g=spectrum_of(0.0, 0.0), weight_grad=0.0)
+    layers = {f"dead{i}": dead for i in range(6)} | {"a": layer(), "b": layer(), "c": layer(g=spectrum_of(30.0, 30.0))}
+    layers["silent"] = layer(spectrum_of(0.0, 0.0), weight_grad=0.0)
+    assert ("lmax(g)", "c", 30.0) in found(layers)
+    assert Conditioning(layers).table().splitlines()[12:16] == [
+        "no signal arrives (lmax(x) = 0): silent",
+        "no gradient arrives (lmax(g) = 0): dead0, dead1, dead2, dead3 and 2 more",
+        "stand out, having 10 times the median layer's value or more, or a 10th or less:",
+        "  lmax(g): c 30x",
+    ]
+    still = {name: layer() for name in "abc"} | {"d": layer(weight_grad=0.0)}
+    assert "the weight gets no gradient (dW/W = 0): d\nlmax:" in Conditioning(still).table()
+
+
+def test_no_gradient_before_a_head_of_zeros():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 3))
+    nn.init.zeros_(model[-1].weight)
+    table = condzoo.measure(model, (torch.randn(32, 6), torch.randint(3, (32,)))).table()
+    assert "\nno gradient arrives (lmax(g) = 0): 0, 2, 4\n" in table
 
 
 def test_two_layers_are_not_compared():

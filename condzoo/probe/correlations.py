@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from condzoo.probe.arithmetic import plain_convolutions
+from condzoo.probe.arithmetic import CHAIN_FLOAT64, chains, plain_convolutions
 from condzoo.probe.borders import Geometry, subtract_border
 from condzoo.probe.patches import output_size, sides
 
@@ -108,5 +108,6 @@ def _correlations_float64(x: Float[Tensor, "n c h w"], kh: int, kw: int) -> Floa
             if abs(t) < width:
                 here = images[:, :, : height - s, max(0, -t) : width - max(0, t)]
                 there = images[:, :, s:, max(0, t) : width + min(0, t)]
-                half[:, :, s, b] += torch.bmm(here.flatten(2), there.flatten(2).mT).sum(0)
+                for rows in chains(torch.stack([here, there], 1).flatten(3), CHAIN_FLOAT64):
+                    half[:, :, s, b] += torch.bmm(rows[:, 0], rows[:, 1].mT).sum(0)
     return half

@@ -405,7 +405,10 @@ def nearly_constant(shape, seed=0):
     "x",
     [
         pytest.param(grey_pictures(384), id="grey pictures"),
-        *(pytest.param(nearly_constant(s), id=str(s)) for s in [(1, 2, 224, 224), (8, 3, 96, 96), (16, 16, 32, 32)]),
+        *(
+            pytest.param(nearly_constant(shape), id=str(shape))
+            for shape in [(1, 2, 224, 224), (8, 3, 96, 96), (16, 16, 32, 32), (1, 16, 224, 224)]
+        ),
         pytest.param(nearly_constant((1, 16, 128, 128)).double(), id="float64"),
     ],
 )

@@ -164,6 +164,7 @@ def test_it_is_used_where_it_is_exact_and_only_there():
         nn.Conv2d(16, 2, 5, padding=0),  # 16 positions of 64 pixels: the border terms would cancel most of the sum
     ):
         assert way(other, x) is strided_gram
+    assert way(nn.Conv2d(16, 2, 13, padding=6), x.repeat(1, 1, 3, 3)) is strided_gram  # many border terms
     assert way(nn.Conv2d(16, 2, 3, groups=2), x) is None
     assert way(nn.Conv2d(16, 2, 1), x) is None
     assert way(nn.Conv2d(15, 2, 3, padding=1), x[:, :15]) is None

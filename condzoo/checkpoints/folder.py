@@ -133,6 +133,8 @@ def read_sums(folder: Path, linked: bool = False) -> dict[str, str]:
     """
     if not (folder / SUMS).exists():
         within = ", ".join(sorted(each.parent.name for each in folder.glob(f"*/{SUMS}")))
+        if not within and not (folder / RECIPE).exists():
+            raise ValueError(f"{folder} is neither a checkpoint (no {SUMS}) nor a run (no {RECIPE})")
         raise ValueError(f"{folder} has no {SUMS}; it is no checkpoint{within and ', but holds '}{within}")
     try:
         # not splitlines: to it a vertical tab, one bit from a newline, ends a line, too

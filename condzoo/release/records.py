@@ -24,7 +24,9 @@ def input_fields(recipe: Recipe, data: DataSet) -> dict[str, Any]:
     """What timm is to know of the input: size, constants of images in [0, 1], the share that a crop keeps."""
     info = model_info(recipe.model.name)
     if info.family == "mlp" and data.image_shape != info.input_size:
-        raise ValueError(f"{info.name} takes {info.input_size} by its name, the recipe's data is {data.image_shape}")
+        said = f"{info.name} takes {info.input_size} by its name, the recipe's data is {data.image_shape}"
+        resized = data.image_shape[0] == info.input_size[0] and recipe.data.name not in STORED
+        raise ValueError(said + f"; train it with data.resize = {info.input_size[1]}" * resized)
     view = (
         {"interpolation": folder_view(interpolation=recipe.data.interpolation).interpolation}
         if recipe.data.name in STORED

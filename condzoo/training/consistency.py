@@ -193,7 +193,10 @@ def _forward_fault(model: nn.Module, image_shape: tuple[int, int, int], num_clas
     except Exception as error:  # as above
         if "meta" in str(error).lower():
             return ""  # a network that looks at values, of which the meta device has none, is not judged
-        return f"takes no images of {images}: {_first_line(error)}"
+        said = _first_line(error)
+        sized = "doesn't match model" in said  # as timm's layers say it that take img_size
+        hint = f" Try model.args.img_size = {image_shape[1]}" * sized
+        return f"takes no images of {images}: {said}{hint}"
     if isinstance(output, Tensor) and output.shape == (2, num_classes):
         return ""
     got = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"

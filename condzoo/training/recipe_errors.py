@@ -1,6 +1,7 @@
 """Faults of a recipe in words: the field's path, what came, what is allowed, the closest name."""
 
 import difflib
+import json
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, time
@@ -109,7 +110,8 @@ def _in_words(fault: ErrorDetails, path: str, given: Mapping[str, Any]) -> str:
         return f"got {_shown(got)}, must be a list of {bound}"
     expected = _EXPECTED.get(kind)
     if expected:
-        return f"got {_shown(got)}, must be {expected}"
+        form = f", such as {path}={_as_list(got)}" if kind == "list_type" and isinstance(got, str) else ""
+        return f"got {_shown(got)}, must be {expected}{form}"
     message = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"got {_shown(got)}, must be {message}"
 
@@ -133,7 +135,7 @@ def _closest_field(path: str, given: Mapping[str, Any]) -> str:
     every = list(field_paths())
     owners = [variant for known, variant in every if known == path and variant]
     if owners:
-        return f" of this kind; it belongs to: {', '.join(owners)}"
+        return f" of this kind; it belongs to: {', '.join(owners)}; leave it out (--set {path}=none)"
     kind = given[table]["name"] if any(kinds_of(f"{table}.name")) else ""
     own = {known for known, variant in every if variant in ("", kind)}
     known = dict.fromkeys(known for known, _ in every if known in own or known.rpartition(".")[0] != table)
@@ -146,6 +148,11 @@ def _closest_field(path: str, given: Mapping[str, Any]) -> str:
         if close:
             return f"; did you mean {names[close]!r}?"
     return f"; {table or 'a recipe'} has: {', '.join(siblings)}" if siblings else ""
+
+
+def _as_list(text: str) -> str:
+    """The list that a text was meant for, as TOML writes it: conv1*,fc.* -> ["conv1*", "fc.*"], 40,60 -> [40,60]."""
+    return f"[{text}]" if set(text) <= set("0123456789,. ") else json.dumps(text.split(","))
 
 
 def _shown(value: Any) -> str:

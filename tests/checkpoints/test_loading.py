@@ -298,7 +298,7 @@ def test_a_name_is_the_release_whatever_lies_in_the_working_directory(index, tmp
     monkeypatch.chdir(tmp_path / "here")
     for name in (NAME, "mlp4x24_bn"):
         load_checkpoint(name)
-        with pytest.raises(ValueError, match=r"has no SHA256SUMS; it is no checkpoint$"):
+        with pytest.raises(ValueError, match=r"neither a checkpoint \(no SHA256SUMS\) nor a run"):
             load_checkpoint(f"./{name}")
 
 

@@ -21,9 +21,9 @@ from condzoo.models import released
 from condzoo.probe.serialization import from_record
 from condzoo.release import release, released_before
 from condzoo.release.checks import check_evaluation, same_arithmetic
-from condzoo.release.records import described_data, header_fields, repository_recipe
+from condzoo.release.records import described_data, header_fields, input_fields, repository_recipe
 from condzoo.training import load_recipe, load_run
-from condzoo.training.data_sets import centre_share
+from condzoo.training.data_sets import centre_share, read_data
 from condzoo.training.schema import DataSection
 
 
@@ -324,6 +324,12 @@ def test_images_of_class_folders_are_described(tmp_path):
     )
     assert "Huang et al. 2020: 29.38" in results(metrics)
     assert "No published error" in results(metrics.model_copy(update={"test_images": 390}))
+
+
+def test_an_mlp_on_images_of_another_size_is_told_the_field_to_train_it_with():
+    recipe = load_recipe("digits/resnet20_nobn", ["model.name=mlp4x24"])
+    with pytest.raises(ValueError, match=r"data is \(1, 16, 16\); train it with data\.resize = 12$"):
+        input_fields(recipe, read_data(recipe))
 
 
 def test_timm_scales_images_as_evaluation_does():

@@ -59,7 +59,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("accumulate", datetime.date(1979, 5, 27), "accumulate: got 1979-05-27, must be a whole number"),
     ("accumulate", datetime.time(7, 32), "accumulate: got 07:32:00, must be a whole number"),
     ("accumulate", 65, "accumulate: got 65, must be at most data.batch_size (64)"),
-    ("freeze", "fc.*", "freeze: got 'fc.*', must be a list [...]"),
+    ("freeze", "fc.*", "freeze: got 'fc.*', must be a list [...], such as freeze=[\"fc.*\"]"),
     ("freeze", [1], "freeze[0]: got 1, must be a text in quotes"),
     ("freeze", ["fc.*", "nope"], "freeze: 'nope' matches no parameter; they are called like "),
     ("freeze", ["*"], "freeze: every parameter of the network is frozen; nothing is left to train"),
@@ -67,7 +67,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     (
         "model.name",
         "vit_tiny_patch16_224",
-        "model: takes no images of 1 x 8 x 8: Input height (8) doesn't match model (224).",
+        "model: takes no images of 1 x 8 x 8: Input height (8) doesn't match model (224). Try model.args.img_size = 8",
     ),
     ("model.name", "cifar_vgg16", "model: takes no images of 1 x 8 x 8: Given input size: (512x1x1). "),
     (
@@ -162,7 +162,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("optim.lrr", 0.1, "optim.lrr: unknown field; did you mean 'optim.lr'?"),
     ("optim.momentum", 1, "optim.momentum: got 1, must be less than 1"),
     ("optim.nesterov", True, "optim.nesterov: got true, needs optim.momentum above 0"),
-    ("optim.betas", [0.9, 0.99], "optim.betas: unknown field of this kind; it belongs to: adam, adamw"),
+    ("optim.betas", [0.9, 0.99], "optim.betas: unknown field of this kind; it belongs to: adam, adamw; leave it "),
     ("optim", {"name": "adam", "lr": 1.0, "betas": [0.9]}, "optim.betas: got [0.9], must be a list of at least 2"),
     (
         "optim",
@@ -192,8 +192,17 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("schedule.milestones", [0], "schedule.milestones[0]: got 0, must be greater than 0"),
     ("schedule.milestones", [1.5], "schedule.milestones[0]: got 1.5, must be a whole number"),
     ("schedule.milestones", 3, "schedule.milestones: got 3, must be a list [...]"),
+    (
+        "schedule.milestones",
+        "4, 6",
+        "schedule.milestones: got '4, 6', must be a list [...], such as schedule.milestones",
+    ),
     ("schedule.unit", "step", "schedule.unit: got 'step', must be one of: epoch, iteration"),
-    ("schedule.min_lr", 0.1, "schedule.min_lr: unknown field of this kind; it belongs to: cosine"),
+    (
+        "schedule.min_lr",
+        0.1,
+        "schedule.min_lr: unknown field of this kind; it belongs to: cosine; leave it out (--set ",
+    ),
     ("schedule.warmup_iterations", 0.5, "schedule.warmup_iterations: got 0.5, must be a whole number"),
     (
         "schedule",
@@ -205,7 +214,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("loss.smoothing", 0.1, "loss.smoothing: unknown field; did you mean 'loss.label_smoothing'?"),
     ("probe.every", -1, "probe.every: got -1, must be greater than or equal to 0"),
     ("probe.conv", "patch", "probe.conv: got 'patch', must be one of: channels, patches; did you mean 'patches'?"),
-    ("probe.layers", "fc", "probe.layers: got 'fc', must be a list [...]"),
+    ("probe.layers", "fc,a", 'probe.layers: got \'fc,a\', must be a list [...], such as probe.layers=["fc", "a"]'),
 ]
 
 
@@ -224,6 +233,20 @@ def test_a_malformed_recipe_says_what_is_wrong(field: str, value: Any, message: 
         parse_recipe(changed(field, value))
     assert str(caught.value).startswith(f"recipe: {message}")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_is_said_to_mend_a_recipe_mends_it() -> None:
+    name = "digits/resnet20_nobn"
+    with pytest.raises(RecipeError, match=r"leave it out \(--set optim\.momentum=none\)"):
+        load_recipe(name, ["optim.name=adamw"])
+    others = ["optim.name=adamw", "optim.momentum=none", "optim.nesterov=none"]
+    assert load_recipe(name, others).optim.name == "adamw"
+    with pytest.raises(RecipeError, match=r'such as freeze=\["conv1\*"\]$'):
+        load_recipe(name, ["freeze=conv1*"])
+    assert load_recipe(name, ['freeze=["conv1*"]']).freeze == ["conv1*"]
+    with pytest.raises(RecipeError, match=r"Try model\.args\.img_size = 16$"):
+        load_recipe(name, ["model.name=vit_tiny_patch16_224"])
+    assert load_recipe(name, ["model.name=vit_tiny_patch16_224", "model.args.img_size=16"]).model.args["img_size"] == 16
 
 
 def test_an_unknown_field_of_a_table_without_its_name_is_still_explained() -> None:

@@ -30,6 +30,8 @@ class LayerConditioning:
         positions: rows of the input an example, on average (1 for [n, d], h * w for a convolution).
         weight_frobenius, weight_grad_frobenius: Frobenius norms of W and dL/dW; None as above, and in records
             of before they were measured.
+        frozen: the weight is a parameter that asked for no gradient; `measure` has that of such a one, too. False in
+            a `Probe`, where `weight_grad` is None.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class LayerConditioning:
     positions: int
     weight_frobenius: float | None = None
     weight_grad_frobenius: float | None = None
+    frozen: bool = False
 
     @cached_property
     def fisher(self) -> KroneckerSpectrum:

@@ -50,9 +50,10 @@ def outliers(conditioning: Conditioning, factor: float = 10.0, p: float = 0.5) -
     Magnitudes and `weight_domination` are held against the median in both directions, condition numbers upwards
     alone. A layer that is at 0 is named whatever the others are, and they are compared without it: so also where no
     gradient reaches most of a network. A condition number of which only a lower bound is known counts as that; one
-    with a structural null or fewer rows than dimensions does not count, nor does what is not finite or was not
-    measured. The gradient at each position of a feature map is the smaller the more positions there are, so
-    lambda_max of the output gradients is compared among layers with equally many in their output.
+    with a structural null or fewer rows than dimensions does not count, nor does what is not finite, was not
+    measured, or is of a frozen weight. The gradient at each position of a feature map is the smaller the more
+    positions there are, so lambda_max of the output gradients is compared among layers with equally many in their
+    output.
 
     Args:
         conditioning: the measurement.
@@ -112,7 +113,7 @@ def _zero_lines(found: list[Outlier]) -> list[str]:
         names = [o.layer for o in found if o.quantity == quantity and not o.value]
         # a weight between no signal or no gradient has none: those lines say why
         if names := [name for name in names if quantity != "dW/W" or name not in named]:
-            lines.append(f"{what} ({quantity} = 0): {_first([name or '(model)' for name in names])}")
+            lines.append(f"{what} ({quantity} = 0): {first_of([name or '(model)' for name in names])}")
         named |= set(names)
     return lines
 
@@ -124,7 +125,7 @@ def _quantities(p: float) -> dict[str, Callable[[LayerConditioning], float]]:
         f"k{100 * p:g}(x)": lambda layer: _condition_number(layer.input, p),
         "lmax(g)": lambda layer: layer.output_grad.lambda_max,
         f"k{100 * p:g}(g)": lambda layer: _condition_number(layer.output_grad, p),
-        "dW/W": lambda layer: math.nan if layer.weight_domination is None else layer.weight_domination,
+        "dW/W": lambda layer: math.nan if layer.frozen or (dw := layer.weight_domination) is None else dw,
     }
 
 
@@ -144,8 +145,9 @@ def _distance(outlier: Outlier) -> float:
 
 def _listed(found: list[Outlier]) -> str:
     """ "fc 48x, conv1 0.09x and 3 more"."""
-    return _first([f"{o.layer or '(model)'} {o.ratio:.2g}x" for o in found])
+    return first_of([f"{o.layer or '(model)'} {o.ratio:.2g}x" for o in found])
 
 
-def _first(names: list[str]) -> str:
+def first_of(names: list[str]) -> str:
+    """ "a, b, c, d and 3 more"."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -43,6 +44,7 @@ class Passes:
         self.mode = "train" if model.training else "eval"
         self.generator = torch.Generator().manual_seed(seed)
         self.weights = {n: w for n, m in capture.layers.items() if (w := own_weight(m)) is not None}
+        self.frozen = [name for name, weight in self.weights.items() if not weight.requires_grad]  # before all do
         self.computed: dict[str, list[Tensor]] = {}  # the other weights, as the current batch's forward pass used them
         self.computed_norms: dict[str, Norms] = {}
         # A weight that is computed (parametrizations, hooks) is no leaf; what it is computed from is among these.
@@ -195,6 +197,7 @@ class Passes:
                 counted=counted,
                 loss_dtype=self.loss_dtype,
             )
+        layers |= {name: replace(layers[name], frozen=True) for name in self.frozen if name in layers}
         neurons, uncounted = counts(self.capture.neurons)
         mean = self.total_loss / self.samples
         dtypes = self.capture.dtypes or {torch.get_default_dtype()}

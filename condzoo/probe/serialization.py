@@ -85,6 +85,8 @@ def _layer_record(layer: LayerConditioning) -> dict[str, Any]:
     record: dict[str, Any] = {f.name: getattr(layer, f.name) for f in fields(LayerConditioning)}
     record["input"] = _spectrum_record(layer.input)
     record["output_grad"] = _spectrum_record(layer.output_grad)
+    if not layer.frozen:  # most are not: records stay as they were
+        del record["frozen"]
     return record
 
 

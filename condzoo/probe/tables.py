@@ -5,15 +5,17 @@ from __future__ import annotations
 import decimal
 
 from condzoo.probe.conditioning import Conditioning
-from condzoo.probe.outliers import outlier_lines
+from condzoo.probe.outliers import first_of, outlier_lines
 from condzoo.probe.spectra import Spectrum
 
 LEGEND = """\
 lmax: largest eigenvalue of the second moment of the layer's inputs x and output gradients g
 k50, k: condition numbers over half and all of the spectrum; >: at least this much (the rest is noise);
   0!: structural zero, rows!: fewer rows than dimensions (k of the rest stands behind)
-dW/W: largest singular value of the weight's gradient over the weight's; F(dW/W): the same of Frobenius norms"""
+dW/W: largest singular value of the weight's gradient over the weight's; F(dW/W): the same of Frobenius norms;
+  -: the weight has no gradient, is frozen, or is 0"""
 
+MANY = 4  # layers skipped for one reason that are one line
 DOWN = decimal.Context(prec=1, rounding=decimal.ROUND_FLOOR)
 
 
@@ -43,8 +45,8 @@ def conditioning_table(conditioning: Conditioning, p: float = 0.5) -> str:
         rows.append([name or "(model)", layer.kind])
         for s in (layer.input, layer.output_grad):
             rows[-1] += [str(s.dim), f"{s.lambda_max:.3g}", shown(s, p), shown(s, 1.0)]
-        of_norms = _ratio(layer.weight_grad_frobenius, layer.weight_frobenius)
-        rows[-1] += ["-" if ratio is None else f"{ratio:.2g}" for ratio in (layer.weight_domination, of_norms)]
+        ratios = layer.weight_domination, _ratio(layer.weight_grad_frobenius, layer.weight_frobenius)
+        rows[-1] += ["-" if ratio is None or layer.frozen else f"{ratio:.2g}" for ratio in ratios]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(map(_aligned, range(len(row)), row, widths)) for row in rows]
     legend = LEGEND.replace("k50", f"k{100 * p:g}").replace("half", f"{100 * p:g} %")
@@ -72,9 +74,28 @@ def _title(c: Conditioning) -> str:
 
 def _below(c: Conditioning) -> list[str]:
     lines = [f"first {what} with NaN or Inf: {name}" for what, name in c.first_nonfinite.items()]
-    dying = sum(n.dying for n in c.neurons.values())
-    full = sum(n.full for n in c.neurons.values())
-    units = sum(n.units for n in c.neurons.values())
-    if units:
-        lines.append(f"ReLU units: {units}, dying {dying / units:.1%}, full {full / units:.1%}")
-    return lines + [f"skipped {name}: {why}" for name, why in c.skipped.items()]
+    units = {name or "(model)": n.units for name, n in c.neurons.items()}
+    if sum(units.values()):
+        dying, full = ([getattr(n, what) for n in c.neurons.values()] for what in ("dying", "full"))
+        lines.append(f"ReLU units: {sum(units.values())}, dying {_share(dying, units)}, full {_share(full, units)}")
+    return lines + _skipped(c.skipped)
+
+
+def _share(counts: list[int], units: dict[str, int]) -> str:
+    """ "8.8% (d2.2 28 of 32)": the share of all units, and the ReLUs that have most of them."""
+    some = [(count / n, f"{name} {count} of {n}") for count, (name, n) in zip(counts, units.items(), strict=True)]
+    worst = first_of([text for share, text in sorted(some, key=lambda one: one[0], reverse=True) if share])
+    return f"{sum(counts) / sum(units.values()):.1%}" + (f" ({worst})" if worst else "")
+
+
+def _skipped(skipped: dict[str, str]) -> list[str]:
+    """A line each, and one for all that share a reason where they are many: a frozen body's."""
+    named: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        named.setdefault(why, []).append(name or "(model)")
+    lines = []
+    for why, names in named.items():
+        many = len(names) >= MANY
+        who = [f"{len(names)} layers, {names[0]} to {names[-1]}"] if many else names
+        lines += [f"skipped {one}: {why}" for one in who]
+    return lines

@@ -121,6 +121,24 @@ def test_no_gradient_before_a_head_of_zeros():
     assert "\nno gradient arrives (lmax(g) = 0): 0, 2, 4\n" in table
 
 
+def test_a_frozen_weight_is_not_the_one_that_changes_most(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+    nn.init.orthogonal_(model[1].weight, gain=1e-3)
+    batch = torch.randn(32, 6), torch.randint(6, (32,))
+    trained = condzoo.measure(model, batch)
+    assert "1" in {o.layer for o in trained.outliers() if o.quantity == "dW/W"}
+    model[1].requires_grad_(False)
+    measured = condzoo.measure(model, batch)
+    assert measured["1"].weight_domination == trained["1"].weight_domination
+    measured.to_json(tmp_path / "frozen.json")
+    for c in (measured, Conditioning.from_json(tmp_path / "frozen.json")):
+        assert {name: layer.frozen for name, layer in c.items()} == {"0": False, "1": True, "2": False, "3": False}
+        assert "1" not in {o.layer for o in c.outliers() if o.quantity == "dW/W"}
+        assert next(line for line in c.table().splitlines() if line.startswith("1 ")).endswith(" -        -")
+    assert "  -: the weight has no gradient, is frozen, or is 0" in measured.table()
+
+
 def test_two_layers_are_not_compared():
     layers = {"a": layer(), "b": layer(spectrum_of(1e6, 1e6))}
     assert found(layers) == []

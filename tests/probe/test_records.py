@@ -197,8 +197,26 @@ def test_the_table_names_every_layer_its_numbers_and_what_was_skipped(measured):
         assert f"{layer.weight_domination:.2g}" in line
         assert line.endswith(f" {layer.weight_grad_frobenius / layer.weight_frobenius:.2g}")
     assert "0! " in text  # the classifier's softmax null
-    assert "skipped embed: its input is indices" in text
+    assert "skipped embed: its input is indices\n" in text
     assert "train mode, 64 samples, labels from the data" in text
+
+
+def test_the_table_names_the_relus_that_have_most_dying_and_full_units(measured):
+    counts = {"a": (10, 1, 0), "b": (20, 0, 0), "c": (32, 28, 1), "d": (5, 1, 0), "e": (5, 2, 0), "f": (28, 3, 0)}
+    neurons = {name: Neurons(units, dying, full, 64) for name, (units, dying, full) in counts.items()}
+    dying = "dying 35.0% (c 28 of 32, e 2 of 5, d 1 of 5, f 3 of 28 and 1 more), full 1.0% (c 1 of 32)"
+    assert f"ReLU units: 100, {dying}\n" in replace(measured, neurons=neurons).table()
+    none = replace(measured, neurons={"a": Neurons(10, 0, 0, 64)}).table()
+    assert "ReLU units: 10, dying 0.0%, full 0.0%\n" in none
+
+
+def test_the_table_says_once_why_many_layers_were_skipped(measured):
+    skipped = {f"body.{i}": "no gradient" for i in range(4)} | {f"aside.{i}": "not called" for i in range(3)}
+    lines = replace(measured, skipped=skipped).table().splitlines()
+    assert [line for line in lines if line.startswith("skipped")] == [
+        "skipped 4 layers, body.0 to body.3: no gradient",
+        *(f"skipped aside.{i}: not called" for i in range(3)),
+    ]
 
 
 @pytest.mark.parametrize(("known", "text"), [(1.55e5, ">1e+05"), (9.99e5, ">9e+05"), (2e5, ">2e+05"), (1.0, ">1e+00")])

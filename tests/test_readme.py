@@ -52,12 +52,15 @@ def test_the_readme_has_what_these_tests_run():
 
 def test_the_trainings_from_python_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (snippet,) = TRAINING_SNIPPETS
+    snippet, tuning = TRAINING_SNIPPETS
     found = {}
     exec(compile(snippet, "docs/training.md", "exec"), found)
     assert [run.summary["status"] for run in (found["run"], *found["runs"])] == ["done"] * 5
     assert found["run"].summary["epochs"] == 1
     assert not found["model"].training
+    exec(compile(tuning, "docs/training.md", "exec"), found)
+    assert found["model"].get_classifier().out_features == 7
+    assert found["probe"].latest["fc"].output_grad.lambda_max > 0
 
 
 def test_the_commands_without_real_data_run_in_their_order(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.neurons import Neurons
-from condzoo.probe.picture_style import FILLS, OKABE_ITO, as_written, legend, save, usual_style
+from condzoo.probe.picture_style import FILLS, NAME, OKABE_ITO, as_written, legend, save, shortened, usual_style
 from condzoo.probe.spectra import Spectrum
 
 SIDES = (("input", OKABE_ITO[0], "o", "inputs x"), ("output_grad", OKABE_ITO[1], "s", "output gradients g"))
@@ -90,9 +90,13 @@ def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:
 
 
 def _magnitudes(ax: Axes, conditioning: Conditioning) -> None:
+    known = False
     for side, color, marker, label in SIDES:
-        _by_depth(ax, [getattr(c, side).lambda_max or np.nan for c in conditioning.values()], color, marker, "-", label)
-    _finish_depth(ax, r"Largest eigenvalue $\lambda_{max}$ by depth", conditioning)
+        sizes = [getattr(c, side).lambda_max or np.nan for c in conditioning.values()]
+        known |= bool(np.isfinite(sizes).any())
+        _by_depth(ax, sizes, color, marker, "-", label)
+    title = r"Largest eigenvalue $\lambda_{max}$"
+    _finish_depth(ax, f"{title} by depth" if known else f"{title}: all are 0", conditioning)
 
 
 def _conditions(ax: Axes, conditioning: Conditioning) -> None:
@@ -112,6 +116,13 @@ def spaced(points: int) -> int:
     return max(1, points // MARKS)
 
 
+def marked(values: np.ndarray) -> np.ndarray:
+    """Where a line has markers: evenly, and at values between unknown ones, of which no line would be seen."""
+    known = np.concatenate([[False], np.isfinite(values), [False]])
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]
+    return alone | (np.arange(len(values)) % spaced(len(values)) == 0)
+
+
 def widened(ax: Axes, decades: float = 2.2) -> None:
     """A logarithmic y axis over so many decades at least, so that small changes look small."""
     low, high = np.log10(ax.get_ylim())
@@ -128,13 +139,16 @@ def _by_depth(ax: Axes, values: Any, color: str, marker: str, dash: str, label: 
 
 
 def _finish_depth(ax: Axes, title: str, conditioning: Conditioning) -> None:
-    last = as_written(list(conditioning)[-1] or "(model)")
-    ax.set(yscale="log", xlabel=f"layer, in forward order (ringed: the last, {last})")
+    ax.set(yscale="log", xlabel=f"layer, in forward order (ringed: the last, {_last_name(conditioning)})")
     ax.set_title(title, fontsize=10)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     widened(ax)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, frameon=False)
+
+
+def _last_name(conditioning: Conditioning) -> str:
+    return as_written(shortened(list(conditioning), NAME)[-1] or "(model)")
 
 
 def _spectra(ax: Axes, spectra: Sequence[Spectrum], title: str) -> None:
@@ -149,7 +163,7 @@ def _spectra(ax: Axes, spectra: Sequence[Spectrum], title: str) -> None:
             style = {"color": LAST, "lw": 2.4, "ls": "--", "label": "last layer"}
         ax.plot((np.arange(len(known)) + 1) / s.dim, known, marker="." if len(known) < 4 else None, **style)
     ax.set(yscale="log", xlim=(0, 1.02), xlabel="place in the spectrum, of d", ylabel=r"$\lambda / \lambda_{max}$")
-    ax.set_title(title + " (dark: first layers)", fontsize=10)
+    ax.set_title(title + (" (dark: first layers)" if ax.get_lines() else ": none is known"), fontsize=10)
     ax.grid(alpha=0.3)
     widened(ax)
     if ax.get_legend_handles_labels()[1]:
@@ -158,16 +172,18 @@ def _spectra(ax: Axes, spectra: Sequence[Spectrum], title: str) -> None:
 
 def _last_layer(ax: Axes, conditioning: Conditioning) -> None:
     """The last layer's two spectra as they are, with their noise floors."""
-    name, layer = list(conditioning.items())[-1]
+    layer, known = conditioning.last, False
     for side, color, marker, label in SIDES:
         s: Spectrum = getattr(layer, side)
         values = s.eigenvalues[: s.rank].numpy()
+        known |= bool((values > 0).any())
         style: dict[str, Any] = {"marker": marker, "ms": 4.5, "markevery": spaced(len(values)), "lw": 1.4}
         ax.plot(np.arange(len(values)) + 1, values, color=color, label=label, **style)
         if s.noise_floor > 0:
             ax.axhline(s.noise_floor, color=color, lw=1, ls=":")
     ax.set(yscale="log", xlabel="eigenvalue, largest first", ylabel=r"$\lambda$")
-    ax.set_title(f"Last layer, {as_written(name or '(model)')} (dotted: noise floors)", fontsize=10)
+    what = "(dotted: noise floors)" if known else "(no eigenvalue is known)"
+    ax.set_title(f"Last layer, {_last_name(conditioning)} {what}", fontsize=10)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, frameon=False)

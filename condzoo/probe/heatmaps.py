@@ -11,14 +11,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator
 
 from condzoo.probe.conditioning import Conditioning
-from condzoo.probe.picture_style import as_written
+from condzoo.probe.picture_style import NAME, as_written, shortened
 from condzoo.probe.spectra import Spectrum
 
 NAMES = 10  # layer names written at an axis at most
 STEPS = 8  # iterations written, at most
-UNKNOWN = "0.82"  # grey
+LAST = 0.05  # of the height is the last layer's at least
+UNKNOWN = {"facecolor": "0.95", "edgecolor": "0.6", "hatch": "////"}  # in print in grey a plain one is viridis's end
 
 QUANTITIES = (
     ("input", None, r"$\log_{10}\,\lambda_{max}$ of the inputs"),
@@ -95,17 +97,20 @@ def value_range(same: Sequence[Panel]) -> tuple[float, float]:
 def draw_heatmap(ax: Axes, panel: Panel, norm: Normalize, *, names: bool) -> QuadMesh:
     """Draw one panel: layers downwards from the first, iterations to the right."""
     count = len(panel.layers)
-    mesh = ax.pcolormesh(
-        _edges(panel.steps), np.arange(count + 1) - 0.5, np.ma.masked_invalid(panel.values), cmap="viridis", norm=norm
-    )
-    ax.set_facecolor(UNKNOWN)
+    rows = np.arange(count + 1) - 0.5
+    rows[-1] = rows[-2] + max(1.0, (count - 1) * LAST / (1 - LAST))  # not lost under the line beside it, or the frame
+    mesh = ax.pcolormesh(_edges(panel.steps), rows, np.ma.masked_invalid(panel.values), cmap="viridis", norm=norm)
+    ax.patch.set(**UNKNOWN)
     ax.invert_yaxis()
     ax.axhline(count - 1.5, color="white", lw=1.2)  # the last layer stands apart
     shown = list(range(count - 1, -1, -math.ceil(count / NAMES)))  # evenly, the last layer always
-    ax.set_yticks(shown, [as_written(panel.layers[i] or "(model)") if names else str(i) for i in shown])
-    ax.set_xticks(panel.steps[:: math.ceil(len(panel.steps) / STEPS)])
+    written = shortened([name or "(model)" for name in panel.layers], NAME) if names else list(map(str, range(count)))
+    ax.set_yticks((rows[:-1] + rows[1:])[shown] / 2, [as_written(written[i]) for i in shown])
+    # round numbers: the steps themselves may lie close together
+    ax.xaxis.set_major_locator(MaxNLocator(STEPS, integer=True, min_n_ticks=1))
+    ax.ticklabel_format(axis="x", style="plain", useOffset=False)
     ax.tick_params(labelsize=7.5)
-    note = "  (grey: not known)" if np.isnan(panel.values).any() else ""
+    note = "  (grey, hatched: not known)" if np.isnan(panel.values).any() else ""
     ax.set_title(_plain(panel.quantity) + note, fontsize=9, loc="left")
     return mesh
 

@@ -1,10 +1,13 @@
-"""Pictures look alike, whatever style the user's matplotlib has; how many lines are told apart; how one is saved."""
+"""Pictures look alike, whatever the user's matplotlib style; how lines and names are told apart; how one is saved."""
 
 import contextlib
 import io
+import itertools
 import math
+import re
+import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ MARKERS = "osD^v<>"  # as many as there are colours
 DASHES = ("-", "--", ":", "-.")
 FILLS = ("full", "none", "left", "right", "top", "bottom")
 ENTRIES = 6  # of a legend, one below the other: more would leave the axes no height
+NAME, LABEL, TITLE = 28, 36, 80  # letters of a layer's name, of a run's label, of a title's line
+CUT = re.compile(r"[/, ]|[-.](?=[^\W\d])|\.(?=\d+\.)")  # between the parts of a name, but not within a number
 
 
 @contextlib.contextmanager
@@ -49,6 +54,52 @@ def as_written(label: object) -> str:
     """
     text = str(label).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
+
+
+def shortened(names: Sequence[str], most: int) -> list[str]:
+    """Names of at most about so many letters, still told apart, for pictures that long ones would leave no room.
+
+    Of those that are longer, as much as need be of what all of them end and begin with is left out, then the middle.
+    """
+    long = [name for name in names if len(name) > most]
+    begin, end = _shared(long, most) if len(long) > 1 else (0, 0)
+    rests = {name: "..." * (begin > 0) + name[begin : len(name) - end] + "..." * (end > 0) for name in long}
+    middle = most // 2
+    for head in sorted(range(most - 2), key=lambda letters: abs(letters - middle)):
+        shown = [_without_middle(rests.get(name, name), head, most) for name in names]
+        if len(set(shown)) == len(shown):
+            return shown
+    shown = [_without_middle(rests.get(name, name), middle, most) for name in names]
+    return [f"{name} ({i})" if shown.count(name) > 1 else name for i, name in enumerate(shown)]
+
+
+def _shared(names: Sequence[str], most: int) -> tuple[int, int]:
+    """How many letters of the beginning and of the end may be left out: whole parts, which all names have."""
+    one = names[0]
+    same = _common(names)
+    begins = [0, *(m.end() for m in CUT.finditer(one) if m.end() <= same)]
+    same = _common([name[begins[-1] :][::-1] for name in names])
+    end = max((len(one) - m.start() for m in CUT.finditer(one) if len(one) - m.start() <= same), default=0)
+    longest = max(map(len, names)) - end
+    return next((begin for begin in begins if longest - begin <= most), begins[-1]), end
+
+
+def _common(names: Sequence[str]) -> int:
+    """How many letters all begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
+
+
+def _without_middle(name: str, head: int, most: int) -> str:
+    if len(name) <= most + 6:  # with the "..." of a beginning and an end
+        return name
+    return f"{name[:head]}...{name[len(name) - (most - 3 - head) :]}"
+
+
+def wrapped(title: str) -> str:
+    """A title in as many lines as it needs, but for one with formulas, which have no second line."""
+    if "$" in title.replace(r"\$", ""):
+        return title
+    return "\n".join(textwrap.fill(line, TITLE) for line in title.split("\n"))
 
 
 def legend(ax: Axes, fontsize: int) -> None:

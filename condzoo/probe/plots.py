@@ -2,8 +2,8 @@
 
 Drawn through matplotlib's object interface on an Agg canvas, so that a user's own backend and figures
 are left alone, and in matplotlib's default style, whatever the user's is. Colours are viridis and Okabe-Ito's,
-which print and colour-blind readers can tell apart; a value that is not known (under the noise floor) is grey,
-never a colour.
+which print and colour-blind readers can tell apart; a value that is not known (under the noise floor) is grey and
+hatched, never a colour.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from condzoo.probe.conditioning import Conditioning
-from condzoo.probe.depth_plots import draw_units, widened
+from condzoo.probe.depth_plots import draw_units, marked, widened
 from condzoo.probe.files import expanded
 from condzoo.probe.heatmaps import draw_heatmap, panels, places, value_range
-from condzoo.probe.picture_style import as_written, legend, run_style, save, usual_style
+from condzoo.probe.picture_style import LABEL, as_written, legend, run_style, save, shortened, usual_style, wrapped
 from condzoo.probe.records import Records, loaded
 
 
@@ -68,10 +68,11 @@ def plot_comparison(runs: Mapping[str, Records], png: str | Path, title: str | N
 @usual_style()
 def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | None) -> None:
     columns = len(runs)
+    runs = dict(zip(shortened(list(map(str, runs)), LABEL), runs.values(), strict=True))
     figure = Figure(figsize=(max(10.0, 1.2 + 4.6 * columns), 11.5), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
-        figure.suptitle(title, fontsize=14)
+        figure.suptitle(wrapped(title), fontsize=14)
     parts: Any = figure.subfigures(2, 1, height_ratios=[3.2, 1.15])
     maps, lines = parts
     axes = maps.subplots(4, columns, squeeze=False, sharex="col")
@@ -101,14 +102,20 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
         measured = [(step, r.last.input) for step, r in zip(places(records), records, strict=True) if len(r)]
         steps, spectra = zip(*measured, strict=True)
         style: dict[str, Any] = {**run_style(i), "markersize": 4, "label": as_written(label)}
-        axes[0].plot(steps, [s.lambda_max or np.nan for s in spectra], **style)
+        sizes = np.array([s.lambda_max or np.nan for s in spectra])
         kappas = np.array([s.condition_number(0.5) for s in spectra])
-        axes[1].plot(steps, np.where(np.isfinite(kappas), kappas, np.nan), **style)
-    for ax, what in zip(axes, (r"$\lambda_{max}$", r"$\kappa_{50\%}$"), strict=True):
+        for ax, values in zip(axes, (sizes, kappas), strict=True):
+            known = np.where(np.isfinite(values), values, np.nan)
+            ax.plot(steps, known, markevery=marked(known), **style)
+    for ax, what, none in zip(
+        axes, (r"$\lambda_{max}$", r"$\kappa_{50\%}$"), ("all are 0", "none is known"), strict=True
+    ):
         ax.set_yscale("log")
         widened(ax)
-        ax.set_title(f"Input of the last layer, {what}", fontsize=10)
+        empty = not any(np.isfinite(line.get_ydata()).any() for line in ax.get_lines())
+        ax.set_title(f"Input of the last layer, {what}" + f": {none}" * empty, fontsize=10)
         ax.set_xlabel("iteration")
+        ax.ticklabel_format(axis="x", style="plain", useOffset=False)
         # one tick may be enough: of one measurement parts of an iteration would be counted
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         ax.grid(alpha=0.3)

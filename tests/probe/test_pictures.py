@@ -1,0 +1,156 @@
+"""Pictures of many layers, many records, long names and unknown values: what a figure holds before it is saved."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+
+from condzoo.probe import measure, plot_comparison, plot_records
+from condzoo.probe.heatmaps import LAST
+from condzoo.probe.picture_style import LABEL, NAME, shortened, wrapped
+from condzoo.probe.spectra import Spectrum
+
+
+@pytest.fixture
+def record(kit):
+    return replace(measure(kit.build("mlp"), kit.images()), step=0)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Those that are drawn, before they are saved."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    return drawn
+
+
+def heatmaps(figure):
+    drawn = (ax for ax in figure.axes if any(isinstance(artist, QuadMesh) for artist in ax.collections))
+    return [ax for ax in drawn if ax.get_title(loc="left")]  # a colour bar has no title
+
+
+def last_layers(figure):
+    return [ax for ax in figure.axes if ax.get_title().startswith("Input of the last layer")]
+
+
+def named(record, names):
+    return replace(record, layers=dict.fromkeys(names, record.last))
+
+
+SWEPT = "model.name=resnet20_nobn_lastbn-optim.lr={}-optim.weight_decay=0.0005-data.batch_size=128-seed{}"
+ADAPTED = "base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.default"
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        (["conv1", "fc"], "conv1"),
+        ([SWEPT.format(0.1, seed) for seed in (1, 2)], "...data.batch_size=128-seed1"),
+        ([SWEPT.format(lr, 1) for lr in (0.1, 0.01)], "...optim.lr=0.1..."),
+        ([SWEPT.format(0.1, 1), "short"], "model.name=resne...ize=128-seed1"),
+        ([ADAPTED.format(i, q, x) for i in range(32) for q in "qv" for x in "AB"], "...0.self_attn.q_proj.lora_A..."),
+        ([f"encoder.layers.{i}.attention.projection.weight.original" for i in range(3)], "encoder.layers.0..."),
+        (["a" * 50 + letter + "a" * 50 for letter in "abc"], None),
+        ([*("x" * length for length in (80, 90, 100)), "x", ""], None),
+    ],
+)
+def test_long_names_are_shortened_and_still_told_apart(names, first):
+    shown = shortened(names, 32 if first and first.startswith("model") else NAME)
+    assert len(set(shown)) == len(names)
+    assert max(map(len, shown)) <= 40
+    assert first is None or shown[0] == first
+    assert all(short == name for name, short in zip(names, shown, strict=True) if len(name) <= NAME)
+
+
+def test_a_title_is_wrapped_but_for_formulas():
+    assert wrapped("a run") == "a run"
+    assert max(map(len, wrapped(SWEPT.format(0.1, 1) + "/" + "y" * 99).split("\n"))) <= 80
+    assert wrapped(formula := "$" + "x " * 60 + "$") == formula
+
+
+def test_long_labels_and_layer_names_leave_the_heat_maps_their_room(record, figures, tmp_path):
+    run = named(record, [ADAPTED.format(i, "v", x) for i in range(6) for x in "AB"])
+    labels = [SWEPT.format(0.1, seed) for seed in (1, 2)]
+    plot_comparison(dict.fromkeys(labels, run), tmp_path / "x.png")
+    run.plot(tmp_path / "y.png")
+    comparison, depth = figures
+    for figure in figures:
+        figure.draw_without_rendering()  # where the layout found no room, it warned
+    for ax in heatmaps(comparison):
+        assert ax.bbox.width > 0.2 * comparison.bbox.width
+        ticks = [text.get_text() for text in ax.get_yticklabels()]
+        assert len(set(ticks)) == len(ticks)
+    titles = [ax.title.get_window_extent() for ax in heatmaps(comparison) if ax.get_title()]
+    assert len(titles) == 2
+    assert not titles[0].overlaps(titles[1])
+    legend = [text.get_text() for text in last_layers(comparison)[0].get_legend().get_texts()]
+    assert len(set(legend)) == 2
+    assert max(map(len, legend)) <= LABEL + 6
+    for ax in depth.axes:
+        for text in (ax.xaxis.label, ax.title):
+            box = text.get_window_extent()
+            assert box.x0 >= 0
+            assert box.x1 <= depth.bbox.width
+
+
+@pytest.mark.parametrize("count", [3, 200])
+def test_the_last_of_many_layers_has_a_strip_of_its_own(count, record, figures, tmp_path):
+    plot_records(named(record, [f"l{i}" for i in range(count)]), tmp_path / "x.png")
+    for ax in heatmaps(figures[0]):
+        low, high = sorted(ax.get_ylim())
+        (mesh,) = ax.collections
+        rows = mesh.get_coordinates()[:, 0, 1]
+        assert rows[-1] - rows[-2] >= 0.999 * LAST * (high - low)
+        assert np.allclose(np.diff(rows[:-1]), 1.0)
+        ticks = dict(zip((text.get_text() for text in ax.get_yticklabels()), ax.get_yticks(), strict=True))
+        assert ticks[f"l{count - 1}"] == pytest.approx((rows[-1] + rows[-2]) / 2)
+
+
+def test_what_is_not_known_is_hatched(record, figures, tmp_path):
+    """In print in grey a plain background looked like viridis's largest value."""
+    plot_records(record, tmp_path / "x.png")
+    assert all(ax.patch.get_hatch() for ax in heatmaps(figures[0]))
+
+
+@pytest.mark.parametrize(
+    "steps", [[*range(0, 1000, 10), *range(1000, 64000, 1000)], [64_000, 128_000, 1_280_000], [0], [3, 4]]
+)
+def test_iterations_are_written_whole_and_beside_each_other(steps, record, figures, tmp_path):
+    plot_records([replace(record, step=step) for step in steps], tmp_path / "x.png")
+    figures[0].draw_without_rendering()
+    for ax in (heatmaps(figures[0])[-1], *last_layers(figures[0])):
+        low, high = ax.get_xlim()
+        places = zip(ax.get_xticks(), ax.get_xticklabels(), strict=True)
+        shown = [(tick, text) for tick, text in places if low <= tick <= high]
+        assert shown
+        assert [text.get_text() for _, text in shown] == [f"{tick:.0f}" for tick, _ in shown]
+        boxes = [text.get_window_extent() for _, text in shown]
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+
+
+def test_lines_of_hundreds_of_records_have_markers_here_and_there_and_where_a_value_is_alone(record, figures, tmp_path):
+    unknown = replace(record.last, input=Spectrum(torch.zeros(4, dtype=torch.float64)))
+    gap = replace(record, layers={**record.layers, list(record)[-1]: unknown})
+    several = [replace(gap if 303 <= i <= 307 and i != 305 else record, step=i) for i in range(400)]
+    plot_records(several, tmp_path / "x.png")
+    for ax in last_layers(figures[0]):
+        (line,) = ax.get_lines()
+        assert np.flatnonzero(line.get_markevery()).tolist() == sorted([*range(0, 400, 20), 305])
+
+
+def test_panels_without_a_value_say_so(record, figures, tmp_path):
+    zero = Spectrum(torch.zeros(4, dtype=torch.float64))
+    nothing = replace(record, layers={"fc": replace(record.last, input=zero, output_grad=zero)})
+    nothing.plot(tmp_path / "x.png")
+    plot_records(nothing, tmp_path / "y.png")
+    record.plot(tmp_path / "z.png")
+    titles = [[ax.get_title() for ax in figure.axes] for figure in figures]
+    assert sum("none is known" in title for title in titles[0]) == 3  # kappa, and either side's spectra
+    assert sum("all are 0" in title for title in titles[0]) == 1
+    assert "Last layer, fc (no eigenvalue is known)" in titles[0]
+    assert sum(title.endswith((": all are 0", ": none is known")) for title in titles[1]) == 2
+    assert not any("all are 0" in title or "is known" in title for title in titles[2])

@@ -128,7 +128,7 @@ class Conditioning(Mapping[str, LayerConditioning]):
         return self[next(reversed(self.layers), "")]
 
     def outliers(self, factor: float = 10.0, p: float = 0.5) -> list[Outlier]:
-        """The layers that have `factor` times the median layer's value or more, or its `factor`-th part or less.
+        """The layers that have `factor` times the median of those like them or more, or its `factor`-th part or less.
 
         See `condzoo.probe.outliers.outliers`; docs/probe.md says what each may mean and what helps.
         """

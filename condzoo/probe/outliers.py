@@ -1,8 +1,9 @@
-"""Which layers stand out: the ones whose numbers are far from those of the network's median layer."""
+"""Which layers stand out: the ones whose numbers are far from the median of their namesakes, or of all layers."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 SHOWN = 4  # layers a column, in the text
 FEWEST_LAYERS = 3  # of two layers neither is the odd one
+FEWEST_NAMESAKES = 4
+NUMBER = re.compile(r"(?:.*_)?\d+")  # a part of a name: "3", and torchvision's "encoder_layer_3"
 ZEROS = {
     "lmax(x)": "no signal arrives",
     "lmax(g)": "no gradient arrives",
@@ -24,7 +27,7 @@ ZEROS = {
 
 @dataclass(frozen=True)
 class Outlier:
-    """A layer that is far from the network's median layer in one quantity.
+    """A layer that is far from the median of those like it in one quantity.
 
     Attributes:
         layer: its name.
@@ -45,7 +48,10 @@ class Outlier:
 
 
 def outliers(conditioning: Conditioning, factor: float = 10.0, p: float = 0.5) -> list[Outlier]:
-    """The layers that have `factor` times the median layer's value or more, or its `factor`-th part or less.
+    """The layers that have `factor` times the median of those like them or more, or its `factor`-th part or less.
+
+    A layer is held against its namesakes in other blocks where they are four or more: a transformer's qkv, proj, fc1
+    and fc2 differ by what they do, in every block. Others are held against all layers.
 
     Magnitudes and `weight_domination` are held against the median in both directions, condition numbers upwards
     alone. A layer that is at 0 is named whatever the others are, and they are compared without it: so also where no
@@ -72,22 +78,38 @@ def outliers(conditioning: Conditioning, factor: float = 10.0, p: float = 0.5) -
     found = []
     for quantity, value_of in _quantities(p).items():
         values = {name: value for name, layer in conditioning.items() if math.isfinite(value := value_of(layer))}
-        compared = [list(values)]
-        if quantity == "lmax(g)":
-            places = {name: _places(conditioning[name]) for name in values}
-            compared = [[name for name in values if places[name] == n] for n in sorted(set(places.values()))]
-        far = [o for names in compared for o in _against_median(quantity, {name: values[name] for name in names})]
+        places = {name: _places(conditioning[name]) if quantity == "lmax(g)" else 0 for name in values}
+        compared = [{n: values[n] for n in values if places[n] == here} for here in sorted(set(places.values()))]
+        far = [o for same in compared for o in _against_median(quantity, same)]
         far = [o for o in far if o.ratio >= factor or (o.ratio <= 1 / factor and not quantity.startswith("k"))]
         found += sorted(far, key=_distance, reverse=True)
     return found
 
 
 def _against_median(quantity: str, values: dict[str, float]) -> list[Outlier]:
-    """Each layer beside the median of those that are not 0; of too few to compare, those that are 0."""
-    positive = [value for value in values.values() if value > 0]
-    middle = median(positive) if positive else 0.0
-    compared = len(positive) >= FEWEST_LAYERS
-    return [Outlier(name, quantity, value, middle) for name, value in values.items() if compared or value == 0]
+    """Each layer beside the median of those like it that are not 0; of too few to compare, those that are 0."""
+    everything = [value for value in values.values() if value > 0]
+    groups: dict[str, list[float]] = {}
+    for name, value in values.items():
+        if value > 0:
+            groups.setdefault(_namesakes(name), []).append(value)
+    found = []
+    for name, value in values.items():
+        like = groups.get(_namesakes(name), [])
+        like = like if len(like) >= FEWEST_NAMESAKES else everything
+        if len(like) >= FEWEST_LAYERS or value == 0:
+            found.append(Outlier(name, quantity, value, median(like) if like else 0.0))
+    return found
+
+
+def _namesakes(name: str) -> str:
+    """ "blocks.*.mlp.0" of "blocks.3.mlp.0", and "features.*" of "features.3".
+
+    A number at the end is the place in a block where one before says which block, and else the layer's own.
+    """
+    *blocks, last = name.split(".")
+    starred = ["*" if NUMBER.fullmatch(part) else part for part in blocks]
+    return ".".join([*starred, "*" if last.isdigit() and "*" not in starred else last])
 
 
 def outlier_lines(conditioning: Conditioning, p: float = 0.5, factor: float = 10.0) -> list[str]:
@@ -99,10 +121,11 @@ def outlier_lines(conditioning: Conditioning, p: float = 0.5, factor: float = 10
         if outlier.value:
             columns.setdefault(outlier.quantity, []).append(outlier)
     if columns:
-        head = f"stand out, having {factor:g} times the median layer's value or more, or a {factor:g}th or less:"
+        of = "the median of the layers like them"
+        head = f"stand out, having {factor:g} times {of} or more, or a {factor:g}th or less:"
         lines += [head, *(f"  {quantity}: {_listed(its)}" for quantity, its in columns.items())]
     elif not lines and len(conditioning) >= FEWEST_LAYERS:
-        lines = [f"no layer stands out: none has {factor:g} times the median layer's value, or a {factor:g}th of it"]
+        lines = [f"no layer stands out: none has {factor:g} times the median of the layers like it, or a {factor:g}th"]
     return lines
 
 

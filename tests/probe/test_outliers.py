@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from torch import nn
 
 import condzoo
 from condzoo.probe.conditioning import Conditioning, LayerConditioning
-from condzoo.probe.outliers import Outlier
+from condzoo.probe.outliers import Outlier, _namesakes
 from condzoo.probe.spectra import Spectrum
 
 
@@ -74,6 +75,50 @@ def test_output_gradients_are_compared_among_layers_with_as_many_positions():
     assert found(layers) == [("lmax(g)", "conv9", pytest.approx(100.0))]
 
 
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["0", "2", "10"], 1),
+        (["features.0", "features.3"], 1),
+        (["blocks.0.mlp.fc1", "blocks.11.mlp.fc1", "blocks.0.mlp.fc2", "head"], 3),
+        (["layers.0.blocks.1.attn.qkv", "layers.3.blocks.0.attn.qkv"], 1),
+        (["blocks.0.mlp.0", "blocks.0.mlp.2", "blocks.1.mlp.0", "blocks.1.mlp.2"], 2),
+        (["encoder.encoder_layer_0.mlp.0", "encoder.encoder_layer_1.mlp.0", "encoder.encoder_layer_1.mlp.3"], 2),
+        (["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "fc", ""], 4),
+        (["conv_1", "conv_2"], 2),
+    ],
+)
+def test_namesakes_differ_in_the_block_alone(names, groups):
+    assert len({_namesakes(name) for name in names}) == groups
+
+
+def test_a_layer_is_compared_with_its_namesakes_in_other_blocks():
+    large, small = layer(spectrum_of(100.0, 100.0)), layer(spectrum_of(0.1, 0.1))
+    layers = {f"blocks.{i}.{name}": one for i in range(6) for name, one in (("fc1", large), ("fc2", small))}
+    assert found(layers) == []
+    layers["blocks.3.fc2"] = layer()
+    assert found(layers) == [("lmax(x)", "blocks.3.fc2", pytest.approx(10.0))]
+    layers["head"] = layer(spectrum_of(1e5, 1e5))  # it has no namesakes: all layers are the measure
+    assert [name for _, name, _ in found(layers)] == ["head", "blocks.3.fc2"]
+    three = {name: one for name, one in layers.items() if name[7:8] in ("0", "1", "2")}
+    assert len(found(three)) == 3, "of three namesakes all layers are the measure"
+    silent = {f"blocks.{i}.fc2": layer(spectrum_of(0.0, 0.0)) for i in range(5)}
+    assert Conditioning(layers | silent).outliers()[:5] == [Outlier(name, "lmax(x)", 0.0, 100.0) for name in silent]
+
+
+def test_a_healthy_transformer_is_no_crowd_of_outliers_and_a_zeroed_layer_is_named():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, num_heads=3, num_classes=5, depth=6
+    )
+    batch = torch.randn(16, 3, 16, 16), torch.randint(5, (16,))
+    assert len(condzoo.measure(model, batch).outliers()) <= 4
+    nn.init.zeros_(model.blocks[3].mlp.fc1.weight)
+    nn.init.zeros_(model.blocks[3].mlp.fc1.bias)
+    named = {(o.layer, o.quantity) for o in condzoo.measure(model, batch).outliers()}
+    assert {("blocks.3.mlp.fc2", "lmax(x)")} <= named
+
+
 def test_unknown_condition_numbers_count_by_what_is_known():
     usual = [layer(spectrum_of(1.0, 0.5)) for _ in range(3)]
     bound = layer(spectrum_of(1.0, 0.0, noise_floor=1e-3))  # kappa is 1000 at least
@@ -106,7 +151,7 @@ def test_layers_that_get_nothing_are_named_apart_and_left_out_of_the_median():
     assert Conditioning(layers).table().splitlines()[12:16] == [
         "no signal arrives (lmax(x) = 0): silent",
         "no gradient arrives (lmax(g) = 0): dead0, dead1, dead2, dead3 and 2 more",
-        "stand out, having 10 times the median layer's value or more, or a 10th or less:",
+        "stand out, having 10 times the median of the layers like them or more, or a 10th or less:",
         "  lmax(g): c 30x",
     ]
     still = {name: layer() for name in "abc"} | {"d": layer(weight_grad=0.0)}
@@ -167,9 +212,10 @@ def test_outliers_are_numpys_and_do_not_change_with_the_unit(values, factor, uni
 def test_the_table_names_them():
     layers = {"a": layer(), "b": layer(), "c": layer(spectrum_of(40.0, 40.0))}
     text = Conditioning(layers).table()
-    assert "stand out, having 10 times the median layer's value or more, or a 10th or less:\n  lmax(x): c 40x\n" in text
+    head = "stand out, having 10 times the median of the layers like them or more, or a 10th or less:"
+    assert f"{head}\n  lmax(x): c 40x\n" in text
     even = {name: layer() for name in "abc"}
-    assert "no layer stands out: none has 10 times the median layer's value, or a 10th of it" in (
+    assert "no layer stands out: none has 10 times the median of the layers like it, or a 10th\n" in (
         Conditioning(even).table()
     )
     many = {f"l{i}": layer() for i in range(12)} | {f"big{i}": layer(spectrum_of(50.0, 50.0)) for i in range(6)}

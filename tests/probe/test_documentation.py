@@ -16,4 +16,5 @@ def test_the_snippets_of_the_documentation_run(tmp_path, monkeypatch):
         exec(compile(snippet, str(PAGE), "exec"), names)
     assert Path("conditioning.json").exists()
     assert Path("runs/x/conditioning.png").exists()
+    assert Path("both.png").exists()
     assert set(names["columns"]["step"]) == {0, 10, 20}

@@ -71,17 +71,17 @@ def read_records(path: str | Path) -> list[Conditioning]:
             raise FileNotFoundError(f"{path.parent} is a folder of several runs; name some: {' '.join(within)}")
         raise FileNotFoundError(f"no conditioning records at {path}; was the run probed (probe.every > 0)?")
     records: list[Conditioning] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no file of conditioning records: {error}") from None
-    for number, line in enumerate(lines, start=1):
+    *lines, rest = path.read_bytes().split(b"\n")  # of text, other letters (U+2028) would end a line, too
+    for number, line in enumerate([*lines, rest] if rest else lines, start=1):
         try:
-            record = from_record(strict_json(line))
+            record = from_record(strict_json(line.decode()))
         except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
+            other = isinstance(error, UnicodeDecodeError) and error.reason != "unexpected end of data"
+            if number > len(lines) and not other:
                 warnings.warn(f"{path}:{number}: skipped a torn last line", stacklevel=2)
                 break
+            if isinstance(error, UnicodeDecodeError):
+                raise ValueError(f"{path} is no file of conditioning records: line {number}: {error}") from None
             raise ValueError(f"{path}:{number}: {error}") from None
         while records and record.step is not None and (records[-1].step or 0) >= record.step:
             records.pop()

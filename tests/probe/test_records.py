@@ -108,6 +108,24 @@ def test_a_torn_last_line_is_skipped_with_a_warning_and_cut_off_before_appending
     assert log.read_bytes() == whole
 
 
+def test_a_log_of_raw_letters_is_read_by_its_lines_and_torn_within_one(log):
+    """As `jq -c` writes it: U+2028 and U+0085, which end a line of text, are letters of a name."""
+    record = json.loads(log.read_text().splitlines()[0])
+    name = "a\u2028b\u0085\u00e9"
+    record["skipped"] = {name: "none"}
+    whole = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    log.write_bytes(whole)
+    assert [list(r.skipped) for r in read_records(log)] == [[name]]
+    torn = whole[: whole.index("\u2028".encode()) + 1]
+    log.write_bytes(whole + torn)
+    with pytest.warns(UserWarning, match=r"conditioning.jsonl:2: skipped a torn last line"):
+        assert [list(r.skipped) for r in read_records(log)] == [[name]]
+    for other in (torn + b"\n", b"\x89PNG"):
+        log.write_bytes(whole + other)
+        with pytest.raises(ValueError, match=r"conditioning.jsonl is no file of conditioning records: line 2: 'utf-8'"):
+            read_records(log)
+
+
 def test_a_broken_line_within_is_an_error_that_names_it(log):
     lines = log.read_text().splitlines(keepends=True)
     log.write_text(lines[0] + "{}\n" + lines[2])

@@ -73,6 +73,24 @@ def test_the_table_of_runs_has_every_name_and_number(
         assert all(any(line.split()[0] == label for line in lines if line.strip()) for label in labels)
 
 
+@pytest.mark.parametrize(("seconds", "text"), [(0.42, "0.4 s"), (59.0, "59.0 s"), (60.0, "1.0"), (725.0, "12.1")])
+def test_a_run_of_seconds_is_not_one_of_no_minutes(seconds: float, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "last_layer_texts", lambda run: COURSES)
+    run = runs(["a", "b"])[0]
+    run.summary = {**run.summary, "seconds": seconds}
+    assert display.result_texts(run, held_out=False) == ["8.12%", "0.1234", text, *COURSES]
+
+
+def test_what_the_numbers_of_the_last_layer_mean_is_true_of_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "console", screen(400))
+    (tmp_path / "conditioning.png").touch()
+    display.print_places(runs(["a", "b"]), tmp_path / "conditioning.png")
+    text = "A large one limits the learning rate; near 0 no signal arrives; inf: not known, or zeros in the spectrum."
+    assert printed(display.console)[0].endswith(text)
+
+
 def test_models_and_recipes_are_listed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     models, headers = list_models("*1202*"), recipe_headers()
     for terminal in (True, False):

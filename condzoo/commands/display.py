@@ -139,7 +139,8 @@ def print_places(runs: "Sequence[Run]", picture: Path) -> None:
     if picture.exists():
         console.print(
             "lambda_max and kappa are of the last linear layer's input, first -> last measurement: how large its "
-            "largest direction is, and how many times larger than the median one. Smaller is easier to train."
+            "largest direction is, and how many times larger than the median one. A large one limits the "
+            "learning rate; near 0 no signal arrives; inf: not known, or zeros in the spectrum."
         )
         console.print(f"picture: {picture}", soft_wrap=True)
     console.print(f"runs:    {runs[0].path if len(runs) == 1 else runs[0].path.parent}", soft_wrap=True)
@@ -156,7 +157,8 @@ def result_texts(run: "Run", held_out: bool) -> list[str]:
     if held_out:
         validation = summary.get("val_error")
         row.insert(0, "" if validation is None else f"{validation:.2%}")
-    return [*row, f"{summary['seconds'] / 60:.1f}", *last_layer_texts(run)]
+    seconds = summary["seconds"]
+    return [*row, f"{seconds / 60:.1f}" if seconds >= 60 else f"{seconds:.1f} s", *last_layer_texts(run)]
 
 
 def ending_text(summary: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ GPU_SLICE = 1 << 24  # the same on a GPU, or of the products: it needs much work
 # grows with the chain and not with its root; in the direction of a small eigenvalue less so, the more coordinates. Of
 # one coordinate (depthwise convolutions) it is no more than 2**-12 of the sum in the longest.
 CHAIN_FLOAT32, CHAIN_FLOAT64, LONGEST_CHAIN = 1 << 8, 1 << 10, 1 << 13
+CHAINS = 4  # of a piece, whose products are added in float32
 FOLD = 8  # products of pieces added in float32: the noise stays as calibrated, and the conversion to float64 is short
 
 
@@ -182,7 +183,7 @@ def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     _, g, d, _ = columns.shape
     step = max(1, (1 << 23) // (g * d * d))
     total: Tensor | None = None
-    for rows in chains(columns, CHAIN_FLOAT32):
+    for rows in chains(columns, CHAIN_FLOAT32 * CHAINS):
         for part in [rows] if len(rows) <= step else rows.split(step):
             product = _piece_sum(part.reshape(-1, d, part.shape[3]).float(), g)
             total = product if total is None else total.add_(product)  # none waits: a large one is gigabytes
@@ -195,7 +196,7 @@ def chains(columns: Float[Tensor, "b g d k"], longest: int) -> Iterator[Float[Te
     longest: rows a piece, at most, of 2 to 16 coordinates.
     """
     dim, rows = columns.shape[2:]
-    longest = LONGEST_CHAIN if dim == 1 else min(LONGEST_CHAIN, longest * max(1, dim // 16))
+    longest = _chain(dim, longest)
     if rows <= longest:
         yield columns
         return
@@ -209,10 +210,17 @@ def chains(columns: Float[Tensor, "b g d k"], longest: int) -> Iterator[Float[Te
         yield columns[..., count * longest :]
 
 
+def _chain(dim: int, longest: int) -> int:
+    return LONGEST_CHAIN if dim == 1 else min(LONGEST_CHAIN, longest * max(1, dim // 16))
+
+
 def _piece_sum(pieces: Float[Tensor, "bg d k"], groups: int) -> Float[Tensor, "g d d"]:
-    products = torch.bmm(pieces, pieces.mT)
+    first, *more = pieces.split(_chain(pieces.shape[1], CHAIN_FLOAT32), dim=2)
+    products = torch.bmm(first, first.mT)
+    for rows in more:
+        products.baddbmm_(rows, rows.mT)
     count = products.shape[0] // groups
-    together = math.gcd(count, FOLD)
+    together = math.gcd(count, max(1, FOLD // (1 + len(more))))
     few = products.view(count // together, together, groups, *products.shape[1:]).sum(1)
     return few.sum(0, dtype=torch.float64)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import MaxNLocator
 
 from condzoo.probe.conditioning import Conditioning
@@ -32,7 +32,7 @@ QUANTITIES = (
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One heat map: values [layers, records], NaN where not known."""
+    """One heat map: values [layers, records], NaN where not known, -inf for a moment of zeros."""
 
     quantity: str
     layers: list[str]
@@ -82,6 +82,8 @@ def forward_order(records: Sequence[Conditioning]) -> list[str]:
 
 def _log10(s: Spectrum, p: float | None) -> float:
     value = s.lambda_max if p is None else s.condition_number(p)
+    if p is None and value == 0:
+        return -math.inf
     return math.log10(value) if 0 < value < math.inf else math.nan
 
 
@@ -100,6 +102,10 @@ def draw_heatmap(ax: Axes, panel: Panel, norm: Normalize, *, names: bool) -> Qua
     rows = np.arange(count + 1) - 0.5
     rows[-1] = rows[-2] + max(1.0, (count - 1) * LAST / (1 - LAST))  # not lost under the line beside it, or the frame
     mesh = ax.pcolormesh(_edges(panel.steps), rows, np.ma.masked_invalid(panel.values), cmap="viridis", norm=norm)
+    zeros = np.isneginf(panel.values)
+    if zeros.any():  # under all that the colours show: no signal, or no gradient, arrives there
+        black = np.ma.masked_where(~zeros, np.zeros(zeros.shape))
+        ax.pcolormesh(_edges(panel.steps), rows, black, cmap=ListedColormap(["black"]))
     ax.patch.set(**UNKNOWN)
     ax.invert_yaxis()
     ax.axhline(count - 1.5, color="white", lw=1.2)  # the last layer stands apart
@@ -110,7 +116,9 @@ def draw_heatmap(ax: Axes, panel: Panel, norm: Normalize, *, names: bool) -> Qua
     ax.xaxis.set_major_locator(MaxNLocator(STEPS, integer=True, min_n_ticks=1))
     ax.ticklabel_format(axis="x", style="plain", useOffset=False)
     ax.tick_params(labelsize=7.5)
-    note = "  (grey, hatched: not known)" if np.isnan(panel.values).any() else ""
+    seen = {"black: 0": zeros.any(), "grey, hatched: not known": np.isnan(panel.values).any()}
+    notes = "; ".join(what for what, there in seen.items() if there)
+    note = f"  ({notes})" if notes else ""
     ax.set_title(_plain(panel.quantity) + note, fontsize=9, loc="left")
     return mesh
 

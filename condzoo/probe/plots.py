@@ -107,6 +107,7 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
         for ax, values in zip(axes, (sizes, kappas), strict=True):
             known = np.where(np.isfinite(values), values, np.nan)
             ax.plot(steps, known, markevery=marked(known), **style)
+            ax.update_datalim([(steps[0], 1), (steps[-1], 1)], updatey=False)  # also where nothing is known
     for ax, what, none in zip(
         axes, (r"$\lambda_{max}$", r"$\kappa_{50\%}$"), ("all are 0", "none is known"), strict=True
     ):

@@ -9,7 +9,7 @@ import torch
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from condzoo.probe import measure, plot_comparison, plot_records
+from condzoo.probe import Probe, measure, plot_comparison, plot_records
 from condzoo.probe.heatmaps import LAST
 from condzoo.probe.picture_style import LABEL, NAME, shortened, wrapped
 from condzoo.probe.spectra import Spectrum
@@ -108,6 +108,31 @@ def test_the_last_of_many_layers_has_a_strip_of_its_own(count, record, figures, 
         assert np.allclose(np.diff(rows[:-1]), 1.0)
         ticks = dict(zip((text.get_text() for text in ax.get_yticklabels()), ax.get_yticks(), strict=True))
         assert ticks[f"l{count - 1}"] == pytest.approx((rows[-1] + rows[-2]) / 2)
+
+
+def test_a_network_that_died_is_black_and_its_lines_go_on_to_the_end(figures, tmp_path):
+    """Zeros are known; they were drawn as what is not, and the axes ended where the network had died."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    records = []
+    with Probe(model, every=1) as probe:
+        for step in range(10):
+            if step == 3:
+                torch.nn.init.constant_(model[0].bias, -100.0)
+            torch.nn.functional.cross_entropy(model(torch.randn(64, 8)), torch.randint(3, (64,))).backward()
+            probe.step()
+            records.append(probe.latest)
+    plot_records(records, tmp_path / "x.png")
+    inputs, _, gradients, kappas = heatmaps(figures[0])
+    for ax, row in ((inputs, 1), (gradients, 0)):
+        values, zeros = (mesh.get_array() for mesh in ax.collections)
+        assert values.mask[row].tolist() == [False] * 3 + [True] * 7
+        assert zeros.mask.tolist() == [[i != row or step < 3 for step in range(10)] for i in range(2)]
+        assert "black: 0" in ax.get_title(loc="left")
+    assert "not known" in kappas.get_title(loc="left")
+    assert "not known" not in inputs.get_title(loc="left")
+    lines = [ax for ax in figures[0].axes if ax.get_title().startswith("Input of the last layer")]
+    assert [ax.get_xlim()[1] >= 9 for ax in lines] == [True, True]
 
 
 def test_what_is_not_known_is_hatched(record, figures, tmp_path):

@@ -116,7 +116,7 @@ def test_runs_cut_short_say_so_and_one_measurement_is_no_course(capsys, tmp_path
     words += ["--out", tmp_path]
     out = run(capsys, *words, "--max-steps", "3")[1]
     assert "\nseed1, seed2: stopped after 3 steps, of 1 epochs; the same command without --max-steps goes on\n" in out
-    assert re.search(r"\n +seed1( +[\d.%e+]+){5} *\n", out), "one value of lambda_max and kappa each"
+    assert re.search(r"\n +seed1( +[\d.%e+]+( s)?){5} *\n", out), "one value of lambda_max and kappa each"
     out = run(capsys, "train", *words[1:-3], "1", "--out", tmp_path)[1]  # seed 2 is of the earlier call
     assert "\nseed2: stopped after 3 steps, of 1 epochs; " in out
     assert re.search(r"\n +seed1 .* -> .* -> ", out)
@@ -299,7 +299,7 @@ def test_a_run_whose_probe_measured_no_layer_ends_with_its_table(capsys, tmp_pat
     words = ["train", *SHORT, *frozen, "--set", "probe.layers=['conv1']", "--out", tmp_path / "run"]
     code, out, err = run(capsys, *words)
     assert (code, err) == (0, "")
-    assert re.search(r"cifar_resnet8 +[\d.]+% +[\d.]+ +[\d.]+ *\n", out), "no lambda_max, no kappa"
+    assert re.search(r"cifar_resnet8 +[\d.]+% +[\d.]+ +[\d.]+( s)? *\n", out), "no lambda_max, no kappa"
 
 
 def test_a_plan_prints_every_quantity(capsys, tmp_path, monkeypatch):

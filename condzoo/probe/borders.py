@@ -25,7 +25,7 @@ from torch import Tensor
 Pixel = tuple[int, int]
 
 
-LONGEST_SUM = 1 << 13  # pixels of lines that are added in float32
+LONGEST_SUM = 1 << 13  # pixels that a product of lines, or a convolution, adds in float32
 CANCELLED = 2.0**-10  # of a channel's largest sum of squares: less of it may be round-off
 
 

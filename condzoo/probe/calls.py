@@ -33,6 +33,11 @@ def called_on(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return kwargs.get("input", next((value for value in kwargs.values() if isinstance(value, Tensor)), None))
 
 
+def weight_now(module: nn.Module) -> Any:
+    """The weight as it is now, which sharded training puts beside the parameters; not computed for this."""
+    return vars(module).get("weight", module._parameters.get("weight"))
+
+
 def unreadable(module: nn.Module, x: Any, h: Any) -> str | None:
     """What kind of layer this is, if the rows of its input x and output h cannot be read."""
     for what, value in (("input", x), ("output", h)):

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from condzoo.probe.arithmetic import CHAIN_FLOAT64, chains, plain_convolutions
-from condzoo.probe.borders import Geometry, subtract_border
+from condzoo.probe.borders import LONGEST_SUM, Geometry, subtract_border
 from condzoo.probe.patches import output_size, sides
 
-LONGEST_SUM = 1 << 13  # positions that a convolution adds in float32
 # Error of such a sum of squares over the sum, from which on roundings did not average out: of maps of noise, of smooth
 # ones and of pictures it is under 5e-6, and of maps that are constant but for a few pixels over 4e-5.
 ONE_WAY = 2.0**-17

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
+from condzoo.probe.calls import weight_now
 from condzoo.probe.hooks import Hook
 from condzoo.probe.layers import has_own_forward
 from condzoo.probe.neurons import OF_RELU, OF_RELU6, RELUS, LinearRange
@@ -91,7 +92,7 @@ class FunctionCalls:
     def _linear(self, h: Tensor, input: Tensor, weight: Tensor) -> None:
         if any(isinstance(module, CALLS_OF_THEIR_OWN) for _, module in self.running):
             return
-        layers = {n: m for n, m in self.layers.items() if isinstance(m, nn.Linear) and _weight(m) is weight}
+        layers = {n: m for n, m in self.layers.items() if isinstance(m, nn.Linear) and weight_now(m) is weight}
         if layers:  # of several that share the weight, one inside the module that runs
             own = f"{self.running[-1][0]}.".lstrip(".")
             name = next((name for name in layers if name.startswith(own)), next(iter(layers)))
@@ -208,8 +209,3 @@ def _calls_none(module: nn.Module) -> bool:
     """Whether this is a layer of torch's own, which calls neither a ReLU nor F.linear."""
     inner = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
     return inner and not isinstance(module, (*RELUS, nn.Linear))
-
-
-def _weight(module: nn.Module) -> Any:
-    """The weight as it is now, which sharded training puts beside the parameters; not computed for this."""
-    return vars(module).get("weight", module._parameters.get("weight"))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from condzoo.probe.calls import unreadable
+from condzoo.probe.calls import unreadable, weight_now
 from condzoo.probe.layers import CHANNELS_FIRST
 from condzoo.probe.views import watch_gradient
 
@@ -79,7 +79,7 @@ class InnerProducts:
         """A product within it; those without a graph, as a function with a backward of its own makes, are no part."""
         if name not in self._products or unreadable(module, x, h) is not None or h.grad_fn is None:
             return
-        own = vars(module).get("weight", module._parameters.get("weight"))
+        own = weight_now(module)
         of_own = own is not None and _is_made_of(weight, own)
         if of_own or own is None or weight.shape == own.shape:
             product = Product(x, h, of_own, h.grad_fn)

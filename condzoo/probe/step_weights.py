@@ -19,7 +19,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from condzoo.probe.attention import packed_weights, watch_computed_inside
-from condzoo.probe.calls import STRIDED, layout, of_transform
+from condzoo.probe.calls import STRIDED, layout, of_transform, weight_now
 from condzoo.probe.hooks import Hook, apart, remove
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.views import shown
@@ -149,7 +149,7 @@ class StepWeights:
 
     def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._note_outer()
-        self._note_split(name, vars(module).get("weight", module._parameters.get("weight")))
+        self._note_split(name, weight_now(module))
 
     def _after_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], h: Any) -> None:
         self._look(name, module._parameters.get("weight"))

@@ -43,6 +43,18 @@ def direct(x, conv):
     return rows.T @ rows
 
 
+def of_kind(x, kind):
+    if kind == "smooth":
+        return nn.functional.avg_pool2d(x, 5, stride=1, padding=2) + 0.1
+    return 1 + 0.01 * x if kind == "nearly constant" else x
+
+
+def assert_within_noise(multiply, x, conv):
+    found, exact = multiply(x, conv, wide=False), direct(x, conv)
+    error = float(torch.linalg.matrix_norm(found[0] - exact, 2))
+    assert 0 < error < float32_noise(found, patch_products(conv, x).pieces) / SAFETY
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("wide", [True, False])
 def test_it_is_the_sum_over_patches(name, wide):
@@ -127,13 +139,7 @@ def test_the_float32_error_is_under_the_noise_said_of_it(shape, kind):
     if shape[2] == 16:  # many border lines, of an odd number of images
         conv = nn.Conv2d(shape[1], 2, 5)
     assert way(conv, x) is patch_gram
-    if kind == "smooth":
-        x = nn.functional.avg_pool2d(x, 5, stride=1, padding=2) + 0.1
-    elif kind == "nearly constant":
-        x = 1 + 0.01 * x
-    found, exact = patch_gram(x, conv, wide=False), direct(x, conv)
-    error = float(torch.linalg.matrix_norm(found[0] - exact, 2))
-    assert 0 < error < float32_noise(found, patch_products(conv, x).pieces) / SAFETY
+    assert_within_noise(patch_gram, of_kind(x, kind), conv)
 
 
 @pytest.mark.parametrize("kind", ["even", "smooth", "nearly constant"])
@@ -145,13 +151,7 @@ def test_the_float32_error_with_a_stride_is_under_the_noise_said_of_it(shape, ki
     x, conv = torch.randn(shape), nn.Conv2d(shape[1], 2, 3, stride=2, padding=1)
     if shape[2] == 224:  # many positions of one image
         conv = nn.Conv2d(shape[1], 2, 3, dilation=2)
-    if kind == "smooth":
-        x = nn.functional.avg_pool2d(x, 5, stride=1, padding=2) + 0.1
-    elif kind == "nearly constant":
-        x = 1 + 0.01 * x
-    found, exact = strided_gram(x, conv, wide=False), direct(x, conv)
-    error = float(torch.linalg.matrix_norm(found[0] - exact, 2))
-    assert 0 < error < float32_noise(found, patch_products(conv, x).pieces) / SAFETY
+    assert_within_noise(strided_gram, of_kind(x, kind), conv)
 
 
 def test_it_is_used_where_it_is_exact_and_only_there():

@@ -10,8 +10,9 @@ from condzoo.catalog import model_info
 from condzoo.checkpoints.folder import PICTURE
 from condzoo.data import DataSet, folder_view
 from condzoo.probe import Conditioning, plot_records
-from condzoo.training import Recipe, Run, load_recipe, recipe_files
+from condzoo.training import Recipe, Run, load_recipe
 from condzoo.training.data_sets import STORED, centre_share
+from condzoo.training.recipe_files import read_tables, recipe_sources
 from condzoo.training.run_directory import CONDITIONING as STEPS
 from condzoo.training.run_directory import ENVIRONMENT, SUMMARY, read_json
 from condzoo.training.schema import DataSection
@@ -110,9 +111,13 @@ def seed_result(path: Path) -> dict[str, Any]:
 
 def repository_recipe(recipe: Recipe) -> tuple[str | None, dict[str, str]]:
     """(name, its header's Source and Departs) of condzoo's own recipe that equals this one but for the seed."""
-    for name, path in recipe_files().items():
+    for name, source in recipe_sources().items():
+        tables, variants = read_tables(source.path)
+        changes = variants[source.variant] if source.variant else {}
+        if changes.get("model.name", tables["model"]["name"]) != recipe.model.name:
+            continue  # loading a recipe builds its network, and all of them take seconds
         if load_recipe(name).model_copy(update={"seed": recipe.seed}) == recipe:
-            return name, header_fields(path.read_text(encoding="utf-8"))
+            return name, header_fields(source.path.read_text(encoding="utf-8"))
     return None, {}
 
 

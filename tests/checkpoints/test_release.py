@@ -501,10 +501,11 @@ def test_the_index_gets_a_row_and_one_default_a_model(tmp_path, monkeypatch):
     tomllib.loads(file.read_text())
 
 
-def test_a_recipe_of_the_repository_is_recognized_with_its_header():
-    recipe = load_recipe("cifar10/resnet20_lastbn").model_copy(update={"seed": 77})
-    name, header = repository_recipe(recipe)
-    assert name == "cifar10/resnet20_lastbn"
+@pytest.mark.parametrize("name", ["cifar10/resnet20_lastbn", "cifar10/resnet32_lastbn"])  # a file, its variant
+def test_a_recipe_of_the_repository_is_recognized_with_its_header(name):
+    recipe = load_recipe(name).model_copy(update={"seed": 77})
+    found, header = repository_recipe(recipe)
+    assert found == name
     assert header["Source"].startswith("the authors' defaults")
     assert repository_recipe(recipe.model_copy(update={"epochs": 3})) == (None, {})
 

@@ -7,7 +7,9 @@ view has no part: no gradient comes to what hangs on the view. The product's own
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from condzoo.probe.calls import of_transform
@@ -29,11 +31,11 @@ def watch_gradient(h: Tensor, read: Callable[[Tensor], None]) -> None:
 
     None where a function behind it passes None back, as DDP's may; nor many at once, of a backward pass inside vmap.
     """
-    shape, watched = h.shape, shown(h)
-    is_h = watched is h
+    watched = shown(h)
+    watched.register_hook(partial(_look, read, None if watched is h else h.shape))
 
-    def look(grad: Tensor | None) -> None:
-        if grad is not None and not of_transform(grad):
-            read(grad if is_h else grad.reshape(shape))
 
-    watched.register_hook(look)
+def _look(read: Callable[[Tensor], None], shape: torch.Size | None, grad: Tensor | None) -> None:
+    """Have a gradient read, in another shape where one is given."""
+    if grad is not None and not of_transform(grad):
+        read(grad if shape is None else grad.reshape(shape))

@@ -183,9 +183,13 @@ def per_token_moment(model, x, counted):
 def test_labels_of_every_token_are_drawn_from_its_own_softmax(form):
     model, x = Tokens(form).double(), torch.randn((4, 3, 4), generator=torch.Generator().manual_seed(0)).double()
     y = torch.zeros((4, 3), dtype=torch.long)
-    batch = {"last": ({"x": x}, None), "second": (x, y), "model's own loss": {"x": x, "labels": y}}[form]
-    found = measure(model, [batch], labels="model")
-    drawn = measure(model, [batch] * 400, labels="sample")
+
+    def batch(times):
+        xs, ys = x.repeat(times, 1, 1), y.repeat(times, 1)
+        return {"last": ({"x": xs}, None), "second": (xs, ys), "model's own loss": {"x": xs, "labels": ys}}[form]
+
+    found = measure(model, [batch(1)], labels="model")
+    drawn = measure(model, [batch(40)] * 10, labels="sample")
     for name, moment in per_token_moment(model, x, range(2 if form == "model's own loss" else 3)).items():
         expected = torch.linalg.eigvalsh(moment).flip(0)
         assert torch.allclose(found[name].output_grad.eigenvalues, expected, rtol=1e-9, atol=1e-14)

@@ -87,15 +87,15 @@ def small_batch(dtype):
 
 
 def test_weight_gradients_of_many_batches_do_not_stop_growing_in_bfloat16():
-    """Of 600 equal batches the mean gradient is one's."""
+    """Of 300 equal batches the mean gradient is one's; a sum in bfloat16 stops at 256."""
     torch.manual_seed(0)
     model, (x, y) = nn.Linear(5, 3).bfloat16(), small_batch(torch.bfloat16)
     (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y), model.weight)
     with Probe(model, loss_scale=1.0) as probe:
-        for _ in range(600):
+        for _ in range(300):
             F.cross_entropy(model(x), y).backward()
         probe.step()
-    for found in (measure(model, [(x, y)] * 600), probe.latest):
+    for found in (measure(model, [(x, y)] * 300), probe.latest):
         assert found[""].weight_grad_frobenius == pytest.approx(float(gradient.float().norm()), rel=1e-4)
 
 

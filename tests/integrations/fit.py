@@ -1,10 +1,10 @@
-"""A fit with the probe's callback in each process of torchrun: `fit.py lightning|transformers OUT`.
+"""A fit with the probe's callback in each of several processes.
 
 An epoch is one batch, so that its order does not matter; in float64, so that its split does not either.
 """
 
 import os
-import sys
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,7 @@ def fit_by_lightning(out, world):
 
 def fit_by_transformers(out, world):
     import transformers
+    from accelerate.state import AcceleratorState
 
     from condzoo.integrations.transformers import ProbeCallback
 
@@ -79,6 +80,7 @@ def fit_by_transformers(out, world):
         def forward(self, x, labels=None, **kwargs):
             return super().forward(x, labels)
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier test in one process
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
     rows = [{"x": x, "labels": y} for x, y in zip(*examples(), strict=True)]
     for kind, folder, rate in ((Module, out, RATE), (Undivided, f"{out}/undivided", RATE / world)):
@@ -98,9 +100,13 @@ def fit_by_transformers(out, world):
         transformers.Trainer(kind(), arguments, train_dataset=rows, callbacks=[ProbeCallback(every=1)]).train()
 
 
-if __name__ == "__main__":
+FITS = {"lightning": fit_by_lightning, "transformers": fit_by_transformers}
+
+
+def fit(library, out):
+    """The fit in a process that has become one of torchrun's: forked from a test, so that it imports nothing."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "fit"  # by which Lightning knows torchrun
+    warnings.simplefilter("ignore")  # the libraries' own
     torch.set_num_threads(1)
-    fits = {"lightning": fit_by_lightning, "transformers": fit_by_transformers}
-    fits[sys.argv[1]](sys.argv[2], int(os.environ["WORLD_SIZE"]))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # else a process may abort at its exit while the other still talks
+    FITS[library](out, int(os.environ["WORLD_SIZE"]))
+    torch.distributed.destroy_process_group()  # else a process may abort at its exit while the other still talks

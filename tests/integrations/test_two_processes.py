@@ -1,24 +1,22 @@
 """The callbacks under data-parallel training: two processes record what a plain loop does on the whole batch."""
 
-import importlib.util
-import subprocess
-import sys
-from pathlib import Path
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from condzoo.probe import Probe, read_records
+from tests.integrations import fit
+from tests.training.rank_runs import in_processes
 
-FIT = Path(__file__).with_name("fit.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="forks"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
 
 
 def plain_loop(out):
-    spec = importlib.util.spec_from_file_location("fit", FIT)
-    fit = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fit)
     model, (x, y) = fit.network(), fit.examples()
     optimizer = torch.optim.SGD(model.parameters(), lr=fit.RATE)
     with Probe(model, every=1, out=out) as probe:
@@ -30,11 +28,10 @@ def plain_loop(out):
     return list(read_records(out / "conditioning.jsonl"))
 
 
-@pytest.mark.parametrize("library", ["lightning", "transformers"])
-def test_two_processes_record_what_a_plain_loop_does(library, tmp_path):
-    pytest.importorskip(library)
-    ended = subprocess.run([*TORCHRUN, str(FIT), library, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+@pytest.mark.parametrize(("library", "module"), [("lightning", "lightning"), ("transformers", "transformers.trainer")])
+def test_two_processes_record_what_a_plain_loop_does(library, module, tmp_path):
+    pytest.importorskip(module)  # before the processes are forked
+    assert in_processes(2, lambda rank: fit.fit(library, str(tmp_path)), tmp_path) == [["done"], ["done"]]
     expected = plain_loop(tmp_path / "plain")
     for folder in (tmp_path, tmp_path / "undivided") if library == "transformers" else (tmp_path,):
         found = list(read_records(folder / "conditioning.jsonl"))

@@ -11,8 +11,16 @@ from filelock import FileLock
 
 from condzoo.training.distributed import writes
 from condzoo.training.recipe import RecipeError, load_recipe, parse_recipe, set_field
-from condzoo.training.run_directory import RECIPE, SUMMARY, RunDirectoryError, begun, read_json, write_json
-from condzoo.training.runs import Run
+from condzoo.training.run_directory import (
+    RECIPE,
+    SUMMARY,
+    RunDirectoryError,
+    begun,
+    read_json,
+    read_summary,
+    write_json,
+)
+from condzoo.training.runs import Run, is_complete
 from condzoo.training.schema import Recipe
 
 MEASURES = tuple(f"{split}_{what}" for split in ("test", "val", "train") for what in ("error", "accuracy", "loss"))
@@ -35,7 +43,12 @@ def summarize(runs: Mapping[str, Run]) -> dict[str, Any]:
 
 def in_short(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     """Folder name -> what a summary of many keeps of a run's own."""
-    return {name: {key: run.summary[key] for key in KEPT if key in run.summary} for name, run in runs.items()}
+    return {name: kept(run.summary) for name, run in runs.items()}
+
+
+def kept(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's summary in short."""
+    return {key: summary[key] for key in KEPT if key in summary}
 
 
 def summary_of(short: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -103,11 +116,25 @@ def value_of(recipe: Recipe, field: str) -> Any:
 
 
 def earlier(summary: Path) -> dict[str, dict[str, Any]]:
-    """The runs of a summary, in short, of those that still lie beside it; none where it is not of many runs."""
+    """The runs of a summary, in short, that still lie beside it, as they are now; none where it is not of many runs."""
     if not summary.is_file() or not is_of_many_runs(summary):
         return {}
     runs = read_json(summary).get("runs", {})
-    return {name: run for name, run in runs.items() if (summary.parent / name / RECIPE).is_file()}
+    here = ((name, summary.parent / name, run) for name, run in runs.items())
+    return {name: as_it_is(folder, run) for name, folder, run in here if (folder / RECIPE).is_file()}
+
+
+def as_it_is(folder: Path, recorded: dict[str, Any]) -> dict[str, Any]:
+    """What a run's own summary says, in short: since a call of many recorded it, it may have been trained by itself.
+
+    What a run that failed had left before is none of its failure's; one that has come to its end since is done.
+    """
+    try:
+        own = read_summary(folder)
+    except (OSError, RunDirectoryError):  # it has none, or `condzoo train` says what to do with it
+        return recorded
+    ended = own["status"] == "diverged" or is_complete(load_recipe(folder / RECIPE), own)
+    return kept(own) if ended or recorded.get("status") != "failed" else recorded
 
 
 def summary_file(out: str | Path, shard: str | None = None) -> Path:
@@ -162,7 +189,7 @@ def spread(group: list[dict[str, Any]]) -> dict[str, Any]:
 def write_summary(out: str | Path, runs: Mapping[str, Run], shard: str | None = None) -> dict[str, Any]:
     """Write `summarize(runs)` to out/summary.json, or the part of a shard to out/summary-2of4.json; returns it.
 
-    What is written there of earlier runs stays, as long as they lie in `out`: seeds 4 and 5 join 1 to 3.
+    Earlier runs that are written there stay, as long as they lie in `out`: seeds 4 and 5 join 1 to 3.
     Of several processes the first one writes; of several calls one at a time reads and writes.
     """
     if not writes():

@@ -271,6 +271,24 @@ def test_the_summary_keeps_the_runs_of_earlier_calls(tiny: Any, tmp_path: Path) 
     assert recorded() == {"": ([1, 2, 4, 5], 4), **others}
 
 
+def test_the_summary_says_what_has_become_of_earlier_runs_since(tiny: Any, tmp_path: Path) -> None:
+    """Trained on by themselves, one of them after it failed; one that failed again after it was cut short stays so."""
+    recipe, options = tiny(iterations=3), {"max_steps": 1, "device": "cpu"}
+    for seed in (2, 3):
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}/thesis.tex").touch()
+    sweep(recipe, {}, [1, 2, 3, 4], tmp_path, **options)
+    for seed, steps in ((1, None), (2, None), (3, 2)):
+        (tmp_path / f"seed{seed}/thesis.tex").unlink(missing_ok=True)
+        train(recipe, seed=seed, out=tmp_path / f"seed{seed}", max_steps=steps, device="cpu")
+    sweep(recipe, {}, [5], tmp_path, device="cpu")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    states = {name: (run["status"], run.get("steps")) for name, run in summary["runs"].items()}
+    done, failed, cut = ("done", 3), ("failed", None), ("done", 1)
+    assert states == {"seed1": done, "seed2": done, "seed3": failed, "seed4": cut, "seed5": done}
+    assert (summary["settings"][""]["shorter"], summary["settings"][""]["test_error"]["n"]) == (1, 3)
+
+
 def test_a_sweep_of_another_recipe_does_not_join_a_summary(tiny: Any, tmp_path: Path) -> None:
     sweep(tiny(), {"optim.lr": [0.1]}, [1], tmp_path, max_steps=1, device="cpu")
     written = (tmp_path / "summary.json").read_text()

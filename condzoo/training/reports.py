@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from condzoo.data import Split
-from condzoo.models.weight_files import as_safetensors
+from condzoo.models.weight_files import as_safetensors, sha256
 from condzoo.probe import Probe, plot_records, read_records
 from condzoo.training.evaluation import evaluate
 from condzoo.training.events import Notice, OnEvent
@@ -104,13 +104,16 @@ def write_results(
     ranks = training.ranks
     ranks.first_does(lambda: draw_picture(path, notify))
     with evaluated(training) as network:
-        ranks.first_does(lambda: write_weights(network, path / MODEL))
-    return ranks.first_does(lambda: write_summary(training, progress, path, record, status))
+        digest = ranks.first_does(lambda: write_weights(network, path / MODEL))
+    known = {**status, "weights_sha256": digest}
+    return ranks.first_does(lambda: write_summary(training, progress, path, record, known))
 
 
-def write_weights(network: nn.Module, path: Path) -> None:
-    """Every parameter and buffer, as safetensors."""
-    write_atomically(path, as_safetensors(network.state_dict()))
+def write_weights(network: nn.Module, path: Path) -> str:
+    """Every parameter and buffer, as safetensors; returns the file's SHA-256."""
+    content = as_safetensors(network.state_dict())
+    write_atomically(path, content)
+    return sha256(content)
 
 
 def draw_picture(path: Path, notify: OnEvent) -> None:

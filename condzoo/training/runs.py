@@ -10,7 +10,7 @@ from torch import nn
 
 from condzoo import exit_codes
 from condzoo.data import Split
-from condzoo.models.weight_files import check_state, parse_weights, read_plain_file
+from condzoo.models.weight_files import check_state, parse_weights, read_plain_file, sha256
 from condzoo.probe.files import expanded
 from condzoo.training.data_sets import class_count, image_shape, read_data
 from condzoo.training.evaluation import Evaluation, evaluate
@@ -51,13 +51,27 @@ class Run:
         return self.summary.get("test_error")
 
     @usual_torch()
-    def load_model(self) -> nn.Module:
-        """The trained network, on the CPU, in eval mode."""
+    def load_model(self, *, checked: bool = True) -> nn.Module:
+        """The trained network, on the CPU, in eval mode.
+
+        Args:
+            checked: its weights must be those that its summary is of.
+
+        Raises:
+            ValueError: its weights are damaged, or others.
+        """
         section = self.recipe.data
         classes = class_count(section) or self.summary["num_classes"]
         model = network_of(self.recipe.model, image_shape(section), classes)
         path = self.path / MODEL
-        state = parse_weights(read_plain_file(path), str(path), finite=False)  # a diverged run's need not be
+        content = read_plain_file(path)
+        state = parse_weights(content, str(path), finite=False)  # a diverged run's need not be
+        digest = sha256(content)
+        if checked and self.summary.get("weights_sha256", digest) != digest:  # an old summary has none
+            raise ValueError(
+                f"{path} is damaged, or of another run: {SUMMARY} has another SHA-256 of it; delete it, and give the "
+                "`condzoo train` command of the run again, which writes it from the last checkpoint"
+            )
         check_state(state, model.state_dict(), str(path))
         model.load_state_dict(state)
         return model.eval()
@@ -86,18 +100,23 @@ def runs_within(folder: Path) -> list[str]:
 
 @usual_torch()
 def evaluate_run(
-    path: str | Path, data_root: str | Path | None = None, device: str | None = None, split: Split = "test"
+    path: str | Path,
+    data_root: str | Path | None = None,
+    device: str | None = None,
+    split: Split = "test",
+    *,
+    checked: bool = True,
 ) -> Evaluation:
     """Measure a finished run's accuracy again, in the arithmetic it was trained in, whatever `auto` would pick here.
 
-    On the device it was trained on, the result equals the recorded one to the last image.
+    On the device it was trained on, the result equals the recorded one to the last image. `checked`: see `load_model`.
 
     Raises:
         FileNotFoundError: no finished run; no data.
-        ValueError: data of another number of classes; a run in fp16, and no GPU.
+        ValueError: damaged weights; data of another number of classes; a run in fp16, and no GPU.
     """
     run = load_run(path)
-    model = run.load_model()
+    model = run.load_model(checked=checked)
     trained_in = {"precision": run.summary.get("precision", run.recipe.precision)}
     numerics = resolve_numerics(run.recipe.model_copy(update=trained_in), model, resolve_device(device))
     data = read_data(run.recipe, data_root, test_only=split == "test").to(numerics.device)

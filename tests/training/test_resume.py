@@ -539,9 +539,14 @@ def test_a_users_own_copies_of_checkpoints_are_left_alone(tiny: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("steps", [7, None], ids=["cut short", "whole"])
-def test_lost_weights_are_written_again_from_the_checkpoint(steps: int | None, tiny: Any, tmp_path: Path) -> None:
+def test_lost_or_damaged_weights_are_written_again_from_the_checkpoint(
+    steps: int | None, tiny: Any, tmp_path: Path
+) -> None:
     run = train(tiny(), out=tmp_path / "run", max_steps=steps, device="cpu")
     before = (run.path / "model.safetensors").read_bytes()
+    (run.path / "model.safetensors").write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged, or of another run: summary\.json has"):
+        run.load_model()
     (run.path / "model.safetensors").unlink()
     events: list[Any] = []
     again = train(tiny(), out=run.path, max_steps=steps, device="cpu", on_event=events.append)

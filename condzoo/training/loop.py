@@ -72,6 +72,9 @@ def train(
     if seed is not None:
         recipe = parse_recipe({**recipe_tables(recipe), "seed": as_int(seed)})
     check_recipe(recipe)
+    max_steps = as_int(max_steps)
+    if max_steps is not None and not isinstance(max_steps, int):
+        raise ValueError(f"max_steps must be a whole number, got {max_steps!r}")
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     path = expanded(out) if out is not None else default_run_directory(recipe)

@@ -281,8 +281,9 @@ def test_max_steps_evaluates_where_it_stops(tiny: Any, tmp_path: Path) -> None:
     assert (run.summary["steps"], run.summary["status"]) == (3, "done")
     assert metrics(run.path)[-1]["kind"] == "end"
     assert evaluate_run(run.path, device="cpu").error == run.test_error
-    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
-        train(tiny(), out=tmp_path / "other", max_steps=0)
+    for wrong, said in ((0, "at least 1, got 0"), (2.5, "a whole number, got 2.5"), ("3", "a whole number, got '3'")):
+        with pytest.raises(ValueError, match=f"max_steps must be {said}"):
+            train(tiny(), out=tmp_path / "other", max_steps=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("changes", [{}, CONV, {"ema": 0.9}], ids=["mlp", "resnet", "average"])

@@ -98,8 +98,7 @@ def finished_run(recipe: Recipe, path: Path, max_steps: int | None = None) -> Ru
         return None
     if summary["status"] == "diverged":
         return Run(path, recipe, summary)
-    reached = max_steps is not None and summary["steps"] >= max_steps
     lost = not (path / MODEL).is_file() and bool(checkpoint_files(path / CHECKPOINTS))
-    if lost or not (reached or is_complete(recipe, summary)):
+    if lost or not is_complete(recipe, summary, max_steps):
         return None
     return Run(path, recipe, summary)

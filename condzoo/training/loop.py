@@ -22,7 +22,7 @@ from condzoo.training.recipe import as_int, check_recipe, load_recipe, parse_rec
 from condzoo.training.reports import last_layer, opened_probe, record_epoch, record_step
 from condzoo.training.resume import save_checkpoint
 from condzoo.training.run_directory import CHECKPOINTS, claimed
-from condzoo.training.runs import Run, default_run_directory
+from condzoo.training.runs import Run, default_run_directory, is_complete
 from condzoo.training.schema import Recipe
 from condzoo.training.signals import Stopped, StopRequest, stop_signals
 from condzoo.training.steps import StepResult, learning_rate_of, take_step
@@ -87,11 +87,11 @@ def train(
         earlier = ranks.first_does(lambda: earlier_summary(path))
         if earlier is not None and earlier["status"] == "diverged":
             return end_diverged(path, recipe, earlier)
-        training = join_gradients(ranks.all_do(lambda: prepare(recipe, own_device, data_root, ranks)))
-        last = min(training.total_steps, max_steps or training.total_steps)
-        if earlier is not None and earlier["steps"] >= last:  # going on would cut off the line of its end
+        if earlier is not None and is_complete(recipe, earlier, max_steps):  # its data need not be here any more
             notify(Message(f"{path} was trained to step {earlier['steps']:,} before; nothing is left to train"))
             return Run(path, recipe, earlier)
+        training = join_gradients(ranks.all_do(lambda: prepare(recipe, own_device, data_root, ranks)))
+        last = min(training.total_steps, max_steps or training.total_steps)
         progress = go_on(training, path, notify)
         notify(started(training, progress, path, last))
         for text in doubts(recipe, last):

@@ -129,8 +129,10 @@ def evaluate_run(
     return evaluate(place(model, numerics), data, numerics, split)
 
 
-def is_complete(recipe: Recipe, summary: Mapping[str, Any]) -> bool:
-    """Whether a run came to the last step of its recipe, and was not cut short by max_steps or by diverging."""
+def is_complete(recipe: Recipe, summary: Mapping[str, Any], max_steps: int | None = None) -> bool:
+    """Whether a run came to the last step of its recipe, or to `max_steps`, and was not cut short before."""
+    if max_steps is not None and summary["steps"] >= max_steps:
+        return True
     if recipe.iterations is not None:
         return bool(summary["steps"] >= recipe.iterations)
     return bool(summary["epochs"] >= recipe.epochs)

@@ -69,6 +69,7 @@ def test_a_run_is_probed_and_evaluated_again_to_the_last_image(tiny: Any, tmp_pa
     )
     assert run.load_model()(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
     shutil.rmtree(root / "train")
+    assert trained(tiny(**STORED), tmp_path / "run", root) == run, "nothing is left to train, and no data needed"
     assert evaluate_run(run.path, data_root=root, device="cpu") == again
     with pytest.raises(FileNotFoundError, match=r"/train is missing: an imagefolder's root holds train/ and val/"):
         evaluate_run(run.path, data_root=root, device="cpu", split="train")

@@ -2,8 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def load_hub_data(
 
     Raises:
         ValueError: not a folder, and no download allowed; no such splits or columns; damaged files; labels that are
-            no classes.
+            no classes, or other ones in another file.
         ModuleNotFoundError: `datasets` is not installed.
     """
     name = os.path.expanduser(name)
@@ -77,7 +78,9 @@ def load_hub_data(
         )
     with causes_told(name):
         features = datasets.load_dataset(name, split="train", cache_dir=root).features
+        files = datasets.load_dataset_builder(name, cache_dir=root).config.data_files or {}
     check_columns(name, features)
+    check_numbering(name, [Path(file) for split in ("train", test) for file in files.get(split, ())])
     with causes_told(name):
         readers = [ReaderHfds(name, root=root, split=split) for split in ("train", test)]
     classes = tuple(features["label"].names)
@@ -106,6 +109,44 @@ def check_columns(name: str, features: Mapping[str, Any]) -> None:
                 f"data.dataset: the column {column!r} of {name!r} is of kind {found}; it must be of {kind.__name__} "
                 "(Dataset.cast_column)"
             )
+
+
+def check_numbering(name: str, files: Sequence[Path]) -> None:
+    """See that all files number the classes alike: `datasets` reads each by the names of the first, and says nothing.
+
+    Of a set on the Hub no files are here, and `Dataset.push_to_hub` sees to it.
+
+    Raises:
+        ValueError: two that do not, as where each split's texts were made classes by themselves.
+    """
+    known = {file: names for file in files if (names := stored_names(file)) is not None}
+    for file, names in known.items():
+        first = next(iter(known))
+        if names != known[first]:
+            position = next(i for i, pair in enumerate(zip_longest(known[first], names)) if pair[0] != pair[1])
+            here, there = (repr(all_[position]) if position < len(all_) else "none" for all_ in (names, known[first]))
+            raise ValueError(
+                f"data.dataset: the files of {name!r} number the classes differently: class {position} is {there} in "
+                f"{first} and {here} in {file}; number one as the other (Dataset.align_labels_with_mapping), and write "
+                "it again"
+            )
+
+
+def stored_names(file: Path) -> list[str] | None:
+    """The classes' names that a parquet or arrow file holds beside its columns; None of other files, or of none."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    if file.suffix not in (".parquet", ".arrow") or not file.is_file():
+        return None
+    if file.suffix == ".parquet":
+        schema = pyarrow.parquet.read_schema(file)
+    else:
+        with pyarrow.ipc.open_stream(file) as stream:
+            schema = stream.schema
+    label = datasets.Features.from_arrow_schema(schema).get("label")
+    return list(label.names) if isinstance(label, datasets.ClassLabel) else None
 
 
 def holds_files(feature: Any) -> bool:
@@ -149,5 +190,7 @@ def causes_told(name: str) -> Iterator[None]:
         if isinstance(error, DatasetGenerationError | SplitsNotFoundError):
             while (inner := said.__cause__ or (None if said.__suppress_context__ else said.__context__)) is not None:
                 said = inner
-        why = (str(said) or type(said).__name__).splitlines()[0]
+        first, *others = (str(said) or type(said).__name__).splitlines()
+        # Of what cannot be cast, whole schemas stand between "Couldn't cast" and the reason.
+        why = f"{first} ... {others[-1]}" if others else first
         raise ValueError(f"data.dataset: {name!r} cannot be read: {why}") from error

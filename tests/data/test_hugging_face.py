@@ -149,6 +149,33 @@ def test_other_columns_are_told_before_anything_is_read(changes: Any, message: s
         load(written(**changes))
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["green", "red"], r"class 0 is 'red' in \S+train\S+ and 'green' in \S+test\S+; number one as the other \("),
+        (["red"], r"class 1 is 'green' in \S+train\S+ and none in \S+test\S+; number one as the other \("),
+    ],
+    ids=["another order", "one is missing"],
+)
+@pytest.mark.parametrize("arrow", [False, True])
+def test_splits_that_number_their_classes_differently_are_told(
+    names: list[str], message: str, arrow: bool, written: Written
+) -> None:
+    """`class_encode_column` of each split by itself does it, and `datasets` gives the test labels the first names."""
+    folder = written(splits=("train",))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    images = [{"bytes": encoded(COLOURS[0]), "path": None}] * 2
+    table = datasets.Dataset.from_dict({"image": images, "label": [0, 0]}, features=features)
+    if arrow:
+        kept = datasets.Dataset.from_parquet(str(folder / "train-00000-of-00001.parquet"), cache_dir=str(folder / "c"))
+        folder = folder.parent / "kept"
+        datasets.DatasetDict(train=kept, test=table).save_to_disk(str(folder))
+    else:
+        table.to_parquet(folder / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"data\.dataset: the files of \S+ number the classes differently: " + message):
+        load(folder)
+
+
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "string", "large_string", "both", "int64"])
 def test_images_may_be_bytes_or_paths_of_files(kind: str, tmp_path: Path) -> None:
     """As programs write parquet files that know no kind `Image`; timm's reader takes them for images."""
@@ -184,9 +211,18 @@ def failed(*_: Any, **__: Any) -> None:
     raise datasets.exceptions.DatasetGenerationError("An error occurred") from ValueError("no such codec")
 
 
+def uncast(*_: Any, **__: Any) -> None:
+    """As of files with other columns than the first."""
+    raise ValueError("Couldn't cast\nimg: string\nto\n{'image': Image()}\nbecause column names don't match")
+
+
 @pytest.mark.parametrize(
     ("ends", "message"),
-    [(gated, r"Dataset 'a/b' is a gated dataset .* to ask for access\.$"), (failed, r"no such codec$")],
+    [
+        (gated, r"Dataset 'a/b' is a gated dataset .* to ask for access\.$"),
+        (failed, r"no such codec$"),
+        (uncast, r"Couldn't cast \.\.\. because column names don't match$"),
+    ],
 )
 def test_what_datasets_says_of_a_set_is_told(
     ends: Callable[..., None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -346,6 +346,9 @@ def test_eval_of_a_run_and_of_its_release_are_as_recorded(capsys, tmp_path):
     summary = json.loads((trained / "summary.json").read_text())
     (trained / "summary.json").write_text(json.dumps(summary | {"test_correct": summary["test_correct"] - 1}))
     assert run(capsys, "eval", trained / "model.safetensors")[0] == 0, "a file of the run stands for it"
+    code, _, err = run(capsys, "eval", next((trained / "checkpoints").glob("*.safetensors")))
+    assert code == 2
+    assert f"is a state that the run {trained} goes on from, no checkpoint; give the run" in err
     torch.save({"fc.weight": torch.zeros(2)}, trained / "best.pt")
     code, _, err = run(capsys, "eval", trained / "best.pt")
     assert code == 2, "another file does not"

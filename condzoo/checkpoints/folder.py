@@ -69,6 +69,9 @@ def folder_at(path: Path) -> Path:
     path = expanded(path)
     folder = path.parent if path.name == WEIGHTS else path
     if folder.is_file():
+        if (folder.parent.parent / RECIPE).is_file():
+            run = folder.parent.parent
+            raise ValueError(f"{path} is a state that the run {run} goes on from, no checkpoint; give the run")
         raise ValueError(
             f"{path} is a file; `condzoo convert {path} --model NAME` makes a checkpoint of weights in one"
         )

@@ -104,22 +104,22 @@ def _in_words(fault: ErrorDetails, path: str, given: Mapping[str, Any]) -> str:
         allowed = context["expected"].replace("'", "").replace(" or ", ", ").replace("True, False", "true, false")
         return _wrong_choice(got, allowed)
     if kind == "less_than_equal":  # pydantic writes 1e30 with every zero
-        return f"got {_shown(got)}, must be less than or equal to {context['le']:g}"
+        return f"got {shown(got)}, must be less than or equal to {context['le']:g}"
     if kind in ("too_short", "too_long"):
         bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
-        return f"got {_shown(got)}, must be a list of {bound}"
+        return f"got {shown(got)}, must be a list of {bound}"
     expected = _EXPECTED.get(kind)
     if expected:
         form = f", such as {path}={_as_list(got)}" if kind == "list_type" and isinstance(got, str) else ""
-        return f"got {_shown(got)}, must be {expected}{form}"
+        return f"got {shown(got)}, must be {expected}{form}"
     message = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"got {_shown(got)}, must be {message}"
+    return f"got {shown(got)}, must be {message}"
 
 
 def _wrong_choice(got: Any, allowed: str) -> str:
     close = _closest(str(got), allowed.split(", "))
     hint = f"; did you mean {close!r}?" if close else ""
-    return f"got {_shown(got)}, must be one of: {allowed}{hint}"
+    return f"got {shown(got)}, must be one of: {allowed}{hint}"
 
 
 def _closest(name: str, known: Iterable[str]) -> str | None:
@@ -155,7 +155,8 @@ def _as_list(text: str) -> str:
     return f"[{text}]" if set(text) <= set("0123456789,. ") else json.dumps(text.split(","))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as it came, cut off where it is long; of any kind that TOML has."""
     try:
         if isinstance(value, bool):
             return "true" if value else "false"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from condzoo.probe.files import expanded
-from condzoo.training.recipe_errors import RecipeError
+from condzoo.training.recipe_errors import RecipeError, shown
 
 PACKAGE = Path(__file__).parents[1]
 EXPERIMENTS = "paper"
@@ -119,7 +119,7 @@ def read_tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise RecipeError(f"{path}: not a TOML file: {error}") from error
     variants = tables.pop(VARIANTS, {})
     if not isinstance(variants, dict):
-        raise RecipeError(f"{path}: {VARIANTS}: got {variants!r}, must be a table of variants")
+        raise RecipeError(f"{path}: {VARIANTS}: got {shown(variants)}, must be a table of variants")
     for fault in variant_faults(variants):
         raise RecipeError(f"{path}: {VARIANTS}.{fault}")
     return tables, {name: dict(fields_in(changes)) for name, changes in variants.items()}
@@ -142,9 +142,9 @@ def variant_faults(variants: dict[str, Any]) -> Iterator[str]:
     """What is wrong with [variants], by name."""
     for name, changes in variants.items():
         if not isinstance(changes, dict):
-            yield f'{name}: got {changes!r}, must be a table of changes, {{ "optim.lr" = 0.05 }}'
+            yield f'{name}: got {shown(changes)}, must be a table of changes, {{ "optim.lr" = 0.05 }}'
         elif not isinstance(changes.get(ABOUT, ""), str):
-            yield f"{name}.{ABOUT}: got {changes[ABOUT]!r}, must be a text in quotes"
+            yield f"{name}.{ABOUT}: got {shown(changes[ABOUT])}, must be a text in quotes"
         elif not set(changes) - {ABOUT}:
             yield f"{name}: changes nothing"
         elif not name or ":" in name:

@@ -238,10 +238,15 @@ def test_faulty_variants(variants: str, name: str, message: str, tmp_path: Path)
         load_recipe(f"{written(tmp_path, variants)}:{name}")
 
 
-def test_variants_must_be_a_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("3", "3"), (repr("x" * 5000), r"'x{56}\.\.\."), ("0x" + "f" * 5000, "what is too long to be shown")],
+    ids=["number", "long text", "number of more digits than Python writes"],
+)
+def test_variants_must_be_a_table(value: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text("variants = 3\n" + MINE.replace("[variants]\n", ""))
-    with pytest.raises(RecipeError, match=r"variants: got 3, must be a table of variants"):
+    path.write_text(f"variants = {value}\n" + MINE.replace("[variants]\n", ""))
+    with pytest.raises(RecipeError, match=rf"variants: got {said}, must be a table of variants"):
         load_recipe(path)
 
 

@@ -32,7 +32,7 @@ from condzoo.probe.patch_products import patch_products
 from condzoo.probe.patches import padded_inside
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.relu_calls import ReluCalls
-from condzoo.probe.repetitions import MIXED, Batch, Calls, within_backward
+from condzoo.probe.repetitions import Batch, Calls, within_backward
 from condzoo.probe.views import watch_gradient
 from condzoo.probe.wrappers import named_modules
 
@@ -186,13 +186,10 @@ class Capture:
 
     def _on_layer(self, name: str, module: nn.Module, x: Any, h: Any, watch: Watch = None, why: str = "") -> None:
         """Read a call. watch: has the gradients of h read, if h itself is not to; why: it cannot be read."""
-        mixed = self._calls.mixed(name)
         if name in self.split or (batch := self._reads(name)) is None:
             return
         sums = self._of_called(name)
-        sums.samples += batch.samples
-        if mixed:
-            sums.hidden = MIXED
+        sums.samples += 0 if batch.again else batch.samples
         if hidden := why or unreadable(module, x, h):
             sums.hidden = f"{hidden}: its rows are not seen"
             return
@@ -201,11 +198,12 @@ class Capture:
         if (seen := x if self.conv == "channels" else padded_inside(module, x, h)) is None:
             sums.hidden = f"{type(module).__name__} pads its input in a way of its own: its patches are not seen"
             return
-        with plain_products(x.device.type):
-            self._add_input(sums.input, module, seen.detach())
-        if not sums.input.finite:
-            self.origin.find(name)
-        self.origin.passed(name, h, whole=not self.trains)
+        if not batch.again:
+            with plain_products(x.device.type):
+                self._add_input(sums.input, module, seen.detach())
+            if not sums.input.finite:
+                self.origin.find(name)
+            self.origin.passed(name, h, whole=not self.trains)
         if h.requires_grad:
             read = partial(apart, self._on_gradient, module, sums.output_grad, batch.scale)
             watch_gradient(h, read) if watch is None else watch(read)
@@ -253,7 +251,7 @@ class Capture:
 
     def _of_called(self, name: str) -> LayerSums:
         """A layer's sums; the place of its calls without gradients is for their repetition alone."""
-        if name in self.sums and not (self.sums[name].samples or within_backward() or self._calls.waiting[name]):
+        if name in self.sums and not (self.sums[name].samples or within_backward() or self._calls.waits(name)):
             del self.sums[name]
         return self.sums.setdefault(name, LayerSums())
 

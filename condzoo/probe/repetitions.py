@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
-from condzoo.probe.wrappers import in_reentrant_checkpoint
-
-MIXED = (
-    "forward passes of several sizes waited together for their backward passes under checkpoints with use_reentrant="
-    "True, which do not say whose pass they repeat"
-)
+from condzoo.probe.wrappers import reentrant_checkpoint
 
 
 class Batch(NamedTuple):
@@ -21,6 +17,15 @@ class Batch(NamedTuple):
 
     samples: int
     scale: float
+    again: bool = False  # a call whose input was recorded already: a second backward pass over the same checkpoint
+
+
+@dataclass(eq=False)
+class Waiting:
+    """What ran in a checkpoint, of one forward pass, and is seen with its gradients only as it is repeated."""
+
+    batch: Batch
+    calls: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(eq=False)
@@ -29,19 +34,20 @@ class Calls:
 
     Attributes:
         seen: names that were called outside of a repetition.
-        waiting: by name, the batches of calls that only their repetition shows, with its gradients.
+        waiting: by checkpoint with use_reentrant=True, as long as its graph is there, what it will repeat.
     """
 
     seen: set[str] = field(default_factory=set)
-    waiting: defaultdict[str, list[Batch]] = field(default_factory=lambda: defaultdict(list))
+    waiting: WeakKeyDictionary[Any, Waiting] = field(default_factory=WeakKeyDictionary)
 
     def __copy__(self) -> Calls:
         """Another one that counts on by itself."""
-        return Calls(set(self.seen), defaultdict(list, {name: list(held) for name, held in self.waiting.items()}))
+        waiting = {checkpoint: replace(held, calls=held.calls.copy()) for checkpoint, held in self.waiting.items()}
+        return Calls(set(self.seen), WeakKeyDictionary(waiting))
 
-    def mixed(self, name: str) -> bool:
-        """Whether a repetition of this layer may be of batches of several sizes; nothing says of which."""
-        return within_backward() and len(set(self.waiting[name])) > 1
+    def waits(self, name: str) -> bool:
+        """Whether a call of this layer is still to be repeated."""
+        return any(held.calls[name] for held in self.waiting.values())
 
     def counts(self, name: str, batch: Batch, *, at_once: bool) -> Batch | None:
         """The batch of this call, None if it is not to be recorded, or a repetition of one that was.
@@ -51,18 +57,22 @@ class Calls:
         """
         repeated = within_backward()
         if not torch.is_grad_enabled():
-            if repeated or not in_reentrant_checkpoint():
+            if repeated or (checkpoint := reentrant_checkpoint(repeats=False)) is None:
                 return None
             if at_once:
                 self.seen.add(name)
                 return batch
-            self.waiting[name].append(batch)
+            self.waiting.setdefault(checkpoint, Waiting(batch)).calls[name] += 1
             return None
         if not repeated:
             self.seen.add(name)
             return batch
-        if self.waiting[name]:
-            return self.waiting[name].pop()
+        checkpoint = reentrant_checkpoint(repeats=True) if self.waiting and not at_once else None
+        held = None if checkpoint is None else self.waiting.get(checkpoint)
+        if held is not None and name in held.calls:
+            again = not held.calls[name]
+            held.calls[name] -= not again
+            return held.batch._replace(again=again)
         return None if name in self.seen else batch
 
 

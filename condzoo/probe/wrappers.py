@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -133,12 +134,18 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def in_reentrant_checkpoint() -> bool:
-    """Whether a checkpoint with use_reentrant=True runs its forward now, to repeat it in the backward pass."""
+def reentrant_checkpoint(*, repeats: bool) -> Any:
+    """The checkpoint with use_reentrant=True around, the outermost: running, to be repeated later, or repeated now.
+
+    It is torch's context of the checkpoint, the same one in both; None: there is no such checkpoint.
+    """
+    code = (CheckpointFunction.backward if repeats else CheckpointFunction.forward).__code__
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+    found = None
+    while frame is not None:
+        found = frame.f_locals["ctx"] if frame.f_code is code else found
         frame = frame.f_back
-    return frame is not None
+    return found
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

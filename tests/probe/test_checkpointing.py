@@ -209,18 +209,34 @@ def test_layers_inside_checkpoints_that_are_not_torchs_are_in_forward_order(by):
         )
 
 
-def test_passes_of_several_sizes_that_wait_together_under_reentrant_checkpoints_are_named():
-    torch.manual_seed(0)
-    model, x, y = Checkpointed(reentrant=True).double(), torch.randn(9, 6).double(), torch.randint(3, (9,))
-    for sizes, skipped in (([2, 7], {"body"}), ([3, 3, 3], set())):
-        with Probe(model, loss_scale=1 / len(sizes)) as probe:
-            parts = zip(x.split(sizes), y.split(sizes), strict=True)
-            losses = [F.cross_entropy(model(a), b) / len(sizes) for a, b in parts]
-            for loss in losses:
-                loss.backward()
+@pytest.mark.parametrize("order", ["each at once", "all before all", "one twice", "one twice, around another"])
+def test_each_of_several_passes_counts_once_whatever_the_order_of_their_backward_passes(order):
+    backwards = {
+        "each at once": "f0 b0 f1 b1",
+        "all before all": "f0 f1 b0 b1",
+        "one twice": "f0 b0 b0 f1 b1",
+        "one twice, around another": "f0 f1 b0 b1 b0",
+    }[order]
+    x, y = torch.randn(9, 6).double(), torch.randint(3, (9,))
+    x, y, found = x.split([2, 7]), y.split([2, 7]), []
+    for reentrant in (False, True):
+        torch.manual_seed(0)
+        model, losses = Checkpointed(reentrant).double(), {}
+        with Probe(model, loss_scale=0.5) as probe:
+            for what, i in ((call[0], int(call[1])) for call in backwards.split()):
+                if what == "f":
+                    losses[i] = F.cross_entropy(model(x[i]), y[i]) / 2
+                else:
+                    losses[i].backward(retain_graph=True)
             probe.step()
-        assert set(probe.latest.skipped) == skipped
-        assert all("use_reentrant=True" in why for why in probe.latest.skipped.values())
+        found.append(probe.latest)
+    kept, repeated = found
+    assert list(repeated) == list(kept) == ["stem", "body", "head"]
+    for name, layer in kept.items():
+        a, b = layer, repeated[name]
+        assert (a.samples, a.input.rows, a.output_grad.rows) == (b.samples, b.input.rows, b.output_grad.rows)
+        assert torch.allclose(a.input.eigenvalues, b.input.eigenvalues, rtol=1e-9, atol=1e-15)
+        assert torch.allclose(a.output_grad.eigenvalues, b.output_grad.eigenvalues, rtol=1e-9, atol=1e-15)
 
 
 class ByProducts(nn.Module):

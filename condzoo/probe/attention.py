@@ -6,7 +6,7 @@ torch.nn.functional; while a watched module runs, another function in its place 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod, WeakValueDictionary
@@ -135,8 +135,8 @@ def _weights(attention: nn.MultiheadAttention) -> dict[str, tuple[Any, str]]:
     return inside | {"out_proj": (attention.out_proj, "weight")}
 
 
-def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[RemovableHandle]:
-    """Report (layer name, module, input, output) of each projection while `attention` runs."""
+def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> Iterator[RemovableHandle]:
+    """Report (layer name, module, input, output) of each projection while `attention` runs; hooks come one by one."""
     layers = projections(attention)
     called: list[nn.Module] = []  # the output projection, while a subclass calls it: its own hooks see that
     computed: WeakValueDictionary[str, Tensor] = WeakValueDictionary()  # by local name, as last computed
@@ -160,13 +160,11 @@ def watch(name: str, attention: nn.MultiheadAttention, report: Report) -> list[R
         _put_linear()
 
     out = attention.out_proj
-    return [
-        *watch_computed_inside(attention, computed.__setitem__),
-        attention.register_forward_pre_hook(Hook(before, attention)),
-        attention.register_forward_hook(Hook(after, attention), always_call=True, prepend=True),
-        out.register_forward_pre_hook(Hook(lambda module, args: called.append(module), out)),
-        out.register_forward_hook(Hook(lambda *_: called.clear(), out), always_call=True, prepend=True),
-    ]
+    yield from watch_computed_inside(attention, computed.__setitem__)
+    yield attention.register_forward_pre_hook(Hook(before, attention))
+    yield attention.register_forward_hook(Hook(after, attention), always_call=True, prepend=True)
+    yield out.register_forward_pre_hook(Hook(lambda module, args: called.append(module), out))
+    yield out.register_forward_hook(Hook(lambda *_: called.clear(), out), always_call=True, prepend=True)
 
 
 def stop(report: Report) -> None:

@@ -122,8 +122,8 @@ class Capture:
     def attach(self) -> None:
         """Put the hooks on."""
         stop_interrupted()
-        self._outer = self._hook(inside=False)
-        self._inner = self._hook(inside=True)
+        self._hook(self._outer, inside=False)
+        self._hook(self._inner, inside=True)
 
     def follow(self, layers: dict[str, nn.Module]) -> None:
         """Read these layers, for a model that changed, from within a call of it.
@@ -132,11 +132,13 @@ class Capture:
         """
         remove(self._inner)
         self.look_at(layers)
-        self._inner = self._hook(inside=True)
+        self._hook(self._inner, inside=True)
 
-    def _hook(self, *, inside: bool) -> list[RemovableHandle]:
-        """Hooks on all modules inside the model, or on the model, whose name is empty."""
-        handles: list[RemovableHandle] = []
+    def _hook(self, handles: list[RemovableHandle], *, inside: bool) -> None:
+        """Hooks on all modules inside the model, or on the model, whose name is empty.
+
+        Held from the first one on: Ctrl-C may end this anywhere.
+        """
         for name, module in _side(self.layers, inside):
             hook = Hook(partial(self._on_call, name), module)  # before a hook of the user's that changes h
             handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
@@ -151,7 +153,6 @@ class Capture:
                 handles.append(module.register_forward_hook(Hook(partial(self._on_relu, name), module)))
             elif self.counts_neurons and is_measured(module) and name not in self.layers:
                 handles.append(module.register_forward_hook(Hook(self._relu_calls.note_layout, module)))
-        return handles
 
     def begin(self, samples: int, scale: float) -> None:
         """A forward pass over `samples` samples follows, its gradients to be multiplied by `scale`."""

@@ -8,7 +8,7 @@ taken for ReLUs, nor are products (`x @ layer.weight.T`) for layers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -98,18 +98,16 @@ class FunctionCalls:
             name = next((name for name in layers if name.startswith(own)), next(iter(layers)))
             self.on_layer(name, layers[name], input, h)
 
-    def watch(self, name: str, module: nn.Module) -> list[RemovableHandle]:
-        """Know when this module runs; while any does that is watched, calls are reported."""
+    def watch(self, name: str, module: nn.Module) -> Iterator[RemovableHandle]:
+        """Know when this module runs; while any does that is watched, calls are reported. Hooks come one by one."""
         if isinstance(module, torch.jit.ScriptModule):
-            return []  # runs outside Python, and takes no such hooks
+            return  # runs outside Python, and takes no such hooks
         if name and _calls_none(module):
-            return []
+            return
 
         enter, leave = Hook(partial(self._enter, name), module), Hook(self._leave, module)
-        return [
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(leave, always_call=True, prepend=True),  # last in, first out
-        ]
+        yield module.register_forward_pre_hook(enter)
+        yield module.register_forward_hook(leave, always_call=True, prepend=True)  # last in, first out
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         if not self.running:

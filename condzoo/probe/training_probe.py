@@ -137,8 +137,12 @@ class Probe:
             self._tensorboard = open_writer(self._tensorboard, start_step=self._step)
             self._own_writer = True
         self._open = True
-        if self.due:
-            self._attach()
+        try:
+            if self.due:
+                self._attach()
+        except BaseException:  # Ctrl-C, too: what could not begin is not ended by `with`
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

@@ -240,6 +240,27 @@ def test_an_interrupted_forward_pass_leaves_nothing_behind(kit, how):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("at", ["the beginning", "a step"])
+def test_hooks_that_were_going_on_as_ctrl_c_came_are_taken_off(kit, monkeypatch, at):
+    def interrupted(hook, **how):
+        if how.get("always_call"):  # one of the last
+            raise KeyboardInterrupt
+        return register(hook, **how)
+
+    model, (x, _) = Interruptible(), kit.images(dtype=torch.float32)
+    register = model.mix.register_forward_hook
+    probe = Probe(model, every=2, start_step=0 if at == "the beginning" else 1)
+    monkeypatch.setattr(model.mix, "register_forward_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt), probe:
+        probe.step()
+    monkeypatch.undo()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    model(x[:8])
+    assert _get_current_function_mode_stack() == []
+    with probe:
+        pass
+
+
 def test_an_interrupted_pass_and_those_after_it_in_its_step_are_forgotten(kit):
     model, (x, y), mode = Interruptible(), kit.images(dtype=torch.float32), BaseTorchFunctionMode()
     with Probe(model) as probe:

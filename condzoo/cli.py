@@ -167,10 +167,10 @@ def validate(
 ) -> None:
     """Hold a model against what its family promises.
 
-    Size, cost and function as recorded, initial weights, signals over depth, finite gradients, scale invariance (or
-    Theorem 1), the last BN's bound, and conditioning at initialization against the record shipped for the model; of
-    trained weights those that training does not end, and finite logits in eval mode. One line a check: ok, FAIL, or
-    skip with the reason why it does not apply; exit 1 where one does not hold.
+    Size, cost and function as recorded, initial weights, signals over depth, finite gradients, eval mode, scale
+    invariance (or Theorem 1), the last BN's bound, and conditioning at initialization against the record shipped for
+    the model; of trained weights those that training does not end. One line a check: ok, FAIL, or skip with the
+    reason why it does not apply; exit 1 where one does not hold.
     """
     from condzoo.catalog import list_models
     from condzoo.checkpoints import list_checkpoints

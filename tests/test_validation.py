@@ -268,9 +268,40 @@ def last_bn_rescaled(model):
     model.last_bn.register_forward_hook(lambda bn, args, out: out * torch.linspace(0.5, 2, out.shape[1]).to(out))
 
 
+def norms_set(key, value):
+    def damage(model):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                setattr(module, key, value)
+
+    return damage
+
+
+class InTraining(nn.Module):
+    """A ReLU, and nothing in eval mode."""
+
+    def forward(self, x):
+        return x.relu() if self.training else x
+
+
+def a_relu_in_training_alone(model):
+    model.layers[1].relu = InTraining()
+
+
+def statistics_of_nan(model):
+    model.layers[1].bn.running_var[0] = float("nan")
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "check"),
     [
+        ("mlp4x24_bn", norms_set("momentum", 0.0), "weights"),
+        ("mlp4x24_bn", norms_set("momentum", None), "weights"),
+        ("mlp4x24_bn", norms_set("eps", 1e-6), "weights"),
+        ("mlp4x24_lastbn", norms_set("track_running_stats", False), "weights"),
+        ("mlp4x24_bn", statistics_of_nan, "eval mode"),
+        ("mlp4x24_bn", a_relu_in_training_alone, "eval mode"),
+        ("mlp4x24", a_relu_in_training_alone, "eval mode"),
         ("cifar_resnet14", a_shortcut_left_out, "conditioning"),
         ("cifar_resnet14", a_shortcut_halved, "conditioning"),
         ("cifar_resnet14_lastbn", a_shortcut_of_zeros, "conditioning"),

@@ -11,10 +11,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from condzoo.catalog import ModelInfo
 from condzoo.probe import spectrum
-from condzoo.validation.fingerprint import TOLERANCE, difference, read_fingerprints
+from condzoo.validation.fingerprint import (
+    AMPLIFICATION,
+    IMAGES_KEY,
+    STEP,
+    TOLERANCE,
+    difference,
+    read_fingerprints,
+    uniform,
+)
 from condzoo.validation.initial_conditioning import DOUBTFUL, Numbers, deviations, initial_records, measure_initial
 from condzoo.validation.initial_vectors import misplaced
-from condzoo.validation.subject import Subject, prepare, recorded_inputs, size_of, small_input, weighted
+from condzoo.validation.subject import (
+    OTHER_NORMS,
+    Subject,
+    prepare,
+    recorded_inputs,
+    size_of,
+    small_input,
+    weighted,
+)
 
 STANDARD_ERRORS = 5  # a seeded draw is compared with its distribution this widely
 TINY_EPS = 1e-300  # BN's, where its scale invariance is checked: torch takes none at all for a mistake
@@ -31,7 +47,6 @@ GROWTH = {"cifar_vgg": (0.6, 1.1), "cifar_resnet": (0.8, 1.5), "mlp": (0.3, 0.6)
 MLP_ROOM = (2.5, 1.5)
 NARROWEST = 16  # units; of narrower MLPs whole layers may die, and a draw says nothing of the initializer
 SCALE_TOLERANCE = 1e-7  # relative, float64
-OTHER_NORMS = ("block_args", "norm_layer")  # timm's arguments that may put layers which no BN follows into a ResNet
 # the first of those that are drawn where a number's spread is in doubt; torch's generators take 32 bits of a seed
 FURTHER_SEED = 2**31
 FURTHER_LAYERS = 320  # in all of them: small networks differ more between seeds, and are soon measured
@@ -105,13 +120,37 @@ def check_finite(subject: Subject) -> Check:
 
 
 def check_evaluation(subject: Subject) -> Check:
-    """In eval mode, by the running statistics that training left, the logits are finite; so is every buffer."""
+    """In eval mode, by the running statistics as they are, the logits are finite; so is every buffer.
+
+    With each batch's own statistics in their place the logits are those of train mode.
+    """
     bad = [n for n, b in subject.model.named_buffers() if not bool(torch.isfinite(b).all())]
-    model = copy.deepcopy(subject.model).eval()
+    model, training = (copy.deepcopy(subject.model) for _ in range(2))
     with torch.no_grad():
-        finite = bool(torch.isfinite(model(subject.x)).all())
+        finite = bool(torch.isfinite(model.eval()(subject.x)).all())
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.register_forward_pre_hook(take_statistics)
+        expected = training(subject.x)
+        apart, scale = float((model(subject.x) - expected).abs().max()), float(expected.abs().max())
+        same = apart <= TOLERANCE * scale
+        if not same and finite:  # or round-off, of a network that amplifies it so much
+            moved = training(subject.x + STEP * uniform(subject.x.shape, IMAGES_KEY))
+            same = float((moved - expected).abs().max()) > AMPLIFICATION * STEP * scale
     detail = f"logits are {'finite' if finite else 'not finite'}"
-    return Check("eval mode", finite and not bad, detail + (f"; not finite: {', '.join(bad[:3])}" if bad else ""))
+    detail += f"; not finite: {', '.join(bad[:3])}" if bad else ""
+    detail += "" if same or not finite else f"; by a batch's statistics {apart / scale:.1g} from train mode's, relative"
+    return Check("eval mode", finite and same and not bad, detail)
+
+
+@torch.no_grad()
+def take_statistics(norm: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook before a BatchNorm in eval mode: its running statistics are those of what it is called with."""
+    assert isinstance(norm, _BatchNorm)
+    x = args[0].transpose(0, 1).flatten(1)  # [C, B * H * W]
+    if norm.running_mean is not None and norm.running_var is not None:
+        norm.running_mean.copy_(x.mean(1))
+        norm.running_var.copy_(x.var(1, correction=0))
 
 
 def check_signals(subject: Subject) -> Check:

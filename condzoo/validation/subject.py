@@ -25,6 +25,7 @@ from condzoo.probe.arguments import whole_seed
 from condzoo.probe.copying import copied
 from condzoo.probe.wrappers import unwrapped
 
+OTHER_NORMS = ("block_args", "norm_layer")  # timm's arguments that may put layers which no BN follows into a ResNet
 USUAL = {"final_norm": True, "shortcut": True}  # what a row leaves to its class
 
 

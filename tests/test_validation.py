@@ -288,6 +288,14 @@ def a_relu_in_training_alone(model):
     model.layers[1].relu = InTraining()
 
 
+def a_relu_that_saturates(model):  # beyond what the function's images and weights reach
+    model.layers[1].relu = nn.ReLU6()
+
+
+def a_dropout_in_the_body(model):
+    model.layers[1].relu = nn.Sequential(nn.ReLU(), nn.Dropout(0.2))
+
+
 def statistics_of_nan(model):
     model.layers[1].bn.running_var[0] = float("nan")
 
@@ -302,6 +310,9 @@ def statistics_of_nan(model):
         ("mlp4x24_bn", statistics_of_nan, "eval mode"),
         ("mlp4x24_bn", a_relu_in_training_alone, "eval mode"),
         ("mlp4x24", a_relu_in_training_alone, "eval mode"),
+        ("mlp4x24_bn", a_relu_that_saturates, "scaling"),
+        ("mlp4x24", a_dropout_in_the_body, "scaling"),
+        ("mlp4x24_bn", a_dropout_in_the_body, "function"),
         ("cifar_resnet14", a_shortcut_left_out, "conditioning"),
         ("cifar_resnet14", a_shortcut_halved, "conditioning"),
         ("cifar_resnet14_lastbn", a_shortcut_of_zeros, "conditioning"),
@@ -392,7 +403,7 @@ def test_a_network_with_other_shortcuts_than_it_was_built_with_is_broken(name, a
     assert check in broken(validate(model).checks)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_vgg8_nobn", "cifar_preresnet8_lastbn"])
+@pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_vgg8_nobn_lastbn", "cifar_preresnet8_lastbn"])
 def test_a_network_of_unpooled_maps_passes_and_the_last_bn_is_passed_by(name):
     torch.manual_seed(0)
     model = create_model(name, num_classes=0, global_pool="")
@@ -412,6 +423,11 @@ def test_a_resnet_with_weights_that_no_bn_follows_is_not_held_to_their_scale(arg
     assert {check.name for check in found.checks if check.skipped} == {"function", "scaling", "conditioning"}
     (detail,) = (check.detail for check in found.checks if check.name == "scaling")
     assert detail == f"with {next(iter(arguments))} there may be weights that no BN follows"
+
+
+def test_a_plain_twins_dropout_which_is_no_module_is_left_out():
+    subject = prepare(create_model("resnet18", drop_rate=0.5), 0)
+    assert torch.equal(subject.model(subject.x), subject.model(subject.x))
 
 
 def test_a_plain_twin_is_checked_as_a_network_as_by_its_name():

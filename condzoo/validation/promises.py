@@ -37,6 +37,7 @@ TINY_EPS = 1e-300  # BN's, where its scale invariance is checked: torch takes no
 # Weights are scaled by powers of two, which round nothing: a deep network without shortcuts amplifies round-off
 # (cifar_vgg1202 by 1e70) until nothing of its logits is left.
 FACTORS = (2.0, 4.0)  # exact, and no two layers' cancel: what lies between them would not be seen
+NORM_FACTOR = 16.0  # of gammas and betas: far enough for activations that are a ReLU near 0 alone
 FARTHEST = 2.0**300  # of their product, which a thousand layers would take out of float64's range
 # Without BN, the factor of the inputs' root mean square a layer (a block of a ResNet). He's initializer keeps it at 1
 # but for what zero padding takes off small images, a residual block adds its branch, and U(+-1/sqrt(fan_in)) leaves
@@ -187,7 +188,10 @@ def input_magnitudes(subject: Subject) -> list[float]:
 
 
 def check_scaling(subject: Subject) -> Check:
-    """With BN the logits do not see the scale of the weights before it; without, they follow it (Theorem 1)."""
+    """With BN the logits do not see the scale of the weights before it; without, they follow it (Theorem 1).
+
+    Of all gammas and betas together they follow the scale: every BN's is cancelled by the next.
+    """
     if other := [key for key in OTHER_NORMS if key in subject.changed]:
         return Check("scaling", True, f"with {', '.join(other)} there may be weights that no BN follows", skipped=True)
     model = copy.deepcopy(subject.model)
@@ -205,14 +209,17 @@ def check_scaling(subject: Subject) -> Check:
         expected *= a
         if layer.bias is not None:  # a bias is of its layer's output, which every factor up to here has reached
             layer.bias.data.mul_(expected)
-    if subject.info.norm == "bn" or subject.info.last_bn:
-        expected = 1.0
-    elif getattr(model.get_classifier(), "bias", None) is not None:
+    if subject.info.norm == "bn" or (subject.info.last_bn and not subject.maps):
+        expected = NORM_FACTOR
+        for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
+            norm.weight.data.mul_(expected)
+            norm.bias.data.mul_(expected)
+    if getattr(model.get_classifier(), "bias", None) is not None:
         model.get_classifier().bias.data.mul_(expected)
     after = model(subject.x).detach()
     error = float((after - expected * before).norm() / (abs(expected) * before.norm()))
-    what = "unchanged" if expected == 1.0 else f"times {expected:.3g}"
-    detail = f"{len(scaled)} weights scaled, logits {what} but for {error:.1g}, relative"
+    what = f"{len(scaled)} weights" + (", and BN's gammas and betas" if expected == NORM_FACTOR else "")
+    detail = f"{what} scaled, logits times {expected:.3g} but for {error:.1g}, relative"
     return Check("scaling", error < SCALE_TOLERANCE, detail)
 
 

@@ -186,13 +186,15 @@ def size_of(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, in
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
-def without_dropout(model: nn.Module) -> None:
-    """Dropout that drops nothing: the promises are of the network without it."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
+def without_dropout(model: Any) -> None:
+    """The zoo's and timm's dropout drops nothing: the promises are of the network without it. No other is expected."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and name == "head_drop":
             module.p = 0.0
         elif isinstance(module, DropPath | DropBlock2d):
             module.drop_prob = 0.0
+    if hasattr(model, "drop_rate"):
+        model.drop_rate = 0.0  # what timm's ResNets drop by
 
 
 def small_input(info: ModelInfo) -> tuple[int, int, int]:

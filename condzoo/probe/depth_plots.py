@@ -1,4 +1,4 @@
-"""One measurement as a picture: magnitude, condition, spectra and units by depth, the last layer by itself.
+"""One measurement as a picture: magnitude, condition, spectra, units and weights by depth, the last layer by itself.
 
 Colours are Okabe-Ito's and viridis; every line also has a marker or a dash of its own, for print in grey.
 """
@@ -30,7 +30,7 @@ MARKS = 20  # markers a line, about
 
 @usual_style()
 def plot_conditioning(conditioning: Conditioning, path: Path) -> None:
-    """One measurement: magnitude, condition, spectra and units by depth, and the last layer's spectra.
+    """One measurement: magnitude, condition, spectra, units and weights by depth, and the last layer's spectra.
 
     Raises:
         ValueError: no layer was measured.
@@ -38,15 +38,17 @@ def plot_conditioning(conditioning: Conditioning, path: Path) -> None:
     """
     if not len(conditioning):
         raise ValueError("nothing to plot: no layer was measured; see .skipped for the reasons")
-    figure = Figure(figsize=(11.5, 11), layout="constrained")
+    figure = Figure(figsize=(11.5, 15), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 2)
+    axes = figure.subplots(4, 2)
     _magnitudes(axes[0, 0], conditioning)
     _conditions(axes[0, 1], conditioning)
     for ax, (side, *_, label) in zip(axes[1], SIDES, strict=True):
         _spectra(ax, [getattr(layer, side) for layer in conditioning.values()], f"Spectra of the {label}")
     draw_units(axes[2, 0], {"": conditioning.neurons})
     _last_layer(axes[2, 1], conditioning)
+    _weights(axes[3, 0], conditioning)
+    _domination(axes[3, 1], conditioning)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     save(figure, path)
@@ -105,7 +107,7 @@ def _conditions(ax: Axes, conditioning: Conditioning) -> None:
         for p, dash in ((0.5, "-"), (1.0, ":")):
             kappas = np.array([getattr(c, side).condition_number(p) for c in conditioning.values()])
             known |= bool(np.isfinite(kappas).any())
-            name = rf"{label}, $\kappa_{{{100 * p:g}\%}}$"
+            name = rf"{label.removeprefix('output ')}, $\kappa_{{{100 * p:g}\%}}$"
             _by_depth(ax, np.where(np.isfinite(kappas), kappas, np.nan), color, marker, dash, name, hollow=p == 1.0)
     title = r"Condition number $\kappa_p$ by depth (missing: not known)"
     _finish_depth(ax, title if known else r"Condition number $\kappa_p$: none is known", conditioning)
@@ -134,17 +136,27 @@ def widened(ax: Axes, decades: float = 2.2) -> None:
 def _by_depth(ax: Axes, values: Any, color: str, marker: str, dash: str, label: str, *, hollow: bool = False) -> None:
     depth = np.arange(len(values))
     style: dict[str, Any] = {"marker": marker, "ms": 4.5, "mfc": "white" if hollow else color, "lw": 1.4}
-    ax.plot(depth, values, color=color, ls=dash, markevery=spaced(len(values)), label=label, **style)
+    ax.plot(depth, values, color=color, ls=dash, markevery=marked(np.asarray(values)), label=label, **style)
     ax.plot(depth[-1:], values[-1:], color=color, marker=marker, ms=9, mfc="none", mew=1.6, ls="none")
 
 
 def _finish_depth(ax: Axes, title: str, conditioning: Conditioning) -> None:
     ax.set(yscale="log", xlabel=f"layer, in forward order (ringed: the last, {_last_name(conditioning)})")
-    ax.set_title(title, fontsize=10)
+    beside = 0.05 * (len(conditioning) - 1) or 0.5
+    ax.set_xlim(-beside, len(conditioning) - 1 + beside)  # all layers, also where little is known
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     widened(ax)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, frameon=False)
+    _headed(ax, title)
+
+
+def _headed(ax: Axes, title: str) -> None:
+    """A title, and under it, above the axes, the legend: inside it would lie over some network's lines."""
+    entries = len(ax.get_legend_handles_labels()[1])
+    ax.set_title(title, fontsize=10, pad=20 if entries else None)
+    if entries:
+        small: dict[str, Any] = {"fontsize": 8, "frameon": False, "columnspacing": 1, "handlelength": 1.8}
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1, ncols=entries, **small)
 
 
 def _last_name(conditioning: Conditioning) -> str:
@@ -163,27 +175,44 @@ def _spectra(ax: Axes, spectra: Sequence[Spectrum], title: str) -> None:
             style = {"color": LAST, "lw": 2.4, "ls": "--", "label": "last layer"}
         ax.plot((np.arange(len(known)) + 1) / s.dim, known, marker="." if len(known) < 4 else None, **style)
     ax.set(yscale="log", xlim=(0, 1.02), xlabel="place in the spectrum, of d", ylabel=r"$\lambda / \lambda_{max}$")
-    ax.set_title(title + (" (dark: first layers)" if ax.get_lines() else ": none is known"), fontsize=10)
     ax.grid(alpha=0.3)
     widened(ax)
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(fontsize=8, frameon=False)
+    _headed(ax, title + (" (dark: first layers)" if ax.get_lines() else ": none is known"))
 
 
 def _last_layer(ax: Axes, conditioning: Conditioning) -> None:
     """The last layer's two spectra as they are, with their noise floors."""
     layer, known = conditioning.last, False
-    for side, color, marker, label in SIDES:
+    for (side, color, marker, label), dash, name in zip(SIDES, (":", "-."), "xg", strict=True):
         s: Spectrum = getattr(layer, side)
         values = s.eigenvalues[: s.rank].numpy()
         known |= bool((values > 0).any())
         style: dict[str, Any] = {"marker": marker, "ms": 4.5, "markevery": spaced(len(values)), "lw": 1.4}
         ax.plot(np.arange(len(values)) + 1, values, color=color, label=label, **style)
         if s.noise_floor > 0:
-            ax.axhline(s.noise_floor, color=color, lw=1, ls=":")
+            ax.axhline(s.noise_floor, color=color, lw=1.2, ls=dash, label=f"noise floor of {name}")
     ax.set(yscale="log", xlabel="eigenvalue, largest first", ylabel=r"$\lambda$")
-    what = "(dotted: noise floors)" if known else "(no eigenvalue is known)"
-    ax.set_title(f"Last layer, {_last_name(conditioning)} {what}", fontsize=10)
+    what = "" if known else " (no eigenvalue is known)"
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, frameon=False)
+    _headed(ax, f"Last layer, {_last_name(conditioning)}{what}")
+
+
+def _weights(ax: Axes, conditioning: Conditioning) -> None:
+    sizes = [[c.weight or np.nan, c.weight_grad or np.nan] for c in conditioning.values()]
+    for values, color, marker, label in zip(
+        np.array(sizes).T, OKABE_ITO, "os", ("weight W", "its gradient dL/dW"), strict=False
+    ):
+        _by_depth(ax, values, color, marker, "-", label)
+    known = "" if np.isfinite(sizes).any() else ": none is known"
+    ax.set_ylabel(r"$\sigma_{max}$")
+    _finish_depth(ax, r"Weights, largest singular value $\sigma_{max}$ by depth" + known, conditioning)
+
+
+def _domination(ax: Axes, conditioning: Conditioning) -> None:
+    """The table's dW/W: where it is small the weight dominates, and the layer hardly moves."""
+    ratios = np.array([np.nan if c.frozen else c.weight_domination or np.nan for c in conditioning.values()])
+    _by_depth(ax, ratios, OKABE_ITO[2], "D", "-", "")
+    known = "" if np.isfinite(ratios).any() else ": none is known"
+    ax.set_ylabel(r"$\sigma_{max}(dL/dW)\,/\,\sigma_{max}(W)$")
+    _finish_depth(ax, "Weight domination by depth, dW/W" + known, conditioning)

@@ -13,7 +13,8 @@ lmax: largest eigenvalue of the second moment of the layer's inputs x and output
 k50, k: condition numbers over half and all of the spectrum; >: at least this much (the rest is noise);
   0!: structural zero, rows!: fewer rows than dimensions (k of the rest stands behind)
 dW/W: largest singular value of the weight's gradient over the weight's; F(dW/W): the same of Frobenius norms;
-  -: the weight has no gradient, is frozen, or is 0"""
+  -: the weight has no gradient, is frozen, or is 0
+#: the layer's place in forward order, which pictures count by"""
 
 MANY = 4  # layers skipped for one reason that are one line
 DOWN = decimal.Context(prec=1, rounding=decimal.ROUND_FLOOR)
@@ -39,10 +40,10 @@ def shown(spectrum: Spectrum, p: float) -> str:
 
 def conditioning_table(conditioning: Conditioning, p: float = 0.5) -> str:
     """One line a layer, a header that says what was measured, and what was skipped."""
-    head = ["layer", "kind", "d(x)", "lmax(x)", f"k{100 * p:g}(x)", "k(x)", "d(g)", "lmax(g)"]
+    head = ["layer", "kind", "#", "d(x)", "lmax(x)", f"k{100 * p:g}(x)", "k(x)", "d(g)", "lmax(g)"]
     rows = [[*head, f"k{100 * p:g}(g)", "k(g)", "dW/W", "F(dW/W)"]]
-    for name, layer in conditioning.items():
-        rows.append([name or "(model)", layer.kind])
+    for place, (name, layer) in enumerate(conditioning.items()):
+        rows.append([name or "(model)", layer.kind, str(place)])
         for s in (layer.input, layer.output_grad):
             rows[-1] += [str(s.dim), f"{s.lambda_max:.3g}", shown(s, p), shown(s, 1.0)]
         ratios = layer.weight_domination, _ratio(layer.weight_grad_frobenius, layer.weight_frobenius)

@@ -167,6 +167,27 @@ def test_lines_of_hundreds_of_records_have_markers_here_and_there_and_where_a_va
         assert np.flatnonzero(line.get_markevery()).tolist() == sorted([*range(0, 400, 20), 305])
 
 
+def test_a_measurements_panels_by_depth_show_every_layer_and_no_legend_lies_over_lines(record, figures, tmp_path):
+    unknown = Spectrum(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), noise_floor=0.5)
+    layers = {f"l{i}": record.last if i == 21 else replace(record.last, input=unknown) for i in range(45)}
+    run = replace(record, layers=layers | {"l9": replace(record.last, weight=2.0, weight_grad=0.5)})
+    run.plot(tmp_path / "x.png")
+    figures[0].draw_without_rendering()
+    axes = {ax.get_title().split(" by depth")[0]: ax for ax in figures[0].axes}
+    for ax in axes.values():
+        if ax.get_legend() and "ReLU" not in ax.get_title():  # that one has room above the largest share
+            assert ax.get_legend().get_window_extent().y0 >= ax.bbox.y1
+    by_depth = [ax for ax in axes.values() if "by depth" in ax.get_title() and "ReLU" not in ax.get_title()]
+    assert [ax.get_xlim() for ax in by_depth] == [pytest.approx((-2.2, 46.2))] * 4
+    kappas = next(ax for title, ax in axes.items() if title.startswith("Condition number"))
+    assert kappas.get_lines()[0].get_markevery()[21], "a value alone has no line beside it"
+    ratios = next(ax for title, ax in axes.items() if title.startswith("Weight domination"))
+    assert ratios.get_lines()[0].get_ydata()[9] == 0.25
+    rows = [line.split() for line in run.table().splitlines()[1:46]]
+    assert rows[0][:3] == ["layer", "kind", "#"]
+    assert rows[22][:3] == ["l21", "Linear", "21"]
+
+
 def test_panels_without_a_value_say_so(record, figures, tmp_path):
     zero = Spectrum(torch.zeros(4, dtype=torch.float64))
     nothing = replace(record, layers={"fc": replace(record.last, input=zero, output_grad=zero)})

@@ -288,6 +288,18 @@ def a_relu_in_training_alone(model):
     model.layers[1].relu = InTraining()
 
 
+def a_normal_for_a_uniform(model):  # of the same variance, as in the next
+    nn.init.normal_(model.layers[0].linear.weight, std=(3 * 144) ** -0.5)
+
+
+def a_uniform_for_a_normal(model):
+    nn.init.kaiming_uniform_(model.layer2[0].conv1.weight, mode="fan_out", nonlinearity="relu")
+
+
+def a_mean_that_is_not_0(model):
+    model.layer2[0].conv1.weight.data.add_(0.01)
+
+
 def a_relu_that_saturates(model):  # beyond what the function's images and weights reach
     model.layers[1].relu = nn.ReLU6()
 
@@ -310,6 +322,9 @@ def statistics_of_nan(model):
         ("mlp4x24_bn", statistics_of_nan, "eval mode"),
         ("mlp4x24_bn", a_relu_in_training_alone, "eval mode"),
         ("mlp4x24", a_relu_in_training_alone, "eval mode"),
+        ("mlp4x24", a_normal_for_a_uniform, "weights"),
+        ("cifar_resnet8", a_uniform_for_a_normal, "weights"),
+        ("cifar_resnet8_nobn", a_mean_that_is_not_0, "weights"),
         ("mlp4x24_bn", a_relu_that_saturates, "scaling"),
         ("mlp4x24", a_dropout_in_the_body, "scaling"),
         ("mlp4x24_bn", a_dropout_in_the_body, "function"),

@@ -22,6 +22,7 @@ from condzoo.validation.fingerprint import (
 )
 from condzoo.validation.initial_conditioning import DOUBTFUL, Numbers, deviations, initial_records, measure_initial
 from condzoo.validation.initial_vectors import misplaced
+from condzoo.validation.initial_weights import weight_deviations
 from condzoo.validation.subject import (
     OTHER_NORMS,
     Subject,
@@ -79,30 +80,19 @@ def check_size(subject: Subject) -> Check:
 
 
 def check_initialization(subject: Subject) -> Check:
-    """Each weight's mean square is its initializer's variance, within the standard error of so many draws.
+    """Each weight has its initializer's variance, mean and shape, within the standard error of so many draws.
 
     Norms' gammas and betas, and biases, are where the initializer puts them.
     """
-    worst, where = 0.0, ""
+    worst, where = 0.0, "variance"
     for name, layer in weighted(subject.model):
-        variance, kurtosis = expected_variance(subject.info, name, layer)
-        square = float(layer.weight.detach().square().mean())
-        deviation = abs(square / variance - 1) / math.sqrt((kurtosis - 1) / layer.weight.numel())
-        deviation = math.inf if math.isnan(deviation) else deviation
-        if deviation > worst:
-            worst, where = deviation, name
-    detail = f"worst variance is {worst:.1f} standard errors off, in {where}"
+        for what, deviation in weight_deviations(layer).items():
+            if not deviation <= worst:  # also of NaN
+                worst, where = math.inf if math.isnan(deviation) else deviation, f"{what} of {name}"
+    detail = f"worst: {where} is {worst:.1f} standard errors off"
     if vectors := misplaced(subject):
         detail += f"; no initial values: {', '.join(vectors[:3])}"
     return Check("weights", worst < STANDARD_ERRORS and not vectors, detail)
-
-
-def expected_variance(info: ModelInfo, name: str, layer: nn.Module) -> tuple[float, float]:
-    """Variance and kurtosis of a layer's initializer: He-normal convolutions, uniform linear layers."""
-    if isinstance(layer, nn.Conv2d):
-        return 2 / (layer.out_channels * math.prod(layer.kernel_size)), 3.0  # torch's fan-out: of all groups
-    assert isinstance(layer, nn.Linear)
-    return 1 / (3 * layer.in_features), 1.8
 
 
 def check_finite(subject: Subject) -> Check:

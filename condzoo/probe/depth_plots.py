@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.neurons import Neurons
-from condzoo.probe.picture_style import FILLS, NAME, OKABE_ITO, as_written, legend, save, shortened, usual_style
+from condzoo.probe.picture_style import FILLS, NAME, OKABE_ITO, as_written, save, shortened, usual_style
 from condzoo.probe.spectra import Spectrum
 
 SIDES = (("input", OKABE_ITO[0], "o", "inputs x"), ("output_grad", OKABE_ITO[1], "s", "output gradients g"))
@@ -82,8 +82,8 @@ def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
-    if len(runs) > len(OKABE_ITO):
-        legend(ax, fontsize=8)
+    if len(runs) > len(OKABE_ITO):  # beside the lines, of which there are too many for a place among them
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False, ncols=len(runs) // 9 + 1)
         return
     marks: list[Artist] = list(ax.get_lines()[:2])
     if len(runs) > 1:

@@ -99,7 +99,8 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
 
 def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
     for i, (label, records) in enumerate(runs.items()):
-        measured = [(step, r.last.input) for step, r in zip(places(records), records, strict=True) if len(r)]
+        along = places(records)
+        measured = [(step, r.last.input) for step, r in zip(along, records, strict=True) if len(r)]
         steps, spectra = zip(*measured, strict=True)
         style: dict[str, Any] = {**run_style(i), "markersize": 4, "label": as_written(label)}
         sizes = np.array([s.lambda_max or np.nan for s in spectra])
@@ -107,7 +108,8 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
         for ax, values in zip(axes, (sizes, kappas), strict=True):
             known = np.where(np.isfinite(values), values, np.nan)
             ax.plot(steps, known, markevery=marked(known), **style)
-            ax.update_datalim([(steps[0], 1), (steps[-1], 1)], updatey=False)  # also where nothing is known
+            # also where nothing is known, or, of a run that diverged, nothing was measured
+            ax.update_datalim([(along[0], 1), (along[-1], 1)], updatey=False)
     for ax, what, none in zip(
         axes, (r"$\lambda_{max}$", r"$\kappa_{50\%}$"), ("all are 0", "none is known"), strict=True
     ):

@@ -135,6 +135,17 @@ def test_a_network_that_died_is_black_and_its_lines_go_on_to_the_end(figures, tm
     assert [ax.get_xlim()[1] >= 9 for ax in lines] == [True, True]
 
 
+def test_a_run_that_diverged_reaches_to_its_last_record_and_the_units_of_many_runs_are_named_beside_them(
+    record, figures, tmp_path
+):
+    run = [replace(record, step=0), replace(record, step=40, layers={})]
+    plot_comparison({f"run {i}": run for i in range(8)}, tmp_path / "x.png")
+    figures[0].draw_without_rendering()
+    assert [ax.get_xlim()[1] >= 40 for ax in last_layers(figures[0])] == [True, True]
+    (units,) = (ax for ax in figures[0].axes if ax.get_title().startswith("ReLU units"))
+    assert units.get_legend().get_window_extent().x0 >= units.bbox.x1
+
+
 def test_what_is_not_known_is_hatched(record, figures, tmp_path):
     """In print in grey a plain background looked like viridis's largest value."""
     plot_records(record, tmp_path / "x.png")

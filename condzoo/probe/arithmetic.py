@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from condzoo.probe.rounding import GPU_SLICE, SLICE, rounded_one_way, sums_of_squares
+
 Precision = Literal["auto", "float64", "fast"]
 PRECISIONS = ("auto", "float64", "fast")
 PLAIN = ("none", "ieee")  # settings with which torch multiplies float32 in float32
@@ -28,14 +30,13 @@ SAFETY = 20  # an eigenvalue this many times its noise is right to 5 %
 FLOAT32_PRODUCT = 100 * 2.0**-24  # SAFETY * the 5 u ||M|| / sqrt(b) seen at most over shapes 16..1024
 FLOAT64_PRODUCT = 100 * 2.0**-53  # times sqrt(d) * lambda_max: the product and eigvalsh together
 DATA_ROUNDINGS = 2.0  # roundings that a value of the data has behind it, at least
-SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in a CPU's cache
-GPU_SLICE = 1 << 24  # the same on a GPU, or of the products: it needs much work at a time; 128 MB (not run on one)
 # Rows that are added in one chain, as BLAS does in small products, of 2 to 16 coordinates; of more, as many more rows.
 # Where they are alike (maps that are constant but for a few pixels), all roundings are in one direction, and the noise
 # grows with the chain and not with its root; in the direction of a small eigenvalue less so, the more coordinates. Of
 # one coordinate (depthwise convolutions) it is no more than 2**-12 of the sum in the longest.
 CHAIN_FLOAT32, CHAIN_FLOAT64, LONGEST_CHAIN = 1 << 8, 1 << 10, 1 << 13
 CHAINS = 4  # of a piece, whose products are added in float32
+CHECKED = 64  # coordinates up to which a Cholesky takes less time than the sums of squares do
 FOLD = 8  # products of pieces added in float32: the noise stays as calibrated, and the conversion to float64 is short
 
 
@@ -179,7 +180,19 @@ def _set_plain_before(op: str) -> Iterator[None]:
 
 
 def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
-    """sum over pieces and rows of x x^T: float32 over chains of rows and up to 8 of them, float64 over all."""
+    """sum over pieces and rows of x x^T: float32 over chains of rows and up to 8 of them, float64 over all.
+
+    In float64 throughout where float32 rounds in one direction and an eigenvalue is small enough to show it.
+    """
+    total, (pieces, _, dim, _) = _gram_float32(columns), columns.shape
+    shows = dim > CHECKED or (dim > 1 and reaches_under(total, float32_noise(total, 1)))
+    sums = total.diagonal(dim1=-2, dim2=-1)
+    if columns.numel() and shows and rounded_one_way(sums, sums_of_squares(columns), pieces):
+        return gram_float64(columns)
+    return total
+
+
+def _gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     _, g, d, _ = columns.shape
     step = max(1, (1 << 23) // (g * d * d))
     total: Tensor | None = None
@@ -240,9 +253,9 @@ def gram_float64(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
 def float32_noise(total: Float[Tensor, "g d d"], pieces: int | float) -> float:
     """Floor that float32 products leave in a sum of `pieces` of them, in the sum's units; inf or NaN if it is.
 
-    The noise of no more pieces than there are coordinates is taken to average out: where rows repeat, all pieces have
+    The noise of no more pieces than there are coordinates is taken to average out; where rows repeat, all pieces have
     the same. In the direction of a small eigenvalue it is then up to 3.2 u ||M|| of 2 coordinates, 0.7 u of 16 and
-    0.1 u of 64, which is under 5 % of the floor.
+    0.1 u of 64, which is under 5 % of the floor. Where it is more, `gram_float32` does not multiply in float32.
     """
     norm = torch.linalg.vector_norm(total) if total.shape[0] == 1 else torch.linalg.matrix_norm(total).max()
     return FLOAT32_PRODUCT * float(norm) / math.sqrt(min(pieces, total.shape[-1]))

@@ -22,6 +22,7 @@ from torch.nn.grad import conv2d_weight
 from condzoo.probe.arithmetic import CHAIN_FLOAT64, chains, plain_convolutions
 from condzoo.probe.borders import LONGEST_SUM, Geometry, subtract_border
 from condzoo.probe.patches import output_size, sides
+from condzoo.probe.rounding import sums_of_squares
 
 # Error of such a sum of squares over the sum, from which on roundings did not average out: of maps of noise, of smooth
 # ones and of pictures it is under 5e-6, and of maps that are constant but for a few pixels over 4e-5.
@@ -63,16 +64,16 @@ def _differences(kh: int, kw: int, device: torch.device) -> Tensor:
     return (down * (2 * kw - 1) + along).flatten()
 
 
-def rounded_one_way(sums: Float[Tensor, " c"], x: Float[Tensor, "n c h w"]) -> bool:
+def too_far_off(sums: Float[Tensor, " c"], squares: Float[Tensor, " c"]) -> bool:
     """Whether float32 sums of the squares of x are so far off that their roundings cannot have averaged out."""
-    exact = torch.linalg.vector_norm(x.flatten(2), dim=2, dtype=torch.float64).square().sum(0)  # makes no copy of x
-    return bool(((sums.double() - exact).abs() > ONE_WAY * exact).any())
+    return bool(((sums - squares).abs() > ONE_WAY * squares).any())
 
 
 def _correlations_float32(x: Float[Tensor, "n c h w"], kh: int, kw: int) -> Float[Tensor, "c c a b"] | None:
-    """C_s for s in [0, kh - 1] x [-(kw - 1), kw - 1], one call a float32 sum; None where the first is too far off."""
+    """C_s for s in [0, kh - 1] x [-(kw - 1), kw - 1], one call a float32 sum; None where they are too far off."""
     size = [x.shape[1], x.shape[1], kh, 2 * kw - 1]
     half: Tensor | None = None
+    squares, sums = x.new_zeros((2, x.shape[1]), dtype=torch.float64)
     images, rows = of_a_sum(*x.shape[2:])
     with plain_convolutions(x.device.type):
         held = x.new_zeros((min(images, len(x)), x.shape[1], x.shape[2] + kh - 1, x.shape[3]))  # rows of zeros below
@@ -83,7 +84,9 @@ def _correlations_float32(x: Float[Tensor, "n c h w"], kh: int, kw: int) -> Floa
                 here = part[:, :, top : top + rows]
                 there = below[:, :, top : top + here.shape[2] + kh - 1]
                 part_sums = conv2d_weight(there, size, here, padding=(0, kw - 1))
-                if half is None and rounded_one_way(part_sums[:, :, 0, kw - 1].diagonal(), here):
+                sums += part_sums[:, :, 0, kw - 1].diagonal()
+                squares += sums_of_squares(here.flatten(2)[:, None])[0]
+                if too_far_off(sums, squares):
                     return None
                 half = part_sums.double() if half is None else half.add_(part_sums)
     return x.new_zeros(size, dtype=torch.float64) if half is None else half

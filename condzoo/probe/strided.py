@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from condzoo.probe.arithmetic import gram_float64, plain_convolutions
-from condzoo.probe.correlations import of_a_sum, rounded_one_way
+from condzoo.probe.correlations import of_a_sum, too_far_off
 from condzoo.probe.layers import ROWS_OF_PATCHES
 from condzoo.probe.patches import every, output_size, padded, unfolded
+from condzoo.probe.rounding import sums_of_squares
 
 
 def strided_gram(x: Float[Tensor, "n c h w"], conv: nn.Conv2d, wide: bool) -> Float[Tensor, "1 ck ck"]:
@@ -43,19 +44,19 @@ def strided_gram(x: Float[Tensor, "n c h w"], conv: nn.Conv2d, wide: bool) -> Fl
 
 
 def _moment_float32(x: Float[Tensor, "n c h w"], conv: nn.Conv2d) -> Float[Tensor, "1 ck ck"] | None:
-    """The same by convolutions; None where the first sum is too far off."""
+    """The same by convolutions; None where its sums are too far off."""
     channels, (kh, kw) = x.shape[1], conv.kernel_size
     moment = x.new_zeros((kh, kw, channels, channels, kh, kw), dtype=torch.float64)
     height, width = output_size(x, conv)
     images, rows = of_a_sum(height, width)
-    checked = False
+    squares = x.new_zeros(channels, dtype=torch.float64)
     with plain_convolutions(x.device.type):
         for part in padded(x.float(), conv).split(images):
             for top in range(0, height, rows):
                 first = _add(moment, part, conv, range(top, min(top + rows, height)), width)
-                if not checked and rounded_one_way(moment[0, 0, :, :, 0, 0].diagonal(), first):
+                squares += sums_of_squares(first.flatten(2)[:, None])[0]
+                if too_far_off(moment[0, 0, :, :, 0, 0].diagonal(), squares):
                     return None
-                checked = True
     for i in range(1, kh):  # what is above the diagonal of rows, turned
         moment[i, :, :, :, :i] = moment[:i, :, :, :, i].permute(4, 3, 2, 0, 1)
     return moment.permute(2, 0, 1, 3, 4, 5).reshape(1, channels * kh * kw, channels * kh * kw)

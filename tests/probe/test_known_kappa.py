@@ -399,12 +399,30 @@ def nearly_constant(shape, seed=0):
     return x
 
 
+def on_a_background():
+    """[8, 12, 32, 32]: one pixel in a hundred is not the background."""
+    generator = torch.Generator().manual_seed(2)
+    background = (0.3 + 2.7 * torch.rand(12, generator=generator))[:, None, None].expand(8, 12, 32, 32)
+    drawn = torch.rand((8, 1, 32, 32), generator=generator) < 0.01
+    return torch.where(drawn, background + 0.14 * torch.randn(background.shape, generator=generator), background)
+
+
+def constant_after_the_first():
+    """[32, 16, 32, 32]: the maps that float32 adds first are noise."""
+    generator = torch.Generator().manual_seed(0)
+    x = (0.3 + 2.7 * torch.rand(16, generator=generator))[:, None, None].expand(32, 16, 32, 32).clone()
+    x[:8] = 0.02 * torch.randn((8, 16, 32, 32), generator=generator)
+    return x
+
+
 @pytest.mark.parametrize("precision", ["auto", "fast"])
 @pytest.mark.parametrize("conv", ["channels", "patches"])
 @pytest.mark.parametrize(
     "x",
     [
         pytest.param(grey_pictures(384), id="grey pictures"),
+        pytest.param(on_a_background(), id="background"),
+        pytest.param(constant_after_the_first(), id="constant after the first"),
         *(
             pytest.param(nearly_constant(shape), id=str(shape))
             for shape in [(1, 2, 224, 224), (8, 3, 96, 96), (16, 16, 32, 32), (1, 16, 224, 224)]

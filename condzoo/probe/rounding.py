@@ -1,0 +1,42 @@
+"""Whether the roundings of float32 sums average out, as noise floors take them to.
+
+A number that is added again and again is rounded to the same side each time, and so are all of a map that is constant
+but for a few pixels (pictures on a background, dying units with a bias). Sums of squares show it: they are there in
+every second moment, and are quickly taken once more.
+Shapes: b pieces, g groups, d coordinates, k rows a piece.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Error of a sum of x_i^2, in roundings of the trace over sqrt(pieces), that may be one of chance: of 4 coordinates or
+# more it is less. Errors in one direction are no larger in that of a small eigenvalue than the largest of these.
+BY_CHANCE = 3 * 2.0**-24
+SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in a CPU's cache
+GPU_SLICE = 1 << 24  # the same on a GPU, or of the products: it needs much work at a time; 128 MB (not run on one)
+
+
+def sums_of_squares(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d"]:
+    """sum over pieces and rows of x_i^2: torch adds them in pairs, which leaves 1e-6 of it at most in float32."""
+    step = max(1, (SLICE if columns.device.type == "cpu" else GPU_SLICE) // columns[0].numel())
+    parts = [part.float().square().sum(3).sum(0, dtype=torch.float64) for part in columns.split(step)]
+    return torch.stack(parts).sum(0)
+
+
+def rounded_one_way(
+    sums: Float[Tensor, "g d"], squares: Float[Tensor, "g d"], pieces: int | float, copies: int = 1
+) -> bool:
+    """Whether sums of squares are so far off that their roundings cannot have averaged out.
+
+    Args:
+        sums: of x_i^2 by float32 products; squares: `sums_of_squares`.
+        pieces: that many products, if they are independent, leave as much noise.
+        copies: as many coordinates of the moment have each sum: k * k of patches.
+    """
+    trace = copies * float(squares.sum(-1).max())
+    return float((sums - squares).abs().max()) > BY_CHANCE * trace / math.sqrt(min(pieces, copies * sums.shape[-1]))

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from condzoo.probe.rounding import GPU_SLICE, SLICE, rounded_one_way, sums_of_squares
+from condzoo.probe.rounding import GPU_SLICE, SLICE
 
 Precision = Literal["auto", "float64", "fast"]
 PRECISIONS = ("auto", "float64", "fast")
@@ -36,7 +36,6 @@ DATA_ROUNDINGS = 2.0  # roundings that a value of the data has behind it, at lea
 # one coordinate (depthwise convolutions) it is no more than 2**-12 of the sum in the longest.
 CHAIN_FLOAT32, CHAIN_FLOAT64, LONGEST_CHAIN = 1 << 8, 1 << 10, 1 << 13
 CHAINS = 4  # of a piece, whose products are added in float32
-CHECKED = 64  # coordinates up to which a Cholesky takes less time than the sums of squares do
 FOLD = 8  # products of pieces added in float32: the noise stays as calibrated, and the conversion to float64 is short
 
 
@@ -180,19 +179,7 @@ def _set_plain_before(op: str) -> Iterator[None]:
 
 
 def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
-    """sum over pieces and rows of x x^T: float32 over chains of rows and up to 8 of them, float64 over all.
-
-    In float64 throughout where float32 rounds in one direction and an eigenvalue is small enough to show it.
-    """
-    total, (pieces, _, dim, _) = _gram_float32(columns), columns.shape
-    shows = dim > CHECKED or (dim > 1 and reaches_under(total, float32_noise(total, 1)))
-    sums = total.diagonal(dim1=-2, dim2=-1)
-    if columns.numel() and shows and rounded_one_way(sums, sums_of_squares(columns), pieces):
-        return gram_float64(columns)
-    return total
-
-
-def _gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
+    """sum over pieces and rows of x x^T: float32 over chains of rows and up to 8 of them, float64 over all."""
     _, g, d, _ = columns.shape
     step = max(1, (1 << 23) // (g * d * d))
     total: Tensor | None = None
@@ -255,27 +242,10 @@ def float32_noise(total: Float[Tensor, "g d d"], pieces: int | float) -> float:
 
     The noise of no more pieces than there are coordinates is taken to average out; where rows repeat, all pieces have
     the same. In the direction of a small eigenvalue it is then up to 3.2 u ||M|| of 2 coordinates, 0.7 u of 16 and
-    0.1 u of 64, which is under 5 % of the floor. Where it is more, `gram_float32` does not multiply in float32.
+    0.1 u of 64, which is under 5 % of the floor. Where it is more, `rounding.holds` says so.
     """
     norm = torch.linalg.vector_norm(total) if total.shape[0] == 1 else torch.linalg.matrix_norm(total).max()
     return FLOAT32_PRODUCT * float(norm) / math.sqrt(min(pieces, total.shape[-1]))
-
-
-def reaches_under(total: Float[Tensor, "g d d"], floor: float) -> bool:
-    """Whether an eigenvalue may lie under the floor: one Cholesky of total - floor * I.
-
-    Coordinates that are exactly zero on every row are nulls in any arithmetic and do not count.
-    """
-    shifted = total.clone()
-    diagonal = shifted.diagonal(dim1=-2, dim2=-1)
-    diagonal -= floor
-    if not bool(torch.linalg.cholesky_ex(shifted).info.any()):
-        return False
-    zero = total.diagonal(dim1=-2, dim2=-1) == 0
-    if not bool(zero.any()):
-        return True
-    diagonal[zero] = 1.0
-    return bool(torch.linalg.cholesky_ex(shifted).info.any())
 
 
 def data_noise(dtype: torch.dtype, largest_diagonal: float, grain: float = 0.0) -> float:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from condzoo.probe import arithmetic
+from condzoo.probe import arithmetic, rounding
 from condzoo.probe.arithmetic import Precision
 
 LIMIT = 1 << 28  # float64 numbers that one moment may keep: 2 GB
@@ -120,17 +120,9 @@ class RunningMoment:
             self.finite = self.finite and all(bool(torch.isfinite(piece).all()) for piece in columns)
             return
         if self.total is not None or self.vectors + pieces * width >= dim:
-            multiply = arithmetic.gram_float64, arithmetic.gram_float32
-            self.add_product(
-                lambda wide: multiply[not wide](columns),
-                (groups, dim),
-                pieces * width,
-                pieces,
-                columns,
-                precision,
-                scale,
-                new_rows=new_rows,
-            )
+            ways = arithmetic.gram_float64, arithmetic.gram_float32
+            add = partial(self.add_product, lambda wide: ways[not wide](columns), new_rows=new_rows, checked=False)
+            add((groups, dim), pieces * width, pieces, columns, precision, scale)
             return
         self._count(pieces * width, columns.dtype, new_rows, scale)
         kept = columns.permute(1, 2, 0, 3).flatten(2).to(torch.float64) * scale
@@ -148,6 +140,7 @@ class RunningMoment:
         scale: float = 1.0,
         *,
         new_rows: bool = True,
+        checked: bool = True,
     ) -> None:
         """Add a sum of x x^T over `rows` rows, each multiplied by `scale`.
 
@@ -157,6 +150,7 @@ class RunningMoment:
             rows: at least as many as coordinates, with those already there.
             pieces: as many independent float32 products would leave as much noise.
             data: what the rows are of; `precision` and `new_rows`: as in `add`.
+            checked: `multiply` sees to it that float32 roundings average out; else the data are pieces of rows.
         """
         if not self.takes(*shape):
             return
@@ -165,7 +159,7 @@ class RunningMoment:
             self.finite = self.finite and bool(torch.isfinite(data).all())
             return
         self.spill()
-        product, noise = self._product(multiply, rows, pieces, data, precision)
+        product, noise = self._product(multiply, rows, pieces, data, precision, checked)
         if scale != 1.0:
             product, noise = product.mul_(scale**2), noise * scale**2
         self.total = product if self.total is None else self.total + product
@@ -218,16 +212,18 @@ class RunningMoment:
         pieces: int | float,
         data: Tensor,
         precision: Precision,
+        checked: bool,
     ) -> tuple[Tensor, float]:
         if precision != "float64" and data.dtype != torch.float64:
             product = multiply(False)
             noise = arithmetic.float32_noise(product, pieces)
             # Squares of float32 data above 1e19 overflow, and those below 1e-19 vanish, though the data is as it is.
             vanishing = rows * torch.finfo(torch.float32).tiny
-            holds = math.isfinite(noise) and noise >= vanishing
+            in_range = math.isfinite(noise) and noise >= vanishing
             if product.shape[1] == 1:  # sums of squares, of which nothing cancels
                 noise = arithmetic.SAFETY * vanishing
-            if holds and not (precision == "auto" and arithmetic.reaches_under(product, noise)):
+            columns = None if checked else data
+            if in_range and rounding.holds(product, noise, columns, strictly=precision == "auto"):
                 self.fast = True
                 return product, noise
         product = multiply(True)

@@ -17,8 +17,47 @@ from torch import Tensor
 # Error of a sum of x_i^2, in roundings of the trace over sqrt(pieces), that may be one of chance: of 4 coordinates or
 # more it is less. Errors in one direction are no larger in that of a small eigenvalue than the largest of these.
 BY_CHANCE = 3 * 2.0**-24
+CHECKED = 64  # coordinates up to which a Cholesky takes less time than the sums of squares do
 SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in a CPU's cache
 GPU_SLICE = 1 << 24  # the same on a GPU, or of the products: it needs much work at a time; 128 MB (not run on one)
+
+
+def holds(
+    total: Float[Tensor, "g d d"], noise: float, columns: Float[Tensor, "b g d k"] | None, *, strictly: bool
+) -> bool:
+    """Whether a sum of float32 products is worth its floor.
+
+    Args:
+        total: the sum; noise: its `float32_noise`.
+        columns: the rows, in as many pieces as there are products. Where roundings of rows that are alike go in one
+            direction, and an eigenvalue is small enough to show it, the sum is not. None: that was looked at.
+        strictly: nor is it where an eigenvalue may lie under the floor.
+    """
+    small = True
+    if columns is not None and total.shape[-1] > 1:
+        pieces, dim = columns.shape[0], columns.shape[2]
+        small = dim > CHECKED or reaches_under(total, noise * math.sqrt(min(pieces, dim)))  # none averages out
+        sums = total.diagonal(dim1=-2, dim2=-1)
+        if small and rounded_one_way(sums, sums_of_squares(columns), pieces):
+            return False
+    return not (strictly and small and reaches_under(total, noise))
+
+
+def reaches_under(total: Float[Tensor, "g d d"], floor: float) -> bool:
+    """Whether an eigenvalue may lie under the floor: one Cholesky of total - floor * I.
+
+    Coordinates that are exactly zero on every row are nulls in any arithmetic and do not count.
+    """
+    shifted = total.clone()
+    diagonal = shifted.diagonal(dim1=-2, dim2=-1)
+    diagonal -= floor
+    if not bool(torch.linalg.cholesky_ex(shifted).info.any()):
+        return False
+    zero = total.diagonal(dim1=-2, dim2=-1) == 0
+    if not bool(zero.any()):
+        return True
+    diagonal[zero] = 1.0
+    return bool(torch.linalg.cholesky_ex(shifted).info.any())
 
 
 def sums_of_squares(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d"]:

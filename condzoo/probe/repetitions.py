@@ -45,6 +45,10 @@ class Calls:
         waiting = {checkpoint: replace(held, calls=held.calls.copy()) for checkpoint, held in self.waiting.items()}
         return Calls(set(self.seen), WeakKeyDictionary(waiting))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a pickle is made of: graphs, and what waits for them, are in none."""
+        return Calls, (set(self.seen),)
+
     def waits(self, name: str) -> bool:
         """Whether a call of this layer is still to be repeated."""
         return any(held.calls[name] for held in self.waiting.values())

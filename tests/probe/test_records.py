@@ -321,7 +321,9 @@ def test_every_one_of_many_runs_is_told_apart(measured, monkeypatch, tmp_path):
     looks = [(line.get_color(), line.get_marker(), line.get_linestyle(), line.get_fillstyle()) for line in units]
     assert len(set(looks)) == len(looks) == 30
     (ax,) = (ax for ax in figure.axes if ax.get_title().startswith("ReLU units by depth"))
-    assert ax.get_legend()._ncols == 5  # one column of 30 entries left the axes no height
+    figure.draw_without_rendering()
+    assert ax.get_legend().get_window_extent().x0 >= ax.bbox.x1  # beside the lines
+    assert ax.bbox.height == pytest.approx(figure.axes[-2].bbox.height)  # one column of 30 entries left it none
 
 
 def test_the_legend_of_units_stands_over_their_lines(measured, monkeypatch, tmp_path):
@@ -388,8 +390,8 @@ def test_names_of_layers_are_written_as_they_are(measured, mark, monkeypatch, tm
     depth, maps = figures
     last = list(named)[-1].replace("$", r"\$")
     below = f"layer, in forward order (ringed: the last, {last})"
-    assert [ax.get_xlabel() for ax in depth.axes].count(below) == 2
-    assert f"Last layer, {last} (dotted: noise floors)" in [ax.get_title() for ax in depth.axes]
+    assert [ax.get_xlabel() for ax in depth.axes].count(below) == 4
+    assert f"Last layer, {last}" in [ax.get_title() for ax in depth.axes]
     assert [text.get_text() for ax in maps.axes for text in ax.get_yticklabels()].count(last) == 4
 
 

@@ -67,15 +67,12 @@ def sums_of_squares(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d"]:
     return torch.stack(parts).sum(0)
 
 
-def rounded_one_way(
-    sums: Float[Tensor, "g d"], squares: Float[Tensor, "g d"], pieces: int | float, copies: int = 1
-) -> bool:
+def rounded_one_way(sums: Float[Tensor, "g d"], squares: Float[Tensor, "g d"], pieces: int) -> bool:
     """Whether sums of squares are so far off that their roundings cannot have averaged out.
 
     Args:
         sums: of x_i^2 by float32 products; squares: `sums_of_squares`.
         pieces: that many products, if they are independent, leave as much noise.
-        copies: as many coordinates of the moment have each sum: k * k of patches.
     """
-    trace = copies * float(squares.sum(-1).max())
-    return float((sums - squares).abs().max()) > BY_CHANCE * trace / math.sqrt(min(pieces, copies * sums.shape[-1]))
+    trace = float(squares.sum(-1).max())
+    return float((sums - squares).abs().max()) > BY_CHANCE * trace / math.sqrt(min(pieces, sums.shape[-1]))

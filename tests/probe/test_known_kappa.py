@@ -375,8 +375,11 @@ def test_a_coordinate_close_to_another_is_no_copy_of_it_where_products_are_in_fl
             found.setdefault(precision, set()).add(spectrum.status())
             assert spectrum.nulls == 0
             assert spectrum.at_least() <= 1.05 * true
+            if spectrum.status() == "ok":
+                assert spectrum.condition_number() == pytest.approx(true, rel=0.05)
+    # In "fast" it is "ok", by float64, where errors of so few sums look like roundings in one direction.
     assert found["auto"] == {"ok"}
-    assert "bound" in found["fast"]  # "ok" where errors of so few sums look like roundings in one direction
+    assert {"bound"} <= found["fast"] <= {"bound", "ok"}
     copies = torch.randn((64, 1), generator=torch.Generator().manual_seed(0)).expand(64, 2)
     assert [measured(copies, precision).nulls for precision in ("fast", "auto")] == [0, 1]
 

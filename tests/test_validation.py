@@ -308,6 +308,26 @@ def a_dropout_in_the_body(model):
     model.layers[1].relu = nn.Sequential(nn.ReLU(), nn.Dropout(0.2))
 
 
+def detached_shortcuts(*blocks):
+    def damage(model):
+        for block in map(model.get_submodule, blocks):
+            block.shortcut.register_forward_hook(lambda _, args, shown: shown.detach())
+
+    return damage
+
+
+def a_gradient_halved(name):
+    def damage(model):
+        halve = lambda module, grads, of_output: tuple(grad / 2 for grad in grads)  # noqa: E731
+        model.get_submodule(name).register_full_backward_hook(halve)
+
+    return damage
+
+
+def features_detached_in_part(model):
+    model.fc.register_forward_pre_hook(lambda _, args: (args[0].detach() / 10 + args[0] * 0.9,))
+
+
 def statistics_of_nan(model):
     model.layers[1].bn.running_var[0] = float("nan")
 
@@ -364,6 +384,12 @@ def statistics_of_nan(model):
         ("cifar_resnet14_nobn_lastbn", last_bn_after_the_classifier, "last BN"),
         ("cifar_resnet14", one_channel_more, "size"),
         ("cifar_resnet14", a_nan, "finite"),
+        ("cifar_resnet14", detached_shortcuts("layer2.1"), "backward"),
+        ("cifar_preresnet14_lastbn", detached_shortcuts("layer1.0"), "backward"),
+        ("cifar_resnet14_nobn", detached_shortcuts("layer1.0", "layer1.1"), "backward"),
+        ("mlp8x24_bn", a_gradient_halved("layers.2.linear"), "backward"),
+        ("cifar_vgg14", a_gradient_halved("layer2.0.conv1"), "backward"),
+        ("mlp4x24_lastbn", features_detached_in_part, "backward"),
     ],
 )
 def test_a_broken_model_is_caught_by_the_check_it_breaks(name, damage, check):

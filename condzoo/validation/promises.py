@@ -95,21 +95,6 @@ def check_initialization(subject: Subject) -> Check:
     return Check("weights", worst < STANDARD_ERRORS and not vectors, detail)
 
 
-def check_finite(subject: Subject) -> Check:
-    """Loss finite, of maps that of their mean; every parameter that is used gets a gradient, and a finite one."""
-    model = copy.deepcopy(subject.model)
-    out = model(subject.x)
-    loss = nn.functional.cross_entropy(out.mean((2, 3)) if subject.maps else out, subject.y)
-    loss.backward()
-    loss = loss.detach()
-    used = [(n, p) for n, p in model.named_parameters() if not (subject.maps and n.startswith("last_bn."))]
-    bad = [n for n, p in used if p.grad is None or not bool(torch.isfinite(p.grad).all())]
-    ok = bool(torch.isfinite(loss)) and not bad
-    return Check(
-        "finite", ok, f"loss {float(loss):.3g}" + (f"; no finite gradient in {', '.join(bad[:3])}" if bad else "")
-    )
-
-
 def check_evaluation(subject: Subject) -> Check:
     """In eval mode, by the running statistics as they are, the logits are finite; so is every buffer.
 

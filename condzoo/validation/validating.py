@@ -10,12 +10,12 @@ from torch import nn
 from condzoo.checkpoints import load_checkpoint
 from condzoo.checkpoints.loading import is_path
 from condzoo.probe.wrappers import without_synchronization
+from condzoo.validation.backward import check_backward, check_finite
 from condzoo.validation.initial_conditioning import initial_records
 from condzoo.validation.promises import (
     Check,
     check_conditioning,
     check_evaluation,
-    check_finite,
     check_function,
     check_initialization,
     check_last_bn,
@@ -48,11 +48,12 @@ def validate(name_or_model: str | Path | nn.Module, *, seed: int = 0, trained: b
     """Build a model of the zoo and check what its family promises; a model given as such is left as it is.
 
     Checks: recorded parameters and multiply-adds; the function, by its logits with fixed weights; initial weights,
-    biases, gammas and betas, and BatchNorms' settings; signal magnitudes over depth; finite forward and backward;
-    scale invariance (BN) or homogeneity (Theorem 1); the last BN's bound; conditioning at initialization against the
-    record shipped for the model; in eval mode finite logits, which by a batch's own statistics are train mode's.
-    Of trained weights those that training does not end: size, function, finite, eval mode, scaling, last BN (`verify`
-    holds their conditioning against what was recorded with them).
+    biases, gammas and betas, and BatchNorms' settings; signal magnitudes over depth; finite forward and backward, and
+    gradients as finite differences show them; scale invariance (BN) or homogeneity (Theorem 1); the last BN's bound;
+    conditioning at initialization against the record shipped for the model; in eval mode finite logits, which by a
+    batch's own statistics are train mode's.
+    Of trained weights those that training does not end: size, function, finite, backward, eval mode, scaling, last BN
+    (`verify` holds their conditioning against what was recorded with them).
 
     A network of the zoo built with other arguments (`num_classes=100`), or given a last BN by `insert_last_bn`, is
     held against one built with the same; what only the registered one has a record of is skipped, and says so.
@@ -108,6 +109,7 @@ def _all_checks(subject: Subject, fresh: bool) -> tuple[Check, ...]:
         "weights": (fresh, check_initialization),
         "signals": (fresh, check_signals),
         "finite": (True, check_finite),
+        "backward": (True, check_backward),
         "eval mode": (True, check_evaluation),
         "scaling": (True, check_scaling),
         "last BN": (subject.info.last_bn, check_last_bn),

@@ -18,9 +18,9 @@ from torch import Tensor
 # more it is less. Errors in one direction are no larger in that of a small eigenvalue than the largest of these.
 BY_CHANCE = 3 * 2.0**-24
 CHECKED = 64  # coordinates up to which a Cholesky takes less time than the sums of squares do
-# Coordinates, and how far above the floor an eigenvalue of fewer is: in its direction errors are up to 13 u then, more
-# than sums of squares show.
-FEW, ROOM_OF_FEW = 4, 8
+# Of so few coordinates, in chains of as many rows, errors in one direction show further above the floor: they are up
+# to 13 u of ||M|| in that of a small eigenvalue, and of fewer than `FEW` more than sums of squares show.
+NARROW, ROOM, FEW = 16, 8, 4
 SLICE = 1 << 17  # elements converted to float64 at a time: 1 MB stays in a CPU's cache
 GPU_SLICE = 1 << 24  # the same on a GPU, or of the products: it needs much work at a time; 128 MB (not run on one)
 
@@ -39,7 +39,7 @@ def holds(
     small = True
     if columns is not None and total.shape[-1] > 1:
         pieces, dim = columns.shape[0], columns.shape[2]
-        room = ROOM_OF_FEW if dim < FEW else 1
+        room = ROOM if dim <= NARROW else 1
         small = dim > CHECKED or reaches_under(total, noise * math.sqrt(min(pieces, dim)) * room)  # none averages out
         sums = total.diagonal(dim1=-2, dim2=-1)
         if small and (dim < FEW or rounded_one_way(sums, sums_of_squares(columns), pieces)):

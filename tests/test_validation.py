@@ -15,6 +15,7 @@ from condzoo.cli import main
 from condzoo.models import create_model, init_weights, insert_last_bn
 from condzoo.models.released import find_release, release_folder
 from condzoo.validation import validate
+from condzoo.validation.backward import slope_error
 from condzoo.validation.initial_vectors import misplaced
 from condzoo.validation.promises import check_last_bn, check_scaling, check_size
 from condzoo.validation.subject import prepare
@@ -398,6 +399,17 @@ def test_a_broken_model_is_caught_by_the_check_it_breaks(name, damage, check):
     assert validate(model).ok
     damage(model)
     assert check in broken(validate(model).checks)
+
+
+@pytest.mark.parametrize("steepness", [1e12, 1e-12, float("nan")])
+def test_finite_differences_say_nothing_where_gradients_explode_or_vanish(steepness):
+    class Wave(nn.Module):
+        def forward(self, x):
+            return torch.sin(steepness * x) + 2
+
+    x = torch.linspace(0.5, 1, 8, dtype=torch.float64)
+    assert slope_error(Wave(), torch.sum, x) is None
+    assert slope_error(nn.Softplus(), torch.sum, x) < 1e-6
 
 
 @pytest.mark.parametrize(

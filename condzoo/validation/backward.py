@@ -21,6 +21,7 @@ STEP = 1e-8  # of what a line moves
 LINES = 3  # on one, by chance, the part that is missing may be small
 AGREED = 0.02  # slopes on both sides are this close, or a ReLU's kink or amplified round-off lies between
 TOLERANCE = 0.05  # of slopes that may be half of `AGREED` off
+FARTHEST = 1e-3  # change of a loss, relative; it exceeds that where gradients explode, and is no slope any more
 ROUNDOFF = 16 * torch.finfo(torch.float64).eps  # of a loss
 
 
@@ -71,7 +72,7 @@ def slope_error(model: nn.Module, loss_of: Loss, x: Tensor) -> float | None:
     sizes = {name: float(tensor.detach().square().mean().sqrt()) for name, tensor in held.items()}
     grads = {name: tensor.grad for name, tensor in held.items() if tensor.grad is not None}
     here, expected = float(loss.detach()), sum(float(g.square().sum()) * sizes[n] ** 2 for n, g in grads.items()) ** 0.5
-    if not abs(here) * ROUNDOFF / STEP <= AGREED * expected:
+    if not abs(here) * ROUNDOFF / AGREED <= STEP * expected <= abs(here) * FARTHEST:
         return None
     generator = torch.Generator().manual_seed(0)
     worst = 0.0

@@ -2,14 +2,13 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 
 import pytest
 import timm
 
 from condzoo.catalog import list_models, model_info
 from condzoo.models import released
+from tests.forked import forks, run_anew
 
 
 @pytest.mark.parametrize(
@@ -80,6 +79,7 @@ def test_info_of_a_tag_is_of_the_network_that_it_builds(tmp_path, monkeypatch):
     assert (info.params, info.macs) == (sum(p.numel() for p in built.parameters()), plain.macs + 64 * 90)
 
 
-def test_asking_for_a_model_registers_all_with_timm():
+@forks
+def test_asking_for_a_model_registers_all_with_timm(tmp_path):
     code = "import condzoo, timm; condzoo.model_info('cifar_resnet20'); timm.create_model('cifar_resnet20')"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_anew(code, tmp_path, ("condzoo", "timm"))

@@ -1,10 +1,7 @@
 """The package as a wheel installs it: recipes and weights inside it, and no repository around it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -13,10 +10,11 @@ import pytest
 from condzoo.checkpoints import list_checkpoints
 from condzoo.experiments.loading import experiment_ids
 from condzoo.training.recipe_files import recipe_files
+from tests.forked import forks, run_anew
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
-import json, sys
+import json
 import condzoo
 from condzoo.experiments.loading import experiment_ids, load_experiment
 from condzoo.models.released import find_folder, read_index, recipes_by_model
@@ -55,12 +53,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_installed_package_has_its_recipes_and_weights(site: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(site), "CONDZOO_CACHE": str(tmp_path)}
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+@forks
+def test_an_installed_package_has_its_recipes_and_weights(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONDZOO_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(site)
+    found = json.loads(run_anew(PROGRAM, tmp_path, ("condzoo", "timm")))
     assert Path(found["package"]) == site / "condzoo/__init__.py"
     assert Path(found["weights"]).is_relative_to(site / "condzoo/_checkpoints/mlp8x24.mnist")
     assert found["parameters"] == 7_330

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import forks, run_anew
+
 PACKAGE = Path(__file__).parents[1] / "condzoo"
 LEAVES = ("models", "data", "probe")
 # module or subpackage -> what of condzoo it may import besides itself
@@ -74,22 +76,24 @@ def test_light_imports_leave_torch_alone(statement):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_probe_needs_nothing_else_of_condzoo():
-    code = "import sys, condzoo.probe; print(sorted(m for m in sys.modules if m.startswith('condzoo.')))"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+@forks
+def test_the_probe_needs_nothing_else_of_condzoo(tmp_path):
+    code = "import sys, condzoo.probe; print(sorted(m for m in sys.modules if m.startswith(('condzoo', 'timm'))))"
+    loaded = run_anew(code, tmp_path, ("condzoo", "timm"))
     assert "condzoo.probe" in loaded
     for other in ("condzoo.models", "condzoo.data", "condzoo.training", "condzoo.integrations", "timm"):
         assert other not in loaded
 
 
-def test_packages_are_attributes_without_an_import_of_their_own():
+@forks
+def test_packages_are_attributes_without_an_import_of_their_own(tmp_path):
     code = (
         "import condzoo\n"
         "assert condzoo.probe.top_curvature and condzoo.probe.write_tensorboard and condzoo.data.augment\n"
         "for name in condzoo._PACKAGES: assert getattr(condzoo, name).__name__ == 'condzoo.' + name\n"
         "assert {'probe', 'training', 'measure'} < set(dir(condzoo))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_anew(code, tmp_path)
 
 
 def test_what_is_allowed_is_needed():

@@ -1,8 +1,6 @@
 """The zoo in timm's registry: every name of the contract, nothing of timm's touched, sizes as published."""
 
 import json
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import condzoo
 from condzoo.models import create_model
 from condzoo.models.registry import FAMILIES
+from tests.forked import forks, run_anew
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110, 230, 1202)
 MLP_SIZES = ("4x24", "4x36", "5x256", "8x24", "20x256", "100x256")
@@ -49,26 +48,24 @@ PUBLISHED = {
 }
 
 REGISTRIES = """
-import hashlib, json, sys
+import json
 import timm
 from timm.models import _registry as registry
-{imports}
-found = {{}}
-tables = ("entrypoints", "default_cfgs", "pretrained_cfgs", "to_module")
-for name in (*(f"_model_{{t}}" for t in tables), "_deprecated_models"):
-    table = getattr(registry, name, {{}})
-    found[name] = {{key: repr(table[key]) if not callable(table[key]) else table[key].__module__ for key in table}}
-found["lists"] = {{m: ",".join(sorted(registry._module_to_models[m])) for m in registry._module_to_models}}
-found["tags"] = {{m: ",".join(registry._model_with_tags[m]) for m in registry._model_with_tags}}
-print(json.dumps(found))
+
+def registries():
+    found = {}
+    tables = ("entrypoints", "default_cfgs", "pretrained_cfgs", "to_module")
+    for name in (*(f"_model_{t}" for t in tables), "_deprecated_models"):
+        table = getattr(registry, name, {})
+        found[name] = {key: repr(table[key]) if not callable(table[key]) else table[key].__module__ for key in table}
+    found["lists"] = {m: ",".join(sorted(registry._module_to_models[m])) for m in registry._module_to_models}
+    found["tags"] = {m: ",".join(registry._model_with_tags[m]) for m in registry._model_with_tags}
+    return found
+
+print(json.dumps(registries()))
+import condzoo.models
+print(json.dumps(registries()))
 """
-
-
-def registries(imports: str) -> dict[str, dict[str, str]]:
-    """timm's registry as a fresh interpreter has it after some imports."""
-    program = REGISTRIES.format(imports=imports)
-    out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    return json.loads(out)
 
 
 def test_the_names_are_those_of_the_contract():
@@ -77,8 +74,9 @@ def test_the_names_are_those_of_the_contract():
     assert set(timm.list_models()) >= NAMES
 
 
-def test_importing_the_zoo_adds_its_names_and_changes_nothing_else_in_timm():
-    before, after = registries(""), registries("import condzoo.models")
+@forks
+def test_importing_the_zoo_adds_its_names_and_changes_nothing_else_in_timm(tmp_path):
+    before, after = map(json.loads, run_anew(REGISTRIES, tmp_path, ("condzoo", "timm")).splitlines())
     for table, rows in before.items():
         assert rows.items() <= after[table].items(), table
     added = set(after["_model_entrypoints"]) - set(before["_model_entrypoints"])
@@ -268,7 +266,8 @@ def test_timm_too_refuses_an_initializer_beside_trained_weights():
         timm.create_model("mlp8x24", pretrained=True, init="he")
 
 
-def test_a_name_that_timm_has_one_day_is_left_to_timm():
+@forks
+def test_a_name_that_timm_has_one_day_is_left_to_timm(tmp_path):
     code = """
 import timm, torch
 from timm.models import register_model
@@ -280,7 +279,7 @@ assert type(condzoo.create_model("preresnet18")) is torch.nn.Linear
 assert type(timm.create_model("preresnet18")) is torch.nn.Linear
 assert condzoo.create_model("preresnet18_lastbn").last_bn.num_features == 512
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_anew(code, tmp_path, ("condzoo", "timm"))
 
 
 def test_other_sizes_take_what_timm_s_factory_takes(tmp_path):

@@ -36,8 +36,11 @@ class Norms:
     frobenius: float
 
 
-def own_weight(module: nn.Module) -> nn.Parameter | None:
-    """The layer's weight if it is a plain parameter: not computed by a parametrization, nor a quantized one's codes."""
+def own_weight(module: nn.Module) -> Tensor | None:
+    """The layer's weight if it is a plain parameter: not computed by a parametrization, nor a quantized one's codes.
+
+    In a pass of FSDP's a view of its flat parameter stands among the parameters.
+    """
     weight = module._parameters.get("weight")
     return weight if weight is not None and weight.is_floating_point() else None
 

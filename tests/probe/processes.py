@@ -1,11 +1,7 @@
-"""Data-parallel training in several processes, run by test_distributed.py: python processes.py WORLD OUT KIND...
+"""Data-parallel training in several processes, forked from the tests' own."""
 
-The processes are forks of one that has imported everything and computed nothing.
-"""
-
-import os
-import sys
-from pathlib import Path
+import contextlib
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -14,10 +10,9 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import build, images
-
 from condzoo.probe import Probe
+from tests.forked import LIMIT, forked
+from tests.probe.conftest import build, images
 
 
 class Attending(nn.Module):
@@ -97,6 +92,8 @@ def train(model, kind, rank, world, probe=None):
 
 def one(rank, world, out, kinds):
     torch.set_num_threads(1)
+    warnings.simplefilter("default")  # of torch's wrappers
+    warnings.simplefilter("error", RuntimeWarning)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
     mesh = dist.init_device_mesh("cpu", (world,))
     for kind in kinds:
@@ -113,16 +110,12 @@ def one(rank, world, out, kinds):
     dist.destroy_process_group()
 
 
-def main(world, out, kinds):
-    children = []
-    for rank in range(world):
-        children.append(os.fork())
-        if not children[-1]:
-            one(rank, world, out, kinds)
-            return
-    if any(os.waitpid(child, 0)[1] for child in children):
-        sys.exit("a process failed")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+def run(world, out, kinds):
+    """Train every kind in so many processes."""
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(forked(lambda rank=rank: one(rank, world, out, kinds))) for rank in range(world)
+        ]
+        for process in processes:
+            process.join(LIMIT)
+    assert [process.exitcode for process in processes] == [0] * world

@@ -1,8 +1,6 @@
 """Batches and outputs of every form give the numbers of the plain pair."""
 
 import functools
-import subprocess
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -15,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from condzoo.probe import Probe, measure
 from condzoo.probe.batches import batch_size, on_device
+from tests.forked import forks, run_anew
 
 
 @dataclass
@@ -222,8 +221,9 @@ def test_two_batches_are_not_taken_for_a_pair_nor_a_pair_for_two():
     assert measure(plain, [((x,), y), batch]).samples == 2 * len(x)
 
 
-def test_arguments_of_a_wrong_kind_are_explained():
-    """In a process of its own: the tests' type checks would be first."""
+@forks
+def test_arguments_of_a_wrong_kind_are_explained(tmp_path):
+    """Imported anew: the tests' type checks would be first."""
     script = """
 import torch
 from condzoo.probe import Probe, curvature, kronecker_report, measure, spectrum
@@ -253,8 +253,7 @@ for call in (
 print(Probe(model, every=torch.tensor(10)).every)
 print(spectrum([[2, 0], [0, 1]]).eigenvalues.tolist())
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines() == [
+    assert run_anew(script, tmp_path).splitlines() == [
         "loss must be a callable of (output, y), got 'mse'; for example torch.nn.MSELoss()",
         "loss must be a callable of (output, y), got <class 'torch.nn.modules.loss.MSELoss'>; make one: loss=MSELoss()",
         "layers must be a list of names, got a string; write layers=['fc']",

@@ -1,10 +1,7 @@
 """Data-parallel training over real processes: the numbers of one process with the whole batch."""
 
-import importlib.util
-import subprocess
-import sys
+import os
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +15,10 @@ from condzoo.probe.distributed import sum_over_ranks
 from condzoo.probe.finishing import finish
 from condzoo.probe.layer_sums import LayerSums
 
-PROCESSES = Path(__file__).parent / "processes.py"
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="forks"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
 EXACT = [
     "ddp",
     "ddp_uneven",
@@ -31,17 +31,11 @@ EXACT = [
 EXACT += ["fsdp", "fsdp_orig_params"]
 
 
-def module_of(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(world, folder, kinds):
     """The one record that each kind of training has written."""
-    command = [sys.executable, "-W", "error::RuntimeWarning", str(PROCESSES), str(world), str(folder), *kinds]
-    subprocess.run(command, check=True, timeout=500)
+    from tests.probe import processes  # here, since torch's wrappers take seconds to import
+
+    processes.run(world, folder, kinds)
     found = {}
     for kind in kinds:
         (found[kind],) = read_records(folder / kind)
@@ -51,7 +45,8 @@ def run(world, folder, kinds):
 
 def expected(kit, kind, world):
     """The same from one process: the whole batch at once, and the processes' batches one after the other."""
-    processes = module_of(PROCESSES)
+    from tests.probe import processes
+
     x, y = kit.images(24)
     model = processes.network(kind)
     with Probe(model) as whole:

@@ -1,5 +1,6 @@
 """`condzoo train`, `sweep`, `eval` and `recipes` as a person meets them."""
 
+import io
 import json
 import os
 import re
@@ -60,14 +61,24 @@ def test_a_run_directory_may_be_called_like_a_network_and_a_setting(capsys, tmp_
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_letters_that_the_output_has_not_are_written_by_their_numbers(tmp_path, encoding):
-    words = [sys.executable, "-m", "condzoo", "train", *SHORT, "--out", str(tmp_path / "Läufe 跑")]
-    done = subprocess.run(words, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert rb"ufe \u8dd1" in done.stdout
+def test_letters_that_the_output_has_not_are_written_by_their_numbers(tmp_path, monkeypatch, encoding):
+    """Of the streams that a process with this PYTHONIOENCODING has; starting one takes seconds."""
+    out, err = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding, errors="strict", write_through=True))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(err, encoding, errors="backslashreplace", write_through=True))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *SHORT, "--out", str(tmp_path / "Läufe 跑")])
+    assert (stop.value.code, err.getvalue()) == (0, b"")
+    assert rb"ufe \u8dd1" in out.getvalue()
 
 
-def test_several_seeds_end_in_mean_and_deviation(capsys, tmp_path):
+@pytest.fixture
+def no_comparison(monkeypatch):
+    """Runs are not drawn beside each other, which takes longer than their trainings."""
+    monkeypatch.setattr("condzoo.probe.plot_comparison", lambda runs, picture: None)
+
+
+def test_several_seeds_end_in_mean_and_deviation(capsys, tmp_path, monkeypatch):
     code, out, err = run(capsys, "train", *SHORT, "--set", "probe.every=2", "--seeds", "1-3", "--out", tmp_path)
     assert code == 0, err
     group = json.loads((tmp_path / "summary.json").read_text())["settings"][""]
@@ -78,6 +89,7 @@ def test_several_seeds_end_in_mean_and_deviation(capsys, tmp_path):
     assert float(printed[2]) == pytest.approx(std, abs=0.05)
     assert "[2/3] seed2" in out
     assert (tmp_path / "conditioning.png").exists()
+    monkeypatch.setattr("condzoo.probe.plot_comparison", lambda runs, picture: None)  # once is enough
     code, out, _ = run(capsys, "train", *SHORT, "--set", "probe.every=2", "--seeds", "1-3", "--out", tmp_path)
     assert code == 0
     assert "[2/3]" not in out, "finished seeds are not trained again"
@@ -111,6 +123,7 @@ def test_a_picture_that_is_not_drawn_leaves_the_table(capsys, tmp_path, monkeypa
     assert out.index("mean +- std") < out.index("drawn: ") < out.index("picture: ")
 
 
+@pytest.mark.usefixtures("no_comparison")
 def test_runs_cut_short_say_so_and_one_measurement_is_no_course(capsys, tmp_path):
     words = ["train", *TINY, "--set", "probe.every=4", "--set", "epochs=1", "--device", "cpu", "--seeds", "1,2"]
     words += ["--out", tmp_path]
@@ -124,6 +137,7 @@ def test_runs_cut_short_say_so_and_one_measurement_is_no_course(capsys, tmp_path
 
 
 @pytest.mark.parametrize("command", [["plot"], ["release", "--tag", "mine"], ["eval"]])
+@pytest.mark.usefixtures("no_comparison")
 def test_a_folder_of_several_runs_is_answered_by_their_names(capsys, tmp_path, command):
     run(capsys, "train", *SHORT, "--set", "probe.every=2", "--seeds", "1,2", "--out", tmp_path)
     code, _, err = run(capsys, *command, tmp_path)

@@ -46,20 +46,31 @@ def largest(number: int, model: nn.Module) -> int:
     return _reduced(number, model, dist.ReduceOp.MAX) if active() else number
 
 
-def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
+def sum_over_ranks(capture: Capture, model: nn.Module, *, split: bool = False, later: bool = False) -> bool:
     """Make every process's sums those of all processes; all must call it at the same step.
 
     Layers that only some processes called are summed over those; the order is that of the first process. What one
-    process could not see of a layer is missing in the sum, which none then has.
+    process could not see of a layer is missing in the sum, which none then has. Under tensor parallelism several
+    processes compute on the same samples, which count once.
+
+    Args:
+        capture, model: what this process has seen, and of what.
+        split: it computes with a part of a weight; later: with one that is not the first.
+
+    Returns:
+        Whether this process's sums were left out, as another one has them.
     """
     device = _device(model)
     units = {name: (u.rows, u.count().units if u.hidden is None else u.hidden) for name, u in capture.neurons.items()}
-    gathered = _gathered((_described(capture), units, capture.dtypes), device)
-    names = list(dict.fromkeys(name for layers, _, _ in gathered for name in layers))
+    told = _described(capture), units, capture.dtypes, (later, _marks(capture)) if split else None
+    gathered, left_out = _without_repeated(_gathered(told, device))
+    if left_out:
+        capture.clear()
+    names = list(dict.fromkeys(name for layers, *_ in gathered for name in layers))
     merged: dict[str, LayerSums] = {}
     parts: list[tuple[RunningMoment, tuple[int, ...]]] = []
     for name in names:
-        of_ranks = [layers.get(name, NOT_CALLED) for layers, _, _ in gathered]
+        of_ranks = [layers.get(name, NOT_CALLED) for layers, *_ in gathered]
         merged[name] = capture.sums.get(name, LayerSums())
         merged[name].samples = sum(entry["samples"] for entry in of_ranks)
         merged[name].hidden = next((entry["hidden"] for entry in of_ranks if entry["hidden"] is not None), None)
@@ -78,9 +89,10 @@ def sum_over_ranks(capture: Capture, model: nn.Module) -> None:
                 moment.spill()
                 parts.append((moment, shape))
     _sum_totals(parts, device)
-    capture.sums, capture.dtypes = merged, set().union(*(dtypes for _, _, dtypes in gathered))
+    capture.sums, capture.dtypes = merged, set().union(*(dtypes for _, _, dtypes, *_ in gathered))
     _agree_on_origin(capture, device)
-    _sum_neurons(capture, [neurons for _, neurons, _ in gathered], device)
+    _sum_neurons(capture, [neurons for _, neurons, *_ in gathered], device)
+    return left_out
 
 
 def summed(grads: dict[str, Tensor], weight: float, model: nn.Module) -> tuple[dict[str, Tensor], float]:
@@ -125,6 +137,21 @@ def _device(model: nn.Module) -> torch.device:
         own = next((device for device in devices if device.type == "cuda"), None)
         return torch.device("cuda", torch.cuda.current_device()) if own is None else own
     return devices[0]
+
+
+def _marks(capture: Capture) -> list[tuple[str, int, list[float]]]:
+    """What layers were called on, in a few numbers: alike to the last digit only where the samples are the same."""
+    inputs = [(name, sums.input) for name, sums in capture.sums.items()]
+    return [(name, x.rows, [float(t.sum()) for t in (x.total, *x.pending) if t is not None]) for name, x in inputs]
+
+
+def _without_repeated(gathered: list[Any]) -> tuple[list[Any], bool]:
+    """What the processes tell, without what repeats another's, and whether this process's is such."""
+    firsts = [marks[1] for *_, marks in gathered if marks is not None and not marks[0]]
+    repeated = [marks is not None and marks[0] and marks[1] in firsts for *_, marks in gathered]
+    nothing: tuple[Any, ...] = {}, {}, set(), None
+    kept = [nothing if again else told for told, again in zip(gathered, repeated, strict=True)]
+    return kept, repeated[dist.get_rank()]
 
 
 def _described(capture: Capture) -> dict[str, dict[str, Any]]:

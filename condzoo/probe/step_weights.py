@@ -34,6 +34,7 @@ class StepWeights:
         norms: of each weight, by layer name.
         grads: sum of each weight's gradients over the backward passes seen.
         split: layers whose weight is split over processes even in the forward pass (tensor parallelism).
+        later: this process has a part of one that is not the first: it may compute on samples that the first one has.
         reads: whether a call of a layer now is of a pass that is read.
     """
 
@@ -44,6 +45,7 @@ class StepWeights:
         self.norms: dict[str, Norms] = {}
         self.grads: dict[str, Tensor] = {}
         self.split: set[str] = set()
+        self.later = False
         self.reads: Callable[[], bool] = lambda: True
         self._own: dict[str, Tensor] = {}  # the weights that are whole at rest
         self._own_handles: dict[str, list[RemovableHandle]] = {}  # of those that require a gradient
@@ -84,6 +86,7 @@ class StepWeights:
         """Forget what was seen."""
         self.norms, self.grads = {}, {}
         self.split.clear()
+        self.later = False
         self._run.clear()
         self._passes.clear()
         self._read.clear()
@@ -172,7 +175,12 @@ class StepWeights:
     def _note_split(self, name: str, weight: Tensor | None) -> None:
         """Before the call, at whose end the layer is read unless it is split."""
         if weight is not None and _is_split(weight) and name in self.layers and self.reads():
-            self.split.add(name)
+            self._add_split(name, weight)
+
+    def _add_split(self, name: str, weight: Any) -> None:
+        self.split.add(name)
+        places = zip(weight.device_mesh.get_coordinate() or (), weight.placements, strict=False)
+        self.later = self.later or any(at > 0 and placement.is_shard() for at, placement in places)
 
     def _note_unread(self, h: Any) -> None:
         """See when a gradient comes to a call that is not read: it was in eval mode, or outside of the model's."""
@@ -187,7 +195,7 @@ class StepWeights:
         if weight is self._own.get(name) or weight is self._seen.get(name):
             return
         if _is_split(weight):
-            self.split.add(name)
+            self._add_split(name, weight)
             return
         if not self.measured or not weight.is_floating_point():  # the codes of a quantized weight have no norms
             return

@@ -242,9 +242,12 @@ class Probe:
             weight = scale * (self._weights.passes if mean else self._passes.samples)
             for sums in capture.sums.values():
                 sums.output_grad.rescale(1 / scale)
-        samples = distributed.total(self._passes.samples, self.model)
+        samples = self._passes.samples
         if distributed.active():
-            distributed.sum_over_ranks(capture, self.model)
+            parts = {"split": bool(self._weights.split), "later": self._weights.later}
+            if distributed.sum_over_ranks(capture, self.model, **parts):
+                grads, weight, samples = {}, 0.0, 0
+            samples = distributed.total(samples, self.model)
             grads, weight = distributed.summed(grads, weight, self.model)
         with torch.no_grad():
             if weight != 1.0:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from condzoo.probe import Probe
@@ -30,7 +31,7 @@ class Attending(nn.Module):
 def network(kind):
     """The model before it is distributed; test_distributed.py makes the same one."""
     torch.manual_seed(1)
-    if kind == "tensor_parallel":
+    if kind.startswith("tensor_parallel"):
         return nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 6), nn.Linear(6, 4)).double()
     if "attention" not in kind:
         return build("conv")
@@ -69,6 +70,8 @@ def distributed(model, kind, mesh):
         return FullyShardedDataParallel(model, **settings)
     if kind == "tensor_parallel":
         return parallelize_module(model, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
+    if kind == "tensor_parallel_own_samples":
+        return parallelize_module(model, mesh, {"4": ColwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0))})
     return model
 
 

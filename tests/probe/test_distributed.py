@@ -29,6 +29,7 @@ EXACT = [
     "fully_shard_attention",
 ]
 EXACT += ["fsdp", "fsdp_orig_params"]
+SPLIT = ["tensor_parallel", "tensor_parallel_own_samples"]
 
 
 def run(world, folder, kinds):
@@ -68,7 +69,7 @@ def pair_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(pair_folder):
-    return run(2, pair_folder, [*EXACT, "tensor_parallel", "absent", "fully_shard_bf16"])
+    return run(2, pair_folder, [*EXACT, *SPLIT, "absent", "fully_shard_bf16"])
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -103,9 +104,17 @@ def same(record, whole, in_turn):
         assert (record[name].samples, record[name].positions) == (layer.samples, layer.positions)
 
 
-def test_what_no_process_sees_whole_is_skipped(pair):
-    split = pair["tensor_parallel"]
+def test_what_no_process_sees_whole_is_skipped(kit, pair):
+    """The rest is counted once, though each process computes it on all samples; or on its own ones."""
+    (whole, _), split = expected(kit, "tensor_parallel", 2), pair["tensor_parallel"]
     assert list(split) == ["4"]
+    assert (split.samples, split["4"].samples, split["4"].input.rows) == (24, 24, 24)
+    for quantity in ("weight_grad", "weight"):
+        assert getattr(split["4"], quantity) == pytest.approx(getattr(whole["4"], quantity), rel=1e-10)
+    assert split["4"].output_grad.lambda_max == pytest.approx(whole["4"].output_grad.lambda_max, rel=1e-10)
+    parts = pair["tensor_parallel_own_samples"]
+    assert (list(parts), parts.samples, parts["3"].input.rows) == (["1", "3"], 24, 24)
+    assert parts["3"].input.lambda_max == pytest.approx(whole["3"].input.lambda_max, rel=1e-10)
     assert set(split.skipped) == {"1", "2", "3"}
     assert "split over processes in the forward pass (tensor parallelism)" in split.skipped["1"]
     assert split.neurons == {}

@@ -50,10 +50,11 @@ def _is_computed(module: nn.Module, name: str) -> bool:
 
 
 def _held(attention: nn.MultiheadAttention, name: str) -> Tensor | None:
-    """A weight or bias as it is now; in place of one that is computed a tensor of its shape, without values."""
-    if not _is_computed(attention, name):
-        held: Tensor | None = getattr(attention, name)
-        return held
+    """A weight or bias as it is now.
+
+    In place of one that is computed, or of a process's flat part of one (FullyShardedDataParallel), a tensor of its
+    shape, without values.
+    """
     width = attention.embed_dim
     shapes = {
         "in_proj_weight": (3 * width, width),
@@ -62,6 +63,10 @@ def _held(attention: nn.MultiheadAttention, name: str) -> Tensor | None:
         "v_proj_weight": (width, attention.vdim),
         "in_proj_bias": (3 * width,),
     }
+    if not _is_computed(attention, name):
+        held: Tensor | None = getattr(attention, name)
+        if held is None or held.ndim > 1 or held.shape == shapes[name]:
+            return held
     return torch.empty(shapes[name], device="meta")
 
 

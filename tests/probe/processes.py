@@ -17,15 +17,17 @@ from tests.probe.conftest import build, images
 
 
 class Attending(nn.Module):
-    """Images as tokens through nn.MultiheadAttention."""
+    """Images as tokens through nn.MultiheadAttention, to all tokens or (cross) all but the first."""
 
-    def __init__(self):
+    def __init__(self, cross=False):
         super().__init__()
         self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)
+        self.cross = cross
 
     def forward(self, x):
         h = x.flatten(2)
-        return self.head(self.attention(h, h, h, need_weights=False)[0].mean(1))
+        keys = h[:, 1:] if self.cross else h
+        return self.head(self.attention(h, keys, keys, need_weights=False)[0].mean(1))
 
 
 def network(kind):
@@ -35,12 +37,12 @@ def network(kind):
         return nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 6), nn.Linear(6, 4)).double()
     if "attention" not in kind:
         return build("conv")
-    return Attending().double()
+    return Attending(cross="cross" in kind).double()
 
 
 def part(kind, rank, world):
     """Which of 24 samples a process takes."""
-    if kind == "absent":
+    if kind.startswith("absent"):
         return slice(0, 10) if rank == 0 else slice(0, 0)
     edges = [24 * i // world for i in range(world + 1)]
     if "uneven" in kind:
@@ -65,8 +67,9 @@ def distributed(model, kind, mesh):
                 fully_shard(module, mesh=mesh, mp_policy=bf16)
         return fully_shard(model, mesh=mesh, mp_policy=bf16)
     if kind.startswith("fsdp"):
-        settings = {"use_orig_params": kind.endswith("orig_params"), "device_id": torch.device("cpu")}
-        model[0] = FullyShardedDataParallel(model[0], **settings)
+        settings = {"use_orig_params": "orig_params" in kind, "device_id": torch.device("cpu")}
+        name, first = next(model.named_children())
+        setattr(model, name, FullyShardedDataParallel(first, **settings))
         return FullyShardedDataParallel(model, **settings)
     if kind == "tensor_parallel":
         return parallelize_module(model, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})

@@ -28,7 +28,8 @@ EXACT = [
     "fully_shard_accumulated",
     "fully_shard_attention",
 ]
-EXACT += ["fsdp", "fsdp_orig_params"]
+EXACT += ["fsdp", "fsdp_orig_params", "fsdp_orig_params_attention"]
+ABSENT = ["absent"]
 SPLIT = ["tensor_parallel", "tensor_parallel_own_samples"]
 
 
@@ -69,7 +70,7 @@ def pair_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(pair_folder):
-    return run(2, pair_folder, [*EXACT, *SPLIT, "absent", "fully_shard_bf16"])
+    return run(2, pair_folder, [*EXACT, *SPLIT, *ABSENT, "fully_shard_bf16"])
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -120,12 +121,14 @@ def test_what_no_process_sees_whole_is_skipped(kit, pair):
     assert split.neurons == {}
 
 
-def test_a_process_without_a_batch_adds_nothing(kit, pair):
-    model, (x, y) = kit.build("conv"), kit.images(24)
+@pytest.mark.parametrize("kind", ABSENT)
+def test_a_process_without_a_batch_adds_nothing(kit, pair, kind):
+    model, (x, y) = module_of(PROCESSES).network(kind), kit.images(24)
     with Probe(model) as probe:
         F.cross_entropy(model(x[:10]), y[:10]).backward()
         probe.step()
-    alone = pair["absent"]
+    alone = pair[kind]
+    assert list(alone) == list(probe.latest)
     assert (alone.samples, alone.neurons) == (10, probe.latest.neurons)
     for name, layer in probe.latest.items():
         assert alone[name].output_grad.lambda_max == pytest.approx(layer.output_grad.lambda_max, rel=1e-10)

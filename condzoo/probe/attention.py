@@ -108,6 +108,20 @@ def parts_of(name: str) -> list[str]:
     return [f"{above}.{part}".lstrip(".") for part in parts]
 
 
+def packed_name(name: str) -> str:
+    """The name of the packed `in_proj` that a layer of this name is a part of; its own where it is none."""
+    above, _, local = name.rpartition(".")
+    return f"{above}.in_proj".lstrip(".") if local in _PARTS.values() else name
+
+
+def part_of(packed: nn.Module, name: str) -> nn.Linear:
+    """A part of a packed `in_proj` as a layer, for a process that has not used it, but another one has."""
+    local = name.rpartition(".")[2]
+    first, last = next(rows for rows, part in _PARTS.items() if part == local)
+    width: Any = packed.in_features
+    return _layer(torch.empty(((last - first) * width, width), device="meta"), None)
+
+
 def packed_weights(attention: nn.MultiheadAttention) -> dict[str, Tensor | None]:
     """The weights as they are now (sharded training puts others in their place), by the local names of layers.
 

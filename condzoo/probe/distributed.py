@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from condzoo.probe.attention import packed_name, part_of
 from condzoo.probe.capture import Capture
 from condzoo.probe.layer_sums import LayerSums
 from condzoo.probe.moments import RunningMoment
@@ -23,6 +24,7 @@ from condzoo.probe.neurons import CHANGING, RunningNeurons
 _SIDES = ("input", "output_grad")
 # of a moment, to the other processes
 _TOLD = ("rows", "vectors", "noise", "dtype", "finite", "fast", "mixed", "grain", "vanished")
+ELSEWHERE = "the models of some processes have no such layer (pipeline parallelism?): its sums are not known to all"
 NOT_CALLED: dict[str, Any] = {"samples": 0, "hidden": None, "input": None, "output_grad": None}
 
 
@@ -50,8 +52,8 @@ def sum_over_ranks(capture: Capture, model: nn.Module, *, split: bool = False, l
     """Make every process's sums those of all processes; all must call it at the same step.
 
     Layers that only some processes called are summed over those; the order is that of the first process. What one
-    process could not see of a layer is missing in the sum, which none then has. Under tensor parallelism several
-    processes compute on the same samples, which count once.
+    process could not see of a layer is missing in the sum, which none then has; nor is there one of a layer that a
+    process does not have. Under tensor parallelism several processes compute on the same samples, which count once.
 
     Args:
         capture, model: what this process has seen, and of what.
@@ -62,18 +64,22 @@ def sum_over_ranks(capture: Capture, model: nn.Module, *, split: bool = False, l
     """
     device = _device(model)
     units = {name: (u.rows, u.count().units if u.hidden is None else u.hidden) for name, u in capture.neurons.items()}
-    told = _described(capture), units, capture.dtypes, (later, _marks(capture)) if split else None
+    told = _described(capture), units, capture.dtypes, set(capture.layers), (later, _marks(capture)) if split else None
     gathered, left_out = _without_repeated(_gathered(told, device))
     if left_out:
         capture.clear()
     names = list(dict.fromkeys(name for layers, *_ in gathered for name in layers))
+    elsewhere = {name for name in names for *_, own, _ in gathered if not {name, packed_name(name)} & own}
+    for name in set(names) - set(capture.layers) - elsewhere:
+        capture.layers[name] = part_of(capture.layers[packed_name(name)], name)
     merged: dict[str, LayerSums] = {}
     parts: list[tuple[RunningMoment, tuple[int, ...]]] = []
     for name in names:
         of_ranks = [layers.get(name, NOT_CALLED) for layers, *_ in gathered]
         merged[name] = capture.sums.get(name, LayerSums())
         merged[name].samples = sum(entry["samples"] for entry in of_ranks)
-        merged[name].hidden = next((entry["hidden"] for entry in of_ranks if entry["hidden"] is not None), None)
+        hidden = [ELSEWHERE] if name in elsewhere else [e["hidden"] for e in of_ranks if e["hidden"] is not None]
+        merged[name].hidden = next(iter(hidden), None)
         for side in _SIDES:
             moment = getattr(merged[name], side)
             entries = [entry[side] for entry in of_ranks if entry[side] is not None]
@@ -149,8 +155,7 @@ def _without_repeated(gathered: list[Any]) -> tuple[list[Any], bool]:
     """What the processes tell, without what repeats another's, and whether this process's is such."""
     firsts = [marks[1] for *_, marks in gathered if marks is not None and not marks[0]]
     repeated = [marks is not None and marks[0] and marks[1] in firsts for *_, marks in gathered]
-    nothing: tuple[Any, ...] = {}, {}, set(), None
-    kept = [nothing if again else told for told, again in zip(gathered, repeated, strict=True)]
+    kept = [({}, {}, set(), *told[3:]) if again else told for told, again in zip(gathered, repeated, strict=True)]
     return kept, repeated[dist.get_rank()]
 
 

@@ -249,6 +249,7 @@ class Probe:
                 grads, weight, samples = {}, 0.0, 0
             samples = distributed.total(samples, self.model)
             grads, weight = distributed.summed(grads, weight, self.model)
+            grads = {name: grad for name, grad in grads.items() if name in capture.layers}
         with torch.no_grad():
             if weight != 1.0:
                 grads = {name: widened(grad) / weight for name, grad in grads.items()}

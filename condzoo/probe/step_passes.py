@@ -17,7 +17,7 @@ from condzoo.probe.hooks import Hook, remove, remove_copied
 from condzoo.probe.preserving import at_rest
 from condzoo.probe.repetitions import within_backward
 from condzoo.probe.step_weights import StepWeights
-from condzoo.probe.wrappers import in_transform, refuse_replica
+from condzoo.probe.wrappers import in_transform, refuse_replica, refuse_unequal
 
 
 class StepPasses:
@@ -101,6 +101,7 @@ class StepPasses:
         within = self._running != [] and self.capture.recording
         self._running.append((None, self.capture.recording))
         refuse_replica(module)
+        refuse_unequal()
         if self._told or at_rest():
             return
         self.capture.recording = module.training and torch.is_grad_enabled() and not in_transform()

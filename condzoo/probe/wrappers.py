@@ -23,6 +23,11 @@ IN_THREADS = (
     "apart; train with DistributedDataParallel instead, or measure the model inside it (model.module)"
 )
 
+UNEQUAL = (
+    "in the join() of DistributedDataParallel processes may take unequal numbers of steps, and a Probe sums over all "
+    "of them; train as many steps in each process, without join(), or without a Probe"
+)
+
 _asking = 0  # `uncompiled` under way
 _eager: ExitStack | None = None  # what ends the eager running
 
@@ -64,6 +69,13 @@ def refuse_replica(module: nn.Module) -> None:
     """A ValueError where this is one of those copies: they have the hooks of the model, which may know no wrapper."""
     if getattr(module, "_is_replica", False):
         raise ValueError(IN_THREADS)
+
+
+def refuse_unequal() -> None:
+    """A ValueError within a forward pass of DistributedDataParallel in its `join`."""
+    around = DistributedDataParallel._active_ddp_module
+    if around is not None and around._join_config.enable:
+        raise ValueError(UNEQUAL)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

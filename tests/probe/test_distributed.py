@@ -223,6 +223,15 @@ def test_a_process_without_a_batch_knows_the_precision_of_the_others():
     assert layers[""].output_grad.null_reason == "1: rows sum to 0 (softmax, LayerNorm)"
 
 
+def test_unequal_numbers_of_steps_are_refused(process_group):
+    """In DDP's join() a process that is done waits in other calls than a Probe's sums: all hung, or were aborted."""
+    x, ddp = torch.randn(4, 7), nn.parallel.DistributedDataParallel(nn.Linear(7, 3))
+    with pytest.raises(ValueError, match=r"join\(\) .* as many steps in each process"), Probe(ddp), ddp.join():
+        ddp(x)
+    with ddp.join():
+        ddp(x).sum().backward()
+
+
 def test_under_nccl_the_models_own_device_is_taken(process_group, monkeypatch):
     """The current one is the machine's first in every process that has not set it (no GPU is here to run it on)."""
     entered = []

@@ -20,6 +20,7 @@ from condzoo.probe.capture import Capture
 from condzoo.probe.layer_sums import LayerSums
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import CHANGING, RunningNeurons
+from condzoo.probe.weights import Norms
 
 _SIDES = ("input", "output_grad")
 # of a moment, to the other processes
@@ -101,18 +102,21 @@ def sum_over_ranks(capture: Capture, model: nn.Module, *, split: bool = False, l
     return left_out
 
 
-def summed(grads: dict[str, Tensor], weight: float, model: nn.Module) -> tuple[dict[str, Tensor], float]:
+def summed(
+    grads: dict[str, Tensor], weight: float, norms: dict[str, Norms], model: nn.Module
+) -> tuple[dict[str, Tensor], float, dict[str, Norms]]:
     """The sums over processes of each weight's gradient, in at least float32, and of what they are to be divided by.
 
-    Who has none adds nothing.
+    Who has none adds nothing. With them each weight's norms, as the first process has them that has some.
 
     The gradients came in the order of each process's own backward pass; here they go in one order.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     device = _device(model)
-    gathered = _gathered(({name: tuple(grad.shape) for name, grad in grads.items()}, weight), device)
-    for of_rank, _ in gathered:
+    gathered = _gathered(({name: tuple(grad.shape) for name, grad in grads.items()}, weight, norms), device)
+    for of_rank, _, _ in gathered:
         shapes |= of_rank
+    known = {name: held for *_, norms in reversed(gathered) for name, held in norms.items()}
     wide = any(grad.dtype == torch.float64 for grad in grads.values())
     wide = total(int(wide), model) > 0
     found: dict[str, Tensor] = {}
@@ -120,7 +124,7 @@ def summed(grads: dict[str, Tensor], weight: float, model: nn.Module) -> tuple[d
         grad = grads[name] if name in grads else torch.zeros(shape, device="cpu")
         found[name] = grad.to(device, torch.float64 if wide else torch.float32, copy=True)
         dist.all_reduce(found[name])
-    return found, sum(weight for _, weight in gathered)
+    return found, sum(weight for _, weight, _ in gathered), known
 
 
 def _reduced(number: int, model: nn.Module, how: dist.ReduceOp.RedOpType) -> int:

@@ -242,19 +242,19 @@ class Probe:
             weight = scale * (self._weights.passes if mean else self._passes.samples)
             for sums in capture.sums.values():
                 sums.output_grad.rescale(1 / scale)
-        samples = self._passes.samples
+        samples, of_weights = self._passes.samples, self._weights.norms
         if distributed.active():
             parts = {"split": bool(self._weights.split), "later": self._weights.later}
             if distributed.sum_over_ranks(capture, self.model, **parts):
                 grads, weight, samples = {}, 0.0, 0
             samples = distributed.total(samples, self.model)
-            grads, weight = distributed.summed(grads, weight, self.model)
+            grads, weight, of_weights = distributed.summed(grads, weight, of_weights, self.model)
             grads = {name: grad for name, grad in grads.items() if name in capture.layers}
         with torch.no_grad():
             if weight != 1.0:
                 grads = {name: widened(grad) / weight for name, grad in grads.items()}
             norms = norms_of(capture.layers, grads)
-            layers, unseen, nonfinite = finish(capture, self._weights.norms, norms, softmax=self.softmax, mean=mean)
+            layers, unseen, nonfinite = finish(capture, of_weights, norms, softmax=self.softmax, mean=mean)
         neurons, uncounted = counts(capture.neurons)
         split = dict.fromkeys(self._weights.split, SPLIT)
         if split:

@@ -29,7 +29,7 @@ EXACT = [
     "fully_shard_attention",
 ]
 EXACT += ["fsdp", "fsdp_orig_params", "fsdp_orig_params_attention"]
-ABSENT = ["absent", "absent_cross_attention"]
+ABSENT = ["absent", "absent_first_cross_attention"]
 SPLIT = ["tensor_parallel", "tensor_parallel_own_samples"]
 
 
@@ -133,6 +133,7 @@ def test_a_process_without_a_batch_adds_nothing(kit, pair, kind):
     for name, layer in probe.latest.items():
         assert alone[name].output_grad.lambda_max == pytest.approx(layer.output_grad.lambda_max, rel=1e-10)
         assert (alone[name].weight_grad or 0.0) == pytest.approx(layer.weight_grad or 0.0, rel=1e-10)
+        assert (alone[name].weight, alone[name].weight_frobenius) == (layer.weight, layer.weight_frobenius)
 
 
 def test_sharded_weights_in_bf16_are_measured_as_the_forward_pass_sees_them(kit, pair):

@@ -226,9 +226,13 @@ def _local_name(attention: nn.MultiheadAttention, weight: Tensor, computed: Mapp
 
 def has_bias(module: nn.Module) -> bool:
     """Whether this layer adds a bias, be it a slice of a packed one."""
-    if _is_computed(module, "bias"):  # to read it would compute it once more, with random numbers of its own
-        return True
-    return bool(getattr(module, "sliced_bias", False)) or getattr(module, "bias", None) is not None
+    # to read one that is computed would compute it once more, with random numbers of its own
+    return has_computed_bias(module) or getattr(module, "bias", None) is not None
+
+
+def has_computed_bias(module: nn.Module) -> bool:
+    """Whether this layer's bias is no parameter of its own: a parametrization computes it, or it is a slice."""
+    return _is_computed(module, "bias") or bool(getattr(module, "sliced_bias", False))
 
 
 def _layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from condzoo.probe.arguments import checked, whole_seed
 from condzoo.probe.arithmetic import float64_noise
-from condzoo.probe.attention import split_biases
+from condzoo.probe.attention import has_computed_bias, split_biases
 from condzoo.probe.batches import batch_size, call, in_float64, on_device
 from condzoo.probe.copying import copy_in_float64
 from condzoo.probe.costs import announce, check_side, cost, now
@@ -145,15 +145,15 @@ def exact_layers(model: nn.Module, block: str | None) -> dict[str, nn.Module]:
     """The layers whose parameters an exact matrix is over: one block's, or all.
 
     Raises:
-        ValueError: an unknown block, no layer at all, a weight that is computed (no parameter holds it), or layers
-            on several devices.
+        ValueError: an unknown block, no layer at all, a weight or bias that is computed (no parameter holds it), or
+            layers on several devices.
     """
     layers, _ = choose(model, None if block is None else [block])
     if not layers:
         raise ValueError("the network has no linear or convolution layer: exact curvature is over their parameters")
     for name, module in layers.items():
-        if own_weight(module) is None:
-            raise ValueError(unavailable(name, "a layer whose weight is computed (by a parametrization or a hook)"))
+        if what := computed_parameter(module):
+            raise ValueError(unavailable(name, f"a layer whose {what} is computed (by a parametrization or a hook)"))
     devices = dict.fromkeys(str(p.device) for p in own_parameters(layers))
     if len(devices) > 1:
         raise ValueError(
@@ -161,6 +161,11 @@ def exact_layers(model: nn.Module, block: str | None) -> dict[str, nn.Module]:
             "(condzoo.measure takes all)"
         )
     return layers
+
+
+def computed_parameter(layer: nn.Module) -> str:
+    """Which of "weight" and "bias" no parameter of the layer's own holds; empty where one holds each."""
+    return "weight" if own_weight(layer) is None else "bias" if has_computed_bias(layer) else ""
 
 
 def rows_of(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from condzoo.probe.layers import CHANNELS_FIRST, samples_interact
 from condzoo.probe.losses import Loss, differentiable, logits_of, mean_loss, own_loss_of
 from condzoo.probe.row_reading import by_sample, read
 
-ELSEWHERE = "a layer whose weight is used otherwise than by its own call"
+ELSEWHERE = "a layer whose weight or bias is used otherwise than by its own call"
 DISORDERED = "a layer whose rows are not in the order of the samples"
 NOT_FINITE = "a layer whose input or output gradient holds NaN or Inf"
 SAME = 1e-6  # rounding between two ways to a gradient in float64, relative
@@ -53,7 +54,7 @@ def gradient_rows(
     each: bool = False,
     decomposed: bool = True,
 ) -> dict[str, LayerRows]:
-    """The factors of the layers that are called, or whose weight is used without a call.
+    """The factors of the layers that are called, or whose weight or bias is used without a call.
 
     For "grad_moment" with labels y, else for the expectation over the loss's distribution; `seed` is of its signs.
 
@@ -72,7 +73,7 @@ def gradient_rows(
         if module not in inside:
             raise Unfactored(unavailable(name, "a projection inside nn.MultiheadAttention"))
     count = batch_size(x)
-    rows = {n: LayerRows(n, getattr(m, "bias", None) is not None, _width(m), count) for n, m in layers.items()}
+    rows = {n: LayerRows(n, m._parameters.get("bias") is not None, _width(m), count) for n, m in layers.items()}
     handles = [m.register_forward_hook(partial(read, rows[n]), with_kwargs=True) for n, m in layers.items()]
     try:
         output = call(model, x)
@@ -182,18 +183,22 @@ def unavailable(name: str, what: str) -> str:
 
 def _backward(value: Tensor, layers: dict[str, nn.Module], rows: dict[str, LayerRows], signal: Tensor | None) -> None:
     """One more draw of gradients."""
-    weights: list[Any] = [module.weight for module in layers.values()]
-    edges = [edge for layer in rows.values() for edge in layer.edges]
-    found = torch.autograd.grad(value, [*weights, *edges], signal, retain_graph=True, allow_unused=True)
-    of_outputs = iter(found[len(weights) :])
-    for module, layer, weight_grad in zip(layers.values(), rows.values(), found, strict=False):
-        layer.grads.append([_positions_of_grad(module, layer, x, next(of_outputs)) for x in layer.inputs])
+    own = [_parameters(module, rows[name]) for name, module in layers.items()]
+    wanted = [*itertools.chain(*own), *(edge for layer in rows.values() for edge in layer.edges)]
+    found = iter(torch.autograd.grad(value, wanted, signal, retain_graph=True, allow_unused=True))
+    own_grads = [list(itertools.islice(found, len(parameters))) for parameters in own]
+    for module, layer, grads in zip(layers.values(), rows.values(), own_grads, strict=True):
+        layer.grads.append([_positions_of_grad(module, layer, x, next(found)) for x in layer.inputs])
         if len(layer.grads) > 1 or layer.fault:
             continue
         if not all(bool(torch.isfinite(part).all()) for part in (*layer.inputs, *layer.grads[0])):
             layer.fault = NOT_FINITE
-        elif not _is_sum(layer, weight_grad):
+        elif not _are_sums(layer, grads):
             layer.fault = ELSEWHERE
+
+
+def _parameters(module: nn.Module, layer: LayerRows) -> list[Any]:
+    return [module.weight, module.bias] if layer.bias else [module.weight]
 
 
 def _check_order(
@@ -222,27 +227,36 @@ def _check_order(
 def _agree(
     logits: Tensor, signal: Tensor, layers: dict[str, nn.Module], rows: dict[str, LayerRows], factors: Tensor
 ) -> dict[str, bool]:
-    """Whether the rows, each sample's times its factor, make each weight's gradient of the logits times the signal."""
+    """Whether the rows, each sample's times its factor, make each layer's gradients of the logits times the signal."""
     named = [name for name, layer in rows.items() if not layer.fault]
     if not named:
         return {}
-    weights: list[Any] = [layers[name].weight for name in named]
+    own = {name: _parameters(layers[name], rows[name]) for name in named}
     signal = signal * factors.view(-1, *[1] * (signal.ndim - 1))
-    found = torch.autograd.grad(logits, weights, signal, retain_graph=True, allow_unused=True)
-    return {name: _is_sum(rows[name], grad, factors) for name, grad in zip(named, found, strict=True)}
+    wanted = list(itertools.chain(*own.values()))
+    found = iter(torch.autograd.grad(logits, wanted, signal, retain_graph=True, allow_unused=True))
+    grads = {name: list(itertools.islice(found, len(parameters))) for name, parameters in own.items()}
+    return {name: _are_sums(rows[name], grads[name], factors) for name in named}
 
 
-def _is_sum(layer: LayerRows, weight_grad: Tensor | None, factors: Tensor | None = None) -> bool:
-    """Whether a weight's gradient is the sum of the rows, each sample's times its factor, over N, in the first draw."""
+def _are_sums(layer: LayerRows, grads: Sequence[Tensor | None], factors: Tensor | None = None) -> bool:
+    """Whether a weight's and a bias's gradient are sums of the rows, each sample's times its factor, over N.
+
+    In the first draw.
+    """
     if not layer.inputs:
-        return weight_grad is None or not weight_grad.any()
+        return all(grad is None or not grad.any() for grad in grads)
     x, g = torch.cat(layer.inputs, dim=2), torch.cat(layer.grads[0], dim=2)
     if factors is not None:
         g = g * factors[:, None, None, None].to(g)
-    mean = torch.einsum("ngto,ngti->goi", g, x).flatten() / layer.samples
-    expected = torch.zeros_like(mean) if weight_grad is None else weight_grad.flatten()
-    # of the rows' size and not of their sum's, which may be nothing but rounding
-    return float((mean - expected).norm()) <= SAME * float(x.norm() * g.norm()) / layer.samples
+    sums = [torch.einsum("ngto,ngti->goi", g, x), g.sum((0, 2))]  # of a bias x is 1
+    sizes = [float(x.norm()), math.sqrt(g[..., 0].numel())]
+    return all(
+        # of the rows' size and not of their sum's, which may be nothing but rounding
+        float((total.flatten() / layer.samples - (0.0 if grad is None else grad.flatten())).norm())
+        <= SAME * size * float(g.norm()) / layer.samples
+        for total, size, grad in zip(sums, sizes, grads, strict=False)
+    )
 
 
 def _positions_of_grad(

@@ -23,7 +23,7 @@ from condzoo.probe.arithmetic import float64_noise, gram_float64
 from condzoo.probe.batches import batch_size
 from condzoo.probe.costs import too_large
 from condzoo.probe.eigenvalues import eigvalsh
-from condzoo.probe.exact import in_float64_copies
+from condzoo.probe.exact import computed_parameter, in_float64_copies
 from condzoo.probe.finishing import NO_GRADIENT, NOT_CALLED
 from condzoo.probe.gradient_rows import gradient_rows
 from condzoo.probe.kronecker import KroneckerSpectrum
@@ -33,7 +33,6 @@ from condzoo.probe.losses import Loss
 from condzoo.probe.preserving import preserved
 from condzoo.probe.row_spectra import spectrum_of_rows
 from condzoo.probe.spectra import Spectrum, from_blocks
-from condzoo.probe.weights import own_weight
 
 MATRICES = ("fisher", "grad_moment")
 
@@ -167,7 +166,7 @@ def kronecker_report(
     blocks: dict[str, nn.Module] = {
         n: m
         for n, m in chosen.items()
-        if isinstance(m, (nn.Linear, *CONVOLUTIONS)) and m in inside and own_weight(m) is not None
+        if isinstance(m, (nn.Linear, *CONVOLUTIONS)) and m in inside and not computed_parameter(m)
     }
     skipped |= {n: f"the exact block of {_what(m)} is not available" for n, m in chosen.items() if n not in blocks}
     with preserved(model, seed), torch.inference_mode(False), torch.enable_grad():
@@ -208,8 +207,8 @@ def _spectrum(moment: Tensor, vectors: int) -> Spectrum:
 
 
 def _what(module: nn.Module) -> str:
-    if own_weight(module) is None:
-        return "a layer whose weight is computed"
+    if what := computed_parameter(module):
+        return f"a layer whose {what} is computed"
     projection = isinstance(module, nn.Linear)
     return "a projection inside nn.MultiheadAttention" if projection else type(module).__name__
 

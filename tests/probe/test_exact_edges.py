@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from condzoo.probe import (
@@ -193,6 +194,55 @@ def test_a_layers_further_parameters_are_in_every_matrix(matrix):
         report = kronecker_report(nn.Sequential(model, nn.Linear(3, 3)).double(), x)
         assert "a layer with parameters of its own" in report.skipped["0"]
         assert list(report) == ["1"]
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight, 2 * self.bias)
+
+
+class Biased(nn.Module):
+    """Two layers whose bias is one, or the first of which has its bias used once more, or not as it is."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.first = how, (Doubled if how == "doubled" else nn.Linear)(5, 5)
+        self.second, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+        if how == "shared":
+            self.second.bias = self.first.bias
+
+    def forward(self, x):
+        h = self.second(torch.tanh(self.first(x)))
+        return self.head(torch.tanh(h - self.first.bias * x if self.how == "again" else h))
+
+
+@pytest.mark.parametrize("samples", [8, 90])
+@pytest.mark.parametrize("how", ["shared", "again", "doubled"])
+def test_a_bias_that_is_not_only_added_to_its_own_layers_output_counts_as_it_is_used(how, samples):
+    model, (x, y) = Biased(how).double(), data(samples)
+    x = x.double()
+    losses = [F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]) for i in range(samples)]
+    grads = [torch.autograd.grad(loss, [*model.parameters()]) for loss in losses]
+    rows = torch.stack([torch.cat([g.flatten() for g in own]) for own in grads])
+    expected = torch.linalg.eigvalsh(rows.T @ rows / samples).flip(0)
+    for found in (curvature(model, x, y, "grad_moment"), curvature_blocks(model, x, y, "grad_moment")[None]):
+        assert torch.allclose(found.eigenvalues, expected, atol=1e-12 * float(expected[0]))
+    assert float(top_curvature(model, x, y, "grad_moment").values) == pytest.approx(float(expected[0]))
+    report = kronecker_report(model, x)
+    assert "whose weight or bias is used otherwise" in report.skipped["first"]
+    assert ("second" in report) == (how != "shared")
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_a_bias_that_is_computed_is_one_error(matrix):
+    model, (x, y) = network(), data()
+    register_parametrization(model[0], "bias", nn.Softplus())
+    for of in (curvature, curvature_blocks, top_curvature):
+        with pytest.raises(ValueError, match="layer '0' is a layer whose bias is computed"):
+            of(model, x, y, matrix)
+    assert curvature(model, x, y, matrix, "2").dim == 15
+    assert "a layer whose bias is computed" in kronecker_report(model, x).skipped["0"]
 
 
 class Table(nn.Module):

@@ -1,8 +1,9 @@
 """What a network calls as a function, which no hook sees: ReLUs, F.linear on the weight of a layer, and its F.conv*.
 
 While the network's forward runs, a torch-function mode sees every call of `F.relu`, `torch.relu`, `x.relu_()`,
-`F.relu6`, `F.linear` and `F.conv*`; hooks on the modules around say which one made it. `clamp` and `maximum` are not
-taken for ReLUs, nor are products (`x @ layer.weight.T`) for layers.
+`F.relu6`, `F.linear`, `F.conv*` and, inside layers with a forward of their own, `x @ weight.T`; hooks on the modules
+around say which one made it. `clamp` and `maximum` are not taken for ReLUs, nor is `x @ layer.weight.T` elsewhere for a
+call of the layer.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ OnProduct = Callable[[str, nn.Module, Tensor, Tensor, Tensor], None]
 LINEAR: Any = torch._C._nn.linear  # F.linear, even where another function stands in its place (`attention` puts one)
 CONVOLVING = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 PRODUCTS: set[Any] = {LINEAR, *CONVOLVING}
+OF_MATRICES: set[Any] = {  # whose last two arguments are x and the weight as [in, out]
+    *(torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm, torch.addmm, torch.Tensor.addmm)
+}
 CALLS_OF_THEIR_OWN = (nn.Linear, nn.MultiheadAttention)  # whose calls of F.linear are read by other hooks
 
 RELU_FUNCTIONS: dict[Any, tuple[str, LinearRange]] = {
@@ -80,6 +84,8 @@ class FunctionCalls:
             self.batch_statistics = True
         elif func in PRODUCTS:
             self._product(func, output, *args[:2], **{key: kwargs[key] for key in ("input", "weight") if key in kwargs})
+        elif func in OF_MATRICES and len(args) >= 2 and args[-1].ndim == 2:
+            self._product(func, output, args[-2], args[-1].mT)
 
     def _product(self, func: Any, h: Tensor, input: Tensor, weight: Tensor) -> None:
         name, module = self.running[-1]

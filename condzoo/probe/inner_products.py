@@ -56,7 +56,7 @@ class Gradients:
 
 @dataclass(eq=False)
 class Product:
-    """One call of F.linear or F.conv*; `node` made h, whatever is done to it in place afterwards."""
+    """One call of F.linear or F.conv*, or `x @ W.T`; `node` made h, whatever is done to it in place afterwards."""
 
     x: Tensor
     h: Tensor

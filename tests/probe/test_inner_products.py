@@ -46,6 +46,23 @@ class Rounded(nn.Linear):
         return F.linear(x, torch.fake_quantize_per_tensor_affine(self.weight, 2.0**-6, 0, -128, 127), self.bias)
 
 
+class Activated(nn.Linear):
+    """An activation behind a product that is written out."""
+
+    def __init__(self, inputs, outputs, multiply):
+        super().__init__(inputs, outputs)
+        self.multiply = multiply
+
+    def forward(self, x):
+        return torch.tanh(self.multiply(x.flatten(0, -2), self.weight, self.bias)).unflatten(0, x.shape[:-1])
+
+
+MULTIPLY = {
+    "@": lambda x, weight, bias: x @ weight.T + bias,
+    "addmm": lambda x, weight, bias: torch.addmm(bias, x, weight.t()),
+}
+
+
 class Transposed(nn.Conv1d):
     """Reads tokens [n, t, c]."""
 
@@ -78,6 +95,9 @@ def networks(kind):
         first = NormedConv(3, 6, 3, padding=1, norm=norm, activation=partial(F.relu, inplace=True))
         parts = [nn.Conv2d(3, 6, 3, padding=1), norm, nn.ReLU()]
         x, width = torch.randn(8, 3, 5, 5), 150
+    elif kind in MULTIPLY:
+        first, parts = Activated(4, 5, MULTIPLY[kind]), [nn.Linear(4, 5), nn.Tanh()]
+        x, width = torch.randn(9, 3, 4), 15
     elif kind == "transposed":
         swap = Step(lambda x: x.mT)
         first, parts = Transposed(4, 5, 2), [swap, nn.Conv1d(4, 5, 2), swap]
@@ -116,7 +136,7 @@ def assert_alike(found, expected):
     assert (found.samples, found.positions) == (expected.samples, expected.positions)
 
 
-@pytest.mark.parametrize("kind", ["conv", "linear", "computed", "transposed", "bytes", "quantized"])
+@pytest.mark.parametrize("kind", ["conv", "linear", "computed", "transposed", "bytes", "quantized", *MULTIPLY])
 def test_a_norm_inside_a_layer_is_as_one_beside_it(kind):
     own, plain, names, batch = networks(kind)
     for run in (measure, partial(measure, conv="patches"), step):

@@ -148,6 +148,17 @@ def _report_computed(report: Callable[[str, Tensor], None], local: str, _: Any, 
     report(local, weight)
 
 
+def watch_beside(attention: nn.MultiheadAttention, report: Callable[[str, Tensor], None]) -> RemovableHandle:
+    """Report (local name of the layer, weight) after each call for weights that a hook put beside the parameters."""
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        for local, (holder, name) in _weights(attention).items():
+            if isinstance(weight := vars(holder).get(name), Tensor):
+                report(local, weight)
+
+    return attention.register_forward_hook(Hook(after, attention), prepend=True)
+
+
 def _weights(attention: nn.MultiheadAttention) -> dict[str, tuple[Any, str]]:
     """Where each weight is, by the local name of the layer: a module, and the attribute's name."""
     inside: dict[str, tuple[Any, str]] = {f"{x}_proj": (attention, f"{x}_proj_weight") for x in ("in", "q", "k", "v")}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from condzoo.probe import label_models, losses
-from condzoo.probe.attention import watch_computed_inside
+from condzoo.probe.attention import watch_beside, watch_computed_inside
 from condzoo.probe.batches import batch_size, call, on_device
 from condzoo.probe.capture import Capture
 from condzoo.probe.conditioning import Conditioning
@@ -87,6 +87,7 @@ class Passes:
         handles = [watch_computed(module, partial(self._note_computed, name)) for name, module in layers.items()]
         for name, attention in self.capture.attentions.items():
             handles += watch_computed_inside(attention, partial(self._note_inside, name))
+            handles.append(watch_beside(attention, partial(self._note_inside, name)))
         try:
             return call(self.model, x)
         finally:

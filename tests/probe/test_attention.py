@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from condzoo.probe import Probe, measure
 
@@ -236,6 +236,20 @@ def test_projections_whose_weights_are_computed_are_those_of_the_plain_ones(kind
         assert one[name].weight == (None if other[name].weight is None else pytest.approx(other[name].weight))
         grad = other[name].weight_grad
         assert one[name].weight_grad == (None if grad is None else pytest.approx(grad, rel=1e-9))
+
+
+@pytest.mark.parametrize("kind", ["self", "separate"])
+def test_norms_of_a_pruned_projection_are_those_of_the_weight_that_runs(kind):
+    torch.manual_seed(0)
+    model, (x, y) = Attends(kind).double(), batch()
+    local = "in_proj" if kind == "self" else "k_proj"
+    prune.l1_unstructured(model.attention, f"{local}_weight", amount=0.5)
+    found = measure(model, (x, y))[f"attention.{local}"]
+    loss = F.cross_entropy(model(x), y)
+    weight = getattr(model.attention, f"{local}_weight")
+    (grad,) = torch.autograd.grad(loss, weight)
+    assert found.weight == pytest.approx(float(torch.linalg.matrix_norm(weight.detach(), 2)))
+    assert found.weight_grad == pytest.approx(float(torch.linalg.matrix_norm(grad, 2)))
 
 
 @pytest.mark.parametrize("kind", ["self", "separate"])

@@ -86,16 +86,22 @@ def plan_sweep(
     """Folder name ("optim.lr=0.1-seed1") -> recipe of every run, in their order.
 
     Raises:
-        RecipeError: a combination that is no valid recipe; two that would be in one folder.
+        RecipeError: a combination that is no valid recipe; two that would be in one folder; a field, or seeds, without
+            a value.
     """
-    given = [] if seeds is None else list(seeds)  # numpy's arrays are neither true nor false
-    if "seed" in grid and given:
-        raise RecipeError("grid: seed: got both this and seeds, give one")
-    fields = {field: values for field, values in grid.items() if field != "seed"}
+    tried = {field: list(values) for field, values in grid.items()}  # numpy's arrays are neither true nor false
+    if seeds is not None:
+        if "seed" in tried:
+            raise RecipeError("grid: seed: got both this and seeds, give one")
+        tried["seed"] = list(seeds)
+    for field, values in tried.items():
+        if not values:
+            raise RecipeError(f"{field}: got no values, of which every one makes a run; give some, or leave it out")
+    numbers = tried.pop("seed", [recipe.seed])
     planned: dict[str, Recipe] = {}
-    for values in itertools.product(*fields.values()):
-        chosen = dict(zip(fields, values, strict=True))
-        for seed in given or list(grid.get("seed", ())) or [recipe.seed]:
+    for combination in itertools.product(*tried.values()):
+        chosen = dict(zip(tried, combination, strict=True))
+        for seed in numbers:
             # as given, not as resolved: defaults of one optimizer or schedule are no fields of another
             tables = recipe.model_dump(exclude_unset=True, exclude_none=True)
             for field, value in [*chosen.items(), ("seed", seed)]:

@@ -412,6 +412,15 @@ def test_seeds_of_a_grid_are_the_runs_seeds(tiny: Any) -> None:
         plan_sweep(tiny(), {"seed": ["three"]})
 
 
+def test_seeds_and_fields_of_no_values_are_not_the_recipes_own(tiny: Any, tmp_path: Path) -> None:
+    for grid, seeds, field in (({}, [], "seed"), ({"seed": []}, None, "seed"), ({"optim.lr": []}, [1], r"optim\.lr")):
+        with pytest.raises(RecipeError, match=rf"^{field}: got no values, of which every one makes a run; give"):
+            plan_sweep(tiny(), grid, seeds)
+    with pytest.raises(RecipeError, match=r"^seed: got no values"):
+        train_seeds(tiny(), [], tmp_path, max_steps=1, device="cpu")
+    assert list(plan_sweep(tiny(seed=5), {}, None)) == ["seed5"]
+
+
 def test_a_grid_over_kinds_leaves_the_defaults_of_the_other_kinds_out() -> None:
     recipe = parse_recipe(
         {

@@ -79,7 +79,7 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Build everything, read the data (decode every image of class folders), take one step; write nothing.",
+            help="Build everything, read the data (decode every image of a set on disk), take one step; write nothing.",
         ),
     ] = False,
     plan: Annotated[

@@ -7,7 +7,7 @@ from condzoo.data.counter_random import derived_seed
 from condzoo.data.image_folder import check_images
 from condzoo.data.memory import ImageData
 from condzoo.data.sources import DATASETS, HUB, IMAGE_FOLDER, DataInfo, data_info, folder_view, load_data
-from condzoo.data.stored import StoredData
+from condzoo.data.stored import StoredData, unreadable_images
 
 __all__ = [
     "AUGMENTATIONS",
@@ -30,4 +30,5 @@ __all__ = [
     "epoch_order",
     "folder_view",
     "load_data",
+    "unreadable_images",
 ]

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from condzoo.data.image_files import ImageError, read_image
-from condzoo.data.stored import StoredData, usual_workers
-from condzoo.data.views import View, on_cpu
+from condzoo.data.image_files import read_image
+from condzoo.data.stored import StoredData, unreadable_images
+from condzoo.data.views import View
 
 FOLDERS = {"train": "train", "test": "val"}
 # ImageNet's colours in bytes: torchvision's, timm's and fb.resnet.torch's constants.
@@ -146,29 +144,4 @@ def check_images(root: str | os.PathLike[str], workers: int | None = None) -> It
     Raises:
         FileNotFoundError, ValueError: the folders themselves are at fault, see `load_image_folder`.
     """
-    data = load_image_folder(Path(root), View(1, 1))
-    workers = usual_workers() if workers is None else workers
-    for source in (data.train, data.test):
-        faults = Faults(source)  # type: ignore[arg-type]
-        loader = DataLoader(faults, batch_size=64, num_workers=workers, collate_fn=list, generator=torch.Generator())
-        with on_cpu():  # it seeds its workers by a tensor from its generator
-            loaded = iter(loader)
-        for found in loaded:
-            yield from (fault for fault in found if fault)
-
-
-@dataclass(frozen=True)
-class Faults(Dataset[str]):
-    """What is wrong with each image of a split; empty where nothing is."""
-
-    source: FolderImages
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> str:
-        try:
-            self.source.read(index)
-        except ImageError as error:
-            return str(error)
-        return ""
+    return unreadable_images(load_image_folder(Path(root), View(1, 1), workers))

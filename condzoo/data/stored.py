@@ -209,6 +209,35 @@ class Stacked:
         return torch.stack([image for image, _ in pairs]), labels
 
 
+@dataclass(frozen=True)
+class Faults(Dataset[str]):
+    """What is wrong with each image of a split; empty where nothing is."""
+
+    source: ImageSource
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.source.read(index)
+        except ImageError as error:
+            return str(error)
+        return ""
+
+
+def unreadable_images(data: StoredData) -> Iterator[str]:
+    """Decode every image of every split; one line, with its path or place, for each that cannot be read."""
+    workers = usual_workers() if data.workers is None else data.workers
+    for source in filter(None, (data.train, data.validation, data.test)):
+        faults, own = Faults(source), torch.Generator()
+        loader = DataLoader(faults, batch_size=64, num_workers=workers, collate_fn=list, generator=own)
+        with on_cpu():  # it seeds its workers by a tensor from its generator
+            loaded = iter(loader)
+        for found in loaded:
+            yield from (fault for fault in found if fault)
+
+
 def usual_workers(processes: int = 1) -> int:
     """A worker a core that this process may use, at most `MOST_WORKERS`; so many processes share the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

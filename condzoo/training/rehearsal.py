@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from condzoo.data import IMAGE_FOLDER, check_images
+from condzoo.data import IMAGE_FOLDER, StoredData, unreadable_images
 from condzoo.data.sources import data_roots, folder_root
 from condzoo.probe import Probe
+from condzoo.training.data_sets import STORED, read_data
 from condzoo.training.diagnosis import diagnose
 from condzoo.training.distributed import join
 from condzoo.training.divergence import NonFinite
@@ -50,7 +51,7 @@ def rehearse(
 ) -> Rehearsal:
     """Do what `train` does up to and with its first step, probe included, and write nothing.
 
-    Of class folders every image is decoded before, which takes as long as reading an epoch; `on_event` is told.
+    Of a set on disk every image is decoded before, which takes as long as reading an epoch; `on_event` is told.
 
     The first step is slower than others: memory is not yet there, a compiled network is compiled in it. Where the probe
     measures it, a second one is compiled in its place, and its time is counted, too.
@@ -65,7 +66,7 @@ def rehearse(
     ranks, own_device = join(device)
     if ranks.world == 1:
         check_every_image(recipe, data_root, on_event)
-    elif recipe.data.name == IMAGE_FOLDER and on_event is not None and ranks.first:
+    elif recipe.data.name in STORED and on_event is not None and ranks.first:
         on_event(Message("not every image is decoded: a dry run without torchrun does it"))
     with forked_random_numbers(own_device, ranks):
         training = join_gradients(ranks.all_do(lambda: prepare(recipe, own_device, data_root, ranks)))
@@ -89,17 +90,19 @@ def rehearse(
 
 
 def check_every_image(recipe: Recipe, data_root: str | Path | None, on_event: OnEvent | None = None) -> None:
-    """Decode what an epoch of class folders will: the first step sees a batch of them.
+    """Decode what an epoch of a set on disk will: the first step sees a batch of it.
 
     Raises:
-        ValueError: images that cannot be read, each in a line of its own with its path.
+        ValueError: images that cannot be read, each in a line of its own with its path or place.
     """
-    if recipe.data.name != IMAGE_FOLDER:
+    data = read_data(recipe, data_root) if recipe.data.name in STORED else None
+    if not isinstance(data, StoredData):
         return
-    root = folder_root(data_roots(data_root or recipe.data.root))
+    folders = recipe.data.name == IMAGE_FOLDER
+    name = folder_root(data_roots(data_root or recipe.data.root)) if folders else recipe.data.dataset
     if on_event is not None:
-        on_event(Message(f"decoding every image of {root}; the step comes after"))
-    if faults := list(check_images(root, recipe.data.workers)):
+        on_event(Message(f"decoding every image of {name}; the step comes after"))
+    if faults := list(unreadable_images(data)):
         raise ValueError("\n".join(faults))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from condzoo.data import BatchPlan, StoredData, load_data
+from condzoo.data import BatchPlan, StoredData, load_data, unreadable_images
 from condzoo.data.image_files import ImageError
 
 datasets = pytest.importorskip("datasets")
@@ -74,8 +74,11 @@ def test_images_and_classes(written: Written) -> None:
 
 
 def test_a_damaged_image_is_named(written: Written) -> None:
+    data = load(written(damaged=True))
     with pytest.raises(ImageError, match=r"train\[0\] of \S+ (is no image|cannot be read)"):
-        next(load(written(damaged=True)).ordered_batches("train", BatchPlan(4)))
+        next(data.ordered_batches("train", BatchPlan(4)))
+    found = [line.split()[:3] for line in unreadable_images(data.holding_out(2))]
+    assert found == [[f"{split}[0]", "of", "set"] for split in ("train", "test")], "of each split the first is damaged"
 
 
 def test_missing_splits_and_folders_are_told(written: Written, tmp_path: Path) -> None:

@@ -187,6 +187,23 @@ def test_a_rehearsal_decodes_every_image(tiny: Any, folders: Any) -> None:
         rehearse(recipe, device="cpu", data_root=root)
 
 
+def test_a_rehearsal_decodes_every_image_of_a_hugging_face_set(tiny: Any, tmp_path: Path, folders: Any) -> None:
+    datasets, root = pytest.importorskip("datasets"), folders()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"])})
+    victim = root / "val/cat/1.jpg"
+    victim.write_bytes(b"no image")
+    for split in ("train", "val"):
+        images = sorted(str(path) for path in (root / split).glob("*/*"))
+        labels = [Path(path).parent.name for path in images]
+        table = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        table.to_parquet(tmp_path / "set" / f"{split}-00000-of-00001.parquet")
+    own = {"data.name": "hfds", "data.dataset": str(tmp_path / "set"), "model.name": "mlp4x24"}
+    told: list[Any] = []
+    with pytest.raises(ValueError, match=rf"^{victim} \(validation\[5\] of set\) is no image; replace"):
+        rehearse(tiny(**{**STORED, **own}), device="cpu", data_root=tmp_path / "cache", on_event=told.append)
+    assert [event.text for event in told] == [f"decoding every image of {tmp_path / 'set'}; the step comes after"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,29 +1,27 @@
-"""Which loss, gradient or running statistic of a bad step is not finite, and where that begins."""
+"""Which loss, gradient, running statistic or weight is not finite, and where that begins."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from condzoo.training.divergence import Fault, NonFinite
 from condzoo.training.preparation import Training, training_steps
 from condzoo.training.steps import mean_loss, seed_step
 
 KINDS = ("loss", "gradient", "running statistic")  # the first that any process finds is believed
 
 
-@dataclass(frozen=True)
-class Fault:
-    """`what` is one of KINDS, `where` the module, parameter or buffer where it is first seen."""
+def check_weights(training: Training, step: int) -> None:
+    """See that the weights after `step` steps are finite; of others the loss of the next step tells, if there is one.
 
-    what: str
-    step: int
-    where: str
-
-    @property
-    def text(self) -> str:
-        """In words."""
-        return f"the {self.what} of step {self.step} is not finite, first in {self.where}"
+    Raises:
+        NonFinite: they are not, in any process.
+    """
+    mine = (name for name, p in training.model.named_parameters() if not torch.isfinite(p).all())
+    for name in training.ranks.gather(next(mine, None)):
+        if name is not None:
+            raise NonFinite(step, Fault("weight", step - 1, name))
 
 
 def diagnose(training: Training, step: int) -> Fault:

@@ -7,6 +7,7 @@ ends with the weights, the optimizer's state and BatchNorm's statistics of befor
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,34 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 ALIGNMENT = 16  # elements: kernels may want more than an element's own
 
 
-class NonFinite(ArithmeticError):
-    """A loss, gradient or running statistic that is not finite; the step was not taken."""
+@dataclass(frozen=True)
+class Fault:
+    """`what`: "loss", "gradient", "running statistic" or "weight"; `where`: the module or tensor it is seen in first.
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss, the gradient or a running statistic of step {step} is not finite")
-        self.step = step
+    A weight is what the step left, the others are met within it.
+    """
+
+    what: str
+    step: int
+    where: str
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        when = "after" if self.what == "weight" else "of"
+        return f"the {self.what} {when} step {self.step} is not finite, first in {self.where}"
+
+
+class NonFinite(ArithmeticError):
+    """A loss, gradient or running statistic that is not finite, and `step` was not taken.
+
+    Or, with `fault`, a weight that is so before `step`, which nothing else would tell: the run ends or is saved there.
+    """
+
+    def __init__(self, step: int, fault: Fault | None = None) -> None:
+        said = f"the loss, the gradient or a running statistic of step {step} is not finite"
+        super().__init__(said if fault is None else fault.text)
+        self.step, self.fault = step, fault
 
 
 class Guard:

@@ -10,7 +10,7 @@ import torch
 
 from condzoo.probe import Probe
 from condzoo.probe.files import expanded
-from condzoo.training.diagnosis import diagnose
+from condzoo.training.diagnosis import check_weights, diagnose
 from condzoo.training.distributed import Ranks, join, launched
 from condzoo.training.divergence import NonFinite
 from condzoo.training.events import EpochDone, Event, Finished, Message, Notice, OnEvent, Started, StepDone
@@ -66,7 +66,7 @@ def train(
     Raises:
         RecipeError, RunDirectoryError, CheckpointError, FileNotFoundError: before anything is trained.
         Stopped: SIGTERM or Ctrl-C; the state is saved, the same call goes on.
-        Diverged: a loss, gradient or running statistic that is not finite, unless on_divergence = "record".
+        Diverged: a loss, gradient, running statistic or weight that is not finite, unless on_divergence = "record".
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     if seed is not None:
@@ -101,7 +101,7 @@ def train(
         except NonFinite as bad:
             ranks.all_do(lambda: first_unreadable(training))
             progress.rewind(bad.step)
-            summary = record_divergence(training, progress, path, diagnose(training, bad.step), notify)
+            summary = record_divergence(training, progress, path, bad.fault or diagnose(training, bad.step), notify)
             notify(Finished(summary))
             return end_diverged(path, recipe, summary)
         summary = finish(training, progress, path, notify)
@@ -151,7 +151,7 @@ def fit(training: Training, progress: Progress, path: Path, last: int, request: 
     All processes of a run look at the same steps whether to go on.
 
     Raises:
-        NonFinite: see `take_step`.
+        NonFinite: see `take_step` and `check_weights`.
         Stopped: a signal asked for it, and the state is saved.
     """
     per_epoch = training.steps_per_epoch
@@ -173,6 +173,8 @@ def fit(training: Training, progress: Progress, path: Path, last: int, request: 
             report_step(training, progress, path, result, probe, notify)
             if checking:
                 progress.unchecked.clear()
+                if saving:
+                    check_weights(training, taken)
                 save_or_stop(training, progress, path, last, request, saving)
             if taken % per_epoch == 0:
                 end_epoch(training, progress, path, last, request, notify)

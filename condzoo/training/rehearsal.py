@@ -10,7 +10,7 @@ from condzoo.data import IMAGE_FOLDER, StoredData, unreadable_images
 from condzoo.data.sources import data_roots, folder_root
 from condzoo.probe import Probe
 from condzoo.training.data_sets import STORED, read_data
-from condzoo.training.diagnosis import diagnose
+from condzoo.training.diagnosis import check_weights, diagnose
 from condzoo.training.distributed import join
 from condzoo.training.divergence import NonFinite
 from condzoo.training.events import Message, OnEvent
@@ -60,7 +60,7 @@ def rehearse(
 
     Raises:
         RecipeError, ValueError, FileNotFoundError: as `train`.
-        Diverged: the first loss, gradient or running statistic is not finite.
+        Diverged: the first loss, gradient or running statistic is not finite, or a weight after it.
     """
     check_recipe(recipe)
     ranks, own_device = join(device)
@@ -110,16 +110,18 @@ def first_step(training: Training, probe: Probe | None) -> StepResult:
     """Take the first step, and the second where that is the first one compiled: none is that the probe measures.
 
     Raises:
-        Diverged: its loss, gradient or a running statistic is not finite; says where that begins.
+        Diverged: its loss, gradient, a running statistic or a weight is not finite; says where that begins.
     """
     compiled_next = training.recipe.compile and probe is not None and training.recipe.probe.every > 1
     end = min(2 if compiled_next else 1, training.total_steps)
     try:
         result, *_ = [take_step(training, batch, probe) for batch in training_steps(training, 0, end)]
         training.guard.check()
+        check_weights(training, end)
     except NonFinite as bad:
         training.ranks.all_do(lambda: first_unreadable(training))
-        raise Diverged(f"diverged: {diagnose(training, bad.step).text}", {}) from bad
+        fault = bad.fault or diagnose(training, bad.step)
+        raise Diverged(f"diverged: {fault.text}", {}) from bad
     return result
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from condzoo.training import Diverged, train
+from condzoo.training import Diverged, loop, train
 from condzoo.training.diagnosis import diagnose
 from condzoo.training.distributed import Ranks
 from condzoo.training.divergence import Guard, NonFinite
 from condzoo.training.preparation import prepare, training_steps
+from condzoo.training.rehearsal import rehearse
 from condzoo.training.steps import take_step
 
 WILD = {"optim.lr": 1e30, "optim.momentum": 0.0, "optim.nesterov": False, "probe.every": 5}
@@ -89,6 +90,31 @@ def test_a_buffer_that_holds_infinities_from_the_start_is_no_divergence(tiny: An
     for batch in training_steps(guarded, 0, 2):
         take_step(guarded, batch)
     assert diagnose(guarded, 2).where == "the norm of all parameters together", "as where nothing is found"
+
+
+def test_weights_that_the_last_step_spoils_are_divergence(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss and gradient are finite, and no step follows whose are not."""
+    at_once = tiny(iterations=1, **{"model.init": "scaled:1e6", "optim.lr": 1e30})
+    first = r"diverged: the weight after step 0 is not finite, first in layers\.0\.linear\.weight"
+    with pytest.raises(Diverged, match=first):
+        train(at_once, out=tmp_path / "at once", device="cpu")
+    with pytest.raises(Diverged, match=first):
+        rehearse(at_once, device="cpu")
+
+    def spoil(training: Any, batch: Any, probe: Any) -> Any:
+        result = take_step(training, batch, probe)
+        if batch.step == 10:
+            training.model.get_parameter("fc.bias").data[3] = torch.nan
+        return result
+
+    monkeypatch.setattr(loop, "take_step", spoil)
+    run = train(tiny(epochs=1, save_every=0.5, on_divergence="record"), out=tmp_path / "run", device="cpu")
+    assert (run.summary["status"], run.summary["steps"]) == ("diverged", 11)
+    assert run.summary["diverged"]["text"] == "the weight after step 10 is not finite, first in fc.bias"
+    newest = max((run.path / "checkpoints").glob("*.safetensors"))
+    assert newest.stem == "step_0000000006", "what is not finite is not saved"
 
 
 def test_a_run_that_diverges_right_after_an_epoch_keeps_the_training_loss_of_its_line(

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from condzoo.data import HUB, IMAGE_FOLDER, DataSet, data_info, folder_view, load_data
+from condzoo.data import HUB, IMAGE_FOLDER, DataSet, StoredData, data_info, folder_view, load_data
 from condzoo.training.schema import DataSection, Recipe
 
 STORED = (IMAGE_FOLDER, HUB)
@@ -33,6 +33,17 @@ def read_data(recipe: Recipe, data_root: str | Path | None = None, *, test_only:
         dataset=section.dataset,
         test_only=test_only,
     )
+
+
+def class_names(data: DataSet) -> list[str]:
+    """The names of the classes in the order of their numbers, where its files give them; else none."""
+    return list(data.class_names) if isinstance(data, StoredData) else []
+
+
+def renamed(there: list[str], here: list[str]) -> str:
+    """The first class that has another name than it had, which makes its number another's; "" where none has."""
+    pairs = zip(there, here, strict=True)
+    return next((f"class {i} was {was!r} and is {now!r} here" for i, (was, now) in enumerate(pairs) if was != now), "")
 
 
 def image_shape(section: DataSection) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condzoo.training.data_sets import class_names, renamed
 from condzoo.training.environment import describe_environment
 from condzoo.training.events import Notice, OnEvent
 from condzoo.training.optimizers import load_optimizer_tensors, optimizer_tensors
@@ -182,9 +183,10 @@ def arithmetic(training: Training) -> dict[str, Any]:
     }
 
 
-def data_seen(training: Training) -> dict[str, int]:
+def data_seen(training: Training) -> dict[str, Any]:
     """What tells one data set from another under the same recipe, which names only its folder or not even that."""
-    return {"classes": training.data.num_classes, "training_images": training.data.size("train")}
+    data = training.data
+    return {"classes": data.num_classes, "training_images": data.size("train"), "class_names": class_names(data)}
 
 
 def check_nothing_ended(path: Path) -> None:
@@ -204,10 +206,15 @@ def check_data(training: Training, checkpoint: Checkpoint, path: Path) -> None:
     """RunDirectoryError where the run was trained on other images, as far as a checkpoint (an old one not) says it."""
     here = data_seen(training)
     there = {name: checkpoint.numbers.get(name, count) for name, count in here.items()}
-    if there != here:
+    if any(there[name] != here[name] for name in ("classes", "training_images")):
         counts = "{training_images} training images of {classes} classes"
         raise RunDirectoryError(
             f"{path} was trained on {counts.format(**there)}, and the data here have {counts.format(**here)}; name its "
+            "own data by --data-root, or use another --out"
+        )
+    if changed := renamed(there["class_names"], here["class_names"]):
+        raise RunDirectoryError(
+            f"{path} was trained on classes of other names: {changed}, and names say which output is whose; name its "
             "own data by --data-root, or use another --out"
         )
 

@@ -12,6 +12,7 @@ from torch import nn
 from condzoo.data import Split
 from condzoo.models.weight_files import as_safetensors, sha256
 from condzoo.probe import Probe, plot_records, read_records
+from condzoo.training.data_sets import class_names
 from condzoo.training.evaluation import evaluate
 from condzoo.training.events import Notice, OnEvent
 from condzoo.training.norm_statistics import evaluated
@@ -135,6 +136,7 @@ def write_summary(
         "model": training.recipe.model.name,
         "data": training.recipe.data.name,
         "num_classes": training.data.num_classes,
+        **({"class_names": names} if (names := class_names(training.data)) else {}),
         "seed": training.recipe.seed,
         "parameters": sum(p.numel() for p in training.model.parameters()),
         "steps": progress.step,

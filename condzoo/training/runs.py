@@ -12,7 +12,7 @@ from condzoo import exit_codes
 from condzoo.data import Split
 from condzoo.models.weight_files import check_state, parse_weights, read_plain_file, sha256
 from condzoo.probe.files import expanded
-from condzoo.training.data_sets import class_count, image_shape, read_data
+from condzoo.training.data_sets import class_count, class_names, image_shape, read_data, renamed
 from condzoo.training.evaluation import Evaluation, evaluate
 from condzoo.training.networks import network_of
 from condzoo.training.precision import resolve_device, resolve_numerics, usual_torch
@@ -125,6 +125,12 @@ def evaluate_run(
         raise ValueError(
             f"{run.path} was trained on {classes} classes, and the data here have {data.num_classes}; name its own "
             "data by --data-root"
+        )
+    here = class_names(data)
+    if changed := renamed(run.summary.get("class_names", here), here):
+        raise ValueError(
+            f"{run.path} was trained on classes of other names: {changed}, and names say which output is whose; name "
+            "its own data by --data-root"
         )
     return evaluate(place(model, numerics), data, numerics, split)
 

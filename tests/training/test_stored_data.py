@@ -165,12 +165,27 @@ def test_other_images_under_the_same_recipe_are_refused(tiny: Any, tmp_path: Pat
         trained(recipe, tmp_path / "run", root, max_steps=3)
 
 
+def test_classes_of_other_names_under_the_same_recipe_are_refused(tiny: Any, tmp_path: Path, folders: Any) -> None:
+    """Names say which output is whose: another one may move a class behind others."""
+    root, recipe = folders(), tiny(**{**STORED, "model.name": "mlp4x24", "probe.every": 0})
+    run = trained(recipe, tmp_path / "run", root, max_steps=2)
+    assert run.summary["class_names"] == ["ant", "bee", "cat"]
+    for split in ("train", "val"):
+        (root / split / "ant").rename(root / split / "wasp")
+    message = r"run was trained on classes of other names: class 0 was 'ant' and is 'bee' here, and names say which"
+    with pytest.raises(RunDirectoryError, match=message):
+        trained(recipe, run.path, root, max_steps=3)
+    with pytest.raises(ValueError, match=message):
+        evaluate_run(run.path, data_root=root, device="cpu")
+
+
 def test_a_checkpoint_that_does_not_say_its_images_is_gone_on_from(tiny: Any, tmp_path: Path, folders: Any) -> None:
     root, recipe = folders(), tiny(**{**STORED, "model.name": "mlp4x24", "probe.every": 0})
     run = trained(recipe, tmp_path / "run", root, max_steps=2)
     old = newest_checkpoint(run.path / "checkpoints", notify=lambda text: None)
     assert old is not None
-    assert (old.numbers.pop("classes"), old.numbers.pop("training_images")) == (3, 12)
+    said = [old.numbers.pop(name) for name in ("classes", "training_images", "class_names")]
+    assert said == [3, 12, ["ant", "bee", "cat"]]
     save_checkpoint(run.path / "checkpoints", old)
     assert trained(recipe, run.path, root, max_steps=3).summary["steps"] == 3
 

@@ -13,6 +13,7 @@ from condzoo.data.augment import PADDING
 from condzoo.probe.layers import choose
 from condzoo.training.data_sets import STORED, class_count, image_shape
 from condzoo.training.networks import freeze, network_of
+from condzoo.training.recipe_errors import cut_off, shown
 from condzoo.training.schema import LARGEST, Constant, DataSection, FullBatch, ModelSection, Recipe, Sgd, Step
 
 FOLLOWS_DATA = ("num_classes", "in_chans", "input_size")
@@ -40,7 +41,7 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
     if isinstance(schedule, Step) and any(
         later <= earlier for earlier, later in zip(schedule.milestones, schedule.milestones[1:], strict=False)
     ):
-        yield f"schedule.milestones: got {schedule.milestones}, must be ascending"
+        yield f"schedule.milestones: got {shown(schedule.milestones)}, must be ascending"
     if isinstance(schedule, Step) and schedule.gamma > 1:
         largest = math.log10(recipe.optim.lr) + len(schedule.milestones) * math.log10(schedule.gamma)
         if largest > math.log10(LARGEST):
@@ -75,8 +76,8 @@ def _arguments(model: ModelSection) -> Iterator[str]:
     elif "." in model.name:
         arch, _, tag = model.name.partition(".")
         yield (
-            f"model.name: got {model.name!r}, and .{tag} names trained weights; a recipe trains from its "
-            f"initialization: give {arch!r}"
+            f"model.name: got {model.name!r}, and .{cut_off(tag)} names trained weights; a recipe trains from its "
+            f"initialization: give {cut_off(arch)!r}"
         )
     for name, value in model.args.items():
         if name in FOLLOWS_DATA:

@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from condzoo.training.consistency import problems
-from condzoo.training.recipe_errors import RecipeError, describe_errors
+from condzoo.training.recipe_errors import RecipeError, describe_errors, shortened
 from condzoo.training.recipe_files import ARGUMENTS, read_recipe
 from condzoo.training.schema import Recipe
 
@@ -46,7 +46,9 @@ def parse_recipe(given: dict[str, Any], source: str = "recipe") -> Recipe:
     try:
         recipe = Recipe.model_validate(given)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{source}: {line}" for line in describe_errors(error, given))) from error
+        raise RecipeError(
+            "\n".join(f"{source}: {shortened(line, given)}" for line in describe_errors(error, given))
+        ) from error
     check_recipe(recipe, source)
     return recipe
 
@@ -55,7 +57,8 @@ def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
     """Raise a RecipeError where fields contradict each other, the network or the data."""
     faults = problems(recipe)
     if faults:
-        raise RecipeError("\n".join(f"{source}: {fault}" for fault in faults))
+        tables = recipe.model_dump()
+        raise RecipeError("\n".join(f"{source}: {shortened(fault, tables)}" for fault in faults))
 
 
 def recipe_tables(recipe: Recipe) -> dict[str, Any]:

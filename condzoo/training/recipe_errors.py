@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from condzoo.training.schema import Recipe
 
+LONGEST = 60  # signs of what came
 # pydantic's error type -> what is allowed, in a recipe's own words
 _EXPECTED = {
     "int_type": "a whole number",
@@ -155,6 +156,20 @@ def _as_list(text: str) -> str:
     return f"[{text}]" if set(text) <= set("0123456789,. ") else json.dumps(text.split(","))
 
 
+def shortened(fault: str, given: Any) -> str:
+    """A fault with the long texts of the tables that it is of, names of fields among them, cut off."""
+    left = [given]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and len(value) > LONGEST:
+            fault = fault.replace(repr(value), shown(value)).replace(value, cut_off(value))
+    return fault
+
+
 def shown(value: Any) -> str:
     """A value as it came, cut off where it is long; of any kind that TOML has."""
     try:
@@ -163,4 +178,9 @@ def shown(value: Any) -> str:
         text = value.isoformat() if isinstance(value, date | time) else repr(value)  # as TOML writes them
     except (ValueError, RecursionError):  # a number of more digits, or more tables in one another, than Python writes
         text = "what is too long to be shown"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return cut_off(text)
+
+
+def cut_off(text: str) -> str:
+    """A text, or its beginning where it is long."""
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

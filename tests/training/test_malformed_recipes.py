@@ -49,6 +49,11 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("compile", 1, "compile: got 1, must be true or false"),
     ("compile", "yes", "compile: got 'yes', must be true or false"),
     ("sync_bn", "yes", "sync_bn: got 'yes', must be true or false"),
+    ("model.name", "z" * 3000, f"model.name: unknown model '{'z' * 56}...; condzoo.list_models() lists them all"),
+    ("model.name", "a" * 99 + ".x", f"model.name: got '{'a' * 56}..., and .x names trained weights"),
+    ("freeze", ["b c " * 99], f"freeze: '{'b c ' * 14}... matches no parameter; they are called like layers.0"),
+    ("schedule.milestones", [*range(99, 0, -1)], "schedule.milestones: got [99, 98, 97, 96, 95, 94, 93, 92, 91, 90, "),
+    ("k" * 99, 1, f"{'k' * 57}...: unknown field; a recipe has"),
     ("ema", 1.0, "ema: got 1.0, must be less than 1"),
     ("ema", 0, "ema: got 0, must be greater than 0"),
     ("ema", float("nan"), "ema: got nan, must be a finite number"),
@@ -233,6 +238,7 @@ def test_a_malformed_recipe_says_what_is_wrong(field: str, value: Any, message: 
         parse_recipe(changed(field, value))
     assert str(caught.value).startswith(f"recipe: {message}")
     assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 400
 
 
 def test_what_is_said_to_mend_a_recipe_mends_it() -> None:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from condzoo.training.meeting import agents_store, fresh_part
 from condzoo.training.precision import resolve_device
+from condzoo.training.signals import Stopped
 
 T = TypeVar("T")
 FORESEEN = (ValueError, TypeError, OSError)  # what the command line says in one line
@@ -186,12 +187,15 @@ def said_elsewhere(error: BaseException) -> bool:
 
     Before they have met the first on this machine most likely comes to it, too, and speaks at once. As a process
     leaves torchrun ends those that are left, so the others wait for that, and speak only if it does not come. An error
-    that the first cannot come to says so (`own`): one process too many for the GPUs.
+    that the first cannot come to says so (`own`): one process too many for the GPUs. Of a signal, which torchrun gives
+    to all of them and then waits until they have ended, the first speaks.
     """
     if os.environ.get("RANK", "0") == "0":
         return False
     if dist.is_available() and dist.is_initialized():
         return getattr(error, "shared", False)
+    if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, Stopped):
+        return True
     if os.environ.get("LOCAL_RANK", "0") != "0" and not getattr(error, "own", False):
         time.sleep(SECONDS_TO_BE_ENDED)
     return False

@@ -14,6 +14,7 @@ from condzoo.training.diagnosis import check_weights, diagnose
 from condzoo.training.distributed import Ranks, join, launched
 from condzoo.training.divergence import NonFinite
 from condzoo.training.events import EpochDone, Event, Finished, Message, Notice, OnEvent, Started, StepDone
+from condzoo.training.meeting import signals_noted
 from condzoo.training.outcome import earlier_summary, end_diverged, finish, last_epoch, record_divergence
 from condzoo.training.precision import usual_torch
 from condzoo.training.preparation import Training, first_unreadable, join_gradients, prepare, training_steps
@@ -78,9 +79,10 @@ def train(
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     path = expanded(out) if out is not None else default_run_directory(recipe)
-    ranks, own_device = join(device)
-    notify = on_event if on_event is not None and ranks.first else ignore
     with contextlib.ExitStack() as held:
+        held.enter_context(signals_noted())
+        ranks, own_device = join(device)
+        notify = on_event if on_event is not None and ranks.first else ignore
         request = held.enter_context(stop_signals(patient=launched()))
         ranks.first_does(lambda: held.enter_context(claimed(path, recipe)))
         held.enter_context(forked_random_numbers(own_device, ranks))

@@ -1,5 +1,6 @@
 """Many runs: one after the other in this process, or on Ray; what is finished is not trained again."""
 
+import contextlib
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from condzoo.training.attempts import RunOptions, attempt, finished_run
 from condzoo.training.distributed import ALONE, among_others, join, launched
 from condzoo.training.events import Message, OnEvent
 from condzoo.training.loop import ignore
+from condzoo.training.meeting import signals_noted
 from condzoo.training.run_directory import RECIPE, RunDirectoryError
 from condzoo.training.runs import Run
 from condzoo.training.schema import Recipe
@@ -97,11 +99,13 @@ def run_all_here(planned: Mapping[str, Recipe], out: Path, options: RunOptions, 
         RunDirectoryError: `out` is the directory of one run.
         Stopped: on a signal, also one that comes between two runs.
     """
-    ranks = join(options.device)[0] if among_others() else ALONE
-    runs = ranks.first_does(lambda: finished_among(planned, unclaimed(out), options.max_steps))
-    notify = options.on_event if options.on_event is not None and ranks.first else ignore
-    options = replace(options, on_event=notify)
-    with stop_signals(patient=launched()) as request:
+    with contextlib.ExitStack() as held:
+        held.enter_context(signals_noted())
+        ranks = join(options.device)[0] if among_others() else ALONE
+        request = held.enter_context(stop_signals(patient=launched()))
+        runs = ranks.first_does(lambda: finished_among(planned, unclaimed(out), options.max_steps))
+        notify = options.on_event if options.on_event is not None and ranks.first else ignore
+        options = replace(options, on_event=notify)
         for number, (name, recipe) in enumerate(planned.items(), start=1):
             if name in runs:
                 continue

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from condzoo.probe import read_records
-from condzoo.training import distributed, reports
+from condzoo.training import Stopped, distributed, reports
 from condzoo.training.distributed import ALONE, Ranks, said_elsewhere, synchronize_norms
 from tests.training import rank_runs
 from tests.training.timeless import timeless
@@ -214,6 +214,8 @@ def test_before_processes_meet_each_machines_first_says_an_error_at_once(monkeyp
         monkeypatch.setenv("LOCAL_RANK", local)
         assert not said_elsewhere(ValueError("no such recipe"))
         assert waited == waits
+    assert said_elsewhere(Stopped("by a signal that the first has, too"))
+    assert waited == [30.0]
 
 
 def test_of_the_processes_without_a_gpu_the_first_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

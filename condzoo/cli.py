@@ -1,13 +1,15 @@
 """The `condzoo` command: parses, calls, prints. What it calls is the public API; each command imports only
 what it needs, so that `condzoo --help` answers at once."""
 
+import atexit
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -208,20 +210,28 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; every foreseen failure is one line on stderr and an exit code, not a traceback."""
     make_writable()
     given = [with_home(text) for text in (sys.argv[1:] if args is None else args)]
-    with first_of_processes_speaks():
-        try:
-            result = app(given, standalone_mode=False)
-        except Exception as error:
-            code = exit_code(error)
-            if code is None or os.environ.get("CONDZOO_TRACEBACK"):
-                raise
-            if not said_elsewhere(error):
-                print(one_line(error, code, next(iter(given), "")), file=sys.stderr)
-            leave_together(error)
-            sys.exit(code)
-        if code := result if isinstance(result, int) else 0:
-            leave_together()
+    try:
+        with first_of_processes_speaks():
+            run_command(given)
+    finally:  # what Python does as it ends answers Ctrl-C by a traceback, and there is nothing left to stop
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+def run_command(given: list[str]) -> NoReturn:
+    """Run a command line, and leave with its exit code."""
+    try:
+        result = app(given, standalone_mode=False)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None or os.environ.get("CONDZOO_TRACEBACK"):
+            raise
+        if not said_elsewhere(error):
+            print(one_line(error, code, next(iter(given), "")), file=sys.stderr)
+        leave_together(error)
         sys.exit(code)
+    if code := result if isinstance(result, int) else 0:
+        leave_together()
+    sys.exit(code)
 
 
 def make_writable() -> None:

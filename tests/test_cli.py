@@ -1,11 +1,13 @@
 """The command line as a person meets it: what it prints, and how it fails."""
 
+import atexit
 import importlib
 import io
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -26,6 +28,21 @@ def run(capsys, *args):
         main(list(args))
     out, err = capsys.readouterr()
     return stop.value.code or 0, out, err
+
+
+def test_ctrl_c_as_python_ends_is_no_traceback(monkeypatch, capsys):
+    """matplotlib's and torch's functions that are called then were interrupted, and said so after a finished run."""
+    ending, handler = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(atexit, "register", lambda function, *args: ending.append((function, args)))
+    for code, arguments in ((0, ["--version"]), (2, ["info", "nothing"])):
+        assert run(capsys, *arguments)[0] == code
+        assert signal.getsignal(signal.SIGINT) is handler, "the process may go on"
+        function, args = ending.pop()
+        try:
+            function(*args)
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
 
 COMMANDS = [

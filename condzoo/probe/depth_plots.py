@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.neurons import Neurons
-from condzoo.probe.picture_style import FILLS, NAME, OKABE_ITO, as_written, save, shortened, usual_style
+from condzoo.probe.picture_style import FILLS, NAME, OKABE_ITO, as_written, headed, save, shortened, usual_style
 from condzoo.probe.spectra import Spectrum
 
 SIDES = (("input", OKABE_ITO[0], "o", "inputs x"), ("output_grad", OKABE_ITO[1], "s", "output gradients g"))
@@ -147,16 +147,7 @@ def _finish_depth(ax: Axes, title: str, conditioning: Conditioning) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     widened(ax)
     ax.grid(alpha=0.3)
-    _headed(ax, title)
-
-
-def _headed(ax: Axes, title: str) -> None:
-    """A title, and under it, above the axes, the legend: inside it would lie over some network's lines."""
-    entries = len(ax.get_legend_handles_labels()[1])
-    ax.set_title(title, fontsize=10, pad=20 if entries else None)
-    if entries:
-        small: dict[str, Any] = {"fontsize": 8, "frameon": False, "columnspacing": 1, "handlelength": 1.8}
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1, ncols=entries, **small)
+    headed(ax, title)
 
 
 def _last_name(conditioning: Conditioning) -> str:
@@ -177,7 +168,7 @@ def _spectra(ax: Axes, spectra: Sequence[Spectrum], title: str) -> None:
     ax.set(yscale="log", xlim=(0, 1.02), xlabel="place in the spectrum, of d", ylabel=r"$\lambda / \lambda_{max}$")
     ax.grid(alpha=0.3)
     widened(ax)
-    _headed(ax, title + (" (dark: first layers)" if ax.get_lines() else ": none is known"))
+    headed(ax, title + (" (dark: first layers)" if ax.get_lines() else ": none is known"))
 
 
 def _last_layer(ax: Axes, conditioning: Conditioning) -> None:
@@ -195,7 +186,7 @@ def _last_layer(ax: Axes, conditioning: Conditioning) -> None:
     what = "" if known else " (no eigenvalue is known)"
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
-    _headed(ax, f"Last layer, {_last_name(conditioning)}{what}")
+    headed(ax, f"Last layer, {_last_name(conditioning)}{what}")
 
 
 def _weights(ax: Axes, conditioning: Conditioning) -> None:

@@ -7,7 +7,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 MARKERS = "osD^v<>"  # as many as there are colours
 DASHES = ("-", "--", ":", "-.")
 FILLS = ("full", "none", "left", "right", "top", "bottom")
-ENTRIES = 6  # of a legend, one below the other: more would leave the axes no height
+ENTRY = 12  # points of height that a line of a legend takes
 NAME, LABEL, TITLE = 28, 36, 80  # letters of a layer's name, of a run's label, of a title's line
 CUT = re.compile(r"[/, ]|[-.](?=[^\W\d])|\.(?=\d+\.)")  # between the parts of a name, but not within a number
 
@@ -102,10 +102,27 @@ def wrapped(title: str) -> str:
     return "\n".join(textwrap.fill(line, TITLE) for line in title.split("\n"))
 
 
-def legend(ax: Axes, fontsize: int) -> None:
-    """A legend in as many columns as its entries need."""
-    columns = math.ceil(len(ax.get_legend_handles_labels()[1]) / ENTRIES)
-    ax.legend(fontsize=fontsize, frameon=False, ncols=max(1, columns))
+def headed(ax: Axes, title: str, columns: int | None = None) -> None:
+    """A title, and under it, above the axes, the legend: inside it would lie over some run's or network's lines.
+
+    Args:
+        ax: the axes, whose lines are drawn.
+        title: what they show.
+        columns: of the legend; None for all entries in one line.
+    """
+    entries = len(ax.get_legend_handles_labels()[1])
+    columns = entries if columns is None else columns
+    ax.set_title(title, fontsize=10, pad=8 + ENTRY * math.ceil(entries / columns) if entries else None)
+    if entries:
+        small: dict[str, Any] = {"fontsize": 8, "frameon": False, "columnspacing": 1, "handlelength": 1.8}
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1, ncols=columns, **small)
+
+
+def legend_columns(labels: Collection[str], inches: float) -> int:
+    """How many entries of a legend above axes of this width stand beside each other: as many as have room, equally."""
+    longest = max(map(len, labels))
+    room = max(1, int(72 * inches / (5 * longest + 34)))
+    return math.ceil(len(labels) / math.ceil(len(labels) / room))
 
 
 def save(figure: Figure, path: Path) -> None:

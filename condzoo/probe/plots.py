@@ -8,6 +8,7 @@ hatched, never a colour.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +24,21 @@ from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.depth_plots import draw_units, marked, widened
 from condzoo.probe.files import expanded
 from condzoo.probe.heatmaps import draw_heatmap, panels, places, value_range
-from condzoo.probe.picture_style import LABEL, as_written, legend, run_style, save, shortened, usual_style, wrapped
+from condzoo.probe.picture_style import (
+    ENTRY,
+    LABEL,
+    as_written,
+    headed,
+    legend_columns,
+    run_style,
+    save,
+    shortened,
+    usual_style,
+    wrapped,
+)
 from condzoo.probe.records import Records, loaded
+
+MAP, LINES = 2.1, 3.0  # inches of height that a heat map, and the lines below, have
 
 
 def plot_records(records: Records, png: str | Path, title: str | None = None) -> None:
@@ -69,11 +83,14 @@ def plot_comparison(runs: Mapping[str, Records], png: str | Path, title: str | N
 def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | None) -> None:
     columns = len(runs)
     runs = dict(zip(shortened(list(map(str, runs)), LABEL), runs.values(), strict=True))
-    figure = Figure(figsize=(max(10.0, 1.2 + 4.6 * columns), 11.5), layout="constrained")
+    width = max(10.0, 1.2 + 4.6 * columns)
+    entries = legend_columns(runs, width / 3 - 0.7) if columns > 1 else 0
+    heights = [MAP * 4, LINES + (ENTRY / 72 * math.ceil(columns / entries) if entries else 0.0)]  # inches
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(wrapped(title), fontsize=14)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[3.2, 1.15])
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
     maps, lines = parts
     axes = maps.subplots(4, columns, squeeze=False, sharex="col")
     drawn = {label: panels(records) for label, records in runs.items()}
@@ -89,7 +106,7 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
             axes[0, column].set_title(f"{as_written(label)}\n{axes[0, column].get_title()}", fontsize=10)
         axes[3, column].set_xlabel("iteration")
     below = lines.subplots(1, 3)
-    _last_layers(below[:2], runs)
+    _last_layers(below[:2], runs, entries)
     last = {label if columns > 1 else "": _with_layers(records)[-1] for label, records in runs.items()}
     draw_units(below[2], {label: record.neurons for label, record in last.items()})
     below[2].set_title("ReLU units by depth, last record", fontsize=10)
@@ -97,12 +114,13 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
     save(figure, png)
 
 
-def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
+def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]], entries: int) -> None:
+    """The last layer's input over time, a line a run, in a legend of so many entries a line (0: of one run none)."""
     for i, (label, records) in enumerate(runs.items()):
         along = places(records)
         measured = [(step, r.last.input) for step, r in zip(along, records, strict=True) if len(r)]
         steps, spectra = zip(*measured, strict=True)
-        style: dict[str, Any] = {**run_style(i), "markersize": 4, "label": as_written(label)}
+        style: dict[str, Any] = {**run_style(i), "markersize": 4, "label": as_written(label) if entries else None}
         sizes = np.array([s.lambda_max or np.nan for s in spectra])
         kappas = np.array([s.condition_number(0.5) for s in spectra])
         for ax, values in zip(axes, (sizes, kappas), strict=True):
@@ -116,15 +134,13 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]]) -> None:
         ax.set_yscale("log")
         widened(ax)
         empty = not any(np.isfinite(line.get_ydata()).any() for line in ax.get_lines())
-        ax.set_title(f"Input of the last layer, {what}" + f": {none}" * empty, fontsize=10)
+        headed(ax, f"Input of the last layer, {what}" + f": {none}" * empty, entries)
         ax.set_xlabel("iteration")
         ax.ticklabel_format(axis="x", style="plain", useOffset=False)
         # one tick may be enough: of one measurement parts of an iteration would be counted
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-        if len(runs) > 1:
-            legend(ax, fontsize=9)
 
 
 def _with_layers(records: Sequence[Conditioning]) -> list[Conditioning]:

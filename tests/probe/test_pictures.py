@@ -87,6 +87,8 @@ def test_long_labels_and_layer_names_leave_the_heat_maps_their_room(record, figu
     titles = [ax.title.get_window_extent() for ax in heatmaps(comparison) if ax.get_title()]
     assert len(titles) == 2
     assert not titles[0].overlaps(titles[1])
+    for ax in last_layers(comparison):
+        assert ax.get_legend().get_window_extent().y0 >= ax.bbox.y1  # not over the lines
     legend = [text.get_text() for text in last_layers(comparison)[0].get_legend().get_texts()]
     assert len(set(legend)) == 2
     assert max(map(len, legend)) <= LABEL + 6
@@ -144,6 +146,9 @@ def test_a_run_that_diverged_reaches_to_its_last_record_and_the_units_of_many_ru
     assert [ax.get_xlim()[1] >= 40 for ax in last_layers(figures[0])] == [True, True]
     (units,) = (ax for ax in figures[0].axes if ax.get_title().startswith("ReLU units"))
     assert units.get_legend().get_window_extent().x0 >= units.bbox.x1
+    for ax in last_layers(figures[0]):
+        assert ax.get_legend().get_window_extent().y0 >= ax.bbox.y1
+        assert ax.title.get_window_extent().y0 >= ax.get_legend().get_window_extent().y1 - 1
 
 
 def test_what_is_not_known_is_hatched(record, figures, tmp_path):

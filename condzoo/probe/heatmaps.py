@@ -1,11 +1,12 @@
-"""Layer-by-iteration heat maps of log10 lambda_max and log10 kappa."""
+"""Layer-by-iteration heat maps of log10 lambda_max, log10 kappa and log10 of the weight domination."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import MaxNLocator
 
-from condzoo.probe.conditioning import Conditioning
+from condzoo.probe.conditioning import Conditioning, LayerConditioning
 from condzoo.probe.picture_style import NAME, as_written, shortened
 from condzoo.probe.spectra import Spectrum
 
@@ -28,6 +29,7 @@ QUANTITIES = (
     ("output_grad", None, r"$\log_{10}\,\lambda_{max}$ of the gradients"),
     ("output_grad", 0.5, r"$\log_{10}\,\kappa_{50\%}$ of the gradients"),
 )
+DOMINATION = r"weight domination $\log_{10}\,dW/W$"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +41,30 @@ class Panel:
     steps: list[int]
     values: np.ndarray
 
+    @property
+    def known(self) -> bool:
+        """Whether there is any value, be it a zero."""
+        return not np.isnan(self.values).all()
+
 
 def panels(records: Sequence[Conditioning]) -> list[Panel]:
-    """The four heat maps of a run: magnitude and condition of inputs and of output gradients."""
+    """The five heat maps of a run: magnitude and condition of inputs and of output gradients, weight domination.
+
+    The last, the table's dW/W, is all NaN where no weights were recorded.
+    """
     layers = forward_order(records)
     steps = places(records)
+    logs: dict[str, Callable[[LayerConditioning], float]] = {
+        quantity: partial(_log10_of, side, p) for side, p, quantity in QUANTITIES
+    }
+    logs[DOMINATION] = _log10_domination
     found = []
-    for side, p, quantity in QUANTITIES:
+    for quantity, log in logs.items():
         values = np.full((len(layers), len(records)), np.nan)
         for j, record in enumerate(records):
             for i, name in enumerate(layers):
                 if name in record:
-                    values[i, j] = _log10(getattr(record[name], side), p)
+                    values[i, j] = log(record[name])
         found.append(Panel(quantity, layers, steps, values))
     return found
 
@@ -80,9 +94,18 @@ def forward_order(records: Sequence[Conditioning]) -> list[str]:
     return order
 
 
-def _log10(s: Spectrum, p: float | None) -> float:
-    value = s.lambda_max if p is None else s.condition_number(p)
-    if p is None and value == 0:
+def _log10_of(side: str, p: float | None, layer: LayerConditioning) -> float:
+    s: Spectrum = getattr(layer, side)
+    return _log10(s.lambda_max if p is None else s.condition_number(p))
+
+
+def _log10_domination(layer: LayerConditioning) -> float:
+    ratio = None if layer.frozen else layer.weight_domination
+    return math.nan if ratio is None else _log10(ratio)
+
+
+def _log10(value: float) -> float:
+    if value == 0:
         return -math.inf
     return math.log10(value) if 0 < value < math.inf else math.nan
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.depth_plots import draw_units, marked, widened
 from condzoo.probe.files import expanded
-from condzoo.probe.heatmaps import draw_heatmap, panels, places, value_range
+from condzoo.probe.heatmaps import DOMINATION, Panel, draw_heatmap, panels, places, value_range
 from condzoo.probe.picture_style import (
     ENTRY,
     LABEL,
@@ -83,28 +83,17 @@ def plot_comparison(runs: Mapping[str, Records], png: str | Path, title: str | N
 def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | None) -> None:
     columns = len(runs)
     runs = dict(zip(shortened(list(map(str, runs)), LABEL), runs.values(), strict=True))
+    rows = _rows(runs)
     width = max(10.0, 1.2 + 4.6 * columns)
     entries = legend_columns(runs, width / 3 - 0.7) if columns > 1 else 0
-    heights = [MAP * 4, LINES + (ENTRY / 72 * math.ceil(columns / entries) if entries else 0.0)]  # inches
+    heights = [MAP * len(rows), LINES + (ENTRY / 72 * math.ceil(columns / entries) if entries else 0.0)]
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(wrapped(title), fontsize=14)
     parts: Any = figure.subfigures(2, 1, height_ratios=heights)
     maps, lines = parts
-    axes = maps.subplots(4, columns, squeeze=False, sharex="col")
-    drawn = {label: panels(records) for label, records in runs.items()}
-    for row in range(4):
-        norm = Normalize(*value_range([drawn[label][row] for label in runs]))
-        for column, label in enumerate(runs):
-            mesh = draw_heatmap(axes[row, column], drawn[label][row], norm, names=column == 0 or columns <= 2)
-        bar = maps.colorbar(mesh, ax=axes[row, :].tolist(), aspect=12, pad=0.01)
-        bar.ax.tick_params(labelsize=8)
-        bar.set_label(next(iter(drawn.values()))[row].quantity, fontsize=9)
-    for column, label in enumerate(runs):
-        if columns > 1:
-            axes[0, column].set_title(f"{as_written(label)}\n{axes[0, column].get_title()}", fontsize=10)
-        axes[3, column].set_xlabel("iteration")
+    _heat_maps(maps, rows, list(runs))
     below = lines.subplots(1, 3)
     _last_layers(below[:2], runs, entries)
     last = {label if columns > 1 else "": _with_layers(records)[-1] for label, records in runs.items()}
@@ -112,6 +101,28 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
     below[2].set_title("ReLU units by depth, last record", fontsize=10)
     below[2].spines[["top", "right"]].set_visible(False)
     save(figure, png)
+
+
+def _rows(runs: Mapping[str, list[Conditioning]]) -> list[tuple[Panel, ...]]:
+    """The heat maps, a row a quantity: that of weights where one of the runs recorded them."""
+    rows = list(zip(*(panels(records) for records in runs.values()), strict=True))
+    return [row for row in rows if row[0].quantity != DOMINATION or any(panel.known for panel in row)]
+
+
+def _heat_maps(maps: SubFigure, rows: Sequence[tuple[Panel, ...]], labels: Sequence[str]) -> None:
+    columns = len(labels)
+    axes = maps.subplots(len(rows), columns, squeeze=False, sharex="col")
+    for row, same in zip(axes, rows, strict=True):
+        norm = Normalize(*value_range(same))
+        for column, (ax, panel) in enumerate(zip(row, same, strict=True)):
+            mesh = draw_heatmap(ax, panel, norm, names=column == 0 or columns <= 2)
+        bar = maps.colorbar(mesh, ax=row.tolist(), aspect=12, pad=0.01)
+        bar.ax.tick_params(labelsize=8)
+        bar.set_label(same[0].quantity, fontsize=9)
+    for label, top, bottom in zip(labels, axes[0], axes[-1], strict=True):
+        if columns > 1:
+            top.set_title(f"{as_written(label)}\n", fontsize=10)
+        bottom.set_xlabel("iteration")
 
 
 def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]], entries: int) -> None:

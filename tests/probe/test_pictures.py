@@ -125,7 +125,7 @@ def test_a_network_that_died_is_black_and_its_lines_go_on_to_the_end(figures, tm
             probe.step()
             records.append(probe.latest)
     plot_records(records, tmp_path / "x.png")
-    inputs, _, gradients, kappas = heatmaps(figures[0])
+    inputs, _, gradients, kappas, _ = heatmaps(figures[0])
     for ax, row in ((inputs, 1), (gradients, 0)):
         values, zeros = (mesh.get_array() for mesh in ax.collections)
         assert values.mask[row].tolist() == [False] * 3 + [True] * 7
@@ -149,6 +149,24 @@ def test_a_run_that_diverged_reaches_to_its_last_record_and_the_units_of_many_ru
     for ax in last_layers(figures[0]):
         assert ax.get_legend().get_window_extent().y0 >= ax.bbox.y1
         assert ax.title.get_window_extent().y0 >= ax.get_legend().get_window_extent().y1 - 1
+
+
+def test_weight_domination_is_a_heat_map_where_weights_were_recorded(record, figures, tmp_path):
+    last = replace(record.last, weight=2.0, weight_grad=0.02)
+    weights = [last, replace(last, weight_grad=0.0), replace(last, frozen=True), replace(last, weight_grad=None)]
+    run = replace(record, layers={f"l{i}": layer for i, layer in enumerate(weights)})
+    without = replace(record, layers={"fc": replace(last, weight=None, weight_grad=None)})
+    plot_records(run, tmp_path / "x.png")
+    plot_records(without, tmp_path / "y.png")
+    plot_comparison({"without": without, "with": run}, tmp_path / "z.png")
+    *others, ax = heatmaps(figures[0])
+    assert ax.get_title(loc="left").startswith("weight domination $dW/W$  (black: 0; grey, hatched: not known)")
+    values, zeros = (mesh.get_array() for mesh in ax.collections)
+    assert values[0, 0] == pytest.approx(-2.0)
+    assert values.mask[:, 0].tolist() == [False, True, True, True]
+    assert zeros.mask[:, 0].tolist() == [True, False, True, True]
+    assert len(heatmaps(figures[1])) == len(others) == 4
+    assert len(heatmaps(figures[2])) == 10
 
 
 def test_what_is_not_known_is_hatched(record, figures, tmp_path):

@@ -392,7 +392,7 @@ def test_names_of_layers_are_written_as_they_are(measured, mark, monkeypatch, tm
     below = f"layer, in forward order (ringed: the last, {last})"
     assert [ax.get_xlabel() for ax in depth.axes].count(below) == 4
     assert f"Last layer, {last}" in [ax.get_title() for ax in depth.axes]
-    assert [text.get_text() for ax in maps.axes for text in ax.get_yticklabels()].count(last) == 4
+    assert [text.get_text() for ax in maps.axes for text in ax.get_yticklabels()].count(last) == 5
 
 
 def test_one_measurement_is_taken_for_a_run_of_one(measured, monkeypatch, tmp_path):

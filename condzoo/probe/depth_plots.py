@@ -62,7 +62,7 @@ def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:
     ax.set_title("ReLU units by depth", fontsize=10)
     most = max((len(neurons) for neurons in runs.values()), default=0)
     if not most:
-        ax.text(0.5, 0.5, "no ReLU", ha="center", va="center", color="0.4", transform=ax.transAxes)
+        ax.text(0.5, 0.5, "no ReLU measured", ha="center", va="center", color="0.4", transform=ax.transAxes)
         ax.set(xticks=[], yticks=[])
         return
     for i, (label, neurons) in enumerate(runs.items()):

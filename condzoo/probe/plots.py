@@ -98,7 +98,10 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
     _last_layers(below[:2], runs, entries)
     last = {label if columns > 1 else "": _with_layers(records)[-1] for label, records in runs.items()}
     draw_units(below[2], {label: record.neurons for label, record in last.items()})
-    below[2].set_title("ReLU units by depth, last record", fontsize=10)
+    # a run that diverged goes on with records of NaN alone, in which no unit is dying or full
+    measured = all(len(records[-1]) for records in runs.values())
+    which = " last record" if measured else "\nlast record with a layer"
+    below[2].set_title(f"ReLU units by depth,{which}", fontsize=10)
     below[2].spines[["top", "right"]].set_visible(False)
     save(figure, png)
 

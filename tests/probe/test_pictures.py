@@ -145,6 +145,7 @@ def test_a_run_that_diverged_reaches_to_its_last_record_and_the_units_of_many_ru
     figures[0].draw_without_rendering()
     assert [ax.get_xlim()[1] >= 40 for ax in last_layers(figures[0])] == [True, True]
     (units,) = (ax for ax in figures[0].axes if ax.get_title().startswith("ReLU units"))
+    assert units.get_title() == "ReLU units by depth,\nlast record with a layer"
     assert units.get_legend().get_window_extent().x0 >= units.bbox.x1
     for ax in last_layers(figures[0]):
         assert ax.get_legend().get_window_extent().y0 >= ax.bbox.y1

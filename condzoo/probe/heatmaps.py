@@ -83,7 +83,7 @@ def forward_order(records: Sequence[Conditioning]) -> list[str]:
     """The layers of all records, each before those that follow it in the record where it first is."""
     order: list[str] = []
     for record in records:
-        if all(name in order for name in record):
+        if record.layers.keys() <= set(order):
             continue
         place = len(order)
         for name in reversed(list(record)):

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.depth_plots import draw_units, marked, widened
 from condzoo.probe.files import expanded
-from condzoo.probe.heatmaps import DOMINATION, Panel, draw_heatmap, panels, places, value_range
+from condzoo.probe.heatmaps import DOMINATION, Panel, draw_heatmap, forward_order, panels, places, value_range
 from condzoo.probe.picture_style import (
     ENTRY,
     LABEL,
@@ -37,6 +37,7 @@ from condzoo.probe.picture_style import (
     wrapped,
 )
 from condzoo.probe.records import Records, loaded
+from condzoo.probe.spectra import Spectrum
 
 MAP, LINES = 2.1, 3.0  # inches of height that a heat map, and the lines below, have
 
@@ -132,14 +133,13 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]], entries:
     """The last layer's input over time, a line a run, in a legend of so many entries a line (0: of one run none)."""
     for i, (label, records) in enumerate(runs.items()):
         along = places(records)
-        measured = [(step, r.last.input) for step, r in zip(along, records, strict=True) if len(r)]
-        steps, spectra = zip(*measured, strict=True)
+        inputs = _last_inputs(records)
         style: dict[str, Any] = {**run_style(i), "markersize": 4, "label": as_written(label) if entries else None}
-        sizes = np.array([s.lambda_max or np.nan for s in spectra])
-        kappas = np.array([s.condition_number(0.5) for s in spectra])
+        sizes = np.array([np.nan if x is None else x.lambda_max or np.nan for x in inputs])
+        kappas = np.array([np.nan if x is None else x.condition_number(0.5) for x in inputs])
         for ax, values in zip(axes, (sizes, kappas), strict=True):
             known = np.where(np.isfinite(values), values, np.nan)
-            ax.plot(steps, known, markevery=marked(known), **style)
+            ax.plot(along, known, markevery=marked(known), **style)
             # also where nothing is known, or, of a run that diverged, nothing was measured
             ax.update_datalim([(along[0], 1), (along[-1], 1)], updatey=False)
     for ax, what, none in zip(
@@ -155,6 +155,16 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]], entries:
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
+
+
+def _last_inputs(records: Sequence[Conditioning]) -> list[Spectrum | None]:
+    """Of every record its last layer's input; None where that layer was skipped: the one before it is another."""
+    order = forward_order(records)[::-1]
+    inputs = []
+    for record in records:
+        last = next((name for name in order if name in record or name in record.skipped), None)
+        inputs.append(None if last is None or last in record.skipped else record[last].input)
+    return inputs
 
 
 def _with_layers(records: Sequence[Conditioning]) -> list[Conditioning]:

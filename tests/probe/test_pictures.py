@@ -192,6 +192,17 @@ def test_iterations_are_written_whole_and_beside_each_other(steps, record, figur
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
+def test_where_the_last_layer_was_skipped_its_line_has_a_gap_and_not_another_layers_values(record, figures, tmp_path):
+    *before, (last, _) = record.items()
+    without = replace(record, layers=dict(before), skipped={last: "its input holds NaN or Inf"})
+    head = replace(record, layers=dict(before) | {"new head": replace(record.last, input=before[0][1].input)})
+    run = [record, without, replace(record, layers={}), record, head]
+    plot_records([replace(each, step=step) for step, each in enumerate(run)], tmp_path / "x.png")
+    (line,) = last_layers(figures[0])[0].get_lines()
+    size = record.last.input.lambda_max
+    assert np.array_equal(line.get_ydata(), [size, np.nan, np.nan, size, head.last.input.lambda_max], equal_nan=True)
+
+
 def test_lines_of_hundreds_of_records_have_markers_here_and_there_and_where_a_value_is_alone(record, figures, tmp_path):
     unknown = replace(record.last, input=Spectrum(torch.zeros(4, dtype=torch.float64)))
     gap = replace(record, layers={**record.layers, list(record)[-1]: unknown})

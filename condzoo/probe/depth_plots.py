@@ -5,6 +5,7 @@ Colours are Okabe-Ito's and viridis; every line also has a marker or a dash of i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def draw_units(ax: Axes, runs: Mapping[str, Mapping[str, Neurons]]) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
     if len(runs) > len(OKABE_ITO):  # beside the lines, of which there are too many for a place among them
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False, ncols=len(runs) // 9 + 1)
+        ax.legend(
+            loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False, ncols=math.ceil(len(runs) / 6)
+        )
         return
     marks: list[Artist] = list(ax.get_lines()[:2])
     if len(runs) > 1:

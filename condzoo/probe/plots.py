@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from condzoo.probe.records import Records, loaded
 from condzoo.probe.spectra import Spectrum
 
 MAP, LINES = 2.1, 3.0  # inches of height that a heat map, and the lines below, have
+CELL, ROOM = (2.3, 4.6), 15.0  # of width that a run's heat maps have, and those of several in all, where they can
+NAMES = 1.2  # that names of layers take
 
 
 def plot_records(records: Records, png: str | Path, title: str | None = None) -> None:
@@ -85,7 +88,9 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
     columns = len(runs)
     runs = dict(zip(shortened(list(map(str, runs)), LABEL), runs.values(), strict=True))
     rows = _rows(runs)
-    width = max(10.0, 1.2 + 4.6 * columns)
+    named = _named(rows[0])
+    cell = max(CELL[0], min(CELL[1], ROOM / columns))
+    width = max(10.0, 1.2 + cell * columns + (NAMES * (sum(named) - 1) if columns > 2 else 0.0))
     entries = legend_columns(runs, width / 3 - 0.7) if columns > 1 else 0
     heights = [MAP * len(rows), LINES + (ENTRY / 72 * math.ceil(columns / entries) if entries else 0.0)]
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
@@ -94,7 +99,7 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
         figure.suptitle(wrapped(title), fontsize=14)
     parts: Any = figure.subfigures(2, 1, height_ratios=heights)
     maps, lines = parts
-    _heat_maps(maps, rows, list(runs))
+    _heat_maps(maps, rows, [textwrap.fill(label, int(11 * cell)) for label in runs], narrow=cell < 3.5)
     below = lines.subplots(1, 3)
     _last_layers(below[:2], runs, entries)
     last = {label if columns > 1 else "": _with_layers(records)[-1] for label, records in runs.items()}
@@ -113,19 +118,24 @@ def _rows(runs: Mapping[str, list[Conditioning]]) -> list[tuple[Panel, ...]]:
     return [row for row in rows if row[0].quantity != DOMINATION or any(panel.known for panel in row)]
 
 
-def _heat_maps(maps: SubFigure, rows: Sequence[tuple[Panel, ...]], labels: Sequence[str]) -> None:
-    columns = len(labels)
-    axes = maps.subplots(len(rows), columns, squeeze=False, sharex="col")
+def _named(same: Sequence[Panel]) -> list[bool]:
+    """At which columns the layers' names stand: not at one of many that has the first one's layers."""
+    return [i == 0 or len(same) <= 2 or panel.layers != same[0].layers for i, panel in enumerate(same)]
+
+
+def _heat_maps(maps: SubFigure, rows: Sequence[tuple[Panel, ...]], labels: Sequence[str], *, narrow: bool) -> None:
+    axes = maps.subplots(len(rows), len(labels), squeeze=False, sharex="col")
     for row, same in zip(axes, rows, strict=True):
         norm = Normalize(*value_range(same))
-        for column, (ax, panel) in enumerate(zip(row, same, strict=True)):
-            mesh = draw_heatmap(ax, panel, norm, names=column == 0 or columns <= 2)
+        for ax, panel, names in zip(row, same, _named(same), strict=True):
+            mesh = draw_heatmap(ax, panel, norm, names=names, narrow=narrow)
         bar = maps.colorbar(mesh, ax=row.tolist(), aspect=12, pad=0.01)
         bar.ax.tick_params(labelsize=8)
         bar.set_label(same[0].quantity, fontsize=9)
+    below = "\n" * max(ax.get_title(loc="left").count("\n") + 1 for ax in axes[0])
     for label, top, bottom in zip(labels, axes[0], axes[-1], strict=True):
-        if columns > 1:
-            top.set_title(f"{as_written(label)}\n", fontsize=10)
+        if len(labels) > 1:
+            top.set_title(as_written(label) + below, fontsize=10)
         bottom.set_xlabel("iteration")
 
 

@@ -141,12 +141,16 @@ def test_a_run_that_diverged_reaches_to_its_last_record_and_the_units_of_many_ru
     record, figures, tmp_path
 ):
     run = [replace(record, step=0), replace(record, step=40, layers={})]
-    plot_comparison({f"run {i}": run for i in range(8)}, tmp_path / "x.png")
+    plot_comparison({f"a run with a long label, {i}": run for i in range(8)}, tmp_path / "x.png")
     figures[0].draw_without_rendering()
     assert [ax.get_xlim()[1] >= 40 for ax in last_layers(figures[0])] == [True, True]
     (units,) = (ax for ax in figures[0].axes if ax.get_title().startswith("ReLU units"))
     assert units.get_title() == "ReLU units by depth,\nlast record with a layer"
     assert units.get_legend().get_window_extent().x0 >= units.bbox.x1
+    assert figures[0].get_figwidth() < 20, "on a page nobody could read it"
+    for titles in zip(*[(ax.title, ax._left_title) for ax in heatmaps(figures[0])[:8]], strict=True):
+        boxes = [text.get_window_extent() for text in titles]
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
     for ax in last_layers(figures[0]):
         assert ax.get_legend().get_window_extent().y0 >= ax.bbox.y1
         assert ax.title.get_window_extent().y0 >= ax.get_legend().get_window_extent().y1 - 1
@@ -176,8 +180,15 @@ def test_what_is_not_known_is_hatched(record, figures, tmp_path):
     assert all(ax.patch.get_hatch() for ax in heatmaps(figures[0]))
 
 
+def test_of_many_runs_those_of_another_network_have_its_names(record, figures, tmp_path):
+    names = [["a", "fc"], ["a", "fc"], ["blocks", "head"]]
+    plot_comparison({str(i): named(record, each) for i, each in enumerate(names)}, tmp_path / "x.png")
+    written = [sorted(text.get_text() for text in ax.get_yticklabels()) for ax in heatmaps(figures[0])[:3]]
+    assert written == [["a", "fc"], ["0", "1"], ["blocks", "head"]]
+
+
 @pytest.mark.parametrize(
-    "steps", [[*range(0, 1000, 10), *range(1000, 64000, 1000)], [64_000, 128_000, 1_280_000], [0], [3, 4]]
+    "steps", [[*range(0, 1000, 10), *range(1000, 64000, 1000)], [64_000, 128_000, 1_280_000], [0], [3, 4], [0, 2, 4]]
 )
 def test_iterations_are_written_whole_and_beside_each_other(steps, record, figures, tmp_path):
     plot_records([replace(record, step=step) for step in steps], tmp_path / "x.png")
@@ -188,6 +199,7 @@ def test_iterations_are_written_whole_and_beside_each_other(steps, record, figur
         shown = [(tick, text) for tick, text in places if low <= tick <= high]
         assert shown
         assert [text.get_text() for _, text in shown] == [f"{tick:.0f}" for tick, _ in shown]
+        assert ax in last_layers(figures[0]) or all(steps[0] <= tick <= steps[-1] for tick, _ in shown)
         boxes = [text.get_window_extent() for _, text in shown]
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 

@@ -19,8 +19,8 @@ from condzoo.probe.picture_style import NAME, as_written, shortened
 from condzoo.probe.spectra import Spectrum
 
 NAMES = 10  # layer names written at an axis at most
-STEPS = (8, 4)  # iterations written, at most, at an axis and at a narrow one
-NOTE = ("  ", "\n")  # between the title and its notes, there
+STEPS = 8  # parts at most into which round iterations divide an axis
+NARROW = 2.9  # inches, in which a title and its notes have no room beside each other
 LAST = 0.05  # of the height is the last layer's at least
 UNKNOWN = {"facecolor": "0.95", "edgecolor": "0.6", "hatch": "////"}  # in print in grey a plain one is viridis's end
 
@@ -120,11 +120,8 @@ def value_range(same: Sequence[Panel]) -> tuple[float, float]:
     return (low, high) if high - low >= 1 else ((low + high - 1) / 2, (low + high + 1) / 2)
 
 
-def draw_heatmap(ax: Axes, panel: Panel, norm: Normalize, *, names: bool, narrow: bool = False) -> QuadMesh:
-    """Draw one panel: layers downwards from the first, by name or by place, iterations to the right.
-
-    Narrow axes, of many runs, have room for fewer iterations, and for the notes in a line of their own alone.
-    """
+def draw_heatmap(ax: Axes, panel: Panel, norm: Normalize, *, names: bool, inches: float) -> QuadMesh:
+    """Draw one panel, about so wide: layers downwards from the first, by name or by place, iterations to the right."""
     count = len(panel.layers)
     rows = np.arange(count + 1) - 0.5
     rows[-1] = rows[-2] + max(1.0, (count - 1) * LAST / (1 - LAST))  # not lost under the line beside it, or the frame
@@ -139,20 +136,26 @@ def draw_heatmap(ax: Axes, panel: Panel, norm: Normalize, *, names: bool, narrow
     shown = list(range(count - 1, -1, -math.ceil(count / NAMES)))  # evenly, the last layer always
     written = shortened([name or "(model)" for name in panel.layers], NAME) if names else list(map(str, range(count)))
     ax.set_yticks((rows[:-1] + rows[1:])[shown] / 2, [as_written(written[i]) for i in shown])
-    ax.set_xticks(_round_steps(panel.steps, STEPS[narrow]))
-    ax.ticklabel_format(axis="x", style="plain", useOffset=False)
     ax.tick_params(labelsize=7.5)
+    write_iterations(ax, panel.steps, inches, 7.5)
+    narrow = inches < NARROW
     seen = {"black: 0": zeros.any(), "grey, hatched: not known": np.isnan(panel.values).any()}
     notes = "; ".join(what.removeprefix("grey, " * narrow) for what, there in seen.items() if there)
-    note = f"{NOTE[narrow]}({notes})" if notes else ""
+    note = ("\n" if narrow else "  ") + f"({notes})" if notes else ""
     ax.set_title(_plain(panel.quantity) + note, fontsize=8 if narrow else 9, loc="left")
     return mesh
 
 
-def _round_steps(steps: Sequence[int], most: int) -> list[float]:
-    """Round numbers among the iterations: the steps themselves may lie close together."""
-    ticks = MaxNLocator(most, integer=True, min_n_ticks=1).tick_values(steps[0], steps[-1])
-    return [tick for tick in ticks if steps[0] <= tick <= steps[-1]]
+def write_iterations(ax: Axes, steps: Sequence[int], inches: float, points: float) -> None:
+    """Round iterations at an x axis of about this length, in letters of this size, as many as have room.
+
+    Round, as the steps themselves may lie close together. One may be enough: of one measurement parts of an iteration
+    would be counted.
+    """
+    room = int(72 * inches / (points * (0.64 * len(str(steps[-1])) + 1.2)))
+    ticks = MaxNLocator(max(1, min(STEPS, room)), integer=True, min_n_ticks=1).tick_values(steps[0], steps[-1])
+    ax.set_xticks([tick for tick in ticks if steps[0] <= tick <= steps[-1]])
+    ax.ticklabel_format(axis="x", style="plain", useOffset=False)
 
 
 def _plain(quantity: str) -> str:

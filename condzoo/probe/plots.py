@@ -19,12 +19,20 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import MaxNLocator
 
 from condzoo.probe.conditioning import Conditioning
 from condzoo.probe.depth_plots import draw_units, marked, widened
 from condzoo.probe.files import expanded
-from condzoo.probe.heatmaps import DOMINATION, Panel, draw_heatmap, forward_order, panels, places, value_range
+from condzoo.probe.heatmaps import (
+    DOMINATION,
+    Panel,
+    draw_heatmap,
+    forward_order,
+    panels,
+    places,
+    value_range,
+    write_iterations,
+)
 from condzoo.probe.picture_style import (
     ENTRY,
     LABEL,
@@ -91,7 +99,8 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
     named = _named(rows[0])
     cell = max(CELL[0], min(CELL[1], ROOM / columns))
     width = max(10.0, 1.2 + cell * columns + (NAMES * (sum(named) - 1) if columns > 2 else 0.0))
-    entries = legend_columns(runs, width / 3 - 0.7) if columns > 1 else 0
+    inches = width / 3 - 0.7  # of one of the three axes below
+    entries = legend_columns(runs, inches) if columns > 1 else 0
     heights = [MAP * len(rows), LINES + (ENTRY / 72 * math.ceil(columns / entries) if entries else 0.0)]
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -99,9 +108,10 @@ def _comparison(runs: dict[str, list[Conditioning]], png: Path, title: str | Non
         figure.suptitle(wrapped(title), fontsize=14)
     parts: Any = figure.subfigures(2, 1, height_ratios=heights)
     maps, lines = parts
-    _heat_maps(maps, rows, [textwrap.fill(label, int(11 * cell)) for label in runs], narrow=cell < 3.5)
+    every = (width - 1.2 - NAMES * sum(named)) / columns - 0.2
+    _heat_maps(maps, rows, [textwrap.fill(label, int(11 * cell)) for label in runs], every)
     below = lines.subplots(1, 3)
-    _last_layers(below[:2], runs, entries)
+    _last_layers(below[:2], runs, entries, inches)
     last = {label if columns > 1 else "": _with_layers(records)[-1] for label, records in runs.items()}
     draw_units(below[2], {label: record.neurons for label, record in last.items()})
     # a run that diverged goes on with records of NaN alone, in which no unit is dying or full
@@ -123,12 +133,12 @@ def _named(same: Sequence[Panel]) -> list[bool]:
     return [i == 0 or len(same) <= 2 or panel.layers != same[0].layers for i, panel in enumerate(same)]
 
 
-def _heat_maps(maps: SubFigure, rows: Sequence[tuple[Panel, ...]], labels: Sequence[str], *, narrow: bool) -> None:
+def _heat_maps(maps: SubFigure, rows: Sequence[tuple[Panel, ...]], labels: Sequence[str], inches: float) -> None:
     axes = maps.subplots(len(rows), len(labels), squeeze=False, sharex="col")
     for row, same in zip(axes, rows, strict=True):
         norm = Normalize(*value_range(same))
         for ax, panel, names in zip(row, same, _named(same), strict=True):
-            mesh = draw_heatmap(ax, panel, norm, names=names, narrow=narrow)
+            mesh = draw_heatmap(ax, panel, norm, names=names, inches=inches)
         bar = maps.colorbar(mesh, ax=row.tolist(), aspect=12, pad=0.01)
         bar.ax.tick_params(labelsize=8)
         bar.set_label(same[0].quantity, fontsize=9)
@@ -139,19 +149,19 @@ def _heat_maps(maps: SubFigure, rows: Sequence[tuple[Panel, ...]], labels: Seque
         bottom.set_xlabel("iteration")
 
 
-def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]], entries: int) -> None:
+def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]], entries: int, inches: float) -> None:
     """The last layer's input over time, a line a run, in a legend of so many entries a line (0: of one run none)."""
+    along = {label: places(records) for label, records in runs.items()}
     for i, (label, records) in enumerate(runs.items()):
-        along = places(records)
-        inputs = _last_inputs(records)
+        steps, inputs = along[label], _last_inputs(records)
         style: dict[str, Any] = {**run_style(i), "markersize": 4, "label": as_written(label) if entries else None}
         sizes = np.array([np.nan if x is None else x.lambda_max or np.nan for x in inputs])
         kappas = np.array([np.nan if x is None else x.condition_number(0.5) for x in inputs])
         for ax, values in zip(axes, (sizes, kappas), strict=True):
             known = np.where(np.isfinite(values), values, np.nan)
-            ax.plot(along, known, markevery=marked(known), **style)
+            ax.plot(steps, known, markevery=marked(known), **style)
             # also where nothing is known, or, of a run that diverged, nothing was measured
-            ax.update_datalim([(along[0], 1), (along[-1], 1)], updatey=False)
+            ax.update_datalim([(steps[0], 1), (steps[-1], 1)], updatey=False)
     for ax, what, none in zip(
         axes, (r"$\lambda_{max}$", r"$\kappa_{50\%}$"), ("all are 0", "none is known"), strict=True
     ):
@@ -160,9 +170,7 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]], entries:
         empty = not any(np.isfinite(line.get_ydata()).any() for line in ax.get_lines())
         headed(ax, f"Input of the last layer, {what}" + f": {none}" * empty, entries)
         ax.set_xlabel("iteration")
-        ax.ticklabel_format(axis="x", style="plain", useOffset=False)
-        # one tick may be enough: of one measurement parts of an iteration would be counted
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        write_iterations(ax, [min(s[0] for s in along.values()), max(s[-1] for s in along.values())], inches, 10.0)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
 

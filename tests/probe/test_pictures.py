@@ -188,10 +188,20 @@ def test_of_many_runs_those_of_another_network_have_its_names(record, figures, t
 
 
 @pytest.mark.parametrize(
-    "steps", [[*range(0, 1000, 10), *range(1000, 64000, 1000)], [64_000, 128_000, 1_280_000], [0], [3, 4], [0, 2, 4]]
+    ("steps", "runs"),
+    [
+        ([*range(0, 1000, 10), *range(1000, 64000, 1000)], 1),
+        ([64_000, 128_000, 1_280_000], 1),
+        ([0], 1),
+        ([3, 4], 1),
+        ([0, 2, 4], 1),
+        ([0, 500_000], 1),
+        ([0, 190_000], 4),
+    ],
 )
-def test_iterations_are_written_whole_and_beside_each_other(steps, record, figures, tmp_path):
-    plot_records([replace(record, step=step) for step in steps], tmp_path / "x.png")
+def test_iterations_are_written_whole_and_beside_each_other(steps, runs, record, figures, tmp_path):
+    run = [replace(record, step=step) for step in steps]
+    plot_comparison({f"run {i}": run for i in range(runs)}, tmp_path / "x.png")
     figures[0].draw_without_rendering()
     for ax in (heatmaps(figures[0])[-1], *last_layers(figures[0])):
         low, high = ax.get_xlim()

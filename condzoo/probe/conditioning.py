@@ -56,7 +56,7 @@ class LayerConditioning:
         return self.weight_grad / self.weight if self.weight and self.weight_grad is not None else None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Conditioning(Mapping[str, LayerConditioning]):
     """The conditioning of a network: a mapping from layer name to `LayerConditioning`.
 
@@ -121,6 +121,17 @@ class Conditioning(Mapping[str, LayerConditioning]):
     def __contains__(self, name: object) -> bool:
         """Whether the layer was measured."""
         return name in self.layers
+
+    def __repr__(self) -> str:
+        """In short: the eigenvalues of a deep network's layers fill pages."""
+        step = "" if self.step is None else f"step {self.step}, "
+        return (
+            f"<Conditioning: {step}{len(self)} layers, {self.mode} mode, {self.samples} samples; print it for a table>"
+        )
+
+    def __str__(self) -> str:
+        """The table."""
+        return self.table()
 
     @property
     def last(self) -> LayerConditioning:

@@ -219,6 +219,13 @@ def test_the_table_names_every_layer_its_numbers_and_what_was_skipped(measured):
     assert "train mode, 64 samples, labels from the data" in text
 
 
+def test_a_measurement_prints_as_its_table_and_is_shown_in_short(measured):
+    assert str(measured) == f"{measured}" == measured.table()
+    shown = repr(replace(measured, step=10))
+    assert shown.startswith(f"<Conditioning: step 10, {len(measured)} layers, train mode, 64 samples; ")
+    assert len(shown) < 100
+
+
 def test_the_table_names_the_relus_that_have_most_dying_and_full_units(measured):
     counts = {"a": (10, 1, 0), "b": (20, 0, 0), "c": (32, 28, 1), "d": (5, 1, 0), "e": (5, 2, 0), "f": (28, 3, 0)}
     neurons = {name: Neurons(units, dying, full, 64) for name, (units, dying, full) in counts.items()}

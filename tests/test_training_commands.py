@@ -162,6 +162,16 @@ def test_measurements_are_drawn_side_by_side_by_their_own_names(capsys, tmp_path
     assert run(capsys, "plot", "a.json", "a.json")[::2] == (2, "error: a.json is given twice\n")
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_torn_line_is_warned_of_in_a_line_of_words(capsys, tmp_path):
+    (tmp_path / "conditioning.jsonl").write_text("{")
+    code, _, err = run(capsys, "plot", tmp_path)
+    assert code == 2
+    warned, failed = err.splitlines()
+    assert warned == f"warning: {tmp_path / 'conditioning.jsonl'}:1: skipped a torn last line"
+    assert failed.startswith("error: no record with a measured layer")
+
+
 def test_a_picture_of_the_folder_one_is_in_has_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [plots._label(path) for path in (".", "conditioning.jsonl", "a.json")] == [tmp_path.name] * 2 + ["a.json"]

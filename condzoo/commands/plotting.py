@@ -1,7 +1,10 @@
 """The command `condzoo plot`: pictures of what was measured."""
 
+import contextlib
 import json
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -29,15 +32,24 @@ def plot(
     from condzoo.probe import plot_comparison, plot_records
 
     labels = labels_of(runs)
-    if len(runs) > 1:
-        target = out or Path("comparison.png")
-        plot_comparison(dict(zip(labels, runs, strict=True)), target)
-    elif DATA_FILE.search(runs[0].name) and not is_measurement(runs[0]):
-        target = reproduce.redraw(runs[0], out)
-    else:
-        target = out or (runs[0] / "conditioning.png" if runs[0].is_dir() else runs[0].with_suffix(".png"))
-        plot_records(runs[0], target)
+    with warnings_in_words():
+        if len(runs) > 1:
+            target = out or Path("comparison.png")
+            plot_comparison(dict(zip(labels, runs, strict=True)), target)
+        elif DATA_FILE.search(runs[0].name) and not is_measurement(runs[0]):
+            target = reproduce.redraw(runs[0], out)
+        else:
+            target = out or (runs[0] / "conditioning.png" if runs[0].is_dir() else runs[0].with_suffix(".png"))
+            plot_records(runs[0], target)
     typer.echo(f"wrote {target}")
+
+
+@contextlib.contextmanager
+def warnings_in_words() -> Iterator[None]:
+    """Inside, a warning (of a torn last line) is a line like an error's, without the source that gives it."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
+        yield
 
 
 def labels_of(runs: list[Path]) -> list[str]:

@@ -69,7 +69,9 @@ def read_records(path: str | Path) -> list[Conditioning]:
         within = sorted(str(each.parent) for each in path.parent.glob(f"*/{FILE_NAME}") if path.name == FILE_NAME)
         if within:
             raise FileNotFoundError(f"{path.parent} is a folder of several runs; name some: {' '.join(within)}")
-        raise FileNotFoundError(f"no conditioning records at {path}; was the run probed (probe.every > 0)?")
+        run = path.name == FILE_NAME and path.parent.exists()
+        why = "; was the run probed (probe.every > 0)?" if run else ": there is no such file or folder"
+        raise FileNotFoundError(f"no conditioning records at {path}{why}")
     records: list[Conditioning] = []
     *lines, rest = path.read_bytes().split(b"\n")  # of text, other letters (U+2028) would end a line, too
     for number, line in enumerate([*lines, rest] if rest else lines, start=1):
@@ -118,8 +120,8 @@ def fractions(p: Fractions) -> tuple[float, ...]:
 def record_columns(records: Records, p: Fractions = (0.5, 1.0)) -> dict[str, Column]:
     """Measurements as columns: one entry a step and layer, ready for numpy or `pandas.DataFrame`.
 
-    Columns: step, layer, depth (the layer's place in the forward pass), kind, samples; for `input` and
-    `output_grad` {..}_lambda_max, {..}_rank, {..}_dim, and for each p {..}_kappa{100 p} with
+    Columns: step (-1 for a measurement at rest), layer, depth (the layer's place in the forward pass), kind, samples;
+    for `input` and `output_grad` {..}_lambda_max, {..}_rank, {..}_dim, and for each p {..}_kappa{100 p} with
     {..}_status{100 p}; weight, weight_grad and their {..}_frobenius (NaN where there is none).
 
     Args:

@@ -43,6 +43,11 @@ def from_record(record: dict[str, Any]) -> Conditioning:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"not a conditioning record: expected schema {SCHEMA!r}, got {found!r}")
+    step = record.get("step")
+    if not (step is None or type(step) is int):  # no bool, which is an int, too
+        raise ValueError(
+            f"conditioning record: step must be a whole number or null, got {step!r}; was the file edited?"
+        )
     try:
         return Conditioning(
             layers={name: _layer(name, entry) for name, entry in record["layers"].items()},

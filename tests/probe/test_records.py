@@ -139,6 +139,14 @@ def test_brackets_without_end_are_an_error_that_names_the_line(log):
         read_records(log)
 
 
+@pytest.mark.parametrize("step", ["10", 2.5, [], True])
+def test_a_step_that_is_no_whole_number_names_its_line(log, step):
+    record = {**json.loads(log.read_text().splitlines()[0]), "step": step}
+    log.write_text(log.read_text() + json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=r"conditioning.jsonl:4: .*step must be a whole number or null, got "):
+        read_records(log)
+
+
 def test_a_run_that_went_on_from_an_older_step_replaces_what_came_after(log, measured):
     append_record(log, replace(measured, step=10, samples=7))
     assert [(r.step, r.samples) for r in read_records(log.parent)] == [(0, 64), (10, 7)]
@@ -167,6 +175,9 @@ def test_a_log_with_nan_is_no_strict_json(log):
 def test_no_records_says_where_they_were_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no conditioning records at .*conditioning.jsonl; was the run probed"):
         read_records(tmp_path)
+    for name in ("no/such/run", "no/conditioning.jsonl", "typo.json"):
+        with pytest.raises(FileNotFoundError, match=rf"no conditioning records at .*{name}: there is no such file"):
+            read_records(tmp_path / name)
 
 
 def test_columns_hold_one_entry_a_step_and_layer(log, measured):

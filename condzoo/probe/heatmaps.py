@@ -111,13 +111,25 @@ def _log10(value: float) -> float:
     return math.log10(value) if 0 < value < math.inf else math.nan
 
 
-def value_range(same: Sequence[Panel]) -> tuple[float, float]:
-    """The common colour range of one quantity over runs: all that is known, at least one decade."""
+def value_range(same: Sequence[Panel]) -> tuple[float, float, str]:
+    """The common colour range of one quantity over runs, and at which ends of it ("min") values lie beyond.
+
+    All that is known, at least one decade, but for what is further from the bulk (90 %) than that is wide: gradients
+    that vanish to 1e-50 in one record would leave all others one colour. The last layers are within, always.
+    """
     known = np.concatenate([panel.values[np.isfinite(panel.values)] for panel in same])
     if not known.size:
-        return 0.0, 1.0
+        return 0.0, 1.0, "neither"
     low, high = float(known.min()), float(known.max())
-    return (low, high) if high - low >= 1 else ((low + high - 1) / 2, (low + high + 1) / 2)
+    if high - low < 1:
+        return (low + high - 1) / 2, (low + high + 1) / 2, "neither"
+    last = np.concatenate([panel.values[-1][np.isfinite(panel.values[-1])] for panel in same])
+    least, most = np.quantile(known, (0.05, 0.95))
+    width = max(1.0, most - least)
+    within = [least - width, most + width, *last]
+    below, above = low < min(within), high > max(within)
+    beyond = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
+    return max(low, float(min(within))), min(high, float(max(within))), beyond
 
 
 def draw_heatmap(ax: Axes, panel: Panel, norm: Normalize, *, names: bool, inches: float) -> QuadMesh:

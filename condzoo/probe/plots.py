@@ -136,10 +136,10 @@ def _named(same: Sequence[Panel]) -> list[bool]:
 def _heat_maps(maps: SubFigure, rows: Sequence[tuple[Panel, ...]], labels: Sequence[str], inches: float) -> None:
     axes = maps.subplots(len(rows), len(labels), squeeze=False, sharex="col")
     for row, same in zip(axes, rows, strict=True):
-        norm = Normalize(*value_range(same))
+        low, high, extend = value_range(same)
         for ax, panel, names in zip(row, same, _named(same), strict=True):
-            mesh = draw_heatmap(ax, panel, norm, names=names, inches=inches)
-        bar = maps.colorbar(mesh, ax=row.tolist(), aspect=12, pad=0.01)
+            mesh = draw_heatmap(ax, panel, Normalize(low, high), names=names, inches=inches)
+        bar = maps.colorbar(mesh, ax=row.tolist(), aspect=12, pad=0.01, extend=extend)
         bar.ax.tick_params(labelsize=8)
         bar.set_label(same[0].quantity, fontsize=9)
     below = "\n" * max(ax.get_title(loc="left").count("\n") + 1 for ax in axes[0])

@@ -10,7 +10,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from condzoo.probe import Probe, measure, plot_comparison, plot_records
-from condzoo.probe.heatmaps import LAST
+from condzoo.probe.heatmaps import LAST, Panel, value_range
 from condzoo.probe.picture_style import LABEL, NAME, shortened, wrapped
 from condzoo.probe.spectra import Spectrum
 
@@ -172,6 +172,28 @@ def test_weight_domination_is_a_heat_map_where_weights_were_recorded(record, fig
     assert zeros.mask[:, 0].tolist() == [True, False, True, True]
     assert len(heatmaps(figures[1])) == len(others) == 4
     assert len(heatmaps(figures[2])) == 10
+
+
+def test_one_value_far_from_all_others_does_not_take_their_colours(record, figures, tmp_path):
+    """A gradient that vanished to 1e-48 once left those of all runs one yellow."""
+
+    def panel(*values):
+        return Panel("", [str(i) for i in range(len(values))], [0], np.array(values)[:, None])
+
+    bulk = np.linspace(-3.0, 1.0, 50)
+    assert value_range([panel(*bulk)]) == (-3.0, 1.0, "neither")
+    low, high, beyond = value_range([panel(-48.0, *bulk), panel(*bulk, 2.0)])
+    assert (low, high, beyond) == (pytest.approx(-6.5, abs=0.3), 2.0, "min")
+    assert value_range([panel(-np.inf, *bulk, 9.0, np.nan, 7.0)])[1:] == (7.0, "max"), "the last layer is within"
+    assert value_range([panel(*bulk, 30.0)]) == (-3.0, 30.0, "neither")
+    assert value_range([panel(2.0, 2.0)]) == (1.5, 2.5, "neither")
+    assert value_range([panel(np.nan, -np.inf)]) == (0.0, 1.0, "neither")
+    small = replace(record.last, output_grad=Spectrum(torch.full((4,), 1e-48, dtype=torch.float64)))
+    layers = {f"l{i}": small if i == 3 else record.last for i in range(40)}
+    plot_records(replace(record, layers=layers), tmp_path / "x.png")
+    mesh = heatmaps(figures[0])[2].collections[0]
+    assert mesh.norm.vmin > -10
+    assert mesh.colorbar.extend == "min"
 
 
 def test_what_is_not_known_is_hatched(record, figures, tmp_path):

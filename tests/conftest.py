@@ -46,9 +46,16 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def no_run_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than the trainings of tests: a run's picture is drawn where it is asked for by the mark."""
-    if "run_pictures" not in request.keywords and "condzoo.training.reports" in sys.modules:
+    """Drawing takes longer than the trainings of tests: a run's picture is drawn where it is asked for by the mark.
+
+    So is a release's, which must have one.
+    """
+    if "run_pictures" in request.keywords:
+        return
+    if "condzoo.training.reports" in sys.modules:
         monkeypatch.setattr("condzoo.training.reports.plot_records", lambda records, picture: None)
+    if "condzoo.release.making" in sys.modules:
+        monkeypatch.setattr("condzoo.release.making.picture", lambda run, title, end: b"\x89PNG")
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ def edit_json(path, change):
 
 def test_a_release_has_every_file_of_the_format_and_no_other(made_checkpoint):
     assert {path.name for path in made_checkpoint.iterdir()} == {*ALWAYS, *TRAINED, SUMS}
+    assert len((made_checkpoint / "conditioning.png").read_bytes()) > 1000, "drawn, as in no other test of a release"
     read_folder(made_checkpoint)
 
 
@@ -65,6 +66,7 @@ def test_the_table_is_made_of_the_folders(made_checkpoint):
     assert "| [mlp4x24_bn.digits](mlp4x24_bn.digits/README.md) | digits |" in table
 
 
+@pytest.mark.run_pictures
 def test_a_run_without_a_probe_gets_a_picture_too_and_stays_as_it_was(runs, tmp_path):
     for name in ("conditioning.jsonl", "conditioning.png"):
         (runs[1] / name).unlink()

@@ -93,12 +93,12 @@ def split_biases(model: nn.Module) -> None:
 
 
 def _biases(attention: nn.MultiheadAttention) -> list[Any]:
-    """Of queries, keys and values: parameters, slices of one, or None."""
+    """Of queries, keys and values: parameters, None, or what stands for slices, which a sharded one has not at rest."""
     bias = _held(attention, "in_proj_bias")
     if bias is None:
         return [None] * 3
     own = [attention._parameters.get(name) for name in _SPLIT]
-    return list(bias.detach().chunk(3)) if None in own else own
+    return [torch.empty(bias.shape, device="meta")] * 3 if None in own else own
 
 
 def parts_of(name: str) -> list[str]:

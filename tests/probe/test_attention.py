@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from condzoo.probe import Probe, measure
+from condzoo.probe.attention import has_bias, projections
 
 WIDTH = 6
 
@@ -155,6 +156,17 @@ def test_a_bias_is_one_more_input_of_every_projection(kind):
         rows = torch.cat([x, torch.ones_like(x[..., :1])], dim=2).flatten(0, 1)
         expected = torch.linalg.svdvals(rows).square() / len(rows)
         assert torch.allclose(found["attention.q_proj"].input.eigenvalues, expected, rtol=1e-10)
+
+
+def test_a_bias_that_is_gathered_only_for_the_forward_pass_has_parts_all_the_same():
+    """As under FullyShardedDataParallel: in between it has a shape and no storage."""
+    attention, flat = nn.MultiheadAttention(8, 2, kdim=6, vdim=5), torch.zeros(30, requires_grad=True)
+    del attention.in_proj_bias
+    attention.in_proj_bias = flat.split([6, 24])[1]
+    flat.untyped_storage().resize_(0)
+    layers = projections(attention)
+    assert {name: layer.in_features for name, layer in layers.items()} == {"q_proj": 8, "k_proj": 6, "v_proj": 5}
+    assert all(has_bias(layer) and layer.bias is None for layer in layers.values())
 
 
 def test_a_packed_projection_in_parts_is_not_said_to_be_uncalled():

@@ -60,6 +60,7 @@ class FunctionCalls:
 
     Attributes:
         batch_statistics: an F.batch_norm has computed statistics of the batch.
+        on_weight: is told (name, weight) of a functional layer.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class FunctionCalls:
     ) -> None:
         self.layers, self.on_relu, self.on_layer, self.on_product = layers, on_relu, on_layer, on_product
         self.batch_statistics = False
+        self.on_weight: Callable[[str, Tensor], None] | None = None
         self.running: list[tuple[str, nn.Module]] = []
         self.below: list[TorchFunctionMode] = []  # the modes that were on when its own was entered
         self._mode: _Mode | None = None  # while it is on
@@ -102,6 +104,8 @@ class FunctionCalls:
         if layers:  # of several that share the weight, one inside the module that runs
             own = f"{self.running[-1][0]}.".lstrip(".")
             name = next((name for name in layers if name.startswith(own)), next(iter(layers)))
+            if self.on_weight is not None:
+                self.on_weight(name, weight)
             self.on_layer(name, layers[name], input, h)
 
     def watch(self, name: str, module: nn.Module) -> Iterator[RemovableHandle]:

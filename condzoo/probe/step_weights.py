@@ -66,7 +66,7 @@ class StepWeights:
             before, after = partial(self._before_layer, name), partial(self._after_layer, name)
             self._handles.append(module.register_forward_pre_hook(Hook(before, module)))
             self._handles.append(module.register_forward_hook(Hook(after, module), prepend=True))
-            self._handles.append(watch_computed(module, partial(self._look, name)))
+            self._handles.append(watch_computed(module, partial(self.look, name)))
         for name, attention in self.attentions.items():
             before, after = partial(self._before_attention, name), partial(self._after_attention, name)
             self._handles.append(attention.register_forward_pre_hook(Hook(before, attention)))
@@ -155,7 +155,7 @@ class StepWeights:
         self._note_split(name, weight_now(module))
 
     def _after_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], h: Any) -> None:
-        self._look(name, module._parameters.get("weight"))
+        self.look(name, module._parameters.get("weight"))
         self._note_unread(h)
 
     def _before_attention(self, name: str, attention: nn.MultiheadAttention, args: tuple[Any, ...]) -> None:
@@ -170,7 +170,7 @@ class StepWeights:
 
     def _look_inside(self, name: str, local: str, weight: Tensor | None) -> None:
         if (layer := f"{name}.{local}".lstrip(".")) in self.layers:
-            self._look(layer, weight)
+            self.look(layer, weight)
 
     def _note_split(self, name: str, weight: Tensor | None) -> None:
         """Before the call, at whose end the layer is read unless it is split."""
@@ -187,7 +187,8 @@ class StepWeights:
         if isinstance(h, Tensor) and h.requires_grad and not (self.reads() or at_rest() or in_transform()):
             (shown(h) if layout(h) == STRIDED else h).register_hook(lambda _: self._unread.add(self._task()))
 
-    def _look(self, name: str, weight: Tensor | None) -> None:
+    def look(self, name: str, weight: Tensor | None) -> None:
+        """Take note of the weight that a call of a layer, or of a function in its place, has used."""
         if weight is None or at_rest() or in_transform() or not self.reads():
             return
         first = name not in self._run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -117,6 +118,7 @@ class Probe:
         )
         self._weights = StepWeights(self._capture.layers, self._capture.attentions, measured=weights)
         self._capture.split = self._weights.split
+        self._capture.functions.on_weight = partial(apart, self._weights.look)
         self._step = start_step
         self._tensorboard, self._own_writer = settled(tensorboard), False
         self._scaler, self._scaler_scale = grad_scaler(scaler), 1.0

@@ -301,3 +301,28 @@ def test_a_model_that_is_sent_to_another_process_in_a_step_that_is_due_warns_of_
         F.cross_entropy(model(x), y).backward()
         assert ForkingPickler.dumps(model)
         probe.step()
+
+
+class Gathers(nn.Module):
+    """Puts its layer's weight together for each pass, as sharded training does, and calls a function on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.flat = nn.Parameter(self.fc.weight.detach().flatten())
+        del self.fc.weight
+
+    def forward(self, x):
+        self.fc.weight = self.flat.view(3, 4)
+        return F.linear(x, self.fc.weight, self.fc.bias)
+
+
+def test_a_gathered_weight_that_a_function_uses_has_norms():
+    torch.manual_seed(0)
+    model, x, y = Gathers(), torch.randn(6, 4), torch.randint(3, (6,))
+    with Probe(model) as probe:
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    found = probe.latest["fc"]
+    assert found.weight == pytest.approx(largest(model.fc.weight), rel=1e-6)
+    assert found.weight_grad == pytest.approx(largest(model.flat.grad.view(3, 4)), rel=1e-6)

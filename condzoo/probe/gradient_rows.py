@@ -29,6 +29,7 @@ from condzoo.probe.label_models import (
 from condzoo.probe.layer_rows import LayerRows
 from condzoo.probe.layers import CHANNELS_FIRST, samples_interact
 from condzoo.probe.losses import Loss, differentiable, logits_of, mean_loss, own_loss_of
+from condzoo.probe.row_order import disordered
 from condzoo.probe.row_reading import by_sample, read
 
 ELSEWHERE = "a layer whose weight or bias is used otherwise than by its own call"
@@ -83,16 +84,20 @@ def gradient_rows(
         if matrix == "grad_moment":
             value = differentiable(checked_finite(mean_loss(loss, output, y, count, reduction), "the loss"))
             _backward(value, layers, rows, None)
-            _check_order(model, logits, value, layers, rows)
+            ordered = _check_order(model, logits, value, layers, rows)
         else:
             signals = label_signals(loss, output, y, matrix, count)
             differentiable(logits)
-            _expect(model, layers, rows, logits, signals, seed, decomposed=decomposed and not each)
+            ordered = _expect(model, layers, rows, logits, signals, seed, decomposed=decomposed and not each)
     finally:
         for handle in handles:
             handle.remove()
     for layer in rows.values():
         layer.edges.clear()  # they hold the graph
+    if not ordered:
+        sound = {name: layers[name] for name, layer in rows.items() if not layer.fault}
+        for name in disordered(model, sound, x):
+            rows[name].fault = DISORDERED
     return {name: layer for name, layer in rows.items() if layer.inputs or layer.fault}
 
 
@@ -105,8 +110,8 @@ def _expect(
     seed: int,
     *,
     decomposed: bool,
-) -> None:
-    """The gradients of all draws of labels that the expectation is over."""
+) -> bool:
+    """The gradients of all draws of labels that the expectation is over; whether `_check_order` could look at them."""
     called = [layer for layer in rows.values() if layer.inputs]
     widths, parameters = [layer.width for layer in called], sum(layer.parameters for layer in called)
     draws, each = logits.numel() // len(logits), A_CLASS
@@ -120,7 +125,7 @@ def _expect(
             same = equivalent_draws(logits, [edge for layer in called for edge in layer.edges], widths, alone)
             for layer, grads in zip(called, zip(*same, strict=True), strict=True):
                 layer.grads = [[layer.samples * g[:, None, None]] for g in grads]
-            return
+            return False
         if logits.numel() <= ONE_BY_ONE:
             signals, draws, each = gradients_one_by_one(signals), logits.numel(), BATCH_STATISTICS
         else:
@@ -129,13 +134,14 @@ def _expect(
                 layer.random_signs = True
     if decomposed:
         check_side(min(draws * len(logits), parameters))
-    began = now(logits.device)
+    began, ordered = now(logits.device), False
     for draw, signal in enumerate(signals):
         _backward(logits, layers, rows, signal)
         if draw == 0:
             held = sum(x.numel() + draws * g.numel() for r in called for x, g in zip(r.inputs, r.grads[0], strict=True))
             announce_passes((now(logits.device) - began) * draws, draws, held, each)
-            _check_order(model, logits, (logits * signal).sum(), layers, rows)
+            ordered = _check_order(model, logits, (logits * signal).sum(), layers, rows)
+    return ordered
 
 
 def label_signals(loss: Loss | None, output: Any, y: Any, matrix: str, samples: int) -> Iterator[Tensor]:
@@ -203,8 +209,8 @@ def _parameters(module: nn.Module, layer: LayerRows) -> list[Any]:
 
 def _check_order(
     model: nn.Module, logits: Any, value: Tensor, layers: dict[str, nn.Module], rows: dict[str, LayerRows]
-) -> None:
-    """See that each sample's rows are its own.
+) -> bool:
+    """See that each sample's rows are its own; False where this cannot show it.
 
     A model that repeats or permutes its batch before a layer gives rows that add up, and are another sample's. They no
     longer do with a random factor a sample. Gradients of the samples, each times its factor, are what the value, a
@@ -213,15 +219,16 @@ def _check_order(
     layer = next(iter(rows.values()))
     apart = isinstance(logits, Tensor) and logits.requires_grad and len(logits) == layer.samples
     if samples_interact(model) or not apart:
-        return
+        return False
     (signal,) = torch.autograd.grad(value, logits, retain_graph=True, allow_unused=True)
     if signal is None or not all(_agree(logits, signal, layers, rows, signal.new_ones(len(signal))).values()):
-        return  # the loss sees more than the logits
+        return False  # the loss sees more than the logits
     generator = torch.Generator().manual_seed(0)
     factors = torch.rand(len(signal), generator=generator, dtype=torch.float64, device="cpu").to(signal)
     for name, agrees in _agree(logits, signal, layers, rows, factors).items():
         if not agrees:
             rows[name].fault = DISORDERED
+    return True
 
 
 def _agree(

@@ -453,3 +453,61 @@ def test_largest_eigenvalues_of_many_classes_need_no_factors(kit, monkeypatch, m
     else:
         found = top_curvature(model, x, y, matrix, k=2)
         assert torch.allclose(found.values, expected, rtol=1e-7, atol=1e-10 * float(expected[0]))
+
+
+class Views(nn.Module):
+    """Two views of each sample are rows of one layer, a sample's together or all first ones before all second ones."""
+
+    def __init__(self, together, norm=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm, self.together = nn.Linear(5, 4), norm or nn.Identity(), together
+
+    def forward(self, x):  # [n, 2, 5]
+        h = torch.tanh(self.norm(self.body(x.flatten(0, 1) if self.together else torch.cat([*x.unbind(1)]))))
+        return (h[::2], h[1::2]) if self.together else h.chunk(2)
+
+
+def distance(views, y):
+    return (views[0] - views[1]).square().sum(1)
+
+
+@pytest.mark.parametrize("samples", [2, 7])
+@pytest.mark.parametrize("norm", [None, "train", "eval"])
+def test_rows_that_are_other_samples_are_refused_where_the_logits_do_not_show_them(norm, samples):
+    def network(together):
+        model = Views(together, None if norm is None else nn.BatchNorm1d(4)).double()
+        return model.train(norm == "train")
+
+    x = torch.randn(samples, 2, 5, generator=torch.Generator().manual_seed(1)).double()
+    found = curvature(network(True), x, torch.zeros(samples), "grad_moment", loss=distance)
+    if norm != "train":
+        model = network(True)
+        losses = [distance(model(x[i : i + 1]), None).sum() for i in range(samples)]
+        rows = torch.stack(
+            [torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.body.parameters()])]) for loss in losses]
+        )
+        expected = torch.linalg.svdvals(rows).square() / samples
+        assert torch.allclose(found.eigenvalues[: len(expected)], expected, atol=1e-12 * float(expected[0]))
+    for of in (curvature, curvature_blocks, top_curvature):
+        with pytest.raises(ValueError, match="'body' is a layer whose rows are not in the order of the samples"):
+            of(network(False), x, torch.zeros(samples), "grad_moment", loss=distance)
+    report = kronecker_report(network(False), x, torch.zeros(samples), "grad_moment", loss=distance)
+    assert "not in the order of the samples" in report.skipped["body"]
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "grad_moment"])
+def test_rows_that_are_other_samples_are_refused_under_batch_statistics(matrix):
+    class Headed(Views):
+        def forward(self, x):
+            return self.head(torch.cat(super().forward(x), dim=1))
+
+    for together in (True, False):
+        model = Headed(together, nn.BatchNorm1d(4))
+        model.head = nn.Linear(8, 3)
+        batch = torch.randn(6, 2, 5), torch.arange(6) % 3
+        if together:
+            assert curvature(model, *batch, matrix).dim == 51
+        else:
+            with pytest.raises(ValueError, match="'body' is a layer whose rows are not in the order of the samples"):
+                curvature(model, *batch, matrix)

@@ -57,8 +57,8 @@ def load_image_folder(
 
     Raises:
         FileNotFoundError: no train/ or val/.
-        ValueError: an empty class folder, a class of only one split, a file that is no image by its name, another
-            number of classes.
+        ValueError: an empty class folder, a class of only one split, a file that is no image by its name, a link that
+            leads back, another number of classes.
     """
     train_folder, test_folder = (root / folder for folder in FOLDERS.values())
     test, test_classes = scan_split(test_folder)
@@ -91,8 +91,9 @@ def scan_split(folder: Path) -> tuple[FolderImages, tuple[str, ...]]:
             raise ValueError(f"{entry.path} lies outside a class folder; move it into the folder of its class")
     if not entries:
         raise ValueError(f"{folder} is empty: it must hold a folder of images for every class")
-    for _ in os.walk(folder, onerror=unreadable, followlinks=True):
-        pass  # ImageFolder leaves out a folder that it may not read, and says nothing
+    for place, names, _ in os.walk(folder, onerror=unreadable, followlinks=True):
+        for name in names:  # ImageFolder leaves out a folder that it may not read, and says nothing
+            check_link(Path(place, name))
     found = ImageFolder(folder, is_valid_file=check_name, allow_empty=True)
     labels = np.array(found.targets, dtype=np.int64)
     counts = np.bincount(labels, minlength=len(found.classes))
@@ -101,6 +102,16 @@ def scan_split(folder: Path) -> tuple[FolderImages, tuple[str, ...]]:
         raise ValueError(f"class folder {empty} holds no image; fill it, or remove it from every split")
     paths = np.array([os.fsencode(os.path.relpath(path, folder)) for path, _ in found.samples])
     return FolderImages(folder, paths, labels), tuple(found.classes)
+
+
+def check_link(folder: Path) -> None:
+    """See that a folder is no link to one that it lies in, whose images would be taken once for every turn.
+
+    Raises:
+        ValueError: it is.
+    """
+    if folder.is_symlink() and folder.parent.resolve().is_relative_to(target := folder.resolve()):
+        raise ValueError(f"{folder} is a link that leads back to {target}, in which it lies; remove it")
 
 
 def unreadable(error: OSError) -> None:

@@ -275,6 +275,10 @@ def add(path: str) -> Callable[[Path], None]:
         (remove("train/cat"), r"/train has no class folder 'cat', which \S+/val has; both must hold the same"),
         (add("train/ant/notes.txt"), r"/train/ant/notes\.txt is no image by its name \(\.jpg \.jpeg .*\); remove it"),
         (add("val/ILSVRC_1.JPEG"), r"/val/ILSVRC_1\.JPEG lies outside a class folder; move it into the folder of"),
+        (
+            lambda root: (root / "train/ant/all").symlink_to(root),
+            r"/train/ant/all is a link that leads back to \S+/imag",
+        ),
         (lambda root: [remove("val/" + c)(root) for c in ("ant", "bee", "cat")], r"/val is empty: it must hold a"),
     ],
 )

@@ -112,13 +112,18 @@ def connected() -> Any:
 
     Raises:
         ValueError: it is not installed.
+        OSError: no cluster is where RAY_ADDRESS says, or none could be started.
     """
     try:
         import ray
     except ModuleNotFoundError as error:
         raise ValueError("ray is not installed: pip install 'condzoo[ray]', or use the engine 'local'") from error
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        except Exception as error:  # a plain one, where a busy machine is too slow for Ray's own limits
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise OSError(f"Ray was not reached or started: {first}; try again, or use the engine 'local'") from error
     return ray
 
 

@@ -247,6 +247,19 @@ def test_without_ray_the_error_says_what_to_install(tiny: Any, tmp_path: Path, m
         run_all({"run": tiny()}, tmp_path, engine="slurm")
 
 
+def test_a_cluster_that_does_not_start_is_an_error_in_one_line(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def init(**options: Any) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...\nand more")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    said = (
+        r"^Ray was not reached or started: The current node timed out during startup\..*; try again, or use the engin"
+    )
+    with pytest.raises(OSError, match=said) as caught:
+        run_all({"run": tiny()}, tmp_path, engine="ray")
+    assert "\n" not in str(caught.value)
+
+
 def run_environment(path: Path) -> list[dict[str, Any]]:
     """The entries of a run's environment.json."""
     from condzoo.training.run_directory import read_json

@@ -4,9 +4,10 @@ import io
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from rich.console import Console
 
 from condzoo.catalog import list_models, look_up
@@ -14,7 +15,11 @@ from condzoo.commands import display
 from condzoo.commands.planning_display import byte_text, duration_text
 from condzoo.commands.progress import TrainingProgress
 from condzoo.experiments import Verdict, load_experiment
-from condzoo.training import Started, StepDone, recipe_headers
+from condzoo.probe import Conditioning
+from condzoo.probe.conditioning import LayerConditioning
+from condzoo.probe.records import append_record
+from condzoo.probe.spectra import Spectrum
+from condzoo.training import Run, Started, StepDone, recipe_headers
 
 LABELS = [f"optim.lr={lr}-seed{seed}" for lr in (0.1, 0.01) for seed in (1, 2)]
 LONG = [
@@ -50,6 +55,18 @@ def printed(console: Console) -> list[str]:
 def names(lines: list[str]) -> str:
     """What the first column of a table holds, its lines joined."""
     return "".join(line.split()[0] for line in lines if line[1:2].strip())
+
+
+def test_a_last_layer_that_a_record_skipped_is_not_another_layer(tmp_path: Path) -> None:
+    def layer(size: float) -> LayerConditioning:
+        x = Spectrum(torch.tensor([size, 1.0], dtype=torch.float64))
+        return LayerConditioning("Linear", x, x, 1.0, 1.0, samples=2, positions=1)
+
+    whole = {"body": layer(9.0), "fc": layer(2.0)}
+    skipped = Conditioning({"body": layer(9.0)}, skipped={"fc": "its input holds NaN or Inf"}, step=2)
+    for record in (Conditioning(whole, step=0), Conditioning(whole | {"fc": layer(3.0)}, step=1), skipped):
+        append_record(tmp_path / "conditioning.jsonl", record)
+    assert display.last_layer_texts(cast("Run", SimpleNamespace(path=tmp_path)))[0] == "2 -> 3"
 
 
 @pytest.mark.parametrize("labels", [LABELS, LONG], ids=["short", "long"])

@@ -227,12 +227,12 @@ def last_layer_texts(run: "Run") -> tuple[str, str]:
     if not (run.path / "conditioning.jsonl").exists():
         return "", ""
     from condzoo.probe import read_records
+    from condzoo.probe.layer_order import last_inputs
 
-    records = [record for record in read_records(run.path) if len(record)]
-    if not records:  # every layer was skipped in every measurement
+    inputs = [spectrum for spectrum in last_inputs(read_records(run.path)) if spectrum is not None]
+    if not inputs:  # every layer was skipped in every measurement
         return "", ""
-    # one measurement is no course
-    spectra = [record.last.input for record in (records[:1] if len(records) == 1 else (records[0], records[-1]))]
+    spectra = inputs[:1] if len(inputs) == 1 else (inputs[0], inputs[-1])  # one measurement is no course
     kappas = [spectrum.condition_number(0.5) for spectrum in spectra]
     return (
         " -> ".join(f"{spectrum.lambda_max:.3g}" for spectrum in spectra),

@@ -15,6 +15,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import MaxNLocator
 
 from condzoo.probe.conditioning import Conditioning, LayerConditioning
+from condzoo.probe.layer_order import forward_order
 from condzoo.probe.picture_style import NAME, as_written, shortened
 from condzoo.probe.spectra import Spectrum
 
@@ -78,21 +79,6 @@ def places(records: Sequence[Conditioning]) -> list[int]:
     steps = [record.step or 0 for record in records]
     rising = all(a < b for a, b in itertools.pairwise(steps))
     return steps if rising else list(range(len(records)))
-
-
-def forward_order(records: Sequence[Conditioning]) -> list[str]:
-    """The layers of all records, each before those that follow it in the record where it first is."""
-    order: list[str] = []
-    for record in records:
-        if record.layers.keys() <= set(order):
-            continue
-        place = len(order)
-        for name in reversed(list(record)):
-            if name in order:
-                place = order.index(name)
-            else:
-                order.insert(place, name)
-    return order
 
 
 def _log10_of(side: str, p: float | None, layer: LayerConditioning) -> float:

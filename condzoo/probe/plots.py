@@ -27,12 +27,12 @@ from condzoo.probe.heatmaps import (
     DOMINATION,
     Panel,
     draw_heatmap,
-    forward_order,
     panels,
     places,
     value_range,
     write_iterations,
 )
+from condzoo.probe.layer_order import last_inputs
 from condzoo.probe.picture_style import (
     ENTRY,
     LABEL,
@@ -46,7 +46,6 @@ from condzoo.probe.picture_style import (
     wrapped,
 )
 from condzoo.probe.records import Records, loaded
-from condzoo.probe.spectra import Spectrum
 
 MAP, LINES = 2.1, 3.0  # inches of height that a heat map, and the lines below, have
 CELL, ROOM = (2.3, 4.6), 15.0  # of width that a run's heat maps have, and those of several in all, where they can
@@ -153,7 +152,7 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]], entries:
     """The last layer's input over time, a line a run, in a legend of so many entries a line (0: of one run none)."""
     along = {label: places(records) for label, records in runs.items()}
     for i, (label, records) in enumerate(runs.items()):
-        steps, inputs = along[label], _last_inputs(records)
+        steps, inputs = along[label], last_inputs(records)
         style: dict[str, Any] = {**run_style(i), "markersize": 4, "label": as_written(label) if entries else None}
         sizes = np.array([np.nan if x is None else x.lambda_max or np.nan for x in inputs])
         kappas = np.array([np.nan if x is None else x.condition_number(0.5) for x in inputs])
@@ -173,16 +172,6 @@ def _last_layers(axes: np.ndarray, runs: dict[str, list[Conditioning]], entries:
         write_iterations(ax, [min(s[0] for s in along.values()), max(s[-1] for s in along.values())], inches, 10.0)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-
-
-def _last_inputs(records: Sequence[Conditioning]) -> list[Spectrum | None]:
-    """Of every record its last layer's input; None where that layer was skipped: the one before it is another."""
-    order = forward_order(records)[::-1]
-    inputs = []
-    for record in records:
-        last = next((name for name in order if name in record or name in record.skipped), None)
-        inputs.append(None if last is None or last in record.skipped else record[last].input)
-    return inputs
 
 
 def _with_layers(records: Sequence[Conditioning]) -> list[Conditioning]:

@@ -241,7 +241,8 @@ def test_where_the_last_layer_was_skipped_its_line_has_a_gap_and_not_another_lay
     without = replace(record, layers=dict(before), skipped={last: "its input holds NaN or Inf"})
     head = replace(record, layers=dict(before) | {"new head": replace(record.last, input=before[0][1].input)})
     run = [record, without, replace(record, layers={}), record, head]
-    plot_records([replace(each, step=step) for step, each in enumerate(run)], tmp_path / "x.png")
+    run = [replace(each, step=step) for step, each in enumerate(run)]
+    plot_records(run, tmp_path / "x.png")
     (line,) = last_layers(figures[0])[0].get_lines()
     size = record.last.input.lambda_max
     assert np.array_equal(line.get_ydata(), [size, np.nan, np.nan, size, head.last.input.lambda_max], equal_nan=True)

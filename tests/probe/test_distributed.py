@@ -123,7 +123,9 @@ def test_what_no_process_sees_whole_is_skipped(kit, pair):
 
 @pytest.mark.parametrize("kind", ABSENT)
 def test_a_process_without_a_batch_adds_nothing(kit, pair, kind):
-    model, (x, y) = module_of(PROCESSES).network(kind), kit.images(24)
+    from tests.probe import processes
+
+    model, (x, y) = processes.network(kind), kit.images(24)
     with Probe(model) as probe:
         F.cross_entropy(model(x[:10]), y[:10]).backward()
         probe.step()

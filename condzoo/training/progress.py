@@ -21,6 +21,7 @@ from condzoo.training.run_directory import (
     METRICS,
     SUMMARY,
     RunDirectoryError,
+    checksum,
     durable_size,
     read_json,
     read_metrics,
@@ -97,6 +98,7 @@ def capture(training: Training, progress: Progress, path: Path) -> Checkpoint:
     if training.average is not None:
         tensors |= {f"average.{key}": value for key, value in training.average.state_dict().items()}
     tensors |= {"progress.loss_sum": progress.loss_sum, "progress.correct": progress.correct}
+    sizes = {name: durable_size(path / name) for name in (METRICS, CONDITIONING)}
     numbers: dict[str, Any] = {
         "step": progress.step,
         "images": progress.images,
@@ -107,7 +109,8 @@ def capture(training: Training, progress: Progress, path: Path) -> Checkpoint:
         "processes": training.ranks.world,
         **arithmetic(training),
         **data_seen(training),
-        "bytes": {name: durable_size(path / name) for name in (METRICS, CONDITIONING)},
+        "bytes": sizes,
+        "metrics_crc32": checksum(path / METRICS, sizes[METRICS]),
     }
     return Checkpoint(tensors, numbers)
 
@@ -170,6 +173,8 @@ def take_up(training: Training, path: Path, notify: OnEvent) -> Checkpoint | Non
         if not truncate(path / name, size):
             notify(Notice(f"{path / name} has lost records from before step {step}"))
     read_metrics(path / METRICS)
+    if checkpoint is not None and records_changed(path, checkpoint):
+        notify(Notice(f"{path / METRICS} is not what it was when step {step} was saved: a record was changed since"))
     return checkpoint
 
 
@@ -187,6 +192,13 @@ def data_seen(training: Training) -> dict[str, Any]:
     """What tells one data set from another under the same recipe, which names only its folder or not even that."""
     data = training.data
     return {"classes": data.num_classes, "training_images": data.size("train"), "class_names": class_names(data)}
+
+
+def records_changed(path: Path, checkpoint: Checkpoint) -> bool:
+    """Whether the metrics are as many bytes as at a checkpoint, and others; an old one does not say."""
+    size, now = checkpoint.numbers["bytes"][METRICS], durable_size(path / METRICS)
+    sum_ = checksum(path / METRICS, size)
+    return size == now and checkpoint.numbers.get("metrics_crc32", sum_) != sum_
 
 
 def check_nothing_ended(path: Path) -> None:

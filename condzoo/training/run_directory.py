@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,14 @@ def durable_size(path: Path) -> int:
     with _naming(path), path.open("rb") as file:
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size
+
+
+def checksum(path: Path, size: int) -> int:
+    """CRC-32 of the first bytes of a file; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return zlib.crc32(file.read(size))
 
 
 def truncate(path: Path, size: int) -> bool:

@@ -36,6 +36,21 @@ def after_3_and_5(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     return first, second
 
 
+def test_a_changed_digit_of_metrics_is_told_where_the_run_goes_on(tiny: Any, tmp_path: Path) -> None:
+    recipe, metrics = tiny(log_every=1), tmp_path / "metrics.jsonl"
+    train(recipe, out=tmp_path, max_steps=3, device="cpu")
+    content = metrics.read_bytes()
+    changed = content.replace(b'"loss": 2.', b'"loss": 7.', 1)
+    assert changed != content
+    metrics.write_bytes(changed)
+    told: list[list[str]] = []
+    for end in (4, 5):  # the second finds what it was at the first's end
+        events: list[Any] = []
+        train(recipe, out=tmp_path, max_steps=end, device="cpu", on_event=events.append)
+        told.append([event.text for event in events if isinstance(event, Notice)])
+    assert told == [[f"{metrics} is not what it was when step 3 was saved: a record was changed since"], []]
+
+
 DAMAGED_LINES = {
     "cut": b"{",
     "no text": b"\xff\xfe\x00",

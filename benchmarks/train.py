@@ -1,6 +1,6 @@
 """Training speed of CIFAR ResNet-20, batch 128: condzoo beside the scripts people use now.
 
-    python benchmarks/train.py --data-root DIR [--steps 60] [--rounds 3] [--compile] [--overhead]
+    python benchmarks/train.py --data-root DIR [--steps 60] [--rounds 3] [--no-compile] [--overhead]
 
 Every contender trains the same network on the same images for as many steps, data loading, augmentation and
 logging included, in turns (A B C A B C ...), each turn in a process of its own; printed are medians over the
@@ -10,8 +10,8 @@ their workers. Without CIFAR-10 in the data root, random images of its shape are
 - plain: the common script: fp32, torchvision transforms on PIL images, a DataLoader with workers.
 - timm: timm's create_loader as its train.py calls it, its optimizer factory, and the step of its train.py.
 - condzoo: `condzoo.train` with precision = "auto".
-- compiled (with --compile): the same with compile = true. It compiles in the first step of a turn, which is left out
-  like every other's; the seconds it took are printed, for whoever trains no longer than that.
+- compiled (where there is a C++ compiler): the same with compile = true. It compiles in the first step of a turn,
+  which is left out like every other's; the seconds it took are printed, for whoever trains no longer than that.
 
 --overhead trains one whole epoch with condzoo and prints the share of it (evaluation left out, a checkpoint
 included) that is not forward pass, loss, backward pass and update.
@@ -19,6 +19,7 @@ included) that is not forward pass, loss, backward pass and update.
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -211,6 +212,7 @@ def read_images(root: str | None) -> ImageData:
 Contender = Callable[[ImageData, int], float]
 THEIRS: dict[str, Contender] = {"plain": plain, "timm": with_timm}
 OURS: dict[str, Contender] = {"condzoo": with_condzoo, "compiled": compiled}
+COMPILERS = ("c++", "g++", "clang++")
 
 
 def take_turn(name: str, arguments: argparse.Namespace) -> float:
@@ -245,7 +247,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of each turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--overhead", action="store_true", help="the loop's overhead over an epoch, and no comparison")
-    parser.add_argument("--compile", action="store_true", help="also condzoo with compile = true")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=any(map(shutil.which, COMPILERS)),
+        help="also condzoo with compile = true",
+    )
     parser.add_argument("--turn", choices=[*THEIRS, *OURS, "overhead"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.turn:

@@ -176,8 +176,8 @@ def overhead(data: ImageData, count: int) -> float:
         own_save(*arguments)
         marks["ended"] = time.perf_counter()
 
-    own_build, own_optimizer, own_save = preparation.build_network, preparation.build_optimizer, loop.save_checkpoint
-    preparation.build_network, preparation.build_optimizer, loop.save_checkpoint = build, optimizer_of, save
+    own_build, own_optimizer, own_save = preparation.network_of, preparation.build_optimizer, loop.save_checkpoint
+    preparation.network_of, preparation.build_optimizer, loop.save_checkpoint = build, optimizer_of, save
     steps.mean_loss = clocked(steps.mean_loss)
     torch.Tensor.backward = clocked(torch.Tensor.backward)  # type: ignore[method-assign]
     train_on(data, RECIPE | {"epochs": 1}, note)

@@ -36,7 +36,9 @@ DATA_ROUNDINGS = 2.0  # roundings that a value of the data has behind it, at lea
 # one coordinate (depthwise convolutions) it is no more than 2**-12 of the sum in the longest.
 CHAIN_FLOAT32, CHAIN_FLOAT64, LONGEST_CHAIN = 1 << 8, 1 << 10, 1 << 13
 CHAINS = 4  # of a piece, whose products are added in float32
+WIDE, WIDE_CHAIN = 16, CHAINS * CHAIN_FLOAT32  # from so many coordinates on the chain may be as long: it is quicker
 FOLD = 8  # products of pieces added in float32: the noise stays as calibrated, and the conversion to float64 is short
+PRODUCTS = 1 << 21  # numbers in products at a time: 8 MB stay in a cache, and are no new memory each time
 
 
 def _precision_before(backend: str, op: str) -> str:
@@ -181,7 +183,7 @@ def _set_plain_before(op: str) -> Iterator[None]:
 def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     """sum over pieces and rows of x x^T: float32 over chains of rows and up to 8 of them, float64 over all."""
     _, g, d, _ = columns.shape
-    step = max(1, (1 << 23) // (g * d * d))
+    step = max(2, PRODUCTS // (g * d * d))
     total: Tensor | None = None
     for rows in chains(columns, CHAIN_FLOAT32 * CHAINS):
         for part in [rows] if len(rows) <= step else rows.split(step):
@@ -215,12 +217,14 @@ def _chain(dim: int, longest: int) -> int:
 
 
 def _piece_sum(pieces: Float[Tensor, "bg d k"], groups: int) -> Float[Tensor, "g d d"]:
-    first, *more = pieces.split(_chain(pieces.shape[1], CHAIN_FLOAT32), dim=2)
+    dim, width = pieces.shape[1:]
+    chain = _chain(dim, CHAIN_FLOAT32)
+    first, *more = pieces.split(chain if dim < WIDE else max(chain, WIDE_CHAIN), dim=2)
     products = torch.bmm(first, first.mT)
     for rows in more:
         products.baddbmm_(rows, rows.mT)
     count = products.shape[0] // groups
-    together = math.gcd(count, max(1, FOLD // (1 + len(more))))
+    together = math.gcd(count, max(1, FOLD // math.ceil(width / chain)))
     few = products.view(count // together, together, groups, *products.shape[1:]).sum(1)
     return few.sum(0, dtype=torch.float64)
 

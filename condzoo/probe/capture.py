@@ -23,14 +23,14 @@ from condzoo.probe.calls import called_on, unreadable
 from condzoo.probe.function_calls import FunctionCalls, stop_interrupted
 from condzoo.probe.hooks import Hook, apart, remove
 from condzoo.probe.inner_products import InnerProducts, Watch
-from condzoo.probe.layer_sums import LayerSums
-from condzoo.probe.layers import CONVS, Conv, has_own_forward, input_columns, is_measured, output_columns, with_constant
+from condzoo.probe.layer_sums import LayerSums, add_input
+from condzoo.probe.layers import CONVS, Conv, has_own_forward, is_measured, output_columns
 from condzoo.probe.moments import RunningMoment
 from condzoo.probe.neurons import RELUS, LinearRange, RunningNeurons, linear_range
 from condzoo.probe.origins import Origin
-from condzoo.probe.patch_products import patch_products
 from condzoo.probe.patches import padded_inside
 from condzoo.probe.preserving import at_rest
+from condzoo.probe.products import SharedProducts
 from condzoo.probe.relu_calls import ReluCalls
 from condzoo.probe.repetitions import Batch, Calls, within_backward
 from condzoo.probe.views import watch_gradient
@@ -102,6 +102,7 @@ class Capture:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     functions: FunctionCalls = field(init=False)
     _products: InnerProducts = field(default_factory=InnerProducts)
+    _shared: SharedProducts = field(default_factory=SharedProducts)
     _outer: list[RemovableHandle] = field(default_factory=list)
     _inner: list[RemovableHandle] = field(default_factory=list)
     _calls: Calls = field(default_factory=Calls)
@@ -167,6 +168,7 @@ class Capture:
         remove(self._inner)
         self.functions.stop()
         self._products.clear()
+        self._shared.clear()
         stop(self._on_projection)
 
     def clear(self) -> None:
@@ -201,21 +203,14 @@ class Capture:
             return
         if not batch.again:
             with plain_products(x.device.type):
-                self._add_input(sums.input, module, seen.detach())
+                bias = self.bias and has_bias(module)
+                add_input(sums.input, module, seen, self.conv, self.precision, bias=bias, shared=self._shared)
             if not sums.input.finite:
                 self.origin.find(name)
             self.origin.passed(name, h, whole=not self.trains)
         if h.requires_grad:
             read = partial(apart, self._on_gradient, module, sums.output_grad, batch.scale)
             watch_gradient(h, read) if watch is None else watch(read)
-
-    def _add_input(self, moment: RunningMoment, module: nn.Module, x: Tensor) -> None:
-        bias = self.bias and has_bias(module)
-        if self.conv == "patches" and not bias and (patches := patch_products(module, x)) is not None:
-            moment.add_product(*patches, x, self.precision)
-            return
-        for columns in input_columns(module, x, self.conv):
-            moment.add(with_constant(columns) if bias else columns, self.precision)
 
     def _on_projection(self, name: str, layer: nn.Module, x: Tensor, h: Tensor) -> None:
         inside, _, local = name.rpartition(".")

@@ -167,6 +167,16 @@ def input_columns(module: nn.Module, x: Tensor, conv: Conv) -> Iterator[Float[Te
     return _positions(x, _groups(module))
 
 
+def reading(module: nn.Module, conv: Conv) -> tuple[object, ...]:
+    """What `input_columns` of one and the same tensor depends on."""
+    if not isinstance(module, CHANNELS_FIRST):
+        return ()
+    if conv == "patches" and isinstance(module, CONVOLUTIONS):
+        geometry = module.kernel_size, module.stride, module.padding, module.dilation
+        return (module.groups, module.padding_mode, *geometry)
+    return (module.groups,)
+
+
 def output_columns(module: nn.Module, grad_h: Tensor) -> Iterator[Float[Tensor, "b g d k"]]:
     """A layer's output gradient as pieces [b, groups, d, k]."""
     if not isinstance(module, CHANNELS_FIRST):

@@ -8,7 +8,6 @@ Shapes: b pieces, g groups, d coordinates a group, k rows a piece.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,10 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from condzoo.probe import arithmetic, rounding
+from condzoo.probe import arithmetic
 from condzoo.probe.arithmetic import Precision
+from condzoo.probe.products import Product, look_at, product_of
 
 LIMIT = 1 << 28  # float64 numbers that one moment may keep: 2 GB
+
+Once = Callable[[Callable[[], Product]], Product]
 
 
 def input_moment(x: Float[Tensor, "n d *hw"]) -> Float[Tensor, "d d"]:
@@ -100,7 +102,13 @@ class RunningMoment:
     vanished: bool = False
 
     def add(
-        self, columns: Float[Tensor, "b g d k"], precision: Precision, scale: float = 1.0, *, new_rows: bool = True
+        self,
+        columns: Float[Tensor, "b g d k"],
+        precision: Precision,
+        scale: float = 1.0,
+        *,
+        new_rows: bool = True,
+        once: Once | None = None,
     ) -> None:
         """Add b * k rows, each multiplied by `scale`.
 
@@ -109,6 +117,7 @@ class RunningMoment:
             precision: how to multiply; float64 data is always multiplied in float64.
             scale: for gradients, the number of samples of the batch.
             new_rows: False for a further class of rows already counted.
+            once: gives the rows' product if it was made before, else what it is given makes it.
         """
         pieces, groups, dim, width = columns.shape
         if not columns.numel():
@@ -121,8 +130,8 @@ class RunningMoment:
             return
         if self.total is not None or self.vectors + pieces * width >= dim:
             ways = arithmetic.gram_float64, arithmetic.gram_float32
-            add = partial(self.add_product, lambda wide: ways[not wide](columns), new_rows=new_rows, checked=False)
-            add((groups, dim), pieces * width, pieces, columns, precision, scale)
+            add = partial(self.add_product, lambda wide: ways[not wide](columns), (groups, dim), pieces * width, pieces)
+            add(columns, precision, scale, new_rows=new_rows, checked=False, once=once)
             return
         self._count(pieces * width, columns.dtype, new_rows, scale)
         kept = columns.permute(1, 2, 0, 3).flatten(2).to(torch.float64) * scale
@@ -141,6 +150,7 @@ class RunningMoment:
         *,
         new_rows: bool = True,
         checked: bool = True,
+        once: Once | None = None,
     ) -> None:
         """Add a sum of x x^T over `rows` rows, each multiplied by `scale`.
 
@@ -149,7 +159,7 @@ class RunningMoment:
             shape: (g, d) of the sum.
             rows: at least as many as coordinates, with those already there.
             pieces: as many independent float32 products would leave as much noise.
-            data: what the rows are of; `precision` and `new_rows`: as in `add`.
+            data: what the rows are of; `precision`, `new_rows` and `once`: as in `add`.
             checked: `multiply` sees to it that float32 roundings average out; else the data are pieces of rows.
         """
         if not self.takes(*shape):
@@ -159,11 +169,15 @@ class RunningMoment:
             self.finite = self.finite and bool(torch.isfinite(data).all())
             return
         self.spill()
-        product, noise = self._product(multiply, rows, pieces, data, precision, checked)
+        make = partial(product_of, multiply, rows, pieces, data, precision, checked=checked)
+        product = make() if once is None else once(make)
+        total, noise = product.total, product.noise
         if scale != 1.0:
-            product, noise = product.mul_(scale**2), noise * scale**2
-        self.total = product if self.total is None else self.total + product
+            total, noise = total * scale**2, noise * scale**2
+        self.total = total if self.total is None else self.total + total
         self.noise += noise
+        self.fast = self.fast or product.fast
+        self._note(product.finite, product.vanished)
 
     def takes(self, groups: int, dim: int) -> bool:
         """Whether rows of this shape can be added to those seen."""
@@ -194,7 +208,10 @@ class RunningMoment:
             rows = torch.cat(self.pending, dim=2)
             self.total = rows @ rows.mT
             self.pending = []
-            self._look_at(rows, self.total.diagonal(dim1=-2, dim2=-1))
+            self._note(*look_at(rows, self.total.diagonal(dim1=-2, dim2=-1)))
+
+    def _note(self, finite: bool, vanished: bool) -> None:
+        self.finite, self.vanished = self.finite and finite, self.vanished or vanished
 
     def rescale(self, factor: float) -> None:
         """Multiply every vector seen so far by the factor, to undo a loss scale."""
@@ -204,38 +221,6 @@ class RunningMoment:
         self.grain *= factor
         self.total = None if self.total is None else self.total * factor**2
         self.pending = [vectors * factor for vectors in self.pending]
-
-    def _product(
-        self,
-        multiply: Callable[[bool], Tensor],
-        rows: int,
-        pieces: int | float,
-        data: Tensor,
-        precision: Precision,
-        checked: bool,
-    ) -> tuple[Tensor, float]:
-        if precision != "float64" and data.dtype != torch.float64:
-            product = multiply(False)
-            noise = arithmetic.float32_noise(product, pieces)
-            # Squares of float32 data above 1e19 overflow, and those below 1e-19 vanish, though the data is as it is.
-            vanishing = rows * torch.finfo(torch.float32).tiny
-            in_range = math.isfinite(noise) and noise >= vanishing
-            if product.shape[1] == 1:  # sums of squares, of which nothing cancels
-                noise = arithmetic.SAFETY * vanishing
-            columns = None if checked else data
-            if in_range and rounding.holds(product, noise, columns, strictly=precision == "auto"):
-                self.fast = True
-                return product, noise
-        product = multiply(True)
-        self._look_at(data, product.diagonal(dim1=-2, dim2=-1))
-        return product, 0.0
-
-    def _look_at(self, data: Tensor, squares: Float[Tensor, "g d"]) -> None:
-        """Read the data only where its sums of squares leave open what it holds: they hide no NaN or Inf."""
-        if not math.isfinite(float(squares.sum())):
-            self.finite = self.finite and bool(torch.isfinite(data).all())
-        elif data.dtype == torch.float64 and bool((squares == 0).any()):
-            self.vanished = self.vanished or bool(((data != 0) & (data.square() == 0)).any())
 
     def decomposable(self) -> Float[Tensor, "g m m"]:
         """The moment, or the Gram matrix with the same nonzero eigenvalues where that is smaller."""

@@ -72,8 +72,7 @@ def too_far_off(sums: Float[Tensor, " c"], squares: Float[Tensor, " c"]) -> bool
 def _correlations_float32(x: Float[Tensor, "n c h w"], kh: int, kw: int) -> Float[Tensor, "c c a b"] | None:
     """C_s for s in [0, kh - 1] x [-(kw - 1), kw - 1], one call a float32 sum; None where they are too far off."""
     size = [x.shape[1], x.shape[1], kh, 2 * kw - 1]
-    half: Tensor | None = None
-    squares, sums = x.new_zeros((2, x.shape[1]), dtype=torch.float64)
+    half = x.new_zeros(size, dtype=torch.float64)
     images, rows = of_a_sum(*x.shape[2:])
     with plain_convolutions(x.device.type):
         held = x.new_zeros((min(images, len(x)), x.shape[1], x.shape[2] + kh - 1, x.shape[3]))  # rows of zeros below
@@ -83,13 +82,9 @@ def _correlations_float32(x: Float[Tensor, "n c h w"], kh: int, kw: int) -> Floa
             for top in range(0, x.shape[2], rows):
                 here = part[:, :, top : top + rows]
                 there = below[:, :, top : top + here.shape[2] + kh - 1]
-                part_sums = conv2d_weight(there, size, here, padding=(0, kw - 1))
-                sums += part_sums[:, :, 0, kw - 1].diagonal()
-                squares += sums_of_squares(here.flatten(2)[:, None])[0]
-                if too_far_off(sums, squares):
-                    return None
-                half = part_sums.double() if half is None else half.add_(part_sums)
-    return x.new_zeros(size, dtype=torch.float64) if half is None else half
+                half += conv2d_weight(there, size, here, padding=(0, kw - 1))
+    sums = half[:, :, 0, kw - 1].diagonal()
+    return None if too_far_off(sums, sums_of_squares(x.flatten(2)[:, None])[0]) else half
 
 
 def _with_negative_shifts(half: Float[Tensor, "c c a b"]) -> Float[Tensor, "c c d b"]:

@@ -49,25 +49,22 @@ def _moment_float32(x: Float[Tensor, "n c h w"], conv: nn.Conv2d) -> Float[Tenso
     moment = x.new_zeros((kh, kw, channels, channels, kh, kw), dtype=torch.float64)
     height, width = output_size(x, conv)
     images, rows = of_a_sum(height, width)
-    squares = x.new_zeros(channels, dtype=torch.float64)
+    frame = padded(x.float(), conv)
     with plain_convolutions(x.device.type):
-        for part in padded(x.float(), conv).split(images):
+        for part in frame.split(images):
             for top in range(0, height, rows):
-                first = _add(moment, part, conv, range(top, min(top + rows, height)), width)
-                squares += sums_of_squares(first.flatten(2)[:, None])[0]
-                if too_far_off(moment[0, 0, :, :, 0, 0].diagonal(), squares):
-                    return None
+                _add(moment, part, conv, range(top, min(top + rows, height)), width)
+    down, along = every(conv, conv.stride)
+    first = frame[:, :, : (height - 1) * down + 1 : down, : (width - 1) * along + 1 : along]  # what offset 0 reaches
+    if too_far_off(moment[0, 0, :, :, 0, 0].diagonal(), sums_of_squares(first.flatten(2)[:, None])[0]):
+        return None
     for i in range(1, kh):  # what is above the diagonal of rows, turned
         moment[i, :, :, :, :i] = moment[:i, :, :, :, i].permute(4, 3, 2, 0, 1)
     return moment.permute(2, 0, 1, 3, 4, 5).reshape(1, channels * kh * kw, channels * kh * kw)
 
 
-def _add(moment: Tensor, frame: Float[Tensor, "n c ph pw"], conv: nn.Conv2d, rows: range, width: int) -> Tensor:
-    """Add the products of some rows of output positions, for offsets (i, j) and (i', j') with i' >= i.
-
-    Returns:
-        What the first offset reaches.
-    """
+def _add(moment: Tensor, frame: Float[Tensor, "n c ph pw"], conv: nn.Conv2d, rows: range, width: int) -> None:
+    """Add the products of some rows of output positions, for offsets (i, j) and (i', j') with i' >= i."""
     (kh, kw), (down, along) = conv.kernel_size, every(conv, conv.stride)
     (below, right), channels, height = every(conv, conv.dilation), frame.shape[1], len(rows)
     for i in reversed(range(kh)):
@@ -79,4 +76,3 @@ def _add(moment: Tensor, frame: Float[Tensor, "n c ph pw"], conv: nn.Conv2d, row
         size = [kw * channels, channels, kh - i, kw]
         products = conv2d_weight(there, size, torch.cat(grads, 1), stride=(down, along), dilation=(below, right))
         moment[i, :, :, :, i:] += products.unflatten(0, (kw, channels))
-    return grads[0]

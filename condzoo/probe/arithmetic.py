@@ -39,6 +39,7 @@ CHAINS = 4  # of a piece, whose products are added in float32
 WIDE, WIDE_CHAIN = 16, CHAINS * CHAIN_FLOAT32  # from so many coordinates on the chain may be as long: it is quicker
 FOLD = 8  # products of pieces added in float32: the noise stays as calibrated, and the conversion to float64 is short
 PRODUCTS = 1 << 21  # numbers in products at a time: 8 MB stay in a cache, and are no new memory each time
+PAIR = 1 << 23  # numbers in two products, up to which two are added in float32 before float64 takes over
 
 
 def _precision_before(backend: str, op: str) -> str:
@@ -183,7 +184,8 @@ def _set_plain_before(op: str) -> Iterator[None]:
 def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     """sum over pieces and rows of x x^T: float32 over chains of rows and up to 8 of them, float64 over all."""
     _, g, d, _ = columns.shape
-    step = max(2, PRODUCTS // (g * d * d))
+    size = g * d * d
+    step = max(1, PRODUCTS // size, min(2, PAIR // size))
     total: Tensor | None = None
     for rows in chains(columns, CHAIN_FLOAT32 * CHAINS):
         for part in [rows] if len(rows) <= step else rows.split(step):

@@ -160,6 +160,7 @@ class Capture:
         self.origin.next_pass()
         self.batch, self.scale, self.idle = samples, scale, True
         self._relu_calls.begin()
+        self._shared.clear()  # the same tensor may hold another batch: numpy fills memory without its version changing
 
     def detach(self) -> None:
         """Take the hooks off, and what they put on if they did not get to end it; graphs still alive do not record."""

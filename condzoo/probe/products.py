@@ -89,7 +89,7 @@ class Read:
 
 @dataclass(eq=False)
 class SharedProducts:
-    """Products of the tensors that were read last, as long as these are there and nothing is written to them."""
+    """Products of the tensors that a forward pass read last, while these are there and nothing is written to them."""
 
     _reads: list[Read] = field(default_factory=list)
 

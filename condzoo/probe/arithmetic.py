@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from condzoo.probe import native
 from condzoo.probe.rounding import GPU_SLICE, SLICE
 
 Precision = Literal["auto", "float64", "fast"]
@@ -183,6 +184,8 @@ def _set_plain_before(op: str) -> Iterator[None]:
 
 def gram_float32(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     """sum over pieces and rows of x x^T: float32 over chains of rows and up to 8 of them, float64 over all."""
+    if native.takes(columns):
+        return native.gram(columns, torch.float32)
     _, g, d, _ = columns.shape
     size = g * d * d
     step = max(1, PRODUCTS // size, min(2, PAIR // size))
@@ -233,6 +236,8 @@ def _piece_sum(pieces: Float[Tensor, "bg d k"], groups: int) -> Float[Tensor, "g
 
 def gram_float64(columns: Float[Tensor, "b g d k"]) -> Float[Tensor, "g d d"]:
     """sum over pieces and rows of x x^T, all in float64, a slice at a time."""
+    if native.takes(columns):
+        return native.gram(columns)
     b, g, d, k = columns.shape
     step = max(1, SLICE // (g * d * k) if columns.device.type == "cpu" else GPU_SLICE // (g * d * max(d, k)))
     total = columns.new_zeros((g, d, d), dtype=torch.float64)

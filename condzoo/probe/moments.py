@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from condzoo.probe import arithmetic
+from condzoo.probe import arithmetic, native
 from condzoo.probe.arithmetic import Precision
 from condzoo.probe.products import Product, look_at, product_of
 
@@ -129,6 +129,8 @@ class RunningMoment:
             self.finite = self.finite and all(bool(torch.isfinite(piece).all()) for piece in columns)
             return
         if self.total is not None or self.vectors + pieces * width >= dim:
+            if precision == "auto" and native.takes(columns):
+                precision = "float64"  # takes no longer than float32
             ways = arithmetic.gram_float64, arithmetic.gram_float32
             add = partial(self.add_product, lambda wide: ways[not wide](columns), (groups, dim), pieces * width, pieces)
             add(columns, precision, scale, new_rows=new_rows, checked=False, once=once)

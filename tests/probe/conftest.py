@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condzoo.probe import native
+
 
 class Residual(nn.Module):
     """Two convolutions with BatchNorm and a shortcut, in-place ReLU."""
@@ -210,3 +212,18 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 @pytest.fixture
 def kit() -> type[Kit]:
     return Kit
+
+
+@pytest.fixture(params=["compiled products", "torch's products"])
+def products(request, monkeypatch):
+    """Both kinds of products that a CPU has, one after the other."""
+    if request.param == "torch's products":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler with OpenMP")
+
+
+@pytest.fixture
+def torch_products(monkeypatch):
+    """As on a machine without a C compiler."""
+    monkeypatch.setattr(native, "library", lambda: None)

@@ -19,6 +19,8 @@ from condzoo.probe.arithmetic import (
 from condzoo.probe.moments import RunningMoment
 from tests.probe.on_gpus import OnGPU
 
+pytestmark = pytest.mark.usefixtures("products")
+
 KINDS = {
     "even": lambda g: torch.randn(g, generator=torch.Generator().manual_seed(0)),
     "positive": lambda g: torch.randn(g, generator=torch.Generator().manual_seed(1)).relu(),
@@ -221,7 +223,7 @@ def test_convolutions_of_a_gpu_are_asked_for_without_tf32():
         assert torch.backends.cudnn.conv.fp32_precision == before[1]
 
 
-def test_a_gpu_multiplies_more_at_a_time_in_float64(monkeypatch):
+def test_a_gpu_multiplies_more_at_a_time_in_float64(monkeypatch, torch_products):
     """A CPU's slices stay in its cache; a GPU would be done with one before the next has been started."""
     multiply, parts = torch.bmm, []
     monkeypatch.setattr(torch, "bmm", lambda *args: parts.append(type(args[0])) or multiply(*args))

@@ -14,6 +14,8 @@ from condzoo.probe.finishing import spectra_of
 from condzoo.probe.losses import masked_labels
 from condzoo.probe.moments import RunningMoment
 
+pytestmark = pytest.mark.usefixtures("products")
+
 TOLERANCE = {torch.float64: 0.01, torch.float32: 0.05, torch.bfloat16: 0.05}
 
 
@@ -56,7 +58,7 @@ def test_the_middle_of_a_spectrum_is_known_where_its_end_is_not(dtype):
     assert found.status(1.0) == "bound"
 
 
-def test_auto_uses_float64_products_only_where_fast_ones_do_not_reach():
+def test_auto_uses_float64_products_only_where_fast_ones_do_not_reach(torch_products):
     near, far = (measured(inputs(kappa, 32, 2048, torch.float32), "auto") for kappa in (1e2, 1e8))
     assert near.arithmetic == "float32 products of float32 data"
     assert far.arithmetic == "float64 products of float32 data"

@@ -53,7 +53,7 @@ def test_patches_over_the_limit_are_not_multiplied(monkeypatch, settings):
     assert "over the limit" in found.skipped["0"]
 
 
-def test_no_product_waits_to_be_added(monkeypatch):
+def test_no_product_waits_to_be_added(monkeypatch, torch_products):
     """Each is as large as the moment."""
     columns, made, most = torch.randn((5, 1, 6, 8), generator=torch.Generator().manual_seed(0)), [], []
     expected, product = arithmetic.gram_float64(columns), arithmetic._piece_sum

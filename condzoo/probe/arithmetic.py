@@ -255,8 +255,9 @@ def float32_noise(total: Float[Tensor, "g d d"], pieces: int | float) -> float:
     the same. In the direction of a small eigenvalue it is then up to 3.2 u ||M|| of 2 coordinates, 0.7 u of 16 and
     0.1 u of 64, which is under 5 % of the floor. Where it is more, `rounding.holds` says so.
     """
-    norm = torch.linalg.vector_norm(total) if total.shape[0] == 1 else torch.linalg.matrix_norm(total).max()
-    return FLOAT32_PRODUCT * float(norm) / math.sqrt(min(pieces, total.shape[-1]))
+    flat = total.flatten()  # numbers of float32's range, whose squares are in float64's
+    norm = math.sqrt(float(flat @ flat)) if total.shape[0] == 1 else float(torch.linalg.matrix_norm(total).max())
+    return FLOAT32_PRODUCT * norm / math.sqrt(min(pieces, total.shape[-1]))
 
 
 def data_noise(dtype: torch.dtype, largest_diagonal: float, grain: float = 0.0) -> float:

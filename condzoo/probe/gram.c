@@ -20,7 +20,7 @@
 #define HIGH 4
 #endif
 #define LONGEST 256  /* rows of a tile */
-#define CHAIN 32     /* of float32: numbers that are added one after another */
+#define CHAIN 16     /* of float32: numbers that are added one after another */
 #define CACHED 32768 /* bytes of a tile that lies row by row */
 #define INLINE static inline __attribute__((always_inline))
 

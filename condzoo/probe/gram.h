@@ -13,10 +13,11 @@
 
 typedef REAL vector __attribute__((vector_size(VECTOR)));
 
-INLINE REAL NAMED(sum, REAL)(vector lanes)
+INLINE double NAMED(sum, REAL)(vector lanes)
 {
-    REAL parts[LANES];
-    memcpy(parts, &lanes, sizeof parts);
+    double parts[LANES];
+    for (int i = 0; i < LANES; i++)
+        parts[i] = lanes[i];
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++)
             parts[i] += parts[i + width];
@@ -159,7 +160,9 @@ int NAMED(gram, REAL)(const struct columns *c, double *out, int threads, int sli
 {
     int by_rows = c->next_dim == 1 && c->next_row != 1;
     int64_t step = !by_rows ? 4 : LANES < HIGH ? HIGH : LANES, side = (c->dim + step - 1) / step * step;
-    int64_t size = side * side, rows = c->pieces * c->rows, longest = by_rows && sizeof(REAL) == 4 ? CHAIN : LONGEST;
+    int64_t size = side * side, rows = c->pieces * c->rows, longest = LONGEST;
+    if (sizeof(REAL) == 4 && longest > (by_rows ? CHAIN : CHAIN * LANES))
+        longest = by_rows ? CHAIN : CHAIN * LANES;
     while (by_rows && longest > CHAIN && longest * side * (int64_t)sizeof(REAL) > CACHED)
         longest /= 2;
     /* coordinates a power of two apart would share the same few lines of a cache */

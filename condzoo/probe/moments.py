@@ -129,11 +129,13 @@ class RunningMoment:
             self.finite = self.finite and all(bool(torch.isfinite(piece).all()) for piece in columns)
             return
         if self.total is not None or self.vectors + pieces * width >= dim:
-            if precision == "auto" and native.takes(columns):
-                precision = "float64"  # takes no longer than float32
+            chains, compiled = pieces, native.takes(columns)
+            if compiled:
+                precision = "float64" if precision == "auto" else precision  # takes no longer than float32
+                chains = min(pieces, max(1, pieces * width // native.CHAIN))
             ways = arithmetic.gram_float64, arithmetic.gram_float32
-            add = partial(self.add_product, lambda wide: ways[not wide](columns), (groups, dim), pieces * width, pieces)
-            add(columns, precision, scale, new_rows=new_rows, checked=False, once=once)
+            add = partial(self.add_product, lambda wide: ways[not wide](columns), (groups, dim), pieces * width, chains)
+            add(columns, precision, scale, new_rows=new_rows, checked=compiled, once=once)
             return
         self._count(pieces * width, columns.dtype, new_rows, scale)
         kept = columns.permute(1, 2, 0, 3).flatten(2).to(torch.float64) * scale

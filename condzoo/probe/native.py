@@ -26,6 +26,7 @@ from torch import Tensor
 
 WIDEST = 128  # coordinates; of more, BLAS's products of float32 are quicker
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+CHAIN = 16  # float32 products that gram.h adds one after another, whose roundings average out even if rows are alike
 WORTH_THREADS = 1 << 19  # products; of fewer, starting threads takes longer
 SOURCES = [Path(__file__).with_name(name) for name in ("gram.c", "gram.h")]
 OPTIONS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-march=native"]

@@ -68,7 +68,7 @@ def measure(
         conv: "channels": every position of a feature map is a row; "patches": every patch is (K-FAC).
         device: where to measure; None: where the model is. Elsewhere copies of the model and the loss are used.
         precision: of products: "float64", "fast" (float32, summed in float64), or "auto": fast, and
-            float64 at once for a layer whose spectrum reaches under fast's noise floor.
+            float64 at once for a layer whose spectrum reaches under fast's noise floor, or where it takes no longer.
         seed: of dropout, of label draws, and of what a loader without workers draws for its transforms.
         bias: add a constant 1 to the inputs of layers that have a bias.
         adapter: turns one of `batches` into (x, y), where they are of another form.

@@ -4,7 +4,6 @@
  */
 
 #include <omp.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

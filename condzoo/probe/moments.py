@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from condzoo.probe import arithmetic, native
+from condzoo.probe import arithmetic, native, rounding
 from condzoo.probe.arithmetic import Precision
 from condzoo.probe.products import Product, look_at, product_of
 
@@ -135,7 +135,7 @@ class RunningMoment:
                 chains = min(pieces, max(1, pieces * width // native.CHAIN))
             ways = arithmetic.gram_float64, arithmetic.gram_float32
             add = partial(self.add_product, lambda wide: ways[not wide](columns), (groups, dim), pieces * width, chains)
-            add(columns, precision, scale, new_rows=new_rows, checked=compiled, once=once)
+            add(columns, precision, scale, new_rows=new_rows, checked=compiled and dim >= rounding.FEW, once=once)
             return
         self._count(pieces * width, columns.dtype, new_rows, scale)
         kept = columns.permute(1, 2, 0, 3).flatten(2).to(torch.float64) * scale

@@ -215,10 +215,10 @@ def kit() -> type[Kit]:
 
 
 @pytest.fixture(params=["compiled products", "torch's products"])
-def products(request, monkeypatch):
+def products(request):
     """Both kinds of products that a CPU has, one after the other."""
     if request.param == "torch's products":
-        monkeypatch.setattr(native, "library", lambda: None)
+        request.getfixturevalue("torch_products")
     elif native.library() is None:
         pytest.skip("no C compiler with OpenMP")
 

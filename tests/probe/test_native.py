@@ -142,7 +142,7 @@ def test_it_takes_what_it_can_read():
     columns = drawn((2, 1, 4, 8))
     assert native.takes(columns)
     for other in (
-        drawn((2, 1, native.WIDEST + 1, 8)),  # BLAS is quicker
+        drawn((2, 1, native.WIDEST + 1, 8)),
         columns.half(),
         columns.as_subclass(Wrapped),
         columns.to("meta"),
